@@ -1,0 +1,256 @@
+"""Training with the callback is bit for bit the training without it."""
+
+import copy
+import hashlib
+import logging
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from tests import tiny
+from tlens_callback import MemorySink, Probe, TLensCallback
+
+SENTENCES = [
+    "the capital of France is Paris",
+    "the capital of Italy is Rome",
+    "John gave Mary a book and went to the store",
+    "the cat sat on the mat and the dog sat on the cat",
+] * 6
+
+
+def fingerprint(value: Any) -> Any:
+    """Bytes of every tensor in a nested value, so that equality is of bits."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value.astype(np.int64))
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(data).hexdigest()
+    if isinstance(value, dict):
+        return {key: fingerprint(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [fingerprint(item) for item in value]
+    return value
+
+
+def state_of(trainer: Any) -> dict[str, Any]:
+    """Everything of a finished run that a callback could have changed."""
+    model, tokenizer = trainer.model, trainer.processing_class
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    timing = ("runtime", "per_second", "step_time")
+    return {
+        "parameters": {n: fingerprint(p) for n, p in model.named_parameters()},
+        "gradients wanted": {n: p.requires_grad for n, p in model.named_parameters()},
+        "buffers": {n: fingerprint(b) for n, b in model.named_buffers()},
+        "optimizer": fingerprint(trainer.optimizer.state_dict()),
+        "history": [
+            {k: v for k, v in row.items() if not any(word in k for word in timing)}
+            for row in trainer.state.log_history
+        ],
+        "torch": fingerprint(torch.get_rng_state()),
+        "numpy": fingerprint(list(np.random.get_state())),
+        "python": random.getstate(),
+        "config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "tokenizer": {k: repr(v) for k, v in vars(tokenizer).items() if k != "_tokenizer"},
+        "tokenizer backend": tokenizer.backend_tokenizer.to_str(),
+        "modules": [(n, type(m).__qualname__) for n, m in model.named_modules()],
+        "hooks": [(n, [len(vars(m)[h]) for h in hooks]) for n, m in model.named_modules()],
+        "instance attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
+        "training": [m.training for m in model.modules()],
+        "grad mode": torch.is_grad_enabled(),
+        "logger": {
+            name: logging.getLogger(name).level for name in ("", "transformers", "trl", "peft")
+        },
+        "warning filters": [str(f) for f in warnings.filters],
+        "default dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peft_config(**kwargs: Any) -> LoraConfig:
+    settings = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.3, "target_modules": "all-linear"}
+    return LoraConfig(**{**settings, **kwargs})
+
+
+def sft(tmp_path: Any, callbacks: list[TrainerCallback], family: str = "llama", **args: Any) -> Any:
+    settings: dict[str, Any] = dict(
+        output_dir=str(tmp_path),
+        max_steps=5,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        seed=7,
+    )
+    data = Dataset.from_dict({"text": SENTENCES})
+    model = tiny.model(family, attn_implementation="sdpa")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(**{**settings, **args}),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tiny.tokenizer(),
+        peft_config=peft_config(),
+        callbacks=callbacks,
+    )
+    trainer.train()
+    return trainer
+
+
+def grpo(tmp_path: Any, callbacks: list[TrainerCallback], **args: Any) -> Any:
+    settings: dict[str, Any] = dict(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=6,
+        beta=0.05,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=7,
+    )
+    trainer = GRPOTrainer(
+        tiny.model("llama"),
+        args=GRPOConfig(**{**settings, **args}),
+        train_dataset=Dataset.from_dict({"prompt": [s.rsplit(" ", 1)[0] for s in SENTENCES]}),
+        reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+        processing_class=tiny.tokenizer(),
+        peft_config=peft_config(),
+        callbacks=callbacks,
+    )
+    trainer.train()
+    return trainer
+
+
+def watcher(**kwargs: Any) -> TLensCallback:
+    probes = [Probe("capital", "the capital of France is", target="Paris", foil="London")]
+    sinks = kwargs.pop("sinks", None) or [MemorySink()]
+    return TLensCallback(probes, every_n_steps=1, sinks=sinks, on_error="raise", **kwargs)
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in one if one[key] != other[key]]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"gradient_checkpointing": False, "dataloader_num_workers": 2},
+        {"bf16": True},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=["plain", "workers", "bf16", "accumulation"],
+)
+def test_sft_leaves_no_trace(tmp_path, args):
+    without = state_of(sft(tmp_path / "a", [], **args))
+    memory = MemorySink()
+    watched = state_of(sft(tmp_path / "b", [watcher(sinks=[memory])], **args))
+    assert differences(without, watched) == []
+    assert list(memory.steps) == [0, 1, 2, 3, 4, 5]
+    moved = memory.curve("target_scores/loss/capital")[1]
+    assert len(set(moved.tolist())) == 6, "the run watched was one that changes the model"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3", "gemma2", "qwen3_moe"])
+def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, family):
+    """Fused projections draw random numbers when the bridge splits them."""
+    without = state_of(sft(tmp_path / "a", [], family, max_steps=3))
+    watched = state_of(sft(tmp_path / "b", [watcher()], family, max_steps=3))
+    assert differences(without, watched) == []
+
+
+def test_grpo_leaves_no_trace(tmp_path):
+    without = state_of(grpo(tmp_path / "a", []))
+    memory = MemorySink()
+    watched = state_of(grpo(tmp_path / "b", [watcher(sinks=[memory])]))
+    assert differences(without, watched) == []
+    assert list(memory.steps) == [0, 1, 2, 3, 4]
+
+
+def test_default_probes_and_sinks_leave_no_trace(tmp_path):
+    """The first rows of the training data are read, the local store is written."""
+    without = state_of(sft(tmp_path / "a", []))
+    watched = state_of(sft(tmp_path / "b", [TLensCallback(every_n_steps=1, on_error="raise")]))
+    assert differences(without, watched) == []
+    assert (tmp_path / "b" / "tlens").is_dir()
+
+
+class Draws(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.rand(1)
+
+
+class LeavesEval(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.eval()
+
+
+class SwitchesAttention(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.config._attn_implementation = "eager"
+
+
+class Pads(TrainerCallback):
+    def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
+        processing_class.padding_side = "left"
+
+
+class TakesABatch(TrainerCallback):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        next(iter(train_dataloader))
+
+
+class Merges(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.merge_adapter()
+        model.unmerge_adapter()
+
+
+@pytest.mark.parametrize(
+    "culprit, found",
+    [
+        (Draws, "parameters"),
+        (Draws, "torch"),
+        (LeavesEval, "history"),
+        (SwitchesAttention, "attention"),
+        (Pads, "tokenizer"),
+        (TakesABatch, "parameters"),
+        (Merges, "parameters"),
+    ],
+)
+def test_the_check_finds_a_callback_that_leaves_a_trace(tmp_path, culprit, found):
+    without = state_of(sft(tmp_path / "a", []))
+    traced = state_of(sft(tmp_path / "b", [culprit()]))
+    assert found in differences(without, traced)
+
+
+def test_a_deep_copy_of_the_state_is_no_alias(tmp_path):
+    """The fingerprint is of values, so a later step cannot make two states equal."""
+    tensor = torch.zeros(3)
+    before = fingerprint(tensor)
+    tensor += 1
+    assert fingerprint(tensor) != before and copy.deepcopy(before) == before

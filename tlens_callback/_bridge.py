@@ -1,0 +1,100 @@
+"""The one place that imports TransformerLens, and what its bridge needs beyond a plain build."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+# Importing the bridge sets the logger "transformers" to ERROR and adds a warning filter
+# (transformer-lens 4.3.0). Both belong to the training process: they go back as they were.
+# get_verbosity() makes transformers configure its logger first, so that there is a level to save.
+transformers.logging.get_verbosity()
+_level = logging.getLogger("transformers").level
+_filters = list(warnings.filters)
+try:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+finally:
+    logging.getLogger("transformers").setLevel(_level)
+    warnings.filters[:] = _filters  # type: ignore[index]
+    warnings._filters_mutated()  # type: ignore[attr-defined]
+
+__all__ = ["SplitCopy", "TransformerBridge", "build", "split_copies"]
+
+SplitCopy = tuple[Tensor, Tensor, Tensor]
+"""(copy, source, rows): `copy` holds `source[rows]` and has to be told when `source` changes."""
+
+
+def build(skeleton: nn.Module, device: torch.device) -> TransformerBridge:
+    """A raw bridge over `skeleton`; random states are left as they were.
+
+    Splitting a fused QKV constructs linear layers, which draw from the global generators.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return build_bridge_from_module(
+            skeleton,
+            type(skeleton).__name__,
+            hf_config=skeleton.config,  # type: ignore[arg-type]
+        )
+
+
+def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:
+    """The split query, key and value tensors that are copies of a fused one, not views of it.
+
+    The bridge of GPT-NeoX and Falcon interleaves heads when it splits, and so has to copy. The
+    row order is learned by splitting a layer whose rows are numbered.
+    """
+    copies: list[SplitCopy] = []
+    for _, block in bridge.blocks_with("attn"):
+        attn = block.attn
+        if not hasattr(attn, "split_qkv_matrix"):
+            continue
+        fused = attn.qkv.original_component
+        storages = {
+            t.untyped_storage().data_ptr() for t in (fused.weight, fused.bias) if t is not None
+        }
+        split = [attn.q.original_component, attn.k.original_component, attn.v.original_component]
+        if all(part.weight.untyped_storage().data_ptr() in storages for part in split):
+            continue
+        with torch.random.fork_rng(devices=_cuda(fused.weight)):
+            numbered = attn.split_qkv_matrix(_holding(attn.qkv.name, _row_numbers(fused)))
+        for part, numbers in zip(split, numbered, strict=True):
+            rows = numbers.weight[:, 0].round().long().to(fused.weight.device)
+            copies.append((part.weight.data, fused.weight.data, rows))
+            if part.bias is not None:
+                copies.append((part.bias.data, fused.bias.data, rows))
+    return copies
+
+
+def refresh(copies: Iterable[SplitCopy]) -> None:
+    """Brings every split copy up to date: one gather each, no allocation."""
+    for own, source, rows in copies:
+        torch.index_select(source, 0, rows, out=own)
+
+
+def _row_numbers(fused: nn.Module) -> nn.Module:
+    """A layer shaped like `fused` whose row i is filled with i."""
+    layer = copy.copy(fused)
+    layer.__dict__ = dict(fused.__dict__)
+    weight = fused.weight
+    rows = torch.arange(weight.shape[0], dtype=torch.float64, device=weight.device)  # type: ignore
+    parameters = {"weight": rows[:, None].expand(weight.shape).contiguous(), "bias": rows.clone()}  # type: ignore
+    layer.__dict__["_parameters"] = {
+        name: None if old is None else nn.Parameter(parameters[name], requires_grad=False)
+        for name, old in fused._parameters.items()
+    }
+    return layer
+
+
+def _holding(name: str, child: nn.Module) -> nn.Module:
+    holder = nn.Module()
+    setattr(holder, name, child)
+    return holder
+
+
+def _cuda(tensor: Tensor) -> list[torch.device]:
+    return [tensor.device] if tensor.device.type == "cuda" else []

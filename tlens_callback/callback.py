@@ -1,0 +1,177 @@
+"""`TLensCallback`: decides when to look, and hands the trainer's objects to the observer."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tlens_callback.builtin_probes import first_rows, repeated_blocks
+from tlens_callback.instruments import fast
+from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.observer import Observer, OnError, print_lines
+from tlens_callback.probes import Probe
+from tlens_callback.shadow import Shadow
+from tlens_callback.sinks import LocalSink, WandbSink
+
+
+class TLensCallback(TrainerCallback):
+    """Looks inside a model while a Hugging Face trainer trains it, and leaves the run as it was.
+
+    Observes at step 0, every `every_n_steps` steps and at the last step: the current weights
+    (adapters merged) go into a hooked shadow of the model, the probes run through it once, the
+    instruments read, the sinks write.
+
+    Args:
+        probes: what to ask. None: the first rows of the training data. Repeated random blocks, on
+            which head scores are measured, come on top unless there are some among the probes.
+        instruments: what to measure. None: the fast ones, `tlens_callback.instruments.fast()`.
+        sinks: where readings go. None: the active W&B run if there is one, and a local store
+            `<output_dir>/tlens`.
+        every_n_steps: optimizer steps between two observations.
+        repeats: False leaves the built-in repeated blocks out.
+        device: where to put the shadow. None: beside the model, sharing every weight that no
+            adapter changes. Another device holds a full copy.
+        dtype: precision of the shadow; None: the model's. `torch.float32` for a bfloat16 model
+            shows changes below bfloat16's rounding, at 4 bytes for every parameter.
+        on_error: "warn": an instrument or sink that fails during training is reported once and
+            set aside. "raise": it raises.
+
+    Raises:
+        ValueError: here or when training begins, for what cannot work; the text says what to do.
+        FidelityError: when training begins, if the shadow does not compute what the model does.
+
+    On a run of several processes rank 0 observes; the others do nothing.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe] | None = None,
+        *,
+        instruments: Sequence[Instrument] | None = None,
+        sinks: Sequence[Sink] | None = None,
+        every_n_steps: int = 100,
+        repeats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        on_error: OnError = "warn",
+    ) -> None:
+        if (
+            isinstance(every_n_steps, bool)
+            or not isinstance(every_n_steps, int)
+            or every_n_steps < 1
+        ):
+            raise ValueError(f"every_n_steps is a whole number from 1 on, got {every_n_steps!r}.")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error is 'warn' or 'raise', got {on_error!r}.")
+        if isinstance(probes, Probe | str):
+            raise ValueError("probes is a list: TLensCallback([Probe('name', 'text')]).")
+        for probe in probes or ():
+            if not isinstance(probe, Probe):
+                raise ValueError(
+                    f"Probes are Probe objects, got {type(probe).__name__}: {probe!r}."
+                )
+        instruments = fast() if instruments is None else list(instruments)
+        for thing, kind in [(i, Instrument) for i in instruments] + [
+            (s, Sink) for s in sinks or ()
+        ]:
+            if isinstance(thing, type) or not isinstance(thing, kind):
+                raise ValueError(
+                    f"{thing!r} is no {kind.__name__}: it lacks the methods of "
+                    f"tlens_callback.interfaces.{kind.__name__}, or it is a class, not an object."
+                )
+        names = [instrument.name for instrument in instruments]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"Two instruments are named {min(twice)!r}; give one of them another name=."
+            )
+        if device is not None:
+            device = torch.device(device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is a floating point torch.dtype, got {dtype!r}.")
+        self.probes = None if probes is None else list(probes)
+        self.every_n_steps, self.repeats = every_n_steps, repeats
+        self._given_sinks = sinks is not None
+        self._settings: dict[str, Any] = dict(
+            instruments=instruments,
+            sinks=list(sinks or ()),
+            device=device,
+            dtype=dtype,
+            on_error=on_error,
+        )
+        self.observer: Observer | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.observer is None:
+            self.observer = Observer(**self._settings)
+            if not self._given_sinks:
+                self.observer.sinks.append(LocalSink(Path(args.output_dir or ".") / "tlens"))
+        self._join_wandb()
+
+        def probes(shadow: Shadow) -> list[Probe]:
+            given = self.probes
+            if given is None:
+                given = first_rows(train_dataloader, processing_class, context=shadow.context)
+            if self.repeats and not any(probe.block for probe in given):
+                given = given + repeated_blocks(shadow.context or 2**31)
+            return given
+
+        try:
+            self.observer.start(model, processing_class, probes, step=state.global_step)
+        except BaseException:
+            self.observer = None
+            raise
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.observer is None or not self.observer.watching:
+            return
+        self._join_wandb()
+        step = state.global_step
+        last = control.should_training_stop or step >= state.max_steps
+        self.observer.after_update(step, observe=step % self.every_n_steps == 0, last=last)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Another callback stopped the run after this step's on_step_end (early stopping, on an
+        # evaluation). Later, in on_train_end, the model may hold the best checkpoint's weights.
+        observer = self.observer
+        if observer is None or not control.should_training_stop:
+            return
+        if state.global_step not in observer.steps:
+            observer.after_update(state.global_step, observe=True, last=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        observer, self.observer = self.observer, None
+        if observer is None:
+            return
+        observer.close()
+        if not args.disable_tqdm or args.log_level != "error":
+            print_lines(observer.summary())
+
+    def _join_wandb(self) -> None:
+        """Adds the active W&B run to the default sinks; it may begin after this callback does."""
+        if self._given_sinks or self.observer is None:
+            return
+        wandb = sys.modules.get("wandb")
+        if wandb is None or wandb.run is None:
+            return
+        if not any(isinstance(sink, WandbSink) for sink in self.observer.sinks):
+            self.observer.sinks.append(WandbSink())

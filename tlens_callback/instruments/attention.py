@@ -1,0 +1,98 @@
+"""Where every head looks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlens_callback.instruments.selection import block_rows, picked, plain_rows, rows_named
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+
+@dataclass(frozen=True)
+class AttentionPatterns:
+    """The attention pattern of every head in every layer, for chosen probes.
+
+    `pattern[layer, head, query, key]` is the softmax output: how much of the query token's
+    attention goes to the key token; each row of keys sums to one (to less where the model has
+    attention sinks of its own), and keys after the query have zero. Grouped key-value heads:
+    one pattern per query head. Padding is cut off.
+
+    Args:
+        probes: names of the probes to show. Default: every probe that is no repeated block, and
+            the first repeated block of the greatest length, whose off-diagonal stripe is what
+            induction looks like.
+        layers: layers to show. Default: all.
+
+    Keys:
+        attention_patterns/pattern/<probe>: [layer, head, query, key], probability, 0..1
+
+    Reads:
+        blocks.{layer}.attn.hook_pattern
+
+    Cost:
+        layers * n_heads * length^2 per probe.
+
+    Source:
+        Vaswani et al. 2017, section 3.2.
+
+    Raises:
+        ValueError: an empty or repeated selection; from `taps`, a probe or layer that is not there.
+    """
+
+    probes: Sequence[str] | None = None
+    layers: Sequence[int] | None = None
+    name: str = "attention_patterns"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "layers", picked(self.layers, "layers"))
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """One reduction a layer: the chosen rows, cropped to their tokens and laid end to end."""
+        rows = [(row, batch.lengths[row]) for row in self._rows(batch)]
+
+        def crop(pattern: Float[Tensor, "probe head query key"]) -> Float[Tensor, " entry"]:
+            # Concatenated, so that no view keeps the whole pattern alive, and one tensor travels.
+            return torch.cat([pattern[row, :, :n, :n].flatten() for row, n in rows])
+
+        return {f"blocks.{layer}.attn.hook_pattern": crop for layer in self._layers(shadow)}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterable[Reading]:
+        """One reading a probe, all layers and heads in it."""
+        layers, rows = self._layers(shadow), self._rows(batch)
+        lengths = [batch.lengths[row] for row in rows]
+        flat = torch.stack([taken[f"blocks.{i}.attn.hook_pattern"] for i in layers])  # type: ignore[misc]
+        parts = flat.split([shadow.n_heads * n * n for n in lengths], dim=1)
+        labels = {} if self.layers is None else {"layer": [str(layer) for layer in layers]}
+        for row, n, part in zip(rows, lengths, parts, strict=True):
+            yield Reading(
+                key=f"{self.name}/pattern/{batch.probes[row].name}",
+                values=part.reshape(len(layers), shadow.n_heads, n, n).numpy(),
+                axes=("layer", "head", "query", "key"),
+                unit="probability",
+                labels={**labels, "query": batch.labels[row], "key": batch.labels[row]},
+                limits=(0.0, 1.0),
+            )
+
+    def _layers(self, shadow: Shadow) -> list[int]:
+        layers = range(shadow.n_layers) if self.layers is None else self.layers
+        if outside := [layer for layer in layers if not 0 <= layer < shadow.n_layers]:
+            raise ValueError(
+                f"{type(self).__name__}: there is no layer {outside[0]}; "
+                f"the model's layers are 0 to {shadow.n_layers - 1}."
+            )
+        return list(layers)
+
+    def _rows(self, batch: ProbeBatch) -> list[int]:
+        if self.probes is not None:
+            return rows_named(batch, self.probes)
+        blocks = block_rows(batch)
+        return plain_rows(batch) + (blocks[max(blocks)][:1] if blocks else [])

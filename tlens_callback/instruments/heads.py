@@ -1,0 +1,267 @@
+"""What kind of head each head is, from its attention on repeated random blocks."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Real
+from torch import Tensor
+
+from tlens_callback.instruments.selection import block_rows
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+Pairs = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """How much each head attends to fixed places, on repeated random blocks of several lengths.
+
+    With A[q, k] a head's pattern on `[BOS, r_1..r_S, r_1..r_S, ...]`, BOS at position 0, S the
+    block length and T the number of tokens; a mean is over all q for which the places exist:
+
+    - previous: mean over q >= 1 of A[q, q-1].
+    - current: mean over q of A[q, q].
+    - duplicate: mean over q > S of A[q, q-S].
+    - induction: mean over q = S+1..2S of A[q, q-S+1].
+    - prefix_matching: mean over q > S of the sum over earlier repeats of
+      A[q, previous occurrence of q's token + 1]; with two repeats it equals induction.
+    - sink: mean over q of A[q, 0].
+    - entropy: mean over q >= 1 of -sum_k A ln A / ln(q+1); one-hot 0, uniform 1.
+    - lag: the d of the largest mean over q > d of A[q, q-d], and lag_mass: that mean. Key 0, the
+      sink, is left out, and so are lags that fewer than half of the queries 1..T-1 have
+      (d <= (T-1) // 2). A head that copies from a fixed distance keeps its lag while S changes.
+
+    Each is averaged over the sequences of one block length, and that over the block lengths; lag
+    and lag_mass are those of the A[q, q-d] so averaged, over the sequences that have the lag.
+
+    Args:
+        strict: False emits `induction_diagonal` in the place of `induction`: the mean over
+            q >= S-1 of A[q, q-S+1], the widely used `pattern.diagonal(1-S).mean()`. It also
+            counts the queries S-1 and S, which no induction head can match, one of them looking
+            at BOS, and with more than two repeats the later ones.
+
+    Keys:
+        head_scores/previous: [layer, head], probability, 0..1
+        head_scores/current: [layer, head], probability, 0..1
+        head_scores/duplicate: [layer, head], probability, 0..1
+        head_scores/induction: [layer, head], probability, 0..1; if strict
+        head_scores/induction_diagonal: [layer, head], probability, 0..1; if not strict
+        head_scores/prefix_matching: [layer, head], probability, 0..1
+        head_scores/sink: [layer, head], probability, 0..1
+        head_scores/entropy: [layer, head], fraction, 0..1
+        head_scores/lag: [layer, head], tokens, 0..(T-1)//2
+        head_scores/lag_mass: [layer, head], probability, 0..1
+        head_scores/<measure>_by_block: [block, layer, head], as the measure; labels: lengths S
+        head_scores/<measure>_spread: [layer, head], as the measure, 0..half of its range;
+            standard deviation (divisor n) over the block lengths, or over the sequences if there
+            is one length
+        head_scores/max_<measure>: [], probability, 0..1; for previous, duplicate, induction (or
+            induction_diagonal) and prefix_matching: maximum over the heads of the minimum over
+            the block lengths, since a positional copy scores high at one length only
+        head_scores/sink_share: [], fraction, 0..1; share of the heads with sink > 0.3
+        head_scores/min_entropy: [], fraction, 0..1; minimum over the heads
+        head_scores/mean_entropy: [], fraction, 0..1; mean over the heads
+
+    Reads:
+        blocks.{layer}.attn.hook_pattern, rows of repeated blocks only
+
+    Cost:
+        layers * n_heads * sequences * (8 + (T-1)//2).
+
+    Source:
+        Olsson et al. 2022 (induction, prefix matching); Elhage et al. 2021 (previous token,
+        lags); Wang et al. 2022 (duplicate token); Gu et al. 2024 (sink, threshold 0.3);
+        Zhai et al. 2023 (entropy).
+
+    Raises:
+        ValueError: from `taps`, when no probe is a repeated block.
+    """
+
+    strict: bool = True
+    name: str = "head_scores"
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """One reduction a layer: [sequence, head, measure], the lags' means behind the measures."""
+        blocks = block_rows(batch)
+        if not blocks:
+            raise ValueError(
+                f"{type(self).__name__} needs repeated random blocks and there are none among the "
+                f"probes. Add some of several lengths, such as Probe.repeated('repeat-8', block=8, "
+                f"times=6) and Probe.repeated('repeat-24', block=24)."
+            )
+        device = batch.tokens.device
+        rows = [row for block in blocks.values() for row in block]
+        row = torch.tensor(rows, device=device)
+        lengths = [batch.lengths[i] for i in rows]
+        width = max(lengths)
+        index, weight = (part.to(device) for part in self._places(batch, rows))
+        per_query = _entropy_weights(lengths).to(device)
+        lag_key, per_lag = (part.to(device) for part in _lags(lengths))
+
+        def score(
+            pattern: Float[Tensor, "probe head query key"],
+        ) -> Float[Tensor, "row head score"]:
+            a = pattern[:, :, :width, :width].index_select(0, row).float()
+            heads = a.shape[1]
+            at_places = a.flatten(2).gather(2, index[:, None].expand(-1, heads, -1))
+            # Twice as fast as torch.special.entr on the CPU, and equal: 0 ln tiny = 0.
+            entropy = -(a * a.clamp(min=torch.finfo(a.dtype).tiny).log()).sum(3)
+            by_lag = a.gather(3, lag_key.expand(*a.shape[:3], -1))
+            return torch.cat(
+                [
+                    at_places @ weight,
+                    entropy @ per_query[:, :, None],
+                    (by_lag * per_lag[:, None]).sum(2),
+                ],
+                dim=2,
+            )
+
+        return {f"blocks.{i}.attn.hook_pattern": score for i in range(shadow.n_layers)}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Matrices by layer and head, and scalars over them."""
+        blocks = block_rows(batch)
+        names = [str(block) for block in blocks]
+        stops = np.cumsum([len(rows) for rows in blocks.values()])[:-1]
+        stacked = np.stack([score.numpy() for score in taken.values()])  # type: ignore[union-attr]
+        scores = stacked.transpose(3, 1, 0, 2)  # [measure or lag, sequence, layer, head]
+        bounded = [*self._pairs(2, 2), "entropy"]
+
+        minima: dict[str, np.ndarray] = {}
+        means: dict[str, np.ndarray] = {}
+        for measure, sequence in zip(bounded, scores[: len(bounded)], strict=True):
+            block = np.stack([part.mean(0) for part in np.split(sequence, stops)])
+            unit = "fraction" if measure == "entropy" else "probability"
+            minima[measure], means[measure] = block.min(0), block.mean(0)
+            yield from self._matrices(measure, unit, 1.0, names, sequence, block, block.mean(0))
+
+        # Masked, because short sequences do not have all lags.
+        longest = np.array([(batch.lengths[i] - 1) // 2 for rows in blocks.values() for i in rows])
+        profile = np.ma.masked_array(scores[len(bounded) :])  # [lag, sequence, layer, head]
+        profile[np.arange(len(profile))[:, None] > longest] = np.ma.masked
+        parts = np.split(np.arange(len(longest)), stops)
+        block = np.ma.stack([profile[:, part].mean(1) for part in parts], axis=1)
+        views = profile, block, block.mean(1)
+        yield from self._matrices(
+            "lag",
+            "tokens",
+            longest.max(),
+            names,
+            *(view.argmax(0, fill_value=-1) for view in views),
+        )
+        yield from self._matrices(
+            "lag_mass", "probability", 1.0, names, *(view.max(0).filled() for view in views)
+        )
+        for measure in ("previous", "duplicate", self._induction, "prefix_matching"):
+            yield self._scalar(f"max_{measure}", minima[measure].max(), "probability")
+        yield self._scalar("sink_share", (means["sink"] > 0.3).mean(), "fraction")
+        yield self._scalar("min_entropy", means["entropy"].min(), "fraction")
+        yield self._scalar("mean_entropy", means["entropy"].mean(), "fraction")
+
+    @property
+    def _induction(self) -> str:
+        return "induction" if self.strict else "induction_diagonal"
+
+    def _matrices(
+        self,
+        measure: str,
+        unit: str,
+        top: float,
+        names: list[str],
+        sequence: Real[np.ndarray, "row layer head"],
+        block: Real[np.ndarray, "block layer head"],
+        overall: Real[np.ndarray, "layer head"],
+    ) -> Iterator[Reading]:
+        key, axes = f"{self.name}/{measure}", ("layer", "head")
+        limits = (0.0, float(top))
+        yield Reading(key=key, values=overall, axes=axes, unit=unit, limits=limits)
+        yield Reading(
+            key=f"{key}_by_block",
+            values=block,
+            axes=("block", *axes),
+            unit=unit,
+            labels={"block": names},
+            limits=limits,
+        )
+        yield Reading(
+            key=f"{key}_spread",
+            values=(block if len(names) > 1 else sequence).std(0),
+            axes=axes,
+            unit=unit,
+            limits=(0.0, float(top) / 2),
+        )
+
+    def _scalar(self, measure: str, value: np.floating, unit: str) -> Reading:
+        key = f"{self.name}/{measure}"
+        return Reading(key=key, values=np.array(value), unit=unit, limits=(0.0, 1.0))
+
+    def _pairs(self, block: int, times: int) -> dict[str, Pairs]:
+        """The (query, key) places of each measure; it is their sum over the number of queries."""
+        tokens = 1 + block * times
+        later = range(block + 1, tokens)
+        second = range(block + 1, 2 * block + 1)
+        return {
+            "previous": [(q, q - 1) for q in range(1, tokens)],
+            "current": [(q, q) for q in range(tokens)],
+            "duplicate": [(q, q - block) for q in later],
+            self._induction: [(q, q - block + 1) for q in second]
+            if self.strict
+            else [(q, q - block + 1) for q in range(block - 1, tokens)],
+            "prefix_matching": [
+                (q, q - back * block + 1) for q in later for back in range(1, (q - 1) // block + 1)
+            ],
+            "sink": [(q, 0) for q in range(tokens)],
+        }
+
+    def _places(
+        self, batch: ProbeBatch, rows: list[int]
+    ) -> tuple[Int[Tensor, "row place"], Float[Tensor, "row place measure"]]:
+        """Where in the flattened pattern each row's measures look, and with what weight."""
+        width = max(batch.lengths[row] for row in rows)
+        made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for row in rows:
+            probe = batch.probes[row]
+            assert probe.block is not None
+            shape = probe.block, probe.times
+            if shape in made:
+                continue
+            measures = list(self._pairs(*shape).values())
+            index = torch.tensor([q * width + k for pairs in measures for q, k in pairs])
+            weight = torch.zeros(len(index), len(measures))
+            start = 0
+            for column, pairs in enumerate(measures):
+                queries = len({q for q, _ in pairs})
+                weight[start : start + len(pairs), column] = 1 / queries
+                start += len(pairs)
+            made[shape] = index, weight
+        each = [made[batch.probes[row].block, batch.probes[row].times] for row in rows]  # type: ignore[index]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return (
+            pad([index for index, _ in each], batch_first=True),
+            pad([weight for _, weight in each], batch_first=True),
+        )
+
+
+def _entropy_weights(lengths: list[int]) -> Float[Tensor, "row query"]:
+    """1 / ln(q+1) for the queries 1..T-1, over their number; 0 for the others."""
+    query = torch.arange(max(lengths))
+    length = torch.tensor(lengths)[:, None]
+    counted = (query >= 1) & (query < length)
+    return counted / (query + 1.0).log().clamp(min=0.5) / (length - 1)
+
+
+def _lags(lengths: list[int]) -> tuple[Int[Tensor, "query lag"], Float[Tensor, "row query lag"]]:
+    """The key at each lag from each query, and the weights that make the mean over queries."""
+    query = torch.arange(max(lengths))[:, None]
+    lag = torch.arange((max(lengths) - 1) // 2 + 1)
+    length = torch.tensor(lengths)[:, None, None]
+    counted = (query - lag >= 1) & (query < length) & (lag <= (length - 1) // 2)
+    weight = counted / (length - 1 - lag).clamp(min=1)
+    return (query - lag).clamp(min=0), weight

@@ -1,0 +1,232 @@
+"""Which neurons fire, on what, and what they write towards the target."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tlens_callback.instruments.direct import before_norm, has_direct_path, towards
+from tlens_callback.instruments.experts import expert_taps, routed_hook, router_hook
+from tlens_callback.instruments.selection import picked, plain_rows, rows_named
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+FINAL = "ln_final.hook_scale"
+
+
+@dataclass(frozen=True)
+class TopNeurons:
+    """The MLP neurons that fire most in each layer; experts where a layer has no neurons.
+
+    With a_n(pos) the input of the MLP's output projection (gated models: act(gate) * up):
+
+    - neuron: the k neurons n of largest max over pos of |a_n(pos)|, largest first; pos runs over
+      the probe's tokens, without the first if `skip_first`.
+    - activation: a_n(pos) of each of them on every token, the first included.
+    - write: what the neuron adds directly to logit[target] - logit[foil] at the last token, before
+      any soft cap, with the scales s of the norms as they are:
+      a_n(last) * (W_out[n] * gain_post / s_post) * gain_final / s_final . u,
+      u = W_U[target] - W_U[foil].
+      The post-norm factor only where the family has one (Gemma 2 and 3, OLMo 2); LayerNorm also
+      centres. Without a foil, the mean of W_U over the vocabulary takes its place: the
+      contribution to logit[target] minus the mean logit.
+    - expert_share: share of the same tokens that are routed to the expert; they sum to the number
+      of experts a token is sent to.
+    - router: mean over the same tokens of the router's softmax over all experts.
+
+    A model may mix both kinds of layer; each reading holds, and names, the layers of its kind.
+
+    Args:
+        k: neurons per layer.
+        probes: names of the probes to show. Default: every probe that is no repeated block.
+        skip_first: leave the first token out of the ranking; it is an attention sink with
+            activations hundreds of times larger, which would fill the list. It stays in for a
+            probe of one token.
+
+    Keys:
+        top_neurons/neuron/<probe>: [layer, rank], index, 0..d_mlp-1
+        top_neurons/activation/<probe>: [layer, rank, pos], activation, -inf..inf
+        top_neurons/write/<probe>: [layer, rank], logit, -inf..inf; for a probe with a target, in
+            families whose logits are the unembedded final norm and nothing more
+        top_neurons/expert_share/<probe>: [layer, expert], fraction, 0..1; mixture-of-experts layers
+        top_neurons/router/<probe>: [layer, expert], probability, 0..1; mixture-of-experts layers
+
+    Reads:
+        blocks.{layer}.mlp.hook_post; for write: blocks.{layer}.ln2_post.hook_scale,
+        ln_final.hook_scale; for experts: blocks.{layer}.mlp.gate.hook_out,
+        blocks.{layer}.mlp.hook_expert_indices
+
+    Cost:
+        layers * k * (2 + length) per probe; experts: 2 * layers * n_experts per probe.
+
+    Source:
+        Geva et al. 2021 (neurons as memories); Elhage et al. 2021 (direct contributions); Sun et
+        al. 2024 (massive activations on the first token).
+
+    Raises:
+        ValueError: k < 1; an empty or repeated selection; from `taps`, a probe that is not there,
+            or more neurons asked for than a layer has.
+    """
+
+    k: int = 5
+    probes: Sequence[str] | None = None
+    skip_first: bool = True
+    name: str = "top_neurons"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"TopNeurons(k={self.k}) shows nothing; give k >= 1.")
+        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """The neurons or the router of each layer, and the norm scales of the direct path."""
+        rows = self._rows(batch)
+        if not rows:
+            return {}
+        row = torch.tensor(rows, device=batch.tokens.device)
+        last, counted = batch.last[row], self._counted(batch, row)
+        worth = self._worth(shadow, batch, rows)
+
+        def at_last(scale: Float[Tensor, "probe pos 1"]) -> Float[Tensor, " row"]:
+            return scale[row, last, 0]
+
+        taps: dict[str, Reduce] = {}
+        for i in _neuron_layers(shadow):
+            mlp = shadow.bridge.blocks[i].mlp
+            if self.k > mlp.W_out.shape[0]:
+                raise ValueError(
+                    f"TopNeurons(k={self.k}): layer {i} has {mlp.W_out.shape[0]} neurons."
+                )
+            through, post = worth, f"blocks.{i}.ln2_post.hook_scale"
+            if worth is not None and post in shadow.hooks:
+                through = before_norm(shadow.bridge.blocks[i].ln2_post, worth)
+                taps[post] = at_last
+            taps[_post(i)] = _top(self.k, row, last, counted, mlp.W_out, through)
+        if worth is not None and taps:
+            taps[FINAL] = at_last
+        return taps | expert_taps(shadow, _expert_layers(shadow), row, counted)
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Per probe, one reading of each kind."""
+        rows = self._rows(batch)
+        neurons = [i for i in _neuron_layers(shadow) if _post(i) in taken]
+        experts = [i for i in _expert_layers(shadow) if router_hook(i) in taken]
+        for at, row in enumerate(rows):
+            probe, n = batch.probes[row].name, batch.lengths[row]
+            if neurons:
+                labels = _named(neurons, shadow)
+                parts = [taken[_post(i)] for i in neurons]
+                yield Reading(
+                    key=f"{self.name}/neuron/{probe}",
+                    values=np.stack([part[0][at] for part in parts]),
+                    axes=("layer", "rank"),
+                    unit="index",
+                    labels=labels,
+                )
+                yield Reading(
+                    key=f"{self.name}/activation/{probe}",
+                    values=np.stack([part[1][at, :, :n] for part in parts]),
+                    axes=("layer", "rank", "pos"),
+                    unit="activation",
+                    labels={**labels, "pos": batch.labels[row]},
+                )
+                if FINAL in taken and batch.targets[row] is not None:
+                    scales = [taken.get(f"blocks.{i}.ln2_post.hook_scale") for i in neurons]
+                    write = [
+                        part[2][at] / (1.0 if scale is None else scale[at])
+                        for part, scale in zip(parts, scales, strict=True)
+                    ]
+                    yield Reading(
+                        key=f"{self.name}/write/{probe}",
+                        values=np.stack(write) / taken[FINAL][at].numpy(),  # type: ignore[union-attr]
+                        axes=("layer", "rank"),
+                        unit="logit",
+                        labels=labels,
+                    )
+            for measure, unit, hook in (
+                ("expert_share", "fraction", routed_hook),
+                ("router", "probability", router_hook),
+            ):
+                if experts:
+                    yield Reading(
+                        key=f"{self.name}/{measure}/{probe}",
+                        values=np.stack([taken[hook(i)][at] for i in experts]),
+                        axes=("layer", "expert"),
+                        unit=unit,
+                        labels=_named(experts, shadow),
+                        limits=(0.0, 1.0),
+                    )
+
+    def _rows(self, batch: ProbeBatch) -> list[int]:
+        return plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
+
+    def _counted(self, batch: ProbeBatch, row: Int[Tensor, " row"]) -> Bool[Tensor, "row pos"]:
+        counted = batch.mask[row].clone()
+        if self.skip_first:
+            counted[:, 0] = counted.sum(1) == 1
+        return counted
+
+    def _worth(
+        self, shadow: Shadow, batch: ProbeBatch, rows: list[int]
+    ) -> Float[Tensor, "row d_model"] | None:
+        """Each probe's direction at the final norm; zero without a target; None if none has one."""
+        targets = [batch.targets[i] for i in rows]
+        if all(target is None for target in targets) or not has_direct_path(shadow):
+            return None
+        return towards(shadow, targets, [batch.foils[i] for i in rows])
+
+
+def _top(
+    k: int,
+    row: Int[Tensor, " row"],
+    last: Int[Tensor, " row"],
+    counted: Bool[Tensor, "row pos"],
+    w_out: Float[Tensor, "neuron d_model"],
+    worth: Float[Tensor, "row d_model"] | None,
+) -> Reduce:
+    """The k neurons of each row, what they fire, and write before the norms divide."""
+
+    def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, ...]:
+        a = post[row].float()
+        peak = a.abs().masked_fill(~counted[:, :, None], -1).amax(1)
+        index = peak.topk(k, dim=1).indices  # [row, rank]
+        fired = a.gather(2, index[:, None].expand(-1, a.shape[1], -1)).transpose(1, 2)
+        if worth is None:
+            return index, fired
+        at_last = fired[torch.arange(len(last), device=last.device), :, last]
+        return index, fired, at_last * (w_out[index].float() @ worth[:, :, None])[:, :, 0]
+
+    return top
+
+
+def _post(layer: int) -> str:
+    return f"blocks.{layer}.mlp.hook_post"
+
+
+def _neuron_layers(shadow: Shadow) -> list[int]:
+    """In a mixture-of-experts layer the bridge's hook_post is the layer's output."""
+    hooks = shadow.hooks
+    return [
+        i
+        for i in range(shadow.n_layers)
+        if _post(i) in hooks and hooks[_post(i)] is not hooks.get(f"blocks.{i}.mlp.hook_out")
+    ]
+
+
+def _expert_layers(shadow: Shadow) -> list[int]:
+    neurons = _neuron_layers(shadow)
+    return [
+        i for i in range(shadow.n_layers) if i not in neurons and routed_hook(i) in shadow.hooks
+    ]
+
+
+def _named(layers: list[int], shadow: Shadow) -> dict[str, list[str]]:
+    """The names of the layers, where a reading does not hold all of them."""
+    return {} if len(layers) == shadow.n_layers else {"layer": [str(i) for i in layers]}

@@ -1,0 +1,89 @@
+"""How near the model's answer is to each probe's target."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """Probability, rank and loss of each probe's target token, and its lead over the foil.
+
+    With `logit` the model's output at the probe's last token: probability =
+    softmax(logit)[target]; loss = -ln probability; rank = number of tokens with a logit above the
+    target's, so 0 is the top; logit_diff = logit[target] - logit[foil]. Nothing is emitted for a
+    probe without a target.
+
+    Keys:
+        target_scores/probability/<probe>: [], probability, 0..1
+        target_scores/rank/<probe>: [], rank, 0..vocab_size-1
+        target_scores/loss/<probe>: [], nats, 0..inf
+        target_scores/logit_diff/<probe>: [], logit, -inf..inf; for a probe with a foil
+
+    Reads:
+        last_logits
+
+    Cost:
+        4 per probe with a target.
+
+    Source:
+        Wang et al. 2022 (logit difference), section 2.
+    """
+
+    name: str = "target_scores"
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """One reduction of the last logits: [probe with a target, measure]."""
+        rows = _rows(batch)
+        if not rows:
+            return {}
+        device = batch.tokens.device
+        row = torch.tensor(rows, device=device)
+        target = torch.tensor([batch.targets[i] for i in rows], device=device)
+        # Without a foil the difference is not read; the target against itself fills the place.
+        foils = [batch.targets[i] if batch.foils[i] is None else batch.foils[i] for i in rows]
+        foil = torch.tensor(foils, device=device)
+
+        def score(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, "chosen 4"]:
+            logits = logits[row].float()
+            at_target = logits.gather(1, target[:, None])
+            loss = logits.logsumexp(1) - at_target[:, 0]
+            rank = (logits > at_target).sum(1)
+            ahead = (at_target - logits.gather(1, foil[:, None]))[:, 0]
+            return torch.stack([(-loss).exp(), rank.float(), loss, ahead], dim=1)
+
+        return {"last_logits": score}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterable[Reading]:
+        """Numbers, one of each kind a probe."""
+        rows = _rows(batch)
+        if not rows:
+            return
+        scores = taken["last_logits"]
+        assert isinstance(scores, Tensor)
+        for row, (probability, rank, loss, ahead) in zip(rows, scores.numpy(), strict=True):
+            probe = batch.probes[row].name
+            yield Reading(
+                key=f"{self.name}/probability/{probe}",
+                values=probability,
+                unit="probability",
+                limits=(0.0, 1.0),
+            )
+            yield Reading(key=f"{self.name}/rank/{probe}", values=rank, unit="rank")
+            yield Reading(key=f"{self.name}/loss/{probe}", values=loss, unit="nats")
+            if batch.foils[row] is not None:
+                yield Reading(key=f"{self.name}/logit_diff/{probe}", values=ahead, unit="logit")
+
+
+def _rows(batch: ProbeBatch) -> list[int]:
+    return [i for i, target in enumerate(batch.targets) if target is not None]

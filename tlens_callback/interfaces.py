@@ -1,0 +1,59 @@
+"""The two things a user may write: an `Instrument` and a `Sink`."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from tlens_callback.reading import Reading
+
+if TYPE_CHECKING:
+    from tlens_callback.probes import ProbeBatch
+    from tlens_callback.shadow import Shadow
+
+Taken = Tensor | tuple[Tensor, ...]
+"""What one reduction returned, on the CPU, floating point numbers as float32."""
+
+Reduce = Callable[[Tensor], Taken]
+"""Runs on the device, inside the forward pass: a hook's activation in, a few numbers out."""
+
+
+@runtime_checkable
+class Instrument(Protocol):
+    """Measures something at every observation, from a forward pass that all instruments share."""
+
+    @property
+    def name(self) -> str:
+        """First segment of every key it emits."""
+        ...
+
+    def taps(self, shadow: "Shadow", batch: "ProbeBatch") -> Mapping[str, Reduce]:
+        """The hook points to listen to, each with its reduction.
+
+        Called anew at each observation, before the forward pass. Besides TransformerLens's names
+        (`blocks.0.attn.hook_pattern`) there are two for the model's output: `logits`,
+        [probe, pos, vocab], and `last_logits`, [probe, vocab] at each probe's last token.
+        An instrument of weights alone returns an empty mapping. An activation that the hook
+        point gives without a probe axis (router outputs) arrives as the model has it.
+        """
+        ...
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: "Shadow", batch: "ProbeBatch"
+    ) -> Iterable[Reading]:
+        """Turns what the reductions returned, under the names of `taps` and in their order,
+        into readings."""
+        ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes the readings of each observation somewhere."""
+
+    def write(self, readings: Sequence[Reading], *, step: int) -> None:
+        """Stores or shows one observation; `step` is the trainer's global step."""
+        ...
+
+    def close(self) -> None:
+        """Called at the end of training; may be called twice, and `write` may follow it."""
+        ...

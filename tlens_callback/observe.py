@@ -1,0 +1,91 @@
+"""`observe`: look once. One forward pass serves all instruments."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tlens_callback.interfaces import Instrument, Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+
+def observe(
+    shadow: Shadow,
+    batch: ProbeBatch,
+    instruments: Sequence[Instrument],
+    *,
+    on_error: Callable[[Instrument, Exception], None] | None = None,
+) -> list[Reading]:
+    """Runs the probes through the shadow once and returns what the instruments read.
+
+    The shadow is taken as it is; `shadow.sync()` first brings it up to the live model. Reductions
+    run on the shadow's device inside the forward pass; their results leave it together.
+
+    Args:
+        on_error: takes an instrument that raised, and what; the others go on. None raises.
+
+    Raises:
+        ValueError: where two readings have one key.
+    """
+    failed: set[int] = set()
+
+    def fail(i: int, error: Exception) -> None:
+        if on_error is None:
+            raise error
+        failed.add(i)
+        on_error(instruments[i], error)
+
+    taps: list[Mapping[str, Reduce]] = []
+    for i, instrument in enumerate(instruments):
+        try:
+            taps.append(instrument.taps(shadow, batch))
+        except Exception as error:
+            taps.append({})
+            fail(i, error)
+    taken = _hand_over(shadow.run(batch, taps, on_error=fail))
+    readings: list[Reading] = []
+    seen: set[str] = set()
+    for i, (instrument, got) in enumerate(zip(instruments, taken, strict=True)):
+        if i in failed:
+            continue
+        try:
+            fresh = list(instrument.read(got, shadow, batch))
+            keys = [reading.key for reading in fresh]
+            if twice := [key for i, key in enumerate(keys) if key in seen or key in keys[:i]]:
+                raise ValueError(
+                    f"Two readings have the key {twice[0]!r}; give the instruments or their "
+                    f"measures different names."
+                )
+        except Exception as error:
+            fail(i, error)
+            continue
+        seen.update(keys)
+        readings += fresh
+    return readings
+
+
+def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
+    """Everything to the CPU, floating point as float32; one wait for the device in all."""
+    devices: set[torch.device] = set()
+
+    def to_cpu(value: Tensor) -> Tensor:
+        if value.is_floating_point():
+            value = value.float()
+        if value.device.type != "cuda":
+            return value.cpu()
+        devices.add(value.device)
+        pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return pinned.copy_(value, non_blocking=True)
+
+    moved: list[dict[str, Taken]] = [
+        {
+            name: tuple(map(to_cpu, value)) if isinstance(value, tuple) else to_cpu(value)
+            for name, value in got.items()
+        }
+        for got in taken
+    ]
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return moved

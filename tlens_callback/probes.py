@@ -1,0 +1,258 @@
+"""`Probe`: what to ask the model. `ProbeBatch`: the probes as tensors, fixed for the run."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt that is shown to the model at every observation.
+
+    Args:
+        name: last segment of the keys of its readings; unique among the probes of a run.
+        content: text; or chat messages (`[{"role": "user", "content": "..."}]`, put through the
+            tokenizer's own chat template); or token ids.
+        target: the token that training should make more likely after the last token: a string
+            that is exactly one token (mind the leading space), or a token id.
+        foil: the token to compare the target with.
+
+    A repeated random block, the standard stimulus for induction heads, is made by
+    `Probe.repeated`.
+    """
+
+    name: str
+    content: str | Sequence[Mapping[str, str]] | Sequence[int] = ()
+    target: str | int | None = None
+    foil: str | int | None = None
+    block: int | None = None
+    times: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"A probe needs a name without '/', got {self.name!r}.")
+        if self.foil is not None and self.target is None:
+            raise ValueError(
+                f"Probe {self.name!r} has a foil but no target; the logit difference needs both."
+            )
+        if self.block is not None:
+            if len(self.content) > 0:
+                raise ValueError(f"Probe {self.name!r} has both content and a random block.")
+            if self.block < 2 or self.times < 2:
+                raise ValueError(
+                    f"Probe {self.name!r}: a repeated block needs block >= 2 and times >= 2, "
+                    f"got block={self.block}, times={self.times}."
+                )
+            return
+        content = self.content
+        if isinstance(content, str):
+            empty = not content.strip()
+        else:
+            content = content.tolist() if hasattr(content, "tolist") else content  # type: ignore
+            object.__setattr__(self, "content", tuple(content))  # type: ignore[arg-type]
+            empty = len(self.content) == 0
+        if empty:
+            raise ValueError(
+                f"Probe {self.name!r} is empty. Give text, chat messages or token ids, or use "
+                f"Probe.repeated({self.name!r}, block=16)."
+            )
+
+    @classmethod
+    def repeated(cls, name: str, *, block: int, times: int = 2, seed: int = 0) -> "Probe":
+        """`[BOS, r_1..r_block, r_1..r_block, ...]`: distinct random tokens, `times` times over.
+
+        The tokens depend on `seed`, `block` and the vocabulary only; no global random state is
+        read or changed. A tokenizer without a BOS token gets its EOS token in front instead.
+        """
+        return cls(name, block=block, times=times, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeBatch:
+    """The probes of a run, tokenised once and right-padded to one rectangle.
+
+    Attributes:
+        probes: the probes, one row each.
+        tokens: [probe, pos], token ids, on the shadow's device; padding holds id 0.
+        mask: [probe, pos], True where there is a real token.
+        labels: per probe, one printable string per real token.
+        targets, foils: per probe, a token id or None.
+    """
+
+    probes: tuple[Probe, ...]
+    tokens: Int[Tensor, "probe pos"]
+    mask: Bool[Tensor, "probe pos"]
+    labels: tuple[tuple[str, ...], ...]
+    targets: tuple[int | None, ...]
+    foils: tuple[int | None, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of real tokens of each probe."""
+        return tuple(len(names) for names in self.labels)
+
+    @property
+    def last(self) -> Int[Tensor, " probe"]:
+        """[probe], position of each probe's last real token, on the device of `tokens`."""
+        return self.mask.sum(1) - 1
+
+    @classmethod
+    def encode(
+        cls,
+        probes: Sequence[Probe],
+        tokenizer: Any = None,
+        *,
+        vocab_size: int,
+        context: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "ProbeBatch":
+        """Tokenises the probes. Works on a copy of the tokenizer: the trainer's own stays as it is.
+
+        Args:
+            tokenizer: the trainer's `processing_class`; may be None for token ids and repeated
+                blocks.
+            vocab_size: number of token ids that the model embeds.
+            context: longest input that the model takes, in tokens.
+
+        Raises:
+            ValueError: no probes, two of one name, a text without a tokenizer, chat without a
+                chat template, more tokens than `context`, ids outside the vocabulary, or a target
+                that is not one token.
+        """
+        if not probes:
+            raise ValueError("There are no probes; give at least one Probe.")
+        names = [probe.name for probe in probes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"Two probes are named {twice[0]!r}; names become keys, so vary them.")
+        tokenizer = own_tokenizer(tokenizer)
+        rows = [token_ids(probe, tokenizer, vocab_size) for probe in probes]
+        for probe, row in zip(probes, rows, strict=True):
+            if context is not None and len(row) > context:
+                raise ValueError(
+                    f"Probe {probe.name!r} is {len(row)} tokens long; the model's context is "
+                    f"{context}. Shorten it."
+                )
+            if bad := [i for i in row if not 0 <= i < vocab_size]:
+                raise ValueError(
+                    f"Probe {probe.name!r} has token id {bad[0]}, outside the model's vocabulary "
+                    f"of {vocab_size}. Is this the model's own tokenizer?"
+                )
+        width = max(len(row) for row in rows)
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = True
+        return cls(
+            probes=tuple(probes),
+            tokens=tokens.to(device),
+            mask=mask.to(device),
+            labels=tuple(tuple(_label(tokenizer, i) for i in row) for row in rows),
+            targets=tuple(_answer(p, "target", tokenizer, vocab_size) for p in probes),
+            foils=tuple(_answer(p, "foil", tokenizer, vocab_size) for p in probes),
+        )
+
+
+def own_tokenizer(tokenizer: Any) -> Any:
+    """A copy to encode with: padding and truncation settings live in a tokenizer's backend and
+    change with its calls. A multimodal processor holds its tokenizer as a member."""
+    return copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer))
+
+
+def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
+    """The probe as token ids, encoded by `own_tokenizer`'s copy.
+
+    Raises:
+        ValueError: a text without a tokenizer, chat without a chat template, or a vocabulary too
+            small for a random block.
+    """
+    content = probe.content
+    if probe.block is not None:
+        return _repeated_ids(probe, tokenizer, vocab_size)
+    if not isinstance(content, str) and isinstance(content[0], int):
+        return [int(i) for i in content]  # type: ignore[arg-type]
+    if tokenizer is None:
+        raise ValueError(
+            f"Probe {probe.name!r} needs a tokenizer and the trainer has none. Pass "
+            f"processing_class=tokenizer to the trainer, or give the probe as token ids."
+        )
+    if isinstance(content, str):
+        return list(tokenizer(content)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"Probe {probe.name!r} is a chat, but the tokenizer has no chat template. "
+            f"Give the prompt as text."
+        )
+    messages = [dict(message) for message in content]  # type: ignore[call-overload]
+    ends_open = messages[-1].get("role") == "assistant"
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=not ends_open,
+        continue_final_message=ends_open,
+    )
+    return list(encoded["input_ids"])
+
+
+def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
+    assert probe.block is not None
+    special = set(getattr(tokenizer, "all_special_ids", None) or ())
+    start = getattr(tokenizer, "bos_token_id", None)
+    if start is None:
+        start = getattr(tokenizer, "eos_token_id", None)
+    start = 0 if start is None else int(start)
+    added = {i for i in getattr(tokenizer, "added_tokens_decoder", {})}
+    # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
+    known = min(vocab_size, len(tokenizer)) if tokenizer is not None else vocab_size
+    usable = torch.tensor([i for i in range(known) if i not in special | added | {start}])
+    if len(usable) < probe.block:
+        raise ValueError(
+            f"Probe {probe.name!r}: a block of {probe.block} distinct tokens needs a vocabulary "
+            f"of at least as many ordinary tokens; there are {len(usable)}."
+        )
+    generator = torch.Generator().manual_seed(1000 * probe.seed + probe.block)
+    chosen = usable[torch.randperm(len(usable), generator=generator)[: probe.block]]
+    return [start] + chosen.tolist() * probe.times
+
+
+def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | None:
+    text = getattr(probe, role)
+    if text is None:
+        return None
+    if isinstance(text, int):
+        if not 0 <= text < vocab_size:
+            raise ValueError(
+                f"The {role} of probe {probe.name!r} is token id {text}, outside the model's "
+                f"vocabulary of {vocab_size}."
+            )
+        return text
+    if tokenizer is None:
+        raise ValueError(
+            f"The {role} {text!r} of probe {probe.name!r} needs a tokenizer and the trainer has "
+            f"none. Give the token id."
+        )
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(ids) != 1:
+        pieces = [_label(tokenizer, i) for i in ids]
+        raise ValueError(
+            f"The {role} {text!r} of probe {probe.name!r} is {len(ids)} tokens: {pieces}. "
+            f"It has to be one token; the first piece alone may do, and a leading space matters."
+        )
+    return int(ids[0])
+
+
+def _label(tokenizer: Any, token: int) -> str:
+    """The token as a person reads it; a fragment of a character keeps its vocabulary name."""
+    if tokenizer is None:
+        return str(token)
+    text = tokenizer.decode([token])
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        return str(tokenizer.convert_ids_to_tokens(token))
+    return text

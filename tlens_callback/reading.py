@@ -1,0 +1,88 @@
+"""`Reading`: one measured quantity, the only thing that travels from instruments to sinks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reading:
+    """One quantity at one observation, with everything needed to draw or store it.
+
+    Attributes:
+        key: `<instrument>/<measure>` or `<instrument>/<measure>/<probe>`; unique in an observation.
+        values: float32 array on the CPU, made read-only. No axes: a number, a point of a curve.
+        axes: one name per dimension, in TransformerLens's words: `("layer", "head")`,
+            `("layer", "head", "query", "key")`, `("layer", "rank", "pos")`, ...
+        unit: "nats", "probability", "logit", "count", "index", ... never empty.
+        labels: axis name -> one string per index (tokens, names). Axes without labels are numbered.
+        limits: fixed range of the colour scale, so that step 100 compares with step 900.
+
+    Raises:
+        ValueError: where key, values, axes, labels and limits do not fit together.
+    """
+
+    key: str
+    values: np.ndarray
+    axes: tuple[str, ...] = ()
+    unit: str
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    limits: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        parts = self.key.split("/", 2)
+        if len(parts) < 2 or not all(parts):
+            raise ValueError(
+                f"A reading's key is '<instrument>/<measure>' or '<instrument>/<measure>/<probe>', "
+                f"got {self.key!r}."
+            )
+        values = np.array(self.values, dtype=np.float32)
+        if values.ndim != len(self.axes):
+            raise ValueError(
+                f"Reading {self.key!r} has values of shape {values.shape} but axes {self.axes}: "
+                f"name each dimension once."
+            )
+        if len(set(self.axes)) != len(self.axes):
+            raise ValueError(f"Reading {self.key!r} names an axis twice: {self.axes}.")
+        if not self.unit:
+            raise ValueError(f"Reading {self.key!r} has no unit; say what one unit of it is.")
+        labels = {axis: tuple(str(name) for name in names) for axis, names in self.labels.items()}
+        for axis, names in labels.items():
+            if axis not in self.axes:
+                raise ValueError(
+                    f"Reading {self.key!r} labels axis {axis!r}, which is not one of {self.axes}."
+                )
+            size = values.shape[self.axes.index(axis)]
+            if len(names) != size:
+                raise ValueError(
+                    f"Reading {self.key!r}: axis {axis!r} has {size} indices "
+                    f"but {len(names)} labels."
+                )
+        if self.limits is not None:
+            low, high = self.limits
+            if not low < high:
+                raise ValueError(
+                    f"Reading {self.key!r}: limits are (low, high) with low < high, "
+                    f"got {self.limits}."
+                )
+        values.setflags(write=False)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "axes", tuple(self.axes))
+        object.__setattr__(self, "labels", labels)
+
+    @property
+    def instrument(self) -> str:
+        """First segment of the key."""
+        return self.key.split("/", 2)[0]
+
+    @property
+    def measure(self) -> str:
+        """Second segment of the key."""
+        return self.key.split("/", 2)[1]
+
+    @property
+    def probe(self) -> str | None:
+        """What follows the second slash, or None for a reading that belongs to no single probe."""
+        parts = self.key.split("/", 2)
+        return parts[2] if len(parts) == 3 else None

@@ -1,0 +1,169 @@
+"""What has no shadow: each refusal names the thing, gives the reason and says what to try."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftType
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+_PROMPTS = "puts learned vectors in front of the input (or of every layer's keys and values)"
+
+_TUNERS: dict[str, str] = {
+    PeftType.PROMPT_TUNING: _PROMPTS,
+    PeftType.MULTITASK_PROMPT_TUNING: _PROMPTS,
+    PeftType.P_TUNING: _PROMPTS,
+    PeftType.PREFIX_TUNING: _PROMPTS,
+    PeftType.CPT: _PROMPTS,
+    "CARTRIDGE": _PROMPTS,
+    PeftType.ADAPTION_PROMPT: "adds attention over learned prompts inside the attention layers",
+    PeftType.XLORA: "mixes its LoRA adapters anew for every input",
+    PeftType.POLY: "mixes its modules by a task id that comes with the input",
+    "LILY": "mixes its matrices by the input",
+    "SHADOW": "runs a second, small network beside the model",
+}
+"""PEFT type -> what it does that no weight of the plain model can express."""
+
+_VARIANTS = {
+    "ALoraLinearVariant": "aLoRA acts only on the tokens behind its invocation sequence",
+    "ArrowLinearVariant": "Arrow routes every token to other LoRA adapters",
+    "QALoraLinearVariant": "QA-LoRA pools its input in groups and needs a quantised layer",
+}
+"""Variant of LoRA -> why it has no single weight."""
+
+
+def refuse(model: nn.Module, *, device: torch.device | str | None = None) -> None:
+    """Raises for a live model whose weights cannot be shown as those of one plain model.
+
+    Refused are: a model that is not a transformers model; quantised parameters; parameters that
+    are sharded (FSDP, tensor parallelism, DeepSpeed ZeRO-3), absent (meta device, offloading) or,
+    unless `device` names the place for a copy, spread over several devices; and adapters whose
+    effect depends on more than the layer's input vector, so that no merged weight has it.
+
+    Args:
+        model: as the trainer hands it over, wrappers included.
+        device: where the shadow will be, or None for beside the live model.
+
+    Raises:
+        ValueError: one sentence on what it is, one on why, one on what to try.
+    """
+    if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        raise ValueError(
+            f"A {type(model).__name__} is not a transformers model. "
+            f"The shadow is rebuilt from a PreTrainedModel's class and config. "
+            f"Hand over a PreTrainedModel, plain or wrapped by PEFT, DDP or torch.compile."
+        )
+    for reason in (*_sharded(model), *_quantised(model), *_placed(model, device), *_adapted(model)):
+        raise ValueError(reason)
+
+
+def _sharded(model: nn.Module) -> Iterator[str]:
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in ("FullyShardedDataParallel", "FSDPModule"):
+                name = "FSDP1" if kind.__name__.startswith("Fully") else "FSDP2"
+                yield _shards(f"under {name}")
+                return
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            yield _shards(f"under DeepSpeed ZeRO-3 ({name!r} has a ds_id)")
+            return
+        if _kind(parameter) == "DTensor":
+            yield _shards(f"in shards ({name!r} is a DTensor: FSDP2 or tensor parallelism)")
+            return
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and (getattr(module, "_tp_size", None) or 1) > 1:
+            yield _shards("under tensor parallelism")
+            return
+
+
+def _shards(how: str) -> str:
+    return (
+        f"The model is {how}. No process holds whole weights, and gathering them needs all "
+        f"processes at once. Train with DDP, ZeRO-2 or on one device to look inside."
+    )
+
+
+def _quantised(model: nn.Module) -> Iterator[str]:
+    way_out = "Load the base model in bfloat16 or float32 to look inside."
+    for module in model.modules():
+        quantizer = getattr(module, "hf_quantizer", None)
+        if quantizer is not None or getattr(module, "quantization_method", None):
+            method = getattr(module, "quantization_method", None) or type(quantizer).__name__
+            yield (
+                f"The base model is quantised ({getattr(method, 'value', method)}). "
+                f"Its packed weights can neither be shared with the shadow nor take a merged "
+                f"adapter without being rounded again. {way_out}"
+            )
+            return
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or _kind(parameter) != "Tensor":
+            yield (
+                f"Parameter {name!r} is a {_kind(parameter)} of {parameter.dtype}: quantised or "
+                f"packed. It can neither be shared with the shadow nor take a merged adapter. "
+                f"{way_out}"
+            )
+            return
+
+
+def _kind(parameter: nn.Parameter) -> str:
+    """Class of the tensor behind a parameter: Tensor, unless a library put its own there."""
+    return type(parameter.detach()).__name__
+
+
+def _placed(model: nn.Module, device: torch.device | str | None) -> Iterator[str]:
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
+    meta = torch.device("meta")
+    if meta in devices:
+        yield (
+            f"Parameter {devices[meta]!r} is on the meta device: offloaded, or never loaded. "
+            f"There is nothing to read. Keep the whole model in memory (no offloading in "
+            f"device_map) to look inside."
+        )
+    elif len(devices) > 1 and device is None:
+        where = ", ".join(sorted(map(str, devices)))
+        yield (
+            f"The model's parameters are on several devices ({where}). The shadow computes on one. "
+            f"Pass device= to have a full copy on that device, or load the model on one device."
+        )
+
+
+def _adapted(model: nn.Module) -> Iterator[str]:
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for config in configs.values() if isinstance(configs, dict) else ():
+            reason = _TUNERS.get(config.peft_type)
+            if reason is None and config.is_prompt_learning:
+                reason = _PROMPTS
+            if reason is not None:
+                yield _no_weight(f"{type(config).__name__.removesuffix('Config')} {reason}")
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for reason in _layer(module):
+                yield _no_weight(f"{reason} (module {name!r})")
+
+
+def _layer(layer: Any) -> Iterator[str]:
+    if isinstance(layer, MultiheadAttention):
+        yield "LoRA on torch.nn.MultiheadAttention adapts two weights that PEFT merges in place"
+    for adapter in layer.active_adapters:
+        variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
+        if variant in _VARIANTS:
+            yield _VARIANTS[variant]
+        if getattr(layer, "lora_bias", {}).get(adapter) and layer.get_base_layer().bias is None:
+            yield "lora_bias=True on a layer without a bias adds one that the plain model has not"
+        if getattr(layer, "sample_at_inference", {}).get(adapter):
+            yield "PVeRA with sample_at_inference=True draws another weight for every input"
+
+
+def _no_weight(reason: str) -> str:
+    return (
+        f"{reason}. So there is no set of plain weights that computes what this model computes, "
+        f"which is what the shadow would hold. Use a tuner that merges (LoRA, DoRA, VeRA, ...) "
+        f"to look inside."
+    )

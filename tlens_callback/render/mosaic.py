@@ -1,0 +1,172 @@
+"""All attention patterns of one probe as one labelled PNG, without a browser or matplotlib."""
+
+import io
+from functools import reduce
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw
+
+from tlens_callback.reading import Reading
+from tlens_callback.render.text import INK, PAPER, RAMP, drawable, font, lines, shorten
+
+LEVELS = 240
+"""Palette slots 0..239: the colours of attention 0..1. Slots 240..253 are ink and paper."""
+
+NOT_A_NUMBER, MASKED = 254, 255
+"""Palette slots of a value that is not finite and of what a query cannot see (key > query)."""
+
+# Ten published stops of viridis (van der Walt & Smith, CC0); linear in between.
+_STOPS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725".split()
+_TICKS = (0, 0.02, 0.1, 0.25, 0.5, 1)
+_EDGE, _GAP, _BAR = 10, 2, (170, 10)
+_NARROWEST = 440
+_MANY = 6_000_000
+
+
+def palette() -> UInt8[np.ndarray, "256 3"]:
+    """[slot, rgb]: viridis, then ink to paper, then red (not a number) and grey (masked)."""
+    stops = np.array([[int(stop[i : i + 2], 16) for i in (0, 2, 4)] for stop in _STOPS])
+    at = np.linspace(0, len(stops) - 1, LEVELS)
+    viridis = [np.interp(at, range(len(stops)), stops[:, i]) for i in range(3)]
+    grey = np.linspace(25, 255, PAPER - INK + 1)[:, None].repeat(3, 1)
+    extra = np.array([[220, 30, 30], [222, 222, 226]])
+    colours = np.concatenate([np.stack(viridis, 1), grey, extra])
+    return np.rint(colours).astype(np.uint8)
+
+
+def slots(p: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Palette slot of each probability: `round(sqrt(p) * (LEVELS - 1))`.
+
+    The square root, since on a linear scale nothing but the first token's column shows.
+    """
+    index = np.sqrt(np.clip(p, 0, 1)) * (LEVELS - 1) + 0.5
+    finite = np.isfinite(p)
+    if finite.all():
+        return index.astype(np.uint8)
+    return np.where(finite, np.nan_to_num(index), NOT_A_NUMBER).astype(np.uint8)
+
+
+def mosaic(reading: Reading, *, step: int | None = None) -> bytes:
+    """One PNG of a `("layer", "head", "query", "key")` reading: a row per layer, a column per head.
+
+    Colours run over the fixed range 0..1 on a square-root scale, so that two steps compare. Keys
+    after the query are grey; in a model that sees them they are drawn. A cell is at least 48
+    pixels wide. Of many heads on a long probe (more than six million values) a pixel is the
+    largest of a square of values, and the picture says so. Labels of "layer" and "head" name rows
+    and columns (a selection of layers), labels of "key" are listed below the picture.
+
+    Args:
+        reading: probabilities; `limits` (0, 1) or none.
+        step: written into the title.
+
+    Raises:
+        ValueError: for other axes or other limits.
+    """
+    if reading.axes != ("layer", "head", "query", "key") or reading.values.size == 0:
+        raise ValueError(
+            f"A mosaic needs axes ('layer', 'head', 'query', 'key') and at least one value; "
+            f"{reading.key!r} has {reading.axes} of shape {reading.values.shape}."
+        )
+    if reading.limits not in (None, (0, 1)):
+        raise ValueError(
+            f"A mosaic shows probabilities, limits (0, 1); {reading.key!r} has {reading.limits}."
+        )
+    patterns, pooled = _fit(reading.values)
+    cells = _cells(patterns)
+    title = ["" if step is None else f"step {step}", reading.probe or ""]
+    title.append(f"{reading.instrument}/{reading.measure}")
+    guide = ["row: layer, column: head", "in a cell: query down, key across, grey: masked"]
+    if pooled > 1:
+        guide.append(f"a pixel: largest of {pooled} x {pooled} values")
+    canvas = _frame(
+        cells,
+        " · ".join(filter(None, title)),
+        guide,
+        rows=_names(reading, "layer", "L"),
+        columns=_names(reading, "head", "H"),
+        tokens=reading.labels.get("key", ()),
+    )
+    image = Image.fromarray(canvas, "P")
+    image.putpalette(palette().tobytes())
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def _fit(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """The values, or their largest in squares of `pooled` x `pooled` where they are too many."""
+    side = max(values.shape[2:])
+    pooled = min(int(np.ceil(np.sqrt(values.size / _MANY))), side // 48)
+    if pooled <= 1:
+        return values, 1
+    for axis in (2, 3):
+        fill = [(0, 0)] * 4
+        fill[axis] = (0, -values.shape[axis] % pooled)
+        values = np.moveaxis(np.pad(values, fill), axis, -1)
+        values = reduce(np.maximum, (values[..., i::pooled] for i in range(pooled)))
+        values = np.moveaxis(values, -1, axis)
+    return values, pooled
+
+
+def _cells(patterns: np.ndarray) -> np.ndarray:
+    """[layer, head, y, x]: palette slots, each value a square of whole pixels."""
+    layers, heads, queries, keys = patterns.shape
+    index = slots(patterns)
+    hidden = ~np.tri(queries, keys, dtype=bool)
+    if not index[:, :, hidden].any():
+        index[:, :, hidden] = MASKED
+    side = max(queries, keys)
+    scale = max(-(-48 // side), min(640 // heads, 640 // layers, 200) // side)
+    return index if scale == 1 else index.repeat(scale, 2).repeat(scale, 3)
+
+
+def _frame(
+    cells: np.ndarray,
+    title: str,
+    guide: list[str],
+    *,
+    rows: list[str],
+    columns: list[str],
+    tokens: tuple[str, ...],
+) -> np.ndarray:
+    """The cells in their grid, with title, colour bar, names of rows and columns, and tokens."""
+    layers, heads, height, width = cells.shape
+    small, large = font(11), font(15)
+    left = _EDGE + 6 + int(max(small.getlength(name) for name in rows))
+    total = max(_NARROWEST, left + heads * (width + _GAP) + _EDGE)
+    top = 52 + 14 * len(guide[2:]) + 18
+    bottom = top + layers * (height + _GAP)
+    caption = lines([f"{i}:{drawable(token)}" for i, token in enumerate(tokens)], total - 2 * _EDGE)
+    page = Image.new("L", (total, bottom + 8 + 15 * len(caption) + _EDGE), 255)
+    draw = ImageDraw.Draw(page)
+    draw.text((_EDGE, 7), shorten(drawable(title, " "), total - 2 * _EDGE, large), 0, large)
+    for i, line in enumerate(guide):
+        draw.text((_EDGE, 29 + 14 * i), line, 60, small)
+    bar = (total - _BAR[0] - 16, 31)
+    for tick in _TICKS:
+        x = bar[0] + round(np.sqrt(tick) * (_BAR[0] - 1))
+        draw.line((x, bar[1] + _BAR[1], x, bar[1] + _BAR[1] + 2), 60)
+        draw.text((x, bar[1] + _BAR[1] + 3), f"{tick:g}", 60, small, anchor="ma")
+    for i, name in enumerate(rows):
+        y = top + i * (height + _GAP) + height // 2
+        draw.text((left - 4, y), name, 0, small, anchor="rm")
+    for i, name in enumerate(columns):
+        x = left + i * (width + _GAP) + width // 2
+        draw.text((x, top - 3), shorten(name, width, small), 0, small, anchor="ms")
+    for i, line in enumerate(caption):
+        draw.text((_EDGE, bottom + 6 + 15 * i), line, 0, font(12))
+    canvas = RAMP[np.asarray(page)]
+    grid = np.full((layers, height + _GAP, heads, width + _GAP), PAPER, np.uint8)
+    grid[:, :height, :, :width] = cells.transpose(0, 2, 1, 3)
+    canvas[top:bottom, left : left + heads * (width + _GAP)] = grid.reshape(bottom - top, -1)
+    ramp = np.linspace(0, LEVELS - 1, _BAR[0]).round().astype(np.uint8)
+    canvas[bar[1] : bar[1] + _BAR[1], bar[0] : bar[0] + _BAR[0]] = ramp
+    return canvas
+
+
+def _names(reading: Reading, axis: str, letter: str) -> list[str]:
+    """Labels of an axis, a plain number with its letter: L5, H1."""
+    size = reading.values.shape[reading.axes.index(axis)]
+    names = reading.labels.get(axis) or [str(i) for i in range(size)]
+    return [letter + name if name.isdecimal() else drawable(name)[:16] for name in names]

@@ -1,0 +1,7 @@
+"""Where readings go. A sink writes; it never computes a measure."""
+
+from tlens_callback.sinks.local import LocalSink as LocalSink
+from tlens_callback.sinks.memory import MemorySink as MemorySink
+from tlens_callback.sinks.store import Store as Store
+from tlens_callback.sinks.store import read_store as read_store
+from tlens_callback.sinks.wandb import WandbSink as WandbSink

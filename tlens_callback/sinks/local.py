@@ -1,0 +1,186 @@
+"""`LocalSink`: every reading in one directory, readable with pandas and safetensors."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tlens_callback.reading import Reading
+from tlens_callback.render.table import NAMES, long_frame
+from tlens_callback.sinks.store import (
+    FORMAT,
+    MANIFEST,
+    arrays_file,
+    is_store,
+    pack,
+    scores_file,
+    steps_in,
+)
+
+_PACKAGES = "tlens-callback torch transformers peft trl transformer-lens numpy safetensors".split()
+_MOST_AXES, _MOST_VALUES = 3, 100_000
+
+
+class LocalSink:
+    """Writes every reading into one directory a run; `read_store` gives them back.
+
+    Layout: see `tlens_callback.sinks.store`. A process that is killed leaves every completed step
+    readable (nothing is synced to disk; a power cut may cost the last steps).
+
+    Attention patterns (axes ending in "query", "key", nothing above the diagonal, magnitude at
+    most 1) are packed: lower triangle, float16. That is off by at most 2**-12, relatively by 2**-11
+    (2**-25 below 2**-14, so that what is smaller becomes 0). All else is kept exactly.
+
+    A step that is not greater than the last one makes the run begin again from there: the steps
+    from it on are removed first. A sink that is new or was closed looks at what is there: step 0
+    begins a new run, in `<path>-2`, `<path>-3`, ... if `path` holds one already; a later step
+    goes on with the last of these, from that step.
+
+    Args:
+        path: the directory; made at the first write.
+        exact: keep attention patterns in float32, at twice the size.
+
+    Attributes:
+        path: where this run is written; known after the first write.
+
+    Raises:
+        ValueError: if `path` is a file, or holds a `manifest.json` of something else.
+    """
+
+    def __init__(self, path: str | Path, *, exact: bool = False) -> None:
+        self._base = Path(path).expanduser().absolute()
+        self.path, self.exact = self._base, exact
+        self._last: int | None = None
+        if self._base.exists() and not self._base.is_dir():
+            raise ValueError(f"{self._base} is a file; LocalSink needs a directory.")
+        if (self._base / MANIFEST).exists() and not is_store(self._base):
+            raise ValueError(
+                f"{self._base / MANIFEST} belongs to something else; give LocalSink a directory "
+                f"of its own."
+            )
+
+    def write(self, readings: Sequence[Reading], *, step: int) -> None:
+        """Writes a step.
+
+        Raises:
+            ValueError: for a negative step, or two readings of one key.
+            OSError: a full disk, say; the steps before are as they were.
+        """
+        if step < 0:
+            raise ValueError(f"A step is 0 or more, got {step}.")
+        keys = [reading.key for reading in readings]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"Step {step} has two readings of the key {min(twice)!r}.")
+        if self._last is None:
+            self._enter(step)
+        elif step <= self._last:
+            self._drop(step)
+        _replace(arrays_file(self.path, step), pack(readings, exact=self.exact))
+        self._write_scores(readings, step)
+        self._last = step
+
+    def close(self) -> None:
+        """Writes nothing more; a `write` after it looks at the directory anew."""
+        self._last = None
+
+    def __str__(self) -> str:
+        return f"local store {self.path}, for tlens_callback.read_store"
+
+    def _enter(self, step: int) -> None:
+        """Chooses the directory, clears what an interrupted run left, and writes the manifest."""
+        number, self.path = self._newest()
+        if step == 0 and steps_in(self.path / "scores"):
+            while self.path.exists():
+                number += 1
+                self.path = self._sibling(number)
+        for folder in ("arrays", "scores"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
+            left.unlink()
+        self._drop(step)
+        if not is_store(self.path):
+            about = {
+                "tlens_callback": FORMAT,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "python": platform.python_version(),
+                "packages": {name: _version(name) for name in _PACKAGES},
+            }
+            _replace(self.path / MANIFEST, json.dumps(about, indent=1).encode())
+
+    def _newest(self) -> tuple[int, Path]:
+        """Number and path of the last run that this directory or one beside it holds."""
+        beside = self._base.parent.iterdir() if self._base.parent.is_dir() else ()
+        start = f"{self._base.name}-"
+        numbers = [
+            int(p.name.removeprefix(start))
+            for p in beside
+            if p.name.startswith(start) and p.name.removeprefix(start).isdecimal() and is_store(p)
+        ]
+        number = max(numbers, default=1)
+        return number, self._sibling(number)
+
+    def _sibling(self, number: int) -> Path:
+        return self._base if number == 1 else self._base.with_name(f"{self._base.name}-{number}")
+
+    def _drop(self, first: int) -> None:
+        """Removes the steps from `first` on; scores first, so that no half is taken for a whole."""
+        for folder, file in (("scores", scores_file), ("arrays", arrays_file)):
+            for step in steps_in(self.path / folder):
+                if step >= first:
+                    file(self.path, step).unlink()
+
+    def _write_scores(self, readings: Sequence[Reading], step: int) -> None:
+        frame = long_frame(
+            [r for r in readings if len(r.axes) <= _MOST_AXES and r.values.size <= _MOST_VALUES]
+        )
+        frame.insert(0, "step", step)
+        axes = [name for name in frame.columns if name not in _TYPES]
+        if earlier := steps_in(self.path / "scores"):
+            # Who reads the folder as one table gets the columns of its first file, no others.
+            first = scores_file(self.path, earlier[0])
+            known = [name for name in pq.read_schema(first).names if name not in _TYPES]
+            if not set(axes) <= set(known):
+                both = list(dict.fromkeys(known + axes))
+                _replace(first, _parquet(pq.read_table(first).to_pandas(), both))
+        _replace(scores_file(self.path, step), _parquet(frame, axes))
+
+
+_TYPES = {"step": pa.int64(), **dict.fromkeys(NAMES, pa.string()), "value": pa.float32()}
+
+
+def _parquet(frame: pd.DataFrame, axes: Sequence[str]) -> bytes:
+    """A parquet file of the frame, with all of these axes, whether or not it has them."""
+    for axis in axes:
+        if axis not in frame:
+            frame[axis] = pd.array([pd.NA] * len(frame), dtype="Int32")
+    types = {**_TYPES, **dict.fromkeys(axes, pa.int32())}
+    order = ["step", *NAMES, *axes, "value"]
+    schema = pa.schema([(name, types[name]) for name in order])
+    out = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pandas(frame[order], schema, preserve_index=False), out)
+    return out.getvalue().to_pybytes()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes the file whole or not at all. Readers of parquet folders skip names with a dot."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

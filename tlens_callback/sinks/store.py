@@ -1,0 +1,226 @@
+"""The local store on disk: its layout, and `read_store`, which gives the readings back.
+
+    manifest.json                    format, creation time, package versions
+    arrays/step-00000100.safetensors every reading of the step, a tensor per key
+    scores/step-00000100.parquet     its small readings as a long table, for pandas
+
+`pandas.read_parquet(run / "scores")` reads all steps. In a safetensors file the metadata entry
+"readings" is JSON: key -> axes, unit, labels, limits, shape, packing. With packing "tril" a tensor
+holds `values[..., rows, columns]` for `rows, columns = numpy.tril_indices(n)`; the rest is 0.
+
+A step is complete if and only if its scores file exists; it is written last.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from tlens_callback.reading import Reading
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def arrays_file(path: Path, step: int) -> Path:
+    """Where the arrays of a step are."""
+    return path / "arrays" / f"step-{step:08d}.safetensors"
+
+
+def scores_file(path: Path, step: int) -> Path:
+    """Where the table of a step is."""
+    return path / "scores" / f"step-{step:08d}.parquet"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a file in this folder (`arrays`, `scores`), in order."""
+    names = [re.fullmatch(r"step-(\d{8,})\.\w+", p.name) for p in folder.glob("step-*")]
+    return sorted(int(name[1]) for name in names if name)
+
+
+def is_store(path: Path) -> bool:
+    """Whether the directory holds a store of this package."""
+    try:
+        return "tlens_callback" in json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
+    """One safetensors file. `exact` keeps float32 where attention would become float16."""
+    tensors: dict[str, np.ndarray] = {}
+    about: dict[str, Any] = {}
+    for reading in readings:
+        values, packing = _triangle(reading)
+        if packing and not exact and np.abs(values).max(initial=0) <= 1:
+            values = values.astype(np.float16)
+        tensors[reading.key] = np.asarray(values, order="C")
+        about[reading.key] = {
+            "axes": reading.axes,
+            "unit": reading.unit,
+            "labels": reading.labels,
+            "limits": reading.limits,
+            "shape": reading.values.shape,
+            "packing": packing,
+        }
+    return save(tensors, metadata={"readings": json.dumps(about)})
+
+
+def _triangle(reading: Reading) -> tuple[np.ndarray, str | None]:
+    """The lower triangle of an attention pattern, where all the rest is exactly zero."""
+    values = reading.values
+    if reading.axes[-2:] != ("query", "key") or values.shape[-1] != values.shape[-2]:
+        return values, None
+    n = values.shape[-1]
+    rows, columns = np.tril_indices(n)
+    lower = values.reshape(*values.shape[:-2], n * n).take(rows * n + columns, axis=-1)
+    if np.count_nonzero(lower) != np.count_nonzero(values):
+        return values, None
+    return lower, "tril"
+
+
+def _unpack(key: str, values: np.ndarray, about: Mapping[str, Any]) -> Reading:
+    if about["packing"] == "tril":
+        full = np.zeros(about["shape"], np.float32)
+        rows, columns = np.tril_indices(full.shape[-1])
+        full[..., rows, columns] = values
+        values = full
+    limits = about["limits"]
+    return Reading(
+        key=key,
+        values=values,
+        axes=tuple(about["axes"]),
+        unit=about["unit"],
+        labels=about["labels"],
+        limits=None if limits is None else (limits[0], limits[1]),
+    )
+
+
+def curve(key: str, readings: Mapping[int, Reading]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [step] and values [step, *axes] of one reading at several steps."""
+    if len(shapes := {r.values.shape for r in readings.values()}) > 1:
+        raise ValueError(
+            f"{key!r} changes shape between steps: {sorted(shapes)}. Ask for one reading at a time."
+        )
+    steps = np.array(list(readings), dtype=np.int64)
+    return steps, np.stack([r.values for r in readings.values()])
+
+
+def read_store(path: str | Path) -> "Store":
+    """Opens what a `LocalSink` wrote. The run may still be going on: every access looks again.
+
+    Raises:
+        ValueError: where there is no such directory, it holds no store, or a newer one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        near = sorted(p.name for p in path.parent.glob("*") if is_store(p))
+        raise ValueError(f"There is no directory {path}; stores beside it: {near}.")
+    if not is_store(path):
+        inside = sorted(p.name for p in path.glob("*"))
+        stores = [name for name in inside if is_store(path / name)]
+        raise ValueError(
+            f"{path} is not a tlens_callback store: it has no {MANIFEST} of one. "
+            + (f"Its folders {stores} are." if stores else f"It holds {inside[:20]}.")
+        )
+    version = json.loads((path / MANIFEST).read_text())["tlens_callback"]
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(
+            f"{path} has store format {version}, this package reads up to {FORMAT}: upgrade it."
+        )
+    return Store(path)
+
+
+class Store:
+    """The readings of one run, from disk; made by `read_store`. Complete steps only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The complete steps, in order. A file that was torn (a copy cut short) does not count."""
+        steps = steps_in(self.path / "scores")
+        return tuple(step for step in steps if self._about(step) is not None)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all complete steps, in order of appearance."""
+        about = [self._about(step) or {} for step in steps_in(self.path / "scores")]
+        return tuple(dict.fromkeys(key for of_step in about for key in of_step))
+
+    def reading(self, key: str, step: int) -> Reading:
+        """One reading.
+
+        Raises:
+            ValueError: for a step or key that is not there.
+        """
+        about = self._complete(step)
+        if key not in about:
+            raise ValueError(f"Step {step} of {self.path} has no {key!r}; it has {sorted(about)}.")
+        return self._load(step, {key: about[key]})[0]
+
+    def readings(self, step: int) -> list[Reading]:
+        """All readings of a step, in the order in which they were written.
+
+        Raises:
+            ValueError: for a step that is not there.
+        """
+        return self._load(step, self._complete(step))
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [step] and values [step, *axes] of one reading, at the steps that have it.
+
+        Raises:
+            ValueError: for a key that is not there, or values that change shape.
+        """
+        found: dict[int, Reading] = {}
+        for step in steps_in(self.path / "scores"):
+            about = self._about(step)
+            if about is not None and key in about:
+                found[step] = self._load(step, {key: about[key]})[0]
+        if not found:
+            raise ValueError(f"{self.path} has no {key!r}; it has {list(self.keys)}.")
+        return curve(key, found)
+
+    def frame(self) -> pd.DataFrame:
+        """The small readings of all complete steps, a row per number: `step` and the columns of
+        `tlens_callback.render.long_frame`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        tables = [pq.read_table(scores_file(self.path, step)) for step in self.steps]
+        if not tables:
+            return pd.DataFrame({"step": [], "key": [], "value": []})
+        return pa.concat_tables(tables, promote_options="default").to_pandas()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}: {len(self.steps)} steps, {len(self.keys)} keys)"
+
+    def _complete(self, step: int) -> dict[str, Any]:
+        about = self._about(step)
+        if about is None:
+            raise ValueError(f"{self.path} has no complete step {step}; it has {self.steps}.")
+        return about
+
+    def _about(self, step: int) -> dict[str, Any] | None:
+        """Key -> description, or None where the step is not complete."""
+        try:
+            with scores_file(self.path, step).open("rb") as file:
+                file.seek(-4, 2)
+                whole = file.read() == b"PAR1"
+            # Opening checks the length against the header.
+            with safe_open(arrays_file(self.path, step), "np") as file:
+                return json.loads(file.metadata()["readings"]) if whole else None
+        except (OSError, SafetensorError):
+            return None
+
+    def _load(self, step: int, about: Mapping[str, Any]) -> list[Reading]:
+        with safe_open(arrays_file(self.path, step), "np") as file:
+            return [_unpack(key, file.get_tensor(key), about[key]) for key in about]

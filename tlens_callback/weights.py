@@ -1,0 +1,310 @@
+"""Effective weights of a live model, computed out of place: it is read and never written to.
+
+The effective weight of a layer is the tensor that a plain layer would need to compute what the
+adapted layer computes: `W + scaling * B @ A` for LoRA, and for every other tuner what PEFT's own
+merge arrives at. The live layer is never merged for it: merging and unmerging does not bring the
+base weight back bit for bit, and moves it to other storage for some tuners.
+"""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftMixedModel, PeftModel
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tlens_callback.refusals import refuse
+
+__all__ = ["adapted_leaves", "fill", "innermost", "live_leaves", "refuse", "resolve", "unwrap"]
+
+_SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Under these names `torch.compile` and activation checkpointing keep the module they wrap."""
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, BufferDict)
+
+_SCRATCH = {"cpu": 2**18}
+"""Elements of float32 scratch below float32, 2**24 elsewhere: on a CPU it has to stay in cache."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The `PreTrainedModel` inside DDP, `torch.compile` and PEFT.
+
+    A model adapted with transformers' own `add_adapter` has no wrapper and comes back as it is.
+    """
+    while not isinstance(model, PreTrainedModel):
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+        elif isinstance(model, PeftMixedModel):
+            model = model.base_model.model
+        else:
+            inner = next(
+                (model._modules[s] for s in ("module", *_SHELLS) if s in model._modules), None
+            )
+            if inner is None:
+                break
+            model = inner
+    return model
+
+
+def resolve(base: nn.Module, path: str) -> nn.Module:
+    """The live module that does the work of the module `path` of a plain model of the same class.
+
+    Steps through what PEFT and compilation put in between: `modules_to_save` leads to the active
+    copy, or to the original where none is active. A tuner layer stands for the module it adapts.
+
+    Args:
+        base: the model as `unwrap` returns it.
+        path: dotted, as `named_modules()` of a fresh model gives it; "" is the model itself.
+
+    Raises:
+        ValueError: where the live model has no such module.
+    """
+    module = _serving(base)
+    for name in path.split(".") if path else ():
+        holder = innermost(module)
+        child = holder._modules.get(name)
+        if child is None:
+            raise ValueError(
+                f"The live model has no module {path!r} ({type(holder).__name__} has no {name!r}), "
+                f"though its class and config call for one. Hand over the model as its class "
+                f"builds it, with adapters added by PEFT only."
+            )
+        module = _serving(child)
+    return module
+
+
+def _serving(module: nn.Module) -> Any:
+    """What runs when `module` is called: a plain module, a tuner layer or trained tokens."""
+    while True:
+        if isinstance(module, TrainableTokensWrapper | BaseTunerLayer):
+            return module
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            active = module.active_adapters
+            if module.disable_adapters or not active or not module._adapters.issuperset(active):
+                module = module.original_module
+            else:
+                module = module.modules_to_save[active[0]]
+        else:
+            inner = next((module._modules[s] for s in _SHELLS if s in module._modules), None)
+            if inner is None:
+                return module
+            module = inner
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The plain module that holds the parameters and buffers: `module` without its adapters."""
+    module = _serving(module)
+    while True:
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        elif isinstance(module, BaseTunerLayer):
+            module = _serving(module.base_layer)
+        else:
+            return module
+
+
+def live_leaves(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the innermost module by name: detached, sharing the live storage."""
+    return {n: p.detach() for n, p in innermost(module)._parameters.items() if p is not None}
+
+
+def adapted_leaves(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters whose effective value is no live tensor and so needs storage.
+
+    "weight" for a plain LoRA layer, whose bias, if it is trained, is trained in place; the targeted
+    parameters where LoRA wraps parameters; "weight" for trained tokens; all that the layer has for
+    any other tuner. Does not depend on which adapters are active. Empty for a module without an
+    adapter, and for `modules_to_save`, whose copy is itself live.
+    """
+    names = {
+        "weight" if type(layer) is TrainableTokensLayer else _plain_target(layer, ever=True)
+        for layer in _chain(module)
+    }
+    return frozenset(live_leaves(module) if None in names else names)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
+    """Writes the effective values of the adapted parameters into `own`, in place.
+
+    Plain LoRA on a linear layer, a Conv1D, an embedding or expert parameters takes one fused pass;
+    below float32 the sum is formed in float32 and rounded once. Every other tuner is merged by
+    PEFT itself, on a stand-in that shares the adapter's tensors and holds a copy of the base
+    layer's, in the wider precision of the two. Only active adapters count; a layer that is
+    disabled, or merged already, leaves its base weight as it is.
+
+    Args:
+        module: as `resolve` returned it.
+        own: name -> tensor of the parameter's shape on the parameter's device, of any floating
+            dtype, for names among `adapted_leaves`.
+
+    Raises:
+        ValueError: where PEFT cannot merge the layer; names the tuner and the layer.
+    """
+    base = innermost(module)
+    chain = [layer for layer in _chain(module) if not (layer.disable_adapters or layer.merged)]
+    products = {_plain_target(layer): layer for layer in chain}
+    if len(products) == len(chain) and None not in products:
+        for name, out in own.items():
+            product = _factors(products[name]) if name in products else None
+            if product is None:
+                out.copy_(base._parameters[name])
+            else:
+                _add_product(base._parameters[name], *product, out)
+    elif len(chain) == 1 and type(chain[0]) is TrainableTokensLayer:
+        _replace_rows(base._parameters["weight"], chain[0], own["weight"])
+    else:
+        merged = _merge_stand_in(base, chain)
+        for name, out in own.items():
+            out.copy_(merged[name])
+
+
+def _chain(module: nn.Module) -> list[Any]:
+    """The tuner layers around one plain module, the outermost first."""
+    layers = []
+    module = _serving(module)
+    while True:
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        elif isinstance(module, BaseTunerLayer):
+            layers.append(module)
+            module = _serving(module.base_layer)
+        else:
+            return layers
+
+
+def _plain_target(layer: Any, *, ever: bool = False) -> str | None:
+    """The parameter to which this layer adds scaled products of two factors and does nothing else.
+
+    None for any other kind of layer. `ever` asks for all its adapters, not the active ones.
+    """
+    if type(layer) is ParamWrapper:
+        factored = layer.num_experts > 1 or layer.get_param().ndim == 2
+        return layer.parameter_name if factored else None
+    if type(layer) not in (LoraLinear, LoraEmbedding):
+        return None
+    adapters = layer.scaling if ever else layer.active_adapters
+    if any(name in layer.lora_variant or layer.lora_bias.get(name) for name in adapters):
+        return None
+    return "weight"
+
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """(left, right, scale) with `scale * left @ right` the sum of the active adapters' updates.
+
+    In the layout of the parameter: [row, rank] and [rank, column], for experts behind a leading
+    [expert]. None where no active adapter is on this layer.
+    """
+    pairs = []
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            left, right = layer.lora_B[name].weight, layer.lora_A[name].weight
+            if type(layer) is ParamWrapper and layer.num_experts > 1:
+                right = right.reshape(layer.num_experts, -1, right.shape[-1])
+                left = left.reshape(left.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+                transposed = not layer._did_swap_in_out_features
+            else:
+                transposed = layer.fan_in_fan_out
+        elif name in layer.lora_embedding_A:
+            left, right = layer.lora_embedding_B[name], layer.lora_embedding_A[name]
+            transposed = True
+        else:
+            continue
+        if transposed:
+            left, right = right.transpose(-2, -1), left.transpose(-2, -1)
+        pairs.append((left, right, layer.scaling[name]))
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    # Side by side along the rank, several adapters are one product: one pass, one rounding.
+    left = torch.cat([left.to(_at_least_float32(left)) * scale for left, _, scale in pairs], -1)
+    right = torch.cat([right.to(left.dtype) for _, right, _ in pairs], -2)
+    return left, right, 1.0
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """out = weight + scale * left @ right, rounded once to the precision of `out`.
+
+    Matrices, or stacks of them behind a leading dimension.
+    """
+    dtype = _at_least_float32(out)
+    left, right = left.to(dtype), right.to(dtype)
+    stacked = weight.ndim == 3
+    if out.dtype == dtype == weight.dtype:
+        (torch.baddbmm if stacked else torch.addmm)(weight, left, right, alpha=scale, out=out)
+        return
+    rows = max(1, _SCRATCH.get(out.device.type, 2**24) // weight[0].numel())
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        product = torch.matmul(left[part], right[part] if stacked else right)
+        torch.add(weight[part], product, alpha=scale, out=out[part])
+
+
+def _replace_rows(weight: Tensor, layer: TrainableTokensLayer, out: Tensor) -> None:
+    """out = weight, with the trained tokens' rows in place of the base layer's."""
+    out.copy_(weight)
+    for name in layer.active_adapters:
+        if name in layer.token_indices:
+            rows = torch.tensor(layer.token_indices[name], device=out.device)
+            out.index_copy_(0, rows, layer.trainable_tokens_delta[name].to(out.dtype))
+
+
+def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
+    """What PEFT's own merge of these layers, the outermost first, makes of the base layer."""
+    tensors = [t for m in (base, *chain) for t in m.parameters() if t.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    inner = _stand_in(base)
+    inner.__dict__["_parameters"] = {
+        name: None if p is None else nn.Parameter(p.detach().to(dtype, copy=True), False)
+        for name, p in base._parameters.items()
+    }
+    try:
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            for layer in reversed(chain):
+                outer = _stand_in(layer)
+                outer._modules["base_layer"] = inner
+                outer.merged_adapters = []
+                outer.training = False
+                if "_caches" in outer.__dict__:
+                    outer._caches = {}
+                outer.merge(safe_merge=False)
+                inner = outer
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        kind = type(chain[0])
+        raise ValueError(
+            f"PEFT cannot merge {kind.__module__}.{kind.__qualname__} into {base!r}: {error} "
+            f"So this layer has no single weight to look at; use a tuner that merges, or turn this "
+            f"adapter off."
+        ) from error
+    return {n: p for n, p in innermost(inner)._parameters.items() if p is not None}
+
+
+def _stand_in(module: nn.Module, depth: int = 1) -> nn.Module:
+    """A module that shares every tensor with `module` and none of its bookkeeping.
+
+    Containers are copied too: some merges exchange what is in them.
+    """
+    twin = object.__new__(type(module))
+    for name, value in module.__dict__.items():
+        copied = type(value) in (dict, list, set, OrderedDict)
+        twin.__dict__[name] = type(value)(value) if copied else value
+    if depth:
+        for name, child in module._modules.items():
+            if name != "base_layer" and isinstance(child, _CONTAINERS):
+                twin._modules[name] = _stand_in(child, depth - 1)
+    return twin
