@@ -29,7 +29,7 @@ CAPITAL = Probe("capital", "the capital of France is", target="Paris", foil="Lon
 
 def trainer(tmp_path, callback, model=None, processing_class="default", **args) -> Trainer:
     tokenizer = tiny.tokenizer()
-    rows = [dict(tokenizer(s, padding="max_length", max_length=12)) for s in SENTENCES]
+    rows = [dict(tokenizer(s, padding="max_length", max_length=16)) for s in SENTENCES]
     rows = [{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in rows]
     settings = dict(
         output_dir=str(tmp_path),

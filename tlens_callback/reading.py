@@ -37,7 +37,7 @@ class Reading:
                 f"A reading's key is '<instrument>/<measure>' or '<instrument>/<measure>/<probe>', "
                 f"got {self.key!r}."
             )
-        values = np.array(self.values, dtype=np.float32)
+        values = np.array(np.asarray(self.values), dtype=np.float32)
         if values.ndim != len(self.axes):
             raise ValueError(
                 f"Reading {self.key!r} has values of shape {values.shape} but axes {self.axes}: "

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
@@ -29,8 +28,6 @@ __all__ = ["adapted_leaves", "fill", "innermost", "live_leaves", "refuse", "reso
 
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Under these names `torch.compile` and activation checkpointing keep the module they wrap."""
-
-_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, BufferDict)
 
 _SCRATCH = {"cpu": 2**18}
 """Elements of float32 scratch below float32, 2**24 elsewhere: on a CPU it has to stay in cache."""
@@ -139,8 +136,7 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
 
     Plain LoRA on a linear layer, a Conv1D, an embedding or expert parameters takes one fused pass;
     below float32 the sum is formed in float32 and rounded once. Every other tuner is merged by
-    PEFT itself, on a stand-in that shares the adapter's tensors and holds a copy of the base
-    layer's, in the wider precision of the two. Only active adapters count; a layer that is
+    PEFT itself, on a float32 copy of the layer. Only active adapters count; a layer that is
     disabled, or merged already, leaves its base weight as it is.
 
     Args:
@@ -264,20 +260,15 @@ def _replace_rows(weight: Tensor, layer: TrainableTokensLayer, out: Tensor) -> N
 
 def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
     """What PEFT's own merge of these layers, the outermost first, makes of the base layer."""
-    tensors = [t for m in (base, *chain) for t in m.parameters() if t.is_floating_point()]
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    inner = _stand_in(base)
-    inner.__dict__["_parameters"] = {
-        name: None if p is None else nn.Parameter(p.detach().to(dtype, copy=True), False)
-        for name, p in base._parameters.items()
-    }
+    floating = [t for t in chain[0].parameters() if t.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in floating), torch.float32)
+    inner = _stand_in(base, dtype)
     try:
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with torch.autocast(floating[0].device.type, enabled=False):
             for layer in reversed(chain):
-                outer = _stand_in(layer)
+                outer = _stand_in(layer, dtype)
                 outer._modules["base_layer"] = inner
                 outer.merged_adapters = []
-                outer.training = False
                 if "_caches" in outer.__dict__:
                     outer._caches = {}
                 outer.merge(safe_merge=False)
@@ -294,17 +285,28 @@ def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
     return {n: p for n, p in innermost(inner)._parameters.items() if p is not None}
 
 
-def _stand_in(module: nn.Module, depth: int = 1) -> nn.Module:
-    """A module that shares every tensor with `module` and none of its bookkeeping.
+def _stand_in(module: Any, dtype: torch.dtype) -> Any:
+    """A twin of `module`, in eval mode, that a merge can do with as it likes.
 
-    Containers are copied too: some merges exchange what is in them.
+    Its parameters are copies in `dtype`: some merges write to the adapter as well as to the base
+    (OFT with `coft` projects its rotation). Its buffers, which can be large and shared by all
+    layers (VeRA), are the live ones. Its containers and bookkeeping are copies, without the module
+    that `module` wraps: some merges exchange what is in them.
     """
     twin = object.__new__(type(module))
     for name, value in module.__dict__.items():
         copied = type(value) in (dict, list, set, OrderedDict)
         twin.__dict__[name] = type(value)(value) if copied else value
-    if depth:
-        for name, child in module._modules.items():
-            if name != "base_layer" and isinstance(child, _CONTAINERS):
-                twin._modules[name] = _stand_in(child, depth - 1)
+    twin.training = False
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            wide = dtype if parameter.is_floating_point() else parameter.dtype
+            value = parameter.detach().to(wide, copy=True)
+            twin._parameters[name] = nn.Parameter(value, requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_floating_point():
+            twin._buffers[name] = buffer.to(dtype)
+    for name, child in module._modules.items():
+        if child is not None and name != "base_layer":
+            twin._modules[name] = _stand_in(child, dtype)
     return twin

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -44,9 +43,8 @@ class TopNeurons:
     Args:
         k: neurons per layer.
         probes: names of the probes to show. Default: every probe that is no repeated block.
-        skip_first: leave the first token out of the ranking; it is an attention sink with
-            activations hundreds of times larger, which would fill the list. It stays in for a
-            probe of one token.
+        skip_first: leave the first token out of the ranking; it is often an attention sink
+            with massive activations, which would fill the list. A probe of one token keeps it.
 
     Keys:
         top_neurons/neuron/<probe>: [layer, rank], index, 0..d_mlp-1
@@ -102,10 +100,10 @@ class TopNeurons:
                 raise ValueError(
                     f"TopNeurons(k={self.k}): layer {i} has {mlp.W_out.shape[0]} neurons."
                 )
-            through, post = worth, f"blocks.{i}.ln2_post.hook_scale"
-            if worth is not None and post in shadow.hooks:
+            through = worth
+            if worth is not None and _post_norm(i) in shadow.hooks:
                 through = before_norm(shadow.bridge.blocks[i].ln2_post, worth)
-                taps[post] = at_last
+                taps[_post_norm(i)] = at_last
             taps[_post(i)] = _top(self.k, row, last, counted, mlp.W_out, through)
         if worth is not None and taps:
             taps[FINAL] = at_last
@@ -116,53 +114,63 @@ class TopNeurons:
     ) -> Iterator[Reading]:
         """Per probe, one reading of each kind."""
         rows = self._rows(batch)
-        neurons = [i for i in _neuron_layers(shadow) if _post(i) in taken]
-        experts = [i for i in _expert_layers(shadow) if router_hook(i) in taken]
+        neurons, experts = _neuron_layers(shadow), _expert_layers(shadow)
         for at, row in enumerate(rows):
-            probe, n = batch.probes[row].name, batch.lengths[row]
             if neurons:
-                labels = _named(neurons, shadow)
-                parts = [taken[_post(i)] for i in neurons]
-                yield Reading(
-                    key=f"{self.name}/neuron/{probe}",
-                    values=np.stack([part[0][at] for part in parts]),
-                    axes=("layer", "rank"),
-                    unit="index",
-                    labels=labels,
-                )
-                yield Reading(
-                    key=f"{self.name}/activation/{probe}",
-                    values=np.stack([part[1][at, :, :n] for part in parts]),
-                    axes=("layer", "rank", "pos"),
-                    unit="activation",
-                    labels={**labels, "pos": batch.labels[row]},
-                )
-                if FINAL in taken and batch.targets[row] is not None:
-                    scales = [taken.get(f"blocks.{i}.ln2_post.hook_scale") for i in neurons]
-                    write = [
-                        part[2][at] / (1.0 if scale is None else scale[at])
-                        for part, scale in zip(parts, scales, strict=True)
-                    ]
-                    yield Reading(
-                        key=f"{self.name}/write/{probe}",
-                        values=np.stack(write) / taken[FINAL][at].numpy(),  # type: ignore[union-attr]
-                        axes=("layer", "rank"),
-                        unit="logit",
-                        labels=labels,
-                    )
+                yield from self._neurons(taken, shadow, batch, neurons, at, row)
             for measure, unit, hook in (
                 ("expert_share", "fraction", routed_hook),
                 ("router", "probability", router_hook),
             ):
                 if experts:
                     yield Reading(
-                        key=f"{self.name}/{measure}/{probe}",
-                        values=np.stack([taken[hook(i)][at] for i in experts]),
+                        key=f"{self.name}/{measure}/{batch.probes[row].name}",
+                        values=torch.stack([taken[hook(i)][at] for i in experts]).numpy(),
                         axes=("layer", "expert"),
                         unit=unit,
                         labels=_named(experts, shadow),
                         limits=(0.0, 1.0),
                     )
+
+    def _neurons(
+        self,
+        taken: Mapping[str, Taken],
+        shadow: Shadow,
+        batch: ProbeBatch,
+        layers: list[int],
+        at: int,
+        row: int,
+    ) -> Iterator[Reading]:
+        """The readings of the probe in one row of the batch; `at` is its place among the chosen."""
+        probe, labels = batch.probes[row].name, _named(layers, shadow)
+        index, fired, *write = (
+            torch.stack(parts) for parts in zip(*(taken[_post(i)] for i in layers), strict=True)
+        )  # each [layer, row, rank, ...]
+        yield Reading(
+            key=f"{self.name}/neuron/{probe}",
+            values=index[:, at].numpy(),
+            axes=("layer", "rank"),
+            unit="index",
+            labels=labels,
+        )
+        yield Reading(
+            key=f"{self.name}/activation/{probe}",
+            values=fired[:, at, :, : batch.lengths[row]].numpy(),
+            axes=("layer", "rank", "pos"),
+            unit="activation",
+            labels={**labels, "pos": batch.labels[row]},
+        )
+        if not write or batch.targets[row] is None:
+            return
+        none = torch.ones(len(batch.probes))
+        scales = torch.stack([torch.as_tensor(taken.get(_post_norm(i), none))[at] for i in layers])
+        yield Reading(
+            key=f"{self.name}/write/{probe}",
+            values=(write[0][:, at] / scales[:, None] / taken[FINAL][at]).numpy(),
+            axes=("layer", "rank"),
+            unit="logit",
+            labels=labels,
+        )
 
     def _rows(self, batch: ProbeBatch) -> list[int]:
         return plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
@@ -208,6 +216,10 @@ def _top(
 
 def _post(layer: int) -> str:
     return f"blocks.{layer}.mlp.hook_post"
+
+
+def _post_norm(layer: int) -> str:
+    return f"blocks.{layer}.ln2_post.hook_scale"
 
 
 def _neuron_layers(shadow: Shadow) -> list[int]:

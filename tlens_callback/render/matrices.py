@@ -1,4 +1,4 @@
-"""All layer x head matrices of one instrument as one interactive figure."""
+"""All layer x head (or layer x expert) matrices of one instrument as one interactive figure."""
 
 import html
 import math
@@ -21,24 +21,28 @@ _Scale = tuple[str, tuple[float, float] | None]
 
 
 def score_figure(readings: Sequence[Reading]) -> "Figure":
-    """Small multiples of the `("layer", "head")` readings of one instrument; others are left out.
+    """Small multiples of one instrument's ("layer", "head") or ("layer", "expert") readings.
 
-    Layer 0 is at the top, head 0 on the left, a panel is titled by measure and probe, hovering
-    says "L5H1 induction 0.93". Panels of one unit and equal `limits` share a colour bar; limits
-    that are symmetric around zero get a diverging scale. Readings without limits share the range
-    of their own values, which the bar says, as it changes from step to step. What is not finite
-    is left blank.
+    Readings of other axes are left out. Layer 0 is at the top, head 0 on the left, a panel is
+    titled by measure and probe, hovering says "L5H1 induction 0.93". A measure `<other>_spread`
+    beside `<other>` has no panel of its own: hovering says "L5H1 induction 0.93 ± 0.02". Panels
+    of one unit and equal `limits` share a colour bar; limits that are symmetric around zero get a
+    diverging scale. Readings without limits share the range of their own values, which the bar
+    says, as it changes from step to step. What is not finite is left blank.
 
     Raises:
         ValueError: where no reading has these axes, or they are of several instruments.
     """
     import plotly.graph_objects as go
 
-    panels = [r for r in readings if r.axes == ("layer", "head") and r.values.size]
+    matrices = {r.key: r for r in readings if is_matrix(r)}
+    spreads = {key: matrices.get(_spread_key(r)) for key, r in matrices.items()}
+    beside = {id(spread) for spread in spreads.values()}
+    panels = [r for r in matrices.values() if id(r) not in beside]
     if not panels:
         raise ValueError(
-            f"score_figure needs at least one reading of axes ('layer', 'head'), got "
-            f"{[(r.key, r.axes) for r in readings]}."
+            f"score_figure needs at least one reading of axes ('layer', 'head') or ('layer', "
+            f"'expert'), got {[(r.key, r.axes) for r in readings]}."
         )
     if len(instruments := {r.instrument for r in panels}) > 1:
         raise ValueError(f"One figure shows one instrument, got {sorted(instruments)}.")
@@ -64,11 +68,13 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
         left, top = column * (across + _GAP_X), 1 - row * (down + _GAP_Y / inner)
         number = str(i + 1) if i else ""
         bottom_panel = i + columns >= len(panels)
+        across_axis = reading.axes[1]
+        place = "L%{y}H%{x}" if across_axis == "head" else f"L%{{y}} {across_axis} %{{x}}"
         layout[f"xaxis{number}"] = {
             "domain": [left, min(1, left + across)],
             "anchor": f"y{number}",
-            "title": {"text": "head" if bottom_panel else "", "standoff": 4},
-            **_ticks(reading, "head"),
+            "title": {"text": across_axis if bottom_panel else "", "standoff": 4},
+            **_ticks(reading, across_axis),
         }
         layout[f"yaxis{number}"] = {
             "domain": [max(0, top - down), top],
@@ -92,19 +98,36 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
             }
         )
         number_of_scale = scales.index((reading.unit, reading.limits))
+        value = "%{z:.3g}"
+        more = {}
+        spread = spreads[reading.key]
+        if spread is not None and spread.values.shape == reading.values.shape:
+            value += " ± %{customdata:.2g}"
+            more["customdata"] = _numbers(spread.values)
         data.append(
             {
+                **more,
                 "type": "heatmap",
                 "z": _numbers(reading.values),
-                "x": _names(reading, "head"),
+                "x": _names(reading, across_axis),
                 "y": _names(reading, "layer"),
                 "xaxis": f"x{number}",
                 "yaxis": f"y{number}",
                 "coloraxis": f"coloraxis{number_of_scale + 1 if number_of_scale else ''}",
-                "hovertemplate": f"L%{{y}}H%{{x}} {_plain(name)} %{{z:.3g}}<extra></extra>",
+                "hovertemplate": f"{place} {_plain(name)} {value}<extra></extra>",
             }
         )
     return go.Figure({"data": data, "layout": layout})
+
+
+def is_matrix(reading: Reading) -> bool:
+    """Whether `score_figure` shows this reading."""
+    return reading.axes in (("layer", "head"), ("layer", "expert")) and reading.values.size > 0
+
+
+def _spread_key(reading: Reading) -> str:
+    names = [reading.instrument, f"{reading.measure}_spread", reading.probe]
+    return "/".join(name for name in names if name is not None)
 
 
 def _colour_axis(

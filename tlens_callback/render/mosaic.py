@@ -1,7 +1,8 @@
 """All attention patterns of one probe as one labelled PNG, without a browser or matplotlib."""
 
 import io
-from functools import reduce
+import zlib
+from functools import lru_cache, reduce
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,7 +20,7 @@ NOT_A_NUMBER, MASKED = 254, 255
 # Ten published stops of viridis (van der Walt & Smith, CC0); linear in between.
 _STOPS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725".split()
 _TICKS = (0, 0.02, 0.1, 0.25, 0.5, 1)
-_EDGE, _GAP, _BAR = 10, 2, (170, 10)
+_EDGE, _GAP, _BAR, _BAR_TOP = 10, 2, (170, 10), 31
 _NARROWEST = 440
 _MANY = 6_000_000
 
@@ -35,7 +36,7 @@ def palette() -> UInt8[np.ndarray, "256 3"]:
     return np.rint(colours).astype(np.uint8)
 
 
-def slots(p: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+def slots(p: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     """Palette slot of each probability: `round(sqrt(p) * (LEVELS - 1))`.
 
     The square root, since on a linear scale nothing but the first token's column shows.
@@ -61,37 +62,48 @@ def mosaic(reading: Reading, *, step: int | None = None) -> bytes:
         step: written into the title.
 
     Raises:
-        ValueError: for other axes or other limits.
+        ValueError: for other axes, other limits or no values.
     """
-    if reading.axes != ("layer", "head", "query", "key") or reading.values.size == 0:
+    if not is_mosaic(reading):
         raise ValueError(
-            f"A mosaic needs axes ('layer', 'head', 'query', 'key') and at least one value; "
-            f"{reading.key!r} has {reading.axes} of shape {reading.values.shape}."
-        )
-    if reading.limits not in (None, (0, 1)):
-        raise ValueError(
-            f"A mosaic shows probabilities, limits (0, 1); {reading.key!r} has {reading.limits}."
+            f"A mosaic needs axes ('layer', 'head', 'query', 'key'), values and limits (0, 1); "
+            f"{reading.key!r} has {reading.axes} of shape {reading.values.shape} "
+            f"and limits {reading.limits}."
         )
     patterns, pooled = _fit(reading.values)
     cells = _cells(patterns)
+    layers, heads, height, width = cells.shape
+    above, beside, below = _surroundings(
+        (height, width),
+        _names(reading, "layer", "L"),
+        _names(reading, "head", "H"),
+        tuple(reading.labels.get("key", ())),
+        pooled,
+    )
+    top, left = above.shape[0], beside.shape[1]
+    bottom = top + beside.shape[0]
+    canvas = np.full((bottom + below.shape[0], above.shape[1]), PAPER, np.uint8)
+    canvas[:top], canvas[top:bottom, :left], canvas[bottom:] = above, beside, below
     title = ["" if step is None else f"step {step}", reading.probe or ""]
     title.append(f"{reading.instrument}/{reading.measure}")
-    guide = ["row: layer, column: head", "in a cell: query down, key across, grey: masked"]
-    if pooled > 1:
-        guide.append(f"a pixel: largest of {pooled} x {pooled} values")
-    canvas = _frame(
-        cells,
-        " · ".join(filter(None, title)),
-        guide,
-        rows=_names(reading, "layer", "L"),
-        columns=_names(reading, "head", "H"),
-        tokens=reading.labels.get("key", ()),
-    )
+    strip = _title(" · ".join(filter(None, title)), canvas.shape[1])
+    canvas[: strip.shape[0]] = strip
+    grid = np.full((layers, height + _GAP, heads, width + _GAP), PAPER, np.uint8)
+    grid[:, :height, :, :width] = cells.transpose(0, 2, 1, 3)
+    grid = grid.reshape(bottom - top, -1)
+    canvas[top:bottom, left : left + grid.shape[1]] = grid
     image = Image.fromarray(canvas, "P")
     image.putpalette(palette().tobytes())
     out = io.BytesIO()
-    image.save(out, "PNG", compress_level=1)
+    # Run lengths alone are faster than zlib's search for repeats, and here also smaller.
+    image.save(out, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return out.getvalue()
+
+
+def is_mosaic(reading: Reading) -> bool:
+    """Whether `mosaic` can draw this reading."""
+    axes = ("layer", "head", "query", "key")
+    return reading.axes == axes and reading.values.size > 0 and reading.limits in (None, (0, 1))
 
 
 def _fit(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -121,52 +133,60 @@ def _cells(patterns: np.ndarray) -> np.ndarray:
     return index if scale == 1 else index.repeat(scale, 2).repeat(scale, 3)
 
 
-def _frame(
-    cells: np.ndarray,
-    title: str,
-    guide: list[str],
-    *,
-    rows: list[str],
-    columns: list[str],
+def _title(text: str, width: int) -> np.ndarray:
+    strip = Image.new("L", (width, 26), 255)
+    face = font(15)
+    text = shorten(drawable(text, " "), width - 2 * _EDGE, face)
+    ImageDraw.Draw(strip).text((_EDGE, 7), text, 0, face)
+    return RAMP[np.asarray(strip)]
+
+
+# The same at every step of a run, and dearer than the cells.
+@lru_cache(maxsize=64)
+def _surroundings(
+    cell: tuple[int, int],
+    rows: tuple[str, ...],
+    columns: tuple[str, ...],
     tokens: tuple[str, ...],
-) -> np.ndarray:
-    """The cells in their grid, with title, colour bar, names of rows and columns, and tokens."""
-    layers, heads, height, width = cells.shape
-    small, large = font(11), font(15)
+    pooled: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What stands above the cells (guide, colour bar, heads), beside (layers), below (tokens)."""
+    height, width = cell[0] + _GAP, cell[1] + _GAP
+    small = font(11)
+    guide = ["row: layer, column: head", "in a cell: query down, key across, grey: masked"]
+    if pooled > 1:
+        guide.append(f"a pixel: largest of {pooled} x {pooled} values")
     left = _EDGE + 6 + int(max(small.getlength(name) for name in rows))
-    total = max(_NARROWEST, left + heads * (width + _GAP) + _EDGE)
-    top = 52 + 14 * len(guide[2:]) + 18
-    bottom = top + layers * (height + _GAP)
+    total = max(_NARROWEST, left + len(columns) * width + _EDGE)
+    top = 42 + 14 * len(guide)
+    bottom = top + len(rows) * height
     caption = lines([f"{i}:{drawable(token)}" for i, token in enumerate(tokens)], total - 2 * _EDGE)
     page = Image.new("L", (total, bottom + 8 + 15 * len(caption) + _EDGE), 255)
     draw = ImageDraw.Draw(page)
-    draw.text((_EDGE, 7), shorten(drawable(title, " "), total - 2 * _EDGE, large), 0, large)
     for i, line in enumerate(guide):
         draw.text((_EDGE, 29 + 14 * i), line, 60, small)
-    bar = (total - _BAR[0] - 16, 31)
+    (long, thick), bar = _BAR, total - _BAR[0] - 16
     for tick in _TICKS:
-        x = bar[0] + round(np.sqrt(tick) * (_BAR[0] - 1))
-        draw.line((x, bar[1] + _BAR[1], x, bar[1] + _BAR[1] + 2), 60)
-        draw.text((x, bar[1] + _BAR[1] + 3), f"{tick:g}", 60, small, anchor="ma")
+        x = bar + round(np.sqrt(tick) * (long - 1))
+        draw.line((x, _BAR_TOP + thick, x, _BAR_TOP + thick + 2), 60)
+        draw.text((x, _BAR_TOP + thick + 3), f"{tick:g}", 60, small, anchor="ma")
     for i, name in enumerate(rows):
-        y = top + i * (height + _GAP) + height // 2
+        y = top + i * height + cell[0] // 2
         draw.text((left - 4, y), name, 0, small, anchor="rm")
     for i, name in enumerate(columns):
-        x = left + i * (width + _GAP) + width // 2
-        draw.text((x, top - 3), shorten(name, width, small), 0, small, anchor="ms")
+        x = left + i * width + cell[1] // 2
+        draw.text((x, top - 3), shorten(name, cell[1], small), 0, small, anchor="ms")
     for i, line in enumerate(caption):
         draw.text((_EDGE, bottom + 6 + 15 * i), line, 0, font(12))
     canvas = RAMP[np.asarray(page)]
-    grid = np.full((layers, height + _GAP, heads, width + _GAP), PAPER, np.uint8)
-    grid[:, :height, :, :width] = cells.transpose(0, 2, 1, 3)
-    canvas[top:bottom, left : left + heads * (width + _GAP)] = grid.reshape(bottom - top, -1)
-    ramp = np.linspace(0, LEVELS - 1, _BAR[0]).round().astype(np.uint8)
-    canvas[bar[1] : bar[1] + _BAR[1], bar[0] : bar[0] + _BAR[0]] = ramp
-    return canvas
+    colours = np.linspace(0, LEVELS - 1, long).round().astype(np.uint8)
+    canvas[_BAR_TOP : _BAR_TOP + thick, bar : bar + long] = colours
+    parts = canvas[:top], canvas[top:bottom, :left], canvas[bottom:]
+    return parts[0].copy(), parts[1].copy(), parts[2].copy()
 
 
-def _names(reading: Reading, axis: str, letter: str) -> list[str]:
+def _names(reading: Reading, axis: str, letter: str) -> tuple[str, ...]:
     """Labels of an axis, a plain number with its letter: L5, H1."""
     size = reading.values.shape[reading.axes.index(axis)]
     names = reading.labels.get(axis) or [str(i) for i in range(size)]
-    return [letter + name if name.isdecimal() else drawable(name)[:16] for name in names]
+    return tuple(letter + name if name.isdecimal() else drawable(name)[:16] for name in names)

@@ -78,46 +78,54 @@ def neuron_table(readings: Sequence[Reading]) -> pd.DataFrame:
     a measure has missing values there.
 
     Raises:
-        ValueError: for readings of several instruments, or two of one key.
+        ValueError: for readings of several instruments, two of one key, or readings of one probe
+            that differ in their layers and ranks.
     """
     chosen = [r for r in readings if r.axes[:2] == ("layer", "rank") and r.values.ndim <= 3]
     if len(instruments := {r.instrument for r in chosen}) > 1:
         raise ValueError(f"One table shows one instrument, got {sorted(instruments)}.")
     if len({r.key for r in chosen}) < len(chosen):
         raise ValueError(f"Two readings have one key: {sorted(r.key for r in chosen)}.")
-    along = {r.measure for r in chosen if r.values.ndim == 3}
+    several = len({r.measure for r in chosen if r.values.ndim == 3}) > 1
     parts = []
     for probe in dict.fromkeys(r.probe for r in chosen):
         of_probe = [r for r in chosen if r.probe == probe]
-        tables = [_columns(r, prefix=len(along) > 1) for r in of_probe]
-        part = pd.concat(tables, axis=1).sort_index().reset_index()
-        part.insert(0, "probe", pd.array([probe] * len(part), dtype="str"))
-        parts.append(part)
+        layers, ranks = of_probe[0].values.shape[:2]
+        numbers = numbering(of_probe[0], "layer")
+        columns: dict[str, object] = {
+            "probe": pd.array([probe] * (layers * ranks), dtype="str"),
+            "layer": numbers.repeat(ranks),
+            "rank": np.tile(np.arange(ranks), layers),
+        }
+        for reading in of_probe:
+            grid = numbering(reading, "layer")
+            if reading.values.shape[1] != ranks or not np.array_equal(grid, numbers):
+                raise ValueError(
+                    f"{reading.key!r} and {of_probe[0].key!r} have other layers or ranks, so "
+                    f"they make no common rows."
+                )
+            columns |= _columns(reading, prefix=f"{reading.measure}_" if several else "")
+        parts.append(pd.DataFrame(columns))
     if not parts:
         return pd.DataFrame({"probe": [], "layer": [], "rank": []})
     return pd.concat(parts, ignore_index=True)
 
 
-def _columns(reading: Reading, *, prefix: bool) -> pd.DataFrame:
-    """One reading's columns, indexed by layer and rank."""
-    values, name = reading.values, reading.measure
-    layers, ranks = values.shape[:2]
-    out: dict[str, object] = {}
+def _columns(reading: Reading, *, prefix: str) -> dict[str, object]:
+    """One reading's columns, [layer * rank]."""
+    values = reading.values
+    extra: dict[str, object] = {}
     if values.ndim == 3:
         axis = reading.axes[2]
         labels = reading.labels.get(axis) or [str(i) for i in range(values.shape[2])]
         size = np.where(np.isnan(values), -1, np.abs(values))
-        at = size.argmax(2) if values.shape[2] else np.zeros((layers, ranks), int)
+        at = size.argmax(2)
         values = np.take_along_axis(values, at[..., None], 2)[..., 0]
-        start = f"{name}_" if prefix else ""
-        out[f"{start}token"] = pd.array([labels[i] for i in at.ravel()], dtype="str")
-        out[f"{start}pos"] = at.ravel()
+        extra[f"{prefix}token"] = pd.array([labels[i] for i in at.ravel()], dtype="str")
+        extra[f"{prefix}pos"] = at.ravel()
+    column: object = values.ravel()
     if reading.unit == "index":
-        whole = np.where(np.isfinite(values), values, 0).astype(np.int64)
-        out = {name: pd.arrays.IntegerArray(whole.ravel(), ~np.isfinite(values).ravel())} | out
-    else:
-        out = {name: values.ravel()} | out
-    rows = pd.MultiIndex.from_product(
-        [numbering(reading, "layer"), np.arange(ranks)], names=["layer", "rank"]
-    )
-    return pd.DataFrame(out, index=rows)
+        finite = np.isfinite(values).ravel()
+        whole = np.where(finite, values.ravel(), 0).astype(np.int64)
+        column = pd.arrays.IntegerArray(whole, ~finite)
+    return {reading.measure: column, **extra}

@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 import numpy as np
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER = 240, 253
 """First and last palette slot of the ramp from ink to paper."""
@@ -23,9 +23,13 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 @lru_cache(maxsize=10_000)
 def _has(char: str) -> bool:
     # A glyph that is missing is drawn as the same box as a code point that no font has.
-    missing = font(12).getmask("\U0010ffff")
-    glyph = font(12).getmask(char)
-    return (glyph.size, bytes(glyph)) != (missing.size, bytes(missing))
+    return _glyph(char) != _glyph("\U0010ffff")
+
+
+def _glyph(char: str) -> bytes:
+    picture = Image.new("L", (24, 24))
+    ImageDraw.Draw(picture).text((2, 2), char, 255, font(12))
+    return picture.tobytes()
 
 
 def drawable(text: str, space: str = "·") -> str:

@@ -3,10 +3,12 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -141,31 +143,56 @@ class LocalSink:
             [r for r in readings if len(r.axes) <= _MOST_AXES and r.values.size <= _MOST_VALUES]
         )
         frame.insert(0, "step", step)
-        axes = [name for name in frame.columns if name not in _TYPES]
+        axes = [name for name in frame.columns if name not in _NOT_AXES]
         if earlier := steps_in(self.path / "scores"):
             # Who reads the folder as one table gets the columns of its first file, no others.
             first = scores_file(self.path, earlier[0])
-            known = [name for name in pq.read_schema(first).names if name not in _TYPES]
+            known = [name for name in pq.read_schema(first).names if name not in _NOT_AXES]
             if not set(axes) <= set(known):
-                both = list(dict.fromkeys(known + axes))
-                _replace(first, _parquet(pq.read_table(first).to_pandas(), both))
-        _replace(scores_file(self.path, step), _parquet(frame, axes))
+                table = pq.read_table(first)
+                columns = {name: table[name] for name in table.column_names}
+                _replace(first, _parquet(columns, tuple(dict.fromkeys(known + axes))))
+        columns = {str(name): _arrow(column) for name, column in frame.items()}
+        _replace(scores_file(self.path, step), _parquet(columns, tuple(axes)))
 
 
-_TYPES = {"step": pa.int64(), **dict.fromkeys(NAMES, pa.string()), "value": pa.float32()}
+_NOT_AXES = {"step", *NAMES, "value"}
 
 
-def _parquet(frame: pd.DataFrame, axes: Sequence[str]) -> bytes:
-    """A parquet file of the frame, with all of these axes, whether or not it has them."""
-    for axis in axes:
-        if axis not in frame:
-            frame[axis] = pd.array([pd.NA] * len(frame), dtype="Int32")
-    types = {**_TYPES, **dict.fromkeys(axes, pa.int32())}
-    order = ["step", *NAMES, *axes, "value"]
-    schema = pa.schema([(name, types[name]) for name in order])
+def _arrow(column: pd.Series) -> pa.Array:
+    if not isinstance(column.array, pd.Categorical):
+        return pa.array(column.array)
+    codes = column.array.codes
+    names = pa.array(list(column.array.categories), pa.large_string())
+    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), names)
+
+
+def _parquet(columns: Mapping[str, Any], axes: tuple[str, ...]) -> bytes:
+    """A parquet file of these columns, with all of these axes, empty where they are not given."""
+    schema = _schema(axes)
+    length = len(columns["value"])
+    arrays = [
+        columns[field.name].cast(field.type)
+        if field.name in columns
+        else pa.nulls(length, field.type)
+        for field in schema
+    ]
     out = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pandas(frame[order], schema, preserve_index=False), out)
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), out)
     return out.getvalue().to_pybytes()
+
+
+@lru_cache
+def _schema(axes: tuple[str, ...]) -> pa.Schema:
+    """Column types; pandas's own note on them, which makes it read axes as whole numbers."""
+    types = {
+        "step": "int64",
+        **dict.fromkeys(NAMES, "str"),
+        **dict.fromkeys(axes, "Int32"),
+        "value": "float32",
+    }
+    empty = pd.DataFrame({name: pd.array([], dtype=type_) for name, type_ in types.items()})
+    return pa.Schema.from_pandas(empty, preserve_index=False)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -59,7 +60,8 @@ def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
     for reading in readings:
         values, packing = _triangle(reading)
         if packing and not exact and np.abs(values).max(initial=0) <= 1:
-            values = values.astype(np.float16)
+            # numpy converts what is below 2**-14 in software, ten times slower than torch.
+            values = torch.from_numpy(values).half().numpy()
         tensors[reading.key] = np.asarray(values, order="C")
         about[reading.key] = {
             "axes": reading.axes,

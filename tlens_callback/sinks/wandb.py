@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tlens_callback.reading import Reading
-from tlens_callback.render import mosaic, neuron_table, score_figure
+from tlens_callback.render import is_matrix, is_mosaic, mosaic, neuron_table, score_figure
 
 STEP = "train/global_step"
 """The x axis: the key that the Hugging Face trainer logs its own rows under."""
@@ -27,6 +27,7 @@ class WandbSink:
     Keys:
         tlens/<key>: a number, for each reading without axes.
         tlens/<instrument>/heads: interactive figure of its ("layer", "head") readings.
+        tlens/<instrument>/experts: the same of ("layer", "expert").
         tlens/<key>: picture of a ("layer", "head", "query", "key") reading, all heads.
         tlens/<instrument>/table: table of its ("layer", "rank", ...) readings, a row per neuron; of
             more than 10000 rows the lowest ranks.
@@ -56,6 +57,7 @@ class WandbSink:
         self._run: Any = None
         self._started_here = False
         self._keys: dict[str, str] = {}
+        self._place = "W&B, no run yet"
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:
         """Logs one row.
@@ -79,20 +81,18 @@ class WandbSink:
             run.finish()
 
     def __str__(self) -> str:
-        run = self._run or self._given
-        if run is None:
-            return "W&B"
-        return f"W&B run {run.name or run.id}: {run.url or run.dir}"
+        return self._place
 
     def _resolve(self) -> Any:
         """The run to log to, its x axis declared."""
         if self._run is not None:
             return self._run
-        run = self._given or self._wandb.run
+        run = self._wandb.run if self._given is None else self._given
         if run is None:
             run = self._wandb.init(project=os.environ.get("WANDB_PROJECT") or "tlens_callback")
             self._started_here = True
         self._run = run
+        self._place = f"W&B run {run.name or run.id}: {run.url or Path(run.dir).parent}"
         try:
             run.define_metric(STEP)
             run.define_metric("tlens/*", step_metric=STEP)
@@ -105,24 +105,24 @@ class WandbSink:
         for reading in readings:
             if not reading.axes:
                 row[self._key(reading.key)] = reading.values.item()
-            elif _is_pattern(reading):
+            elif is_mosaic(reading):
                 picture = folder / f"{len(row)}.png"
                 picture.write_bytes(mosaic(reading, step=step))
                 row[self._key(reading.key)] = self._wandb.Image(str(picture), caption=reading.key)
         for instrument in dict.fromkeys(reading.instrument for reading in readings):
             own = [reading for reading in readings if reading.instrument == instrument]
-            matrices = [r for r in own if r.axes == ("layer", "head") and r.values.size]
-            if matrices:
-                row[self._key(f"{instrument}/heads")] = self._wandb.Plotly(score_figure(matrices))
-            ranked = [r for r in own if r.axes[:2] == ("layer", "rank")]
-            if ranked:
+            for axis in ("head", "expert"):
+                if matrices := [r for r in own if is_matrix(r) and r.axes[1] == axis]:
+                    figure = self._wandb.Plotly(score_figure(matrices))
+                    row[self._key(f"{instrument}/{axis}s")] = figure
+            if ranked := [r for r in own if r.axes[:2] == ("layer", "rank")]:
                 row[self._key(f"{instrument}/table")] = self._table(ranked)
         return row
 
     def _table(self, readings: Sequence[Reading]) -> Any:
         frame = neuron_table(readings)
         if len(frame) > _MOST_ROWS:
-            ranks = int(frame["rank"].max()) + 1
+            ranks = frame["rank"].nunique()
             frame = frame[frame["rank"] < max(1, _MOST_ROWS * ranks // len(frame))]
         numbers = frame.select_dtypes("number").columns
         table = self._wandb.Table(
@@ -150,14 +150,6 @@ class WandbSink:
                 safe, number = f"{base}_{number}", number + 1
             self._keys[key] = safe
         return self._keys[key]
-
-
-def _is_pattern(reading: Reading) -> bool:
-    return (
-        reading.axes == ("layer", "head", "query", "key")
-        and reading.limits in (None, (0, 1))
-        and reading.values.size > 0
-    )
 
 
 def _gaps(column: Any) -> np.ndarray:

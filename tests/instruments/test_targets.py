@@ -1,0 +1,96 @@
+"""TargetScores equals what log_softmax of Hugging Face's logits gives."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.instruments.common import PROBES, TEXTS, encoded, hugging_face, ids, readings, shadow
+from tlens_callback import Probe, TargetScores
+
+
+def last_logits(family: str, probe: Probe) -> list[float]:
+    with torch.no_grad():
+        return hugging_face(family)(ids(probe)).logits[0, -1].double().tolist()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_equals_hugging_face(family):
+    got = readings(TargetScores(), shadow(family))
+    answers = {"capital": (" Paris", " London"), "story": (" Mary", None)}
+    token = tiny.tokenizer().convert_tokens_to_ids
+    for probe in TEXTS[:2]:
+        logits = last_logits(family, probe)
+        target, foil = answers[probe.name]
+        at = logits[token(target.replace(" ", "\u0120"))]
+        loss = math.log(sum(math.exp(x - at) for x in logits))
+        assert got[f"target_scores/loss/{probe.name}"].values == pytest.approx(loss, abs=2e-5)
+        assert got[f"target_scores/probability/{probe.name}"].values == pytest.approx(
+            math.exp(-loss), abs=1e-5
+        )
+        rank = sorted(logits, reverse=True).index(at)
+        assert got[f"target_scores/rank/{probe.name}"].values == rank
+        if foil:
+            ahead = at - logits[token(foil.replace(" ", "\u0120"))]
+            assert got[f"target_scores/logit_diff/{probe.name}"].values == pytest.approx(
+                ahead, abs=2e-5
+            )
+    assert len(got) == 4 + 3
+
+
+def test_the_position_matters():
+    """The comparison above can fail: one token earlier the loss is another."""
+    whole = readings(TargetScores(), shadow("llama"))["target_scores/loss/capital"].values
+    cut = Probe("capital", "The capital of France", target=" Paris")
+    earlier = readings(TargetScores(), shadow("llama"), [cut])["target_scores/loss/capital"].values
+    assert abs(whole - earlier) > 1e-2
+
+
+def test_made_up_logits():
+    probes = [
+        Probe("top", [5, 6], target=4, foil=2),
+        Probe("none", [5]),
+        Probe("tied", [5, 6, 7], target=1),
+        Probe("sure", [8], target=0),
+    ]
+    batch = encoded(probes)
+    logits = torch.zeros(4, tiny.VOCAB)
+    logits[0, 4], logits[0, 2] = 3.0, 1.0
+    logits[2, :3] = 2.0
+    logits[3, 0] = 200.0
+    taps = TargetScores().taps(shadow("llama"), batch)
+    taken = {"last_logits": taps["last_logits"](logits)}
+    got = {r.key: float(r.values) for r in TargetScores().read(taken, shadow("llama"), batch)}
+    assert "target_scores/loss/none" not in got
+    assert got["target_scores/logit_diff/top"] == 2.0
+    assert got["target_scores/rank/top"] == 0
+    # Nothing is above a tied top: its rank is 0.
+    assert got["target_scores/rank/tied"] == 0
+    expected = math.exp(2) / (3 * math.exp(2) + tiny.VOCAB - 3)
+    assert got["target_scores/probability/tied"] == pytest.approx(expected, rel=1e-5)
+    assert got["target_scores/probability/sure"] == 1.0
+    assert got["target_scores/loss/sure"] == 0.0
+
+
+def test_half_precision_logits_are_widened_first():
+    probe = Probe("top", [5, 6], target=4, foil=2)
+    logits = torch.linspace(-3, 3, tiny.VOCAB)[None].bfloat16()
+    score = TargetScores().taps(shadow("llama"), encoded([probe]))["last_logits"]
+    wide = score(logits.float())
+    assert torch.equal(score(logits), wide)
+    narrow = logits.logsumexp(1) - logits[:, 4]
+    assert abs(float(narrow) - float(wide[0, 2])) > 1e-3
+
+
+def test_no_targets_no_taps_no_readings():
+    assert TargetScores().taps(shadow("llama"), encoded(PROBES[1:3])) == {}
+    assert readings(TargetScores(), shadow("llama"), PROBES[1:3]) == {}
+
+
+def test_padding_and_company_do_not_matter():
+    alone = readings(TargetScores(), shadow("llama"), TEXTS[:1])
+    together = readings(TargetScores(), shadow("llama"))
+    for key, reading in alone.items():
+        np.testing.assert_allclose(reading.values, together[key].values, atol=1e-6, rtol=1e-6)
