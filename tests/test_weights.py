@@ -1,4 +1,4 @@
-"""Effective weights: a plain model that holds them computes what the live, adapted model computes."""
+"""Effective weights: a plain model that holds them computes what the live model computes."""
 
 import copy
 import hashlib
@@ -12,11 +12,26 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peft import get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoraGAConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,8 +41,14 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
+from tlens_callback import weights
+from tlens_callback.refusals import refuse
 from tlens_callback.weights import adapted_leaves, fill, innermost, live_leaves, resolve, unwrap
+
+# PEFT warns about many of the configurations below; none of the warnings is ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % 128
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -76,8 +97,8 @@ def effective(module: nn.Module) -> dict[str, torch.Tensor]:
     return leaves | own
 
 
-def plain(live: nn.Module, weights: Any = effective) -> nn.Module:
-    """A fresh model without adapters, with the weights that `weights` finds for each module."""
+def plain(live: nn.Module, find: Any = effective) -> nn.Module:
+    """A fresh model without adapters, with the weights that `find` gives for each module."""
     base: Any = unwrap(live)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = False
@@ -86,7 +107,7 @@ def plain(live: nn.Module, weights: Any = effective) -> nn.Module:
     for path, module in skeleton.named_modules():
         source = resolve(base, path)
         if any(p is not None for p in module._parameters.values()):
-            values = weights(source)
+            values = find(source)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(values[name], requires_grad=False)
@@ -113,11 +134,11 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=TOKENS, use_cache=False).logits
 
 
-def gap(live: nn.Module, weights: Any = effective) -> float:
+def gap(live: nn.Module, find: Any = effective) -> float:
     """Largest difference of a logit, live against plain, relative to the largest logit."""
     expected = logits(live)
     assert expected.isfinite().all()
-    found = logits(plain(live, weights)).nan_to_num(1e9)
+    found = logits(plain(live, find)).nan_to_num(1e9)
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -266,21 +287,565 @@ CONFIGS: dict[str, Config] = {
     "beft": tuner("BeftConfig", target_modules=["v_proj"]),
     "glora": tuner("GloraConfig", r=4),
 }
-"""Every kind of PEFT adapter that has a merged weight, and the settings that change how it merges."""
+"""Every kind of PEFT adapter that has a merged weight, with what changes how it merges."""
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    if name == "adamss":
+        pytest.importorskip("sklearn", reason="AdaMSS clusters with scikit-learn")
+    return adapt(llama(bias=True).to(dtype), CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_plain_model_with_the_effective_weights_is_the_live_model(name):
-    if name == "adamss":
-        pytest.importorskip("sklearn")
-    live = adapt(llama(bias=True), CONFIGS[name])
+    live = build(name)
     before = state(live)
+    refuse(live)
+    own = plain(live)
+    assert state(live) == before
+    assert live.training
+    expected = logits(live)
+    assert (logits(own) - expected).abs().max() < 1e-5 * expected.abs().max()
+    # Not vacuous: without its adapter the model computes something else.
+    with live.disable_adapter():
+        assert (logits(live) - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_effective_weights_are_those_of_peft_s_own_merge_of_a_copy(name):
+    if name == "lora layer_replication":
+        pytest.skip("PEFT merges twice into the base weight that the replicas share")
+    live = build(name)
+    merged = copy.deepcopy(live).merge_and_unload().state_dict()
+    own = plain(live).state_dict()
+    assert own.keys() == merged.keys()
+    for key in own:
+        torch.testing.assert_close(own[key], merged[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["corda", "lora_ga", "eva"])
+def test_initialisations_that_look_at_data_first(method):
+    base = llama()
+    config = lora(init_lora_weights=method)()
+    if method == "corda":
+        corda = pytest.importorskip("peft.tuners.lora.corda", reason="it imports attrs")
+        config.corda_config = CordaConfig()
+        corda.preprocess_corda(base, config, run_model=lambda: base(TOKENS))
+    elif method == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(base, config, lambda: base(TOKENS, labels=TOKENS).loss.backward())
+    else:
+        config.eva_config = EvaConfig()
+    live = get_peft_model(base, config)
+    if method == "eva":
+        initialize_lora_eva_weights(live, [{"input_ids": TOKENS}] * 4, show_progress_bar=False)
+    randomise(live, only_trainable=True)
     assert gap(live) < 1e-5
-    # Evaluating the live model itself is no part of the promise: the comparison is of one call.
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lora", {"weight"}),
+        ("lora bias=all", {"weight"}),
+        ("lora lora_bias", {"weight", "bias"}),
+        ("dora", {"weight", "bias"}),
+        ("oft", {"weight", "bias"}),
+        ("beft", set()),
+        ("modules_to_save of many kinds", {"weight"}),
+    ],
+)
+def test_only_what_an_adapter_changes_is_adapted(name, expected):
+    live = build(name)
+    assert adapted_leaves(resolve(unwrap(live), "model.layers.0.self_attn.q_proj")) == expected
+    for path in ("model.norm", "lm_head", "model.embed_tokens", "model.layers.0", "model", ""):
+        assert adapted_leaves(resolve(unwrap(live), path)) == set()
+
+
+def test_live_leaves_are_the_live_tensors():
+    live = adapt(llama(bias=True), lora(modules_to_save=["lm_head"]))
+    base = unwrap(live)
+    q_proj = resolve(base, "model.layers.0.self_attn.q_proj")
+    leaves = live_leaves(q_proj)
+    assert leaves.keys() == {"weight", "bias"}
+    assert leaves["weight"].data_ptr() == q_proj.base_layer.weight.data_ptr()
+    assert not any(leaf.requires_grad for leaf in leaves.values())
+    head = live_leaves(resolve(base, "lm_head"))["weight"]
+    assert head.data_ptr() == base.lm_head.modules_to_save["default"].weight.data_ptr()
+    assert head.data_ptr() != base.lm_head.original_module.weight.data_ptr()
+
+
+# Which adapters count.
+
+
+def two_adapters(**settings: Any) -> Any:
+    live = get_peft_model(llama(bias=True), lora(**settings)())
+    live.add_adapter("ref", lora(**(settings | {"r": 3, "lora_alpha": 1}))())
+    for parameter in live.parameters():
+        parameter.requires_grad_(True)
+    randomise(live)
+    return live
+
+
+ACTIVE = {"first": ["default"], "second": ["ref"], "both": ["default", "ref"]}
+
+
+@pytest.mark.parametrize("active", ACTIVE)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_exactly_the_active_adapters_count(active, settings):
+    live = two_adapters(**settings)
+    live.base_model.set_adapter(ACTIVE[active])
+    assert gap(live) < 1e-5
+    others = [logits(plain(live))]
+    for names in ACTIVE.values():
+        if names != ACTIVE[active]:
+            live.base_model.set_adapter(names)
+            others.append(logits(plain(live)))
+    assert (others[0] - others[1]).abs().max() > 1e-2
+    assert (others[0] - others[2]).abs().max() > 1e-2
+
+
+def test_an_adapter_that_leaves_some_layers_alone():
+    live = get_peft_model(llama(), lora(target_modules=["q_proj"])())
+    live.add_adapter("other", lora(target_modules=["v_proj"], modules_to_save=["lm_head"])())
+    randomise(live, only_trainable=True)
+    for adapter in ("default", "other"):
+        live.set_adapter(adapter)
+        assert gap(live) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora", "dora", "oft", "ia3", "ln_tuning", "trainable_tokens", "modules_to_save lm_head"],
+)
+def test_a_disabled_adapter_leaves_the_base_weight(name):
+    live = build(name)
+    adapted = logits(live)
+    with live.disable_adapter():
+        expected = logits(live)
+        own = plain(live)
+    assert torch.equal(logits(own), expected)
+    assert (adapted - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "ia3", "ln_tuning", "trainable_tokens"])
+def test_an_adapter_merged_into_the_live_model_is_not_merged_twice(name):
+    live = build(name)
+    live.merge_adapter()
     before = state(live)
     own = plain(live)
     assert state(live) == before
-    assert any(module.training for module in live.modules())
-    with live.disable_adapter():
-        unadapted = logits(live)
-    assert (logits(own) - unadapted).abs().max() > 1e-3
+    assert torch.equal(logits(own), logits(live))
+
+
+# Tied embeddings: an adapter on one of the two parts them.
+
+TIED = {
+    "no adapter on either": lora(target_modules=["q_proj"]),
+    "lora embed_tokens": lora(target_modules=["embed_tokens"]),
+    "lora embed_tokens, tied": lora(target_modules=["embed_tokens"], ensure_weight_tying=True),
+    "dora embed_tokens": lora(target_modules=["embed_tokens"], use_dora=True),
+    "lora lm_head": lora(target_modules=["lm_head"]),
+    "modules_to_save embed_tokens": lora(modules_to_save=["embed_tokens"]),
+    "modules_to_save embed_tokens, tied": lora(
+        modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ),
+    "modules_to_save both": lora(modules_to_save=["embed_tokens", "lm_head"]),
+    "trainable_token_indices": lora(trainable_token_indices=[1, 5, 20]),
+    "trainable_token_indices, tied": lora(
+        trainable_token_indices=[1, 5, 20], ensure_weight_tying=True
+    ),
+    "trainable_tokens": tuner(
+        "TrainableTokensConfig", token_indices=[5, 10], target_modules=["embed_tokens"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_tied_embeddings(name):
+    live = adapt(llama(tied=True), TIED[name])
+    before = state(live)
+    assert unwrap(live).config.tie_word_embeddings
+    own = plain(live)
+    assert state(live) == before
+    expected = logits(live)
+    assert (logits(own) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+# Other layouts than a linear layer's.
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128))
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(target_modules=["c_attn", "c_proj", "c_fc"]),
+        lora(target_modules=["c_attn", "c_proj"], lora_bias=True),
+        lora(target_modules=["c_attn", "wte"], use_dora=True),
+        lora(target_modules=["c_attn", "wte", "wpe"]),
+        tuner("IA3Config", target_modules=["c_attn"], feedforward_modules=[]),
+        tuner("VeraConfig", target_modules=["c_attn"], r=4),
+        tuner("AdaLoraConfig", target_modules=["c_attn", "c_proj"], total_step=10),
+        tuner("LNTuningConfig", target_modules=["ln_1", "ln_f"]),
+    ],
+    ids=["lora", "lora_bias", "dora", "embeddings", "ia3", "vera", "adalora", "ln_tuning"],
+)
+def test_gpt2_with_its_transposed_linear_layers(config):
+    live = adapt(gpt2(), config)
+    before = state(live)
+    own = plain(live)
+    assert state(live) == before
+    expected = logits(live)
+    assert (logits(own) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def gemma3() -> Gemma3ForCausalLM:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=128,
+    )
+    model = Gemma3ForCausalLM(config)
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [lora(target_modules=["embed_tokens", "q_proj"]), lora(trainable_token_indices=[1, 5])],
+    ids=["lora", "trainable tokens"],
+)
+def test_an_embedding_with_a_scale_keeps_its_buffer(config):
+    live = adapt(gemma3(), config)
+    scale = innermost(resolve(unwrap(live), "model.embed_tokens"))._buffers["embed_scale"]
+    assert float(scale) == pytest.approx(8.0)
+    assert gap(live) < 1e-5
+
+
+MOE_SETTINGS = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+}
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**MOE_SETTINGS, num_local_experts=4))
+    randomise(model)
+    return model
+
+
+def qwen3_moe() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**MOE_SETTINGS, num_experts=4, moe_intermediate_size=32, head_dim=16)
+    )
+    randomise(model)
+    return model
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("family", [mixtral, qwen3_moe])
+@pytest.mark.parametrize(
+    ("config", "adapted"),
+    [
+        (lora(target_modules=["q_proj"], target_parameters=EXPERTS), {"gate_up_proj", "down_proj"}),
+        (lora(target_modules=[], target_parameters=EXPERTS[1:], use_rslora=True), {"down_proj"}),
+        (lora(target_modules="all-linear"), {"gate_up_proj", "down_proj"}),
+    ],
+    ids=["both", "one", "all-linear"],
+)
+def test_experts_adapted_by_target_parameters(family, config, adapted):
+    live = adapt(family(), config)
+    experts = resolve(unwrap(live), "model.layers.0.mlp.experts")
+    assert adapted_leaves(experts) == adapted
+    assert live_leaves(experts).keys() == {"gate_up_proj", "down_proj"}
+    before = state(live)
+    own = plain(live)
+    assert state(live) == before
+    expected = logits(live)
+    assert (logits(own) - expected).abs().max() < 1e-5 * expected.abs().max()
+    merged = copy.deepcopy(live).merge_and_unload().state_dict()
+    for key, value in own.state_dict().items():
+        torch.testing.assert_close(value, merged[key], rtol=1e-5, atol=1e-6)
+
+
+def test_two_adapters_on_the_same_experts():
+    live = get_peft_model(qwen3_moe(), lora(target_modules=[], target_parameters=EXPERTS)())
+    live.add_adapter("other", lora(target_modules=[], target_parameters=EXPERTS, r=2)())
+    for name, parameter in live.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    randomise(live, only_trainable=True)
+    for active in (["default"], ["other"], ["default", "other"]):
+        live.base_model.set_adapter(active)
+        assert gap(live) < 1e-5
+
+
+def test_tuners_of_several_kinds_around_one_layer():
+    live = get_peft_model(llama(), lora(target_modules=["q_proj"])(), mixed=True)
+    live.add_adapter("loha", tuner("LoHaConfig", r=2, target_modules=["q_proj", "v_proj"])())
+    live.add_adapter("oft", tuner("OFTConfig", oft_block_size=8, target_modules=["q_proj"])())
+    live.set_adapter(["default", "loha", "oft"])
+    randomise(live, only_trainable=True)
+    base = unwrap(live)
+    assert isinstance(base, LlamaForCausalLM)
+    before = state(live)
+    own = plain(live)
+    assert state(live) == before
+    expected = logits(live)
+    assert (logits(own) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+# Wrappers.
+
+
+def test_transformers_own_add_adapter():
+    live = llama()
+    live.add_adapter(lora()())
+    randomise(live, only_trainable=True)
+    assert unwrap(live) is live
+    assert gap(live) < 1e-5
+    live.disable_adapters()
+    assert gap(live) < 1e-5
+
+
+def test_compiled_and_checkpointed_layers_are_stepped_through():
+    live = adapt(llama(), lora())
+    base: Any = unwrap(live)
+    expected = logits(plain(live))
+    base.model.layers[0] = torch.compile(base.model.layers[0])
+    base.model.layers[1] = checkpoint_wrapper(base.model.layers[1])
+    q_proj = resolve(base, "model.layers.0.self_attn.q_proj")
+    assert isinstance(q_proj, BaseTunerLayer)
+    assert torch.equal(logits(plain(live)), expected)
+    assert unwrap(torch.compile(live)) is base
+
+
+def test_unwrap_steps_through_data_parallel_wrappers():
+    live = adapt(llama(), lora())
+    assert unwrap(nn.DataParallel(live)) is unwrap(live) is live.get_base_model()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert unwrap(nn.parallel.DistributedDataParallel(live)) is live.get_base_model()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_module_that_the_live_model_has_not_is_named():
+    base = unwrap(adapt(llama(), lora()))
+    with pytest.raises(ValueError, match=r"no module 'model.layers.0.mixer' .*no 'mixer'"):
+        resolve(base, "model.layers.0.mixer")
+
+
+# Precision: one rounding, of the exact sum.
+
+
+def dyadic(*shape: int, bits: int, top: int = 8) -> torch.Tensor:
+    """Random multiples of 2**-bits below top * 2**-bits: sums of products of them are exact."""
+    return torch.randint(-top, top + 1, shape).double() * 2.0**-bits
+
+
+def exact_lora(
+    layout: str, base_dtype: torch.dtype, adapter_dtype: torch.dtype, adapters: int
+) -> tuple[nn.Module, torch.Tensor]:
+    """An adapted layer with dyadic weights, and W + sum(s B A) in float64, without any rounding."""
+    torch.manual_seed(0)
+    rows, columns, experts = 48, 40, 3
+    plain_layer: nn.Module
+    if layout == "linear":
+        plain_layer, shape = nn.Linear(columns, rows, bias=False), (rows, columns)
+    elif layout == "conv1d":
+        plain_layer, shape = Conv1D(columns, rows), (rows, columns)
+    elif layout == "embedding":
+        plain_layer, shape = nn.Embedding(rows, columns), (rows, columns)
+    else:
+        plain_layer, shape = nn.Module(), (experts, rows, columns)
+        plain_layer.weight = nn.Parameter(torch.empty(shape))
+    holder = nn.ModuleDict({"layer": plain_layer})
+    settings: dict[str, Any] = {"target_modules": ["layer"]}
+    if layout == "experts":
+        settings = {"target_modules": [], "target_parameters": ["layer.weight"]}
+    model = get_peft_model(holder, lora(**settings)())
+    for i in range(1, adapters):
+        model.add_adapter(f"more{i}", lora(**settings, lora_alpha=4)())
+    layer: Any = model.base_model.model["layer"]
+    layer.set_adapter(list(layer.scaling))
+    # bfloat16 holds multiples of 2**-7 up to 1; the update reaches below what it holds.
+    base = dyadic(*shape, bits=7, top=127)
+    innermost(layer).weight.data = base.to(base_dtype)
+    total = base.clone()
+    for name, scale in layer.scaling.items():
+        if layout == "embedding":
+            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        else:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        exact_a, exact_b = dyadic(*a.shape, bits=6), dyadic(*b.shape, bits=6)
+        a.data, b.data = exact_a.to(adapter_dtype), exact_b.to(adapter_dtype)
+        if layout == "experts":
+            for expert in range(experts):
+                rank = exact_a.shape[0] // experts
+                a_of = exact_a[expert * rank : (expert + 1) * rank]
+                b_of = exact_b[:, expert::experts]
+                # PEFT's layout of the factors: [expert, in, out] or [expert, out, in].
+                update = b_of @ a_of
+                total[expert] += scale * (update if update.shape == shape[1:] else update.T)
+        else:
+            update = exact_b @ exact_a
+            total += scale * (update if layout == "linear" else update.T)
+    return layer, total
+
+
+@pytest.mark.parametrize("scratch", [2**18, 100], ids=["one piece", "many pieces"])
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("layout", ["linear", "conv1d", "embedding", "experts"])
+@pytest.mark.parametrize(
+    ("base_dtype", "adapter_dtype", "own_dtype"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32, torch.float64),
+    ],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def test_plain_lora_is_the_exact_sum_rounded_once(
+    monkeypatch, scratch, adapters, layout, base_dtype, adapter_dtype, own_dtype
+):
+    monkeypatch.setattr(weights, "_SCRATCH", {"cpu": scratch})
+    layer, exact = exact_lora(layout, base_dtype, adapter_dtype, adapters)
+    own = torch.full_like(exact, torch.nan, dtype=own_dtype)
+    fill(layer, {"weight": own})
+    assert torch.equal(own, exact.to(own_dtype))
+
+
+def test_rounding_the_update_first_would_be_seen():
+    layer, exact = exact_lora("linear", torch.bfloat16, torch.float32, 2)
+    assert not torch.equal(exact.bfloat16().double(), exact)
+    twice = innermost(layer).weight.data.clone()
+    for name in layer.scaling:
+        twice += layer.get_delta_weight(name).bfloat16()
+    assert not torch.equal(twice, exact.bfloat16())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_a_bfloat16_base_gives_the_float32_result_rounded_once(name, adapter_dtype):
+    live = build(name, torch.bfloat16)
+    for path, parameter in live.named_parameters():
+        if parameter.requires_grad and not path.endswith("base_layer.bias"):
+            parameter.data = parameter.data.to(adapter_dtype)
+    wide = copy.deepcopy(live).float()
+    before = state(live)
+    low, high = plain(live).state_dict(), plain(wide).state_dict()
+    assert state(live) == before
+    for key, value in low.items():
+        assert value.dtype == torch.bfloat16 or name.startswith("modules_to_save")
+        torch.testing.assert_close(value, high[key].to(value.dtype), rtol=2**-8, atol=1e-6)
+
+
+def test_an_autocast_region_around_the_call_changes_nothing():
+    for name in ("lora", "dora", "boft"):
+        live = build(name)
+        expected = plain(live).state_dict()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = plain(live).state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_plain_lora_is_not_merged_by_peft(monkeypatch):
+    """The fused path: no stand-in, no tensor of the update."""
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("not the fused path")
+
+    lives = [
+        adapt(llama(bias=True), lora(target_modules=["embed_tokens", *PROJECTIONS])),
+        adapt(gpt2(), lora(target_modules=["c_attn", "wte"])),
+        adapt(mixtral(), lora(target_parameters=EXPERTS)),
+    ]
+    for kind in (LoraLinear, LoraEmbedding, ParamWrapper):
+        monkeypatch.setattr(kind, "merge", never)
+        monkeypatch.setattr(kind, "get_delta_weight", never)
+    for live in lives:
+        plain(live)
+    dora = adapt(llama(), lora(use_dora=True))
+    with pytest.raises(ValueError, match="not the fused path"):
+        plain(dora)
+
+
+# What fails, and what the checks above would not let pass.
+
+
+def test_a_merge_that_fails_names_the_tuner_and_the_layer():
+    live = adapt(llama(), lora(lora_bias=True, target_modules=["q_proj"]))
+    layer = resolve(unwrap(live), "model.layers.0.self_attn.q_proj")
+    with pytest.raises(ValueError, match=r"lora\.layer\.Linear into Linear\(.*has no bias"):
+        fill(layer, {"weight": torch.empty(64, 64)})
+
+
+def test_out_of_memory_is_passed_on(monkeypatch):
+    def merge(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    live = adapt(llama(), lora(use_dora=True))
+    monkeypatch.setattr(LoraLinear, "merge", merge)
+    with pytest.raises(torch.OutOfMemoryError):
+        plain(live)
+
+
+def without_fill(module: Any) -> dict[str, torch.Tensor]:
+    return live_leaves(module)
+
+
+def base_plus_delta(module: Any) -> dict[str, torch.Tensor]:
+    leaves = live_leaves(module)
+    if isinstance(module, BaseTunerLayer):
+        leaves["weight"] = leaves["weight"] + module.get_delta_weight("default").detach()
+    return leaves
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "ia3", "trainable_tokens", "ln_tuning"])
+def test_the_comparison_sees_base_weights_left_as_they_are(name):
+    assert gap(build(name), without_fill) > 1e-3
+
+
+def test_the_comparison_sees_a_naive_merge():
+    assert gap(build("lora"), base_plus_delta) < 1e-5
+    assert gap(build("dora"), base_plus_delta) > 1e-3
+    assert gap(two_adapters(), base_plus_delta) < 1e-5
+    both = two_adapters()
+    both.base_model.set_adapter(["default", "ref"])
+    assert gap(both, base_plus_delta) > 1e-3
+
+
+def test_the_check_of_the_live_state_sees_a_merge_and_unmerge():
+    for name in ("lora", "dora", "oft coft"):
+        live = build(name)
+        before = state(live)
+        live.merge_adapter()
+        live.unmerge_adapter()
+        assert state(live) != before

@@ -1,0 +1,208 @@
+"""What an observation costs, measured side by side in one run.
+
+    python scripts/measure_overhead.py
+    python scripts/measure_overhead.py --device cuda --dtype bfloat16 --rounds 20
+
+Four things take turns, so that a busy machine slows them alike:
+
+(a) a default observation of this callback: sync, forward pass, instruments, pictures, the local
+    store and an offline W&B run;
+(b) the bare Hugging Face forward pass, eager attention, of the same probe tokens;
+(c) a memory copy of the weights that the adapter changes;
+(d) what one would write by hand: deep copy, `merge_and_unload`, bridge, `run_with_cache` of
+    everything, one plotly figure a head of each pictured probe.
+
+The models have random weights: the shapes of SmolLM2-135M, and a tiny Llama. LoRA with r=16 on
+all linear layers.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tlens_callback import LocalSink, Probe, WandbSink
+from tlens_callback import _bridge as bridge
+from tlens_callback.builtin_probes import repeated_blocks
+from tlens_callback.instruments import fast
+from tlens_callback.observer import Observer
+from tlens_callback.shadow import Shadow
+
+SHAPES = {
+    "smollm2-135m": dict(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
+    "tiny": dict(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+}
+
+
+def lora_model(shape: str, device: str, dtype: torch.dtype) -> PeftModel:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], attn_implementation="eager"))
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft = get_peft_model(model.to(device, dtype), config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    return peft
+
+
+def by_hand(model: PeftModel, tokens: torch.Tensor, pictured: list[int]) -> int:
+    """(d); returns the number of figures."""
+    import plotly.graph_objects as go
+
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.eval()
+    hooked = bridge.build(merged, tokens.device)
+    _, cache = hooked.run_with_cache(tokens)
+    figures = 0
+    for layer in range(merged.config.num_hidden_layers):
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"].float().cpu().numpy()
+        for probe in pictured:
+            for head in range(pattern.shape[1]):
+                go.Figure(go.Heatmap(z=pattern[probe, head])).to_json()
+                figures += 1
+    return figures
+
+
+def measure(
+    shape: str, device: str, dtype: torch.dtype, rounds: int, out: Path
+) -> dict[str, float]:
+    model = lora_model(shape, device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = SHAPES[shape]["vocab_size"]
+    texts = [
+        Probe(
+            f"text-{i}", torch.randint(3, vocabulary, (48,), generator=generator), target=7, foil=9
+        )
+        for i in range(2)
+    ]
+    context = SHAPES[shape]["max_position_embeddings"]
+    watcher = Observer(fast(), [LocalSink(out / shape), WandbSink()], on_error="raise")
+    began = time.perf_counter()
+    watcher.start(model, None, lambda shadow: texts + repeated_blocks(context), step=0)
+    start_seconds = time.perf_counter() - began
+    shadow, tokens = watcher.shadow, watcher.batch.tokens
+    assert isinstance(shadow, Shadow)
+    adapted = [m.base_layer.weight for m in model.modules() if hasattr(m, "lora_A")]
+    copies = [torch.empty_like(weight) for weight in adapted]
+    shadow.run(watcher.batch, [])
+    step = iter(range(1, 10**6))
+    watcher._next_check = None  # fidelity is computed three times a run, not at every observation
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.get_base_model()(
+                tokens, attention_mask=watcher.batch.mask.long(), use_cache=False
+            )
+
+    def memory_copy() -> None:
+        with torch.no_grad():
+            for own, weight in zip(copies, adapted, strict=True):
+                own.copy_(weight)
+
+    taps = [instrument.taps(shadow, watcher.batch) for instrument in watcher.instruments]
+    work: dict[str, Callable[[], object]] = {
+        "a": lambda: watcher.after_update(next(step), observe=True, last=False),
+        "b": forward,
+        "c": memory_copy,
+        "d": lambda: by_hand(model, tokens, [0, 1, 2]),
+        "sync": shadow.sync,
+        "shadow forward": lambda: shadow.run(watcher.batch, [{"last_logits": lambda t: t}]),
+        "with reductions": lambda: shadow.run(watcher.batch, taps),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    model.eval()
+    for turn in range(rounds + 1):
+        for name, act in work.items():
+            if name == "d" and turn > max(3, rounds // 3):
+                continue
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            act()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first turn warms up
+                times[name].append(time.perf_counter() - began)
+    found = {name: statistics.median(values) for name, values in times.items()}
+    found["adapted bytes"] = sum(w.numel() * w.element_size() for w in adapted)
+    found["extra bytes"] = shadow.extra_bytes
+    found["start"] = start_seconds
+    found["tokens"] = tokens.numel()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        shadow.sync()
+        found["sync peak bytes"] = torch.cuda.max_memory_allocated() - held
+    watcher.close()
+    return found
+
+
+def report(shape: str, found: dict[str, float]) -> None:
+    a, b, c, d = (found[name] for name in "abcd")
+    ms = {name: f"{1e3 * found[name]:,.1f} ms" for name in found}
+    rows = [
+        ("(a) a default observation, pictures and logging included", ms["a"]),
+        ("    of which sync", ms["sync"]),
+        ("    of which forward pass, without and with reductions",
+         f"{ms['shadow forward']}, {ms['with reductions']}"),
+        ("(b) bare Hugging Face forward of the same tokens", ms["b"]),
+        ("(c) memory copy of the adapted weights", ms["c"]),
+        ("(d) by hand: deepcopy, merge, cache everything, a figure a head", ms["d"]),
+        ("once, when training begins: build, check, first observation", ms["start"]),
+        ("sync / (c)", f"{found['sync'] / c:.2f}"),
+        ("(a) / ((b) + (c))", f"{a / (b + c):.2f}"),
+        ("((d) - (b)) / ((a) - (b))", f"{(d - b) / (a - b):.1f}" if a > b else "(a) is below (b)"),
+        ("extra memory / adapted weights",
+         f"{found['extra bytes'] / found['adapted bytes']:.3f} "
+         f"({found['extra bytes'] / 2**20:,.1f} MiB)"),
+    ]  # fmt: skip
+    if "sync peak bytes" in found:
+        rows.append(("scratch during a sync", f"{found['sync peak bytes'] / 2**20:,.1f} MiB"))
+    print(f"\n| {shape}, {found['tokens']:.0f} probe tokens | |\n| --- | --- |")
+    for what, value in rows:
+        print(f"| {what} | {value} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true")
+        print(f"torch {torch.__version__}, {args.device}, {args.dtype}, "
+              f"{torch.get_num_threads()} threads, median of {args.rounds}")  # fmt: skip
+        for shape in args.shapes:
+            dtype = getattr(torch, args.dtype)
+            report(shape, measure(shape, args.device, dtype, args.rounds, Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

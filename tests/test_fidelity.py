@@ -1,0 +1,88 @@
+"""Fidelity measures what it says, and finds a shadow that is another model."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_shadow import batch_for, hugging_face_logits, lora, train
+from tlens_callback import Shadow
+from tlens_callback.fidelity import as_inference, compare
+
+
+def test_figures_are_those_of_the_logits():
+    model = tiny.model("llama")
+    shadow = Shadow.of(lora(tiny.model("llama"), target_modules=["q_proj"]))
+    batch = batch_for(shadow)
+    other = tiny.model("llama", seed=1)
+    fidelity, last = compare(other, shadow, batch)
+    live = hugging_face_logits(other, batch)[batch.mask].double()
+    mine = shadow.logits(batch.tokens)[batch.mask].double()
+    kl = torch.nn.functional.kl_div(mine.log_softmax(-1), live.softmax(-1), reduction="sum")
+    assert fidelity.max_abs_diff == pytest.approx(float((live - mine).abs().max()), rel=1e-4)
+    assert fidelity.kl == pytest.approx(float(kl) / len(live), rel=1e-4)
+    agree = (live.argmax(-1) == mine.argmax(-1)).double().mean()
+    assert fidelity.top1_agreement == pytest.approx(float(agree))
+    assert not fidelity.close
+    assert torch.allclose(
+        last, hugging_face_logits(other, batch)[torch.arange(3), batch.last], atol=1e-5
+    )
+    assert compare(model, Shadow.of(model), batch)[0].close
+
+
+def test_nan_is_not_close():
+    model = tiny.model("llama")
+    shadow = Shadow.of(lora(model, target_modules=["q_proj"]))
+    batch = batch_for(shadow)
+    with torch.no_grad():
+        shadow._sources[-1].live.weight.fill_(float("nan"))
+    assert not compare(model, shadow, batch)[0].close
+
+
+def test_rows_in_chunks_give_the_same_figures(monkeypatch):
+    from tlens_callback import fidelity as module
+
+    model, other = tiny.model("llama"), tiny.model("llama", seed=1)
+    shadow = Shadow.of(model)
+    batch = batch_for(shadow)
+    whole, _ = compare(other, shadow, batch)
+    monkeypatch.setattr(module, "_CHUNK", 1)
+    parts, _ = compare(other, shadow, batch)
+    want, got = dataclasses.asdict(whole), dataclasses.asdict(parts)
+    assert want.pop("tolerance") == got.pop("tolerance")
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_a_missed_update_is_stale_and_a_followed_one_is_not():
+    model = lora(tiny.model("llama"))
+    shadow = Shadow.of(model)
+    batch = batch_for(shadow)
+    first, reference = compare(model, shadow, batch)
+    train(model, batch, steps=1, lr=1e-5)
+    missed, _ = compare(model, shadow, batch, reference=reference)
+    assert missed.moved > 1e-4 and missed.close, "too small an update for the tolerance alone"
+    assert missed.stale(first)
+    shadow.sync()
+    followed, _ = compare(model, shadow, batch, reference=reference)
+    assert followed.close and not followed.stale(first)
+
+
+def test_half_precision_compares_eager_with_eager():
+    model = lora(tiny.model("llama", attn_implementation="sdpa").to(torch.bfloat16))
+    shadow = Shadow.of(model)
+    fidelity, _ = compare(model, shadow, batch_for(shadow))
+    assert fidelity.close and model.config._attn_implementation == "sdpa"
+
+
+def test_borrowed_settings_come_back_even_on_an_error():
+    model = lora(tiny.model("llama", attn_implementation="sdpa"))
+    model.train()
+    model.get_base_model().lm_head.eval()
+    flags = [m.training for m in model.modules()]
+    with pytest.raises(ZeroDivisionError), as_inference(model, eager=True):
+        assert not any(m.training for m in model.modules())
+        assert model.config._attn_implementation == "eager"
+        raise ZeroDivisionError
+    assert flags == [m.training for m in model.modules()] and len(set(flags)) == 2
+    assert model.config._attn_implementation == "sdpa"

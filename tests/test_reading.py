@@ -1,0 +1,54 @@
+"""A reading checks itself when it is made."""
+
+import numpy as np
+import pytest
+import torch
+
+from tlens_callback import Reading
+
+
+def test_key_parts_and_values():
+    reading = Reading(
+        key="head_scores/induction/a/b",
+        values=torch.arange(6.0).reshape(2, 3),
+        axes=("layer", "head"),
+        unit="probability",
+        labels={"head": ["x", "y", "z"]},
+        limits=(0, 1),
+    )
+    assert (reading.instrument, reading.measure, reading.probe) == (
+        "head_scores",
+        "induction",
+        "a/b",
+    )
+    assert Reading(key="a/b", values=1, unit="nats").probe is None
+    assert reading.values.dtype == np.float32 and reading.labels == {"head": ("x", "y", "z")}
+
+
+def test_values_are_a_copy_that_cannot_be_written():
+    source = np.zeros(3, dtype=np.float32)
+    reading = Reading(key="a/b", values=source, axes=("pos",), unit="nats")
+    source[0] = 5
+    assert reading.values[0] == 0
+    with pytest.raises(ValueError, match="read-only"):
+        reading.values[0] = 1
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"key": "alone"}, "'<instrument>/<measure>'"),
+        ({"key": "a//b"}, "'<instrument>/<measure>'"),
+        ({"axes": ("layer",)}, r"shape \(2, 3\) but axes \('layer',\)"),
+        ({"axes": ("layer", "layer")}, "names an axis twice"),
+        ({"unit": ""}, "has no unit"),
+        ({"labels": {"pos": ["a"]}}, "'pos', which is not one of"),
+        ({"labels": {"head": ["a"]}}, "3 indices but 1 labels"),
+        ({"limits": (1.0, 1.0)}, "low < high"),
+    ],
+)
+def test_what_does_not_fit_raises(change, text):
+    good = {"key": "a/b", "values": np.ones((2, 3)), "axes": ("layer", "head"), "unit": "nats"}
+    Reading(**good)
+    with pytest.raises(ValueError, match=text):
+        Reading(**{**good, **change})
