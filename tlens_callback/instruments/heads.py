@@ -56,8 +56,9 @@ class HeadScores:
         head_scores/entropy: [layer, head], fraction, 0..1
         head_scores/lag: [layer, head], tokens, 0..(T-1)//2
         head_scores/lag_mass: [layer, head], probability, 0..1
-        head_scores/<measure>_by_block: [block, layer, head], as the measure; labels: lengths S
-        head_scores/<measure>_spread: [layer, head], as the measure, 0..half of its range;
+        head_scores/<measure>_by_block: [block, layer, head], unit of the measure, its range;
+            blocks are labelled with their lengths S, ascending
+        head_scores/<measure>_spread: [layer, head], unit of the measure, 0..half of its range;
             standard deviation (divisor n) over the block lengths, or over the sequences if there
             is one length
         head_scores/max_<measure>: [], probability, 0..1; for previous, duplicate, induction (or
@@ -152,7 +153,7 @@ class HeadScores:
         yield from self._matrices(
             "lag",
             "tokens",
-            longest.max(),
+            float(longest.max()),
             names,
             *(view.argmax(0, fill_value=-1) for view in views),
         )
@@ -180,7 +181,7 @@ class HeadScores:
         overall: Real[np.ndarray, "layer head"],
     ) -> Iterator[Reading]:
         key, axes = f"{self.name}/{measure}", ("layer", "head")
-        limits = (0.0, float(top))
+        limits = (0.0, top)
         yield Reading(key=key, values=overall, axes=axes, unit=unit, limits=limits)
         yield Reading(
             key=f"{key}_by_block",
@@ -195,7 +196,7 @@ class HeadScores:
             values=(block if len(names) > 1 else sequence).std(0),
             axes=axes,
             unit=unit,
-            limits=(0.0, float(top) / 2),
+            limits=(0.0, top / 2),
         )
 
     def _scalar(self, measure: str, value: np.floating, unit: str) -> Reading:

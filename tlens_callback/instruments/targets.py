@@ -71,7 +71,8 @@ class TargetScores:
             return
         scores = taken["last_logits"]
         assert isinstance(scores, Tensor)
-        for row, (probability, rank, loss, ahead) in zip(rows, scores.numpy(), strict=True):
+        for row, score in zip(rows, scores, strict=True):
+            probability, rank, loss, ahead = (number.numpy() for number in score)
             probe = batch.probes[row].name
             yield Reading(
                 key=f"{self.name}/probability/{probe}",

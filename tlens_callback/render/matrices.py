@@ -27,8 +27,8 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
     titled by measure and probe, hovering says "L5H1 induction 0.93". A measure `<other>_spread`
     beside `<other>` has no panel of its own: hovering says "L5H1 induction 0.93 ± 0.02". Panels
     of one unit and equal `limits` share a colour bar; limits that are symmetric around zero get a
-    diverging scale. Readings without limits share the range of their own values, which the bar
-    says, as it changes from step to step. What is not finite is left blank.
+    diverging scale. Without limits, or with infinite ones, they share the range of their own
+    values, which the bar says, as it changes from step to step. What is not finite is left blank.
 
     Raises:
         ValueError: where no reading has these axes, or they are of several instruments.
@@ -56,6 +56,7 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
         "annotations": [],
         "plot_bgcolor": "#ccc",
         "font": {"size": 11},
+        "template": "none",
     }
     if rows > 2:
         layout["height"] = inner + 84
@@ -135,18 +136,18 @@ def _colour_axis(
 ) -> dict[str, Any]:
     unit, limits = scale
     title = _plain(unit)
-    if limits is None:
+    low, high = limits or (-math.inf, math.inf)
+    if math.isinf(low) or math.isinf(high):
         title += ",<br>this step's<br>range"
-        values = np.concatenate(
-            [r.values.ravel() for r in panels if (r.unit, r.limits) == scale] + [np.zeros(0)]
-        )
-        values = values[np.isfinite(values)]
-        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-        if low < 0 < high:
-            high = max(-low, high)
-            low = -high
-        limits = (low, high if high > low else low + 1)
-    low, high = limits
+        shown = np.concatenate([r.values.ravel() for r in panels if (r.unit, r.limits) == scale])
+        shown = shown[np.isfinite(shown)]
+        least, most = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
+        if limits is None and least < 0 < most:
+            most = max(-least, most)
+            least = -most
+        low = least if math.isinf(low) else low
+        high = most if math.isinf(high) else high
+        high = high if high > low else low + 1
     return {
         "cmin": low,
         "cmax": high,

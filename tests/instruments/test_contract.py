@@ -1,0 +1,195 @@
+"""What every exported instrument promises, on every family: found by its export, nothing listed."""
+
+import dataclasses
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.instruments.common import PROBES, TEXTS, encoded, shadow
+from tlens_callback import Instrument, Reading, Shadow, instruments, observe
+
+EXPORTED = [
+    exported
+    for exported in (getattr(instruments, name) for name in instruments.__all__)
+    if inspect.isclass(exported)
+]
+VARIANTS: dict[str, list[dict]] = {
+    # Settings that emit what the default ones do not.
+    "HeadScores": [{"strict": False}],
+}
+DOCUMENTED = re.compile(
+    r"^(?P<key>\w+/\S+): \[(?P<axes>[\w, ]*)\], (?P<unit>[\w ]+), (?P<range>[^;]+)(;.*)?$"
+)
+
+
+def variants(exported: type) -> list[Instrument]:
+    return [exported(**kwargs) for kwargs in [{}, *VARIANTS.get(exported.__name__, [])]]
+
+
+def section(exported: type, title: str) -> str:
+    """The text of one section of the class's docstring."""
+    found = re.search(rf"^{title}:\n(.*?)(?=^\S|\Z)", inspect.getdoc(exported) or "", re.M | re.S)
+    assert found, f"{exported.__name__} documents no {title}"
+    return inspect.cleandoc(found[1])
+
+
+def documented(exported: type) -> list[re.Match]:
+    lines = []
+    for line in section(exported, "Keys").splitlines():
+        if line.startswith(" "):
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line)
+    matches = [DOCUMENTED.match(line) for line in lines]
+    assert all(matches), [line for line, match in zip(lines, matches, strict=True) if not match]
+    return matches  # type: ignore[return-value]
+
+
+def pattern_of(key: str, exported: type) -> re.Pattern:
+    """A documented key as a pattern; `<measure>` is any that has a line of its own."""
+    own = [m["key"].partition("/")[2] for m in documented(exported) if "<" not in m["key"]]
+    probes = "|".join(re.escape(probe.name) for probe in PROBES)
+    expression = re.escape(key)
+    expression = expression.replace("<measure>", f"({'|'.join(own)})")
+    return re.compile(expression.replace("<probe>", f"({probes})"))
+
+
+def every_reading(exported: type) -> list[Reading]:
+    """Over dense models, experts and a mixture, in all variants."""
+    shadows = [shadow("llama"), shadow("mixtral"), shadow("qwen3_moe", mixed=True)]
+    batch = encoded()
+    return [
+        reading
+        for of in shadows
+        for instrument in variants(exported)
+        for reading in observe(of, batch, [instrument])
+    ]
+
+
+def test_the_exports_are_found():
+    names = {exported.__name__ for exported in EXPORTED}
+    assert {"AttentionPatterns", "HeadScores", "TopNeurons", "TargetScores"} <= names
+    assert {type(instrument) for instrument in instruments.fast()} <= set(EXPORTED)
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_is_a_frozen_dataclass_with_a_name(exported):
+    instrument = exported()
+    assert isinstance(instrument, Instrument)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        instrument.name = "other"
+    assert exported() == exported()
+    assert re.fullmatch(r"[a-z_]+", instrument.name)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_runs_on_every_family(family):
+    """All in one forward pass: finite numbers under unique keys, with labels, within limits."""
+    of, batch = shadow(family), encoded()
+    made = [instrument for exported in EXPORTED for instrument in variants(exported)[:1]]
+    got = observe(of, batch, made)
+    assert {reading.instrument for reading in got} == {instrument.name for instrument in made}
+    for reading in got:
+        assert np.isfinite(reading.values).all(), reading.key
+        if reading.limits is not None:
+            low, high = reading.limits
+            assert reading.values.min() >= low - 1e-5, reading.key
+            assert reading.values.max() <= high + 1e-5, reading.key
+        if reading.probe is not None:
+            row = [probe.name for probe in batch.probes].index(reading.probe)
+            for axis in {"query", "key", "pos"} & set(reading.axes):
+                assert reading.labels[axis] == batch.labels[row], reading.key
+        if "layer" in reading.axes and "layer" not in reading.labels:
+            assert reading.values.shape[reading.axes.index("layer")] == of.n_layers, reading.key
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_documented_keys_are_the_emitted_ones(exported):
+    """Both ways: each emitted key has a line with its axes and unit, each line an emitted key."""
+    lines, used = documented(exported), set()
+    for reading in every_reading(exported):
+        at = [m for m in lines if pattern_of(m["key"], exported).fullmatch(reading.key)]
+        assert len(at) == 1, (reading.key, [m["key"] for m in at])
+        used.add(at[0]["key"])
+        axes = tuple(axis.strip() for axis in at[0]["axes"].split(",") if axis.strip())
+        assert reading.axes == axes, reading.key
+        if at[0]["unit"] != "unit of the measure":
+            assert reading.unit == at[0]["unit"], reading.key
+        if at[0]["range"] == "0..1":
+            assert reading.limits == (0.0, 1.0), reading.key
+    assert used == {m["key"] for m in lines}
+
+
+def test_a_key_without_documentation_is_found():
+    """The check above can fail."""
+
+    class Drifted(instruments.TargetScores):
+        """Renamed a key and forgot the line.
+
+        Keys:
+            target_scores/chance/<probe>: [], probability, 0..1
+        """
+
+    with pytest.raises(AssertionError, match="target_scores/probability"):
+        test_documented_keys_are_the_emitted_ones(Drifted)
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_says_what_it_reads_costs_and_comes_from(exported):
+    for title in ("Reads", "Cost", "Source"):
+        assert section(exported, title)
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_reads_the_hooks_it_documents(exported):
+    text = " ".join(section(exported, "Reads").split())
+    for family, mixed in (("llama", False), ("gemma2", False), ("qwen3_moe", True)):
+        for name in exported().taps(shadow(family, mixed=mixed), encoded()):
+            assert re.sub(r"blocks\.\d+\.", "blocks.{layer}.", name) in text, name
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_another_name_goes_into_every_key(exported):
+    got = observe(shadow("llama"), encoded(), [exported(), exported(name="other")])
+    first, second = got[: len(got) // 2], got[len(got) // 2 :]
+    for one, other in zip(first, second, strict=True):
+        assert other.key == one.key.replace(exported().name, "other", 1)
+        np.testing.assert_array_equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_two_looks_are_equal(exported):
+    """No random numbers, no state: the same weights give the same readings."""
+    first, second = (observe(shadow("gpt2"), encoded(), [exported()]) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one.key == other.key
+        np.testing.assert_array_equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_one_text_is_enough_or_a_sentence_says_what_is_not(exported):
+    batch = encoded(TEXTS[2:])
+    try:
+        got = observe(shadow("llama"), batch, [exported()])
+    except ValueError as error:
+        assert "probes" in str(error)
+    else:
+        assert all(np.isfinite(reading.values).all() for reading in got)
+
+
+def test_bfloat16_weights():
+    """Half precision goes through every instrument and comes out as float32."""
+    import torch
+
+    of = Shadow.of(tiny.model("llama").bfloat16())
+    got = observe(of, encoded(), instruments.fast())
+    wide = {r.key: r for r in observe(shadow("llama"), encoded(), instruments.fast())}
+    assert of.dtype == torch.bfloat16
+    for reading in got:
+        assert reading.values.dtype == np.float32
+        assert np.isfinite(reading.values).all()
+        if reading.unit == "probability":
+            assert np.abs(reading.values - wide[reading.key].values).max() < 0.1, reading.key

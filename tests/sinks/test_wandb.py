@@ -1,0 +1,303 @@
+"""W&B offline, without an account: the run's own file is read back and compared."""
+
+import json
+import random
+import sys
+import threading
+
+import numpy as np
+import pytest
+import wandb
+from PIL import Image
+
+from tests.sinks.samples import everything, pattern, small
+from tests.sinks.wandb_file import history, records, run_file
+from tlens_callback.reading import Reading
+from tlens_callback.render import mosaic, neuron_table
+from tlens_callback.sinks import WandbSink
+
+STEP = "train/global_step"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """WANDB_DIR of the test; the wandb service ends with it."""
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    yield tmp_path
+    wandb.teardown()
+
+
+def scalar(step, key="head_scores/max_induction"):
+    return Reading(key=key, values=np.array(float(step)), unit="probability")
+
+
+def as_the_trainer_does(run):
+    """What transformers' WandbCallback declares."""
+    run.define_metric("train/global_step")
+    run.define_metric("*", step_metric="train/global_step", step_sync=True)
+
+
+def misplaced(rows, key="tlens/head_scores/max_induction"):
+    """Rows of ours whose value, which is the step, is not the step that they are filed under, or
+    that have swallowed or lost something."""
+    ours = [row for row in rows if key in row]
+    return [
+        row
+        for row in ours
+        if row.get(STEP) != row[key] or {k for k in row if k[0] != "_"} != {key, STEP}
+    ]
+
+
+def test_rows_land_on_their_step_beside_the_trainers(offline):
+    run = wandb.init(project="test")
+    as_the_trainer_does(run)
+    sink = WandbSink()
+    order = list(range(0, 40, 2))
+    random.Random(0).shuffle(order)
+
+    def write_all():
+        for step in order:
+            sink.write([scalar(step)], step=step)
+
+    thread = threading.Thread(target=write_all)
+    thread.start()
+    for step in range(40):
+        run.log({"train/loss": -step, STEP: step})
+        if step % 10 == 0:
+            run.log({"eval/loss": -step, STEP: step})
+    thread.join()
+    sink.close()
+    run.finish()
+    wandb.teardown()
+    rows = history(run_file(offline))
+    assert misplaced(rows) == []
+    assert sorted(r[STEP] for r in rows if "tlens/head_scores/max_induction" in r) == sorted(order)
+    for key, steps in (("train/loss", range(40)), ("eval/loss", range(0, 40, 10))):
+        theirs = [row for row in rows if key in row]
+        assert [row[STEP] for row in theirs] == list(steps)
+        assert all(row[key] == -row[STEP] for row in theirs)
+
+
+@pytest.mark.parametrize("way", [{"commit": False}, {"step": True}])
+def test_the_other_ways_to_log_misplace_rows(offline, way):
+    run = wandb.init(project="test")
+    as_the_trainer_does(run)
+    for step in range(1, 7):
+        run.log({"train/loss": 0.0, STEP: step})
+        if step % 3 == 0:
+            more = {"step": step} if "step" in way else way
+            run.log({"tlens/head_scores/max_induction": float(step)}, **more)
+    run.log({"train/loss": 0.0, STEP: 7})
+    run.finish()
+    wandb.teardown()
+    assert misplaced(history(run_file(offline)))
+
+
+def test_what_an_observation_becomes(offline):
+    sink = WandbSink()
+    sink.write(everything(5), step=5)
+    sink.write(everything(9), step=9)
+    assert str(next(offline.glob("wandb/offline-run-*"))) in str(sink)
+    sink.close()
+    assert wandb.run is None, "it started this run and finishes it"
+    wandb.teardown()
+    path = run_file(offline)
+    assert [r.WhichOneof("record_type") for r in records(path)].count("exit") == 1
+    rows = history(path)
+    assert [row[STEP] for row in rows] == [5, 9]
+    shown = {
+        "tlens/cost/seconds",
+        "tlens/target_scores/loss/capital",
+        "tlens/head_scores/max_induction",
+        "tlens/head_scores/heads",
+        "tlens/top_neurons/table",
+        "tlens/attention_patterns/pattern/capital",
+        "tlens/attention_patterns/pattern/other probe",
+        STEP,
+    }
+    files = path.parent / "files"
+    for row, step in zip(rows, (5, 9), strict=True):
+        assert {key for key in row if key[0] != "_"} == shown
+        assert row["tlens/cost/seconds"] == step + 0.25
+        # W&B writes what is not a number as a word.
+        assert row["tlens/target_scores/loss/capital"] in (
+            "NaN",
+            pytest.approx(np.nan, nan_ok=True),
+        )
+
+        picture = row["tlens/attention_patterns/pattern/capital"]
+        assert picture["_type"] == "image-file"
+        assert (files / picture["path"]).read_bytes() == mosaic(pattern(step), step=step)
+        other = files / row["tlens/attention_patterns/pattern/other probe"]["path"]
+        with Image.open(other) as image:
+            assert image.size == (picture["width"], picture["height"])
+        assert other.read_bytes() != (files / picture["path"]).read_bytes()
+
+        figure = row["tlens/head_scores/heads"]
+        assert figure["_type"] == "plotly-file"
+        drawn = json.loads((files / figure["path"]).read_text(), parse_constant=pytest.fail)
+        matrices = [r for r in everything(step) if r.axes == ("layer", "head") and r.values.size]
+        matrices = [r for r in matrices if r.instrument == "head_scores"]
+        assert len(drawn["data"]) == len(matrices) == 2
+        for panel, reading in zip(drawn["data"], matrices, strict=True):
+            assert (np.array(panel["z"], np.float32) == reading.values).all()
+
+        table = row["tlens/top_neurons/table"]
+        assert table["_type"] == "table-file"
+        told = json.loads((files / table["path"]).read_text(), parse_constant=pytest.fail)
+        expected = neuron_table(
+            [r for r in everything(step) if r.axes[:1] == ("layer",) and "rank" in r.axes]
+        )
+        assert told["columns"] == list(expected.columns)
+        assert told["data"] == [
+            list(row) for row in expected.astype(object).itertuples(index=False)
+        ]
+    media = [p for p in (files / "media").rglob("*") if p.is_file()]
+    # Two pictures, a figure and a table an observation.
+    assert len(media) == 2 * 4
+    metrics = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in records(path)}
+    assert metrics["tlens/*"] == STEP and STEP in metrics
+
+
+def test_never_finishes_a_run_that_is_not_its_own(offline):
+    run = wandb.init(project="test")
+    for sink in (WandbSink(), WandbSink(run=run)):
+        sink.write([scalar(1)], step=1)
+        sink.close()
+        sink.close()
+        assert wandb.run is run
+        # A second training writes to the same run.
+        sink.write([scalar(2)], step=2)
+        sink.close()
+    run.log({"still": "open"})
+    run.finish()
+    wandb.teardown()
+    rows = history(run_file(offline))
+    assert [row[STEP] for row in rows[:-1]] == [1, 2, 1, 2] and rows[-1]["still"] == "open"
+    assert misplaced(rows) == []
+
+
+def test_a_run_that_its_owner_finished_is_an_error(offline):
+    run = wandb.init(project="test")
+    sink = WandbSink()
+    sink.write([scalar(1)], step=1)
+    run.finish()
+    with pytest.raises(RuntimeError, match="was finished by whoever started it"):
+        sink.write([scalar(2)], step=2)
+    sink.close()
+    with pytest.raises(RuntimeError, match="was finished"):
+        WandbSink(run=run).write([scalar(2)], step=2)
+
+
+def test_names_become_keys_and_files(offline):
+    probes = ["a/../..", "</script>", "中文 é", "x" * 300, "a.b", "a:b", "", "\n\x00", "\ud83d"]
+    probes = [p for p in probes if p]
+    sink = WandbSink()
+    readings = [scalar(i, f"head_scores/m/{probe}") for i, probe in enumerate(probes)]
+    pictures = [pattern(0, probe) for probe in probes]
+    sink.write([*readings, *pictures], step=3)
+    sink.write([*readings, *pictures], step=4)
+    sink.close()
+    wandb.teardown()
+    path = run_file(offline)
+    first, second = history(path)
+    assert set(first) == set(second)
+    values = {key: value for key, value in first.items() if key.startswith("tlens/head_scores/m")}
+    assert sorted(values.values()) == list(range(len(probes))), "no two share a key"
+    assert values["tlens/head_scores/m/中文 é"] == 2
+    assert {values["tlens/head_scores/m/a_b"], values["tlens/head_scores/m/a_b_2"]} == {4, 5}
+    files = path.parent / "files"
+    for row in (first, second):
+        shown = [value["path"] for key, value in row.items() if "pattern" in key]
+        assert len(set(shown)) == len(probes)
+        assert all((files / name).resolve().is_relative_to(files.resolve()) for name in shown)
+        assert all((files / name).is_file() for name in shown)
+
+
+def test_numbers_that_are_not_finite_go_through(offline):
+    odd = [np.nan, np.inf, -np.inf, 1.0]
+    sink = WandbSink()
+    matrix = Reading(
+        key="head_scores/a", values=np.array([odd]), axes=("layer", "head"), unit="nats"
+    )
+    index = Reading(
+        key="top_neurons/neuron/p", values=np.array([odd]), axes=("layer", "rank"), unit="index"
+    )
+    write = Reading(
+        key="top_neurons/write/p", values=np.array([odd]), axes=("layer", "rank"), unit="logit"
+    )
+    scalars = [Reading(key=f"a/{i}", values=np.array(x), unit="x") for i, x in enumerate(odd)]
+    sink.write([*scalars, matrix, index, write], step=1)
+    sink.close()
+    wandb.teardown()
+    path = run_file(offline)
+    (row,) = history(path)
+    assert row["tlens/a/3"] == 1 and {"tlens/a/0", "tlens/a/1", "tlens/a/2"} <= set(row)
+    files = path.parent / "files"
+    table = json.loads(
+        (files / row["tlens/top_neurons/table"]["path"]).read_text(), parse_constant=pytest.fail
+    )
+    assert table["data"] == [
+        ["p", 0, i, None if i < 3 else 1, None if i < 3 else 1.0] for i in range(4)
+    ]
+    figure = json.loads(
+        (files / row["tlens/head_scores/heads"]["path"]).read_text(), parse_constant=pytest.fail
+    )
+    assert figure["data"][0]["z"] == [[None, None, None, 1.0]]
+
+
+def test_a_table_keeps_the_lowest_ranks_of_too_many(offline):
+    values = np.arange(120 * 100, dtype=float).reshape(120, 100)
+    many = Reading(key="n/neuron/p", values=values, axes=("layer", "rank"), unit="index")
+    sink = WandbSink()
+    sink.write([many], step=0)
+    sink.close()
+    wandb.teardown()
+    path = run_file(offline)
+    (row,) = history(path)
+    table = json.loads((path.parent / "files" / row["tlens/n/table"]["path"]).read_text())
+    expected = [["p", layer, r, 100 * layer + r] for layer in range(120) for r in range(83)]
+    assert table["data"] == expected and 9_900 < len(expected) <= 10_000
+
+
+def test_a_disabled_run_takes_everything(offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    sink = WandbSink()
+    sink.write(everything(0), step=0)
+    sink.close()
+    assert not list(offline.glob("wandb/*run*"))
+
+
+def test_starts_its_run_in_the_named_project(offline, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    sink = WandbSink()
+    assert wandb.run is None, "a sink that writes nothing starts nothing"
+    sink.write([scalar(0)], step=0)
+    assert wandb.run is not None and wandb.run.project == "mine"
+    sink.close()
+    monkeypatch.delenv("WANDB_PROJECT")
+    wandb.teardown()
+    sink.write([scalar(0)], step=0)
+    assert wandb.run is not None and wandb.run.project == "tlens_callback"
+    sink.close()
+
+
+def test_says_what_is_missing(monkeypatch):
+    with pytest.raises(ValueError, match=r"wandb\.init\(\)"):
+        WandbSink(run="project")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        WandbSink()
+
+
+def test_small_readings_make_no_files(offline):
+    sink = WandbSink()
+    sink.write([r for r in small(0) if not r.axes], step=0)
+    sink.close()
+    wandb.teardown()
+    assert not (run_file(offline).parent / "files" / "media").exists()
