@@ -113,10 +113,11 @@ class HeadScores:
             # Twice as fast as torch.special.entr on the CPU, and equal: 0 ln tiny = 0.
             entropy = -(a * a.clamp(min=torch.finfo(a.dtype).tiny).log()).sum(3)
             by_lag = a.gather(3, lag_key.expand(*a.shape[:3], -1))
+            # Products and sums, not matmuls: a trainer may have switched those to TF32.
             return torch.cat(
                 [
-                    at_places @ weight,
-                    entropy @ per_query[:, :, None],
+                    (at_places[:, :, None] * weight[:, None]).sum(3),
+                    (entropy * per_query[:, None]).sum(2, keepdim=True),
                     (by_lag * per_lag[:, None]).sum(2),
                 ],
                 dim=2,
@@ -223,7 +224,7 @@ class HeadScores:
 
     def _places(
         self, batch: ProbeBatch, rows: list[int]
-    ) -> tuple[Int[Tensor, "row place"], Float[Tensor, "row place measure"]]:
+    ) -> tuple[Int[Tensor, "row place"], Float[Tensor, "row measure place"]]:
         """Where in the flattened pattern each row's measures look, and with what weight."""
         width = max(batch.lengths[row] for row in rows)
         made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -237,16 +238,16 @@ class HeadScores:
             index = torch.tensor([q * width + k for pairs in measures for q, k in pairs])
             weight = torch.zeros(len(index), len(measures))
             start = 0
-            for column, pairs in enumerate(measures):
+            for measure, pairs in enumerate(measures):
                 queries = len({q for q, _ in pairs})
-                weight[start : start + len(pairs), column] = 1 / queries
+                weight[start : start + len(pairs), measure] = 1 / queries
                 start += len(pairs)
             made[shape] = index, weight
         each = [made[batch.probes[row].block, batch.probes[row].times] for row in rows]  # type: ignore[index]
         pad = torch.nn.utils.rnn.pad_sequence
         return (
             pad([index for index, _ in each], batch_first=True),
-            pad([weight for _, weight in each], batch_first=True),
+            pad([weight for _, weight in each], batch_first=True).mT.contiguous(),
         )
 
 
@@ -263,6 +264,6 @@ def _lags(lengths: list[int]) -> tuple[Int[Tensor, "query lag"], Float[Tensor, "
     query = torch.arange(max(lengths))[:, None]
     lag = torch.arange((max(lengths) - 1) // 2 + 1)
     length = torch.tensor(lengths)[:, None, None]
-    counted = (query - lag >= 1) & (query < length) & (lag <= (length - 1) // 2)
+    counted = (query - lag >= 1) & (query < length)
     weight = counted / (length - 1 - lag).clamp(min=1)
     return (query - lag).clamp(min=0), weight

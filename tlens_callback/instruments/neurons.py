@@ -209,7 +209,8 @@ def _top(
         if worth is None:
             return index, fired
         at_last = fired[torch.arange(len(last), device=last.device), :, last]
-        return index, fired, at_last * (w_out[index].float() @ worth[:, :, None])[:, :, 0]
+        # Product and sum, not a matmul: a trainer may have switched those to TF32.
+        return index, fired, at_last * (w_out[index].float() * worth[:, None]).sum(2)
 
     return top
 
