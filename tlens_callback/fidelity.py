@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +68,10 @@ class Fidelity:
             ("kl", self.kl, "nats"),
             ("top1_agreement", self.top1_agreement, "fraction"),
         )
-        return [Reading(key=f"fidelity/{n}", values=v, unit=unit) for n, v, unit in figures]  # type: ignore
+        return [
+            Reading(key=f"fidelity/{name}", values=np.asarray(value), unit=unit)
+            for name, value, unit in figures
+        ]
 
     def __str__(self) -> str:
         return (

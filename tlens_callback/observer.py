@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -161,8 +162,10 @@ class Observer:
             readings += fidelity.readings()
         took = time.perf_counter() - began
         readings += [
-            Reading(key="cost/seconds", values=took, unit="seconds"),  # type: ignore[arg-type]
-            Reading(key="cost/share", values=self.share, unit="fraction", limits=(0, 1)),  # type: ignore
+            Reading(key="cost/seconds", values=np.asarray(took), unit="seconds"),
+            Reading(
+                key="cost/share", values=np.asarray(self.share), unit="fraction", limits=(0, 1)
+            ),
         ]
         if step not in self.steps:
             self.steps.append(step)

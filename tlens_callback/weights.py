@@ -29,8 +29,8 @@ __all__ = ["adapted_leaves", "fill", "innermost", "live_leaves", "refuse", "reso
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Under these names `torch.compile` and activation checkpointing keep the module they wrap."""
 
-_SCRATCH = {"cpu": 2**18}
-"""Elements of float32 scratch below float32, 2**24 elsewhere: on a CPU it has to stay in cache."""
+_SCRATCH = 2**23
+"""Most elements of float32 scratch in which a result of lower precision is formed."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -80,34 +80,46 @@ def resolve(base: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _serving(module: nn.Module) -> Any:
+@functools.cache
+def _role(kind: type) -> str:
+    """What modules of this class are; remembered, for it is asked for every module at every sync."""
+    if issubclass(kind, TrainableTokensWrapper):
+        return "tokens"
+    if issubclass(kind, AuxiliaryTrainingWrapper):
+        return "saved"
+    return "tuner" if issubclass(kind, BaseTunerLayer) else "plain"
+
+
+def _serving(module: Any) -> Any:
     """What runs when `module` is called: a plain module, a tuner layer or trained tokens."""
     while True:
-        if isinstance(module, TrainableTokensWrapper | BaseTunerLayer):
-            return module
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        role = _role(type(module))
+        if role == "saved":
             active = module.active_adapters
             if module.disable_adapters or not active or not module._adapters.issuperset(active):
                 module = module.original_module
             else:
                 module = module.modules_to_save[active[0]]
+        elif role == "plain" and not module._modules.keys().isdisjoint(_SHELLS):
+            module = next(module._modules[shell] for shell in _SHELLS if shell in module._modules)
         else:
-            inner = next((module._modules[s] for s in _SHELLS if s in module._modules), None)
-            if inner is None:
-                return module
-            module = inner
+            return module
+
+
+def _inside(module: Any) -> Any:
+    """One step inwards from a tuner layer or trained tokens; None from a plain module."""
+    role = _role(type(module))
+    if role == "tokens":
+        return module.token_adapter
+    return _serving(module.base_layer) if role == "tuner" else None
 
 
 def innermost(module: nn.Module) -> nn.Module:
     """The plain module that holds the parameters and buffers: `module` without its adapters."""
     module = _serving(module)
-    while True:
-        if isinstance(module, TrainableTokensWrapper):
-            module = module.token_adapter
-        elif isinstance(module, BaseTunerLayer):
-            module = _serving(module.base_layer)
-        else:
-            return module
+    while (inside := _inside(module)) is not None:
+        module = inside
+    return module
 
 
 def live_leaves(module: nn.Module) -> dict[str, Tensor]:
@@ -169,14 +181,11 @@ def _chain(module: nn.Module) -> list[Any]:
     """The tuner layers around one plain module, the outermost first."""
     layers = []
     module = _serving(module)
-    while True:
-        if isinstance(module, TrainableTokensWrapper):
-            module = module.token_adapter
-        elif isinstance(module, BaseTunerLayer):
+    while (inside := _inside(module)) is not None:
+        if _role(type(module)) == "tuner":
             layers.append(module)
-            module = _serving(module.base_layer)
-        else:
-            return layers
+        module = inside
+    return layers
 
 
 def _plain_target(layer: Any, *, ever: bool = False) -> str | None:
@@ -238,15 +247,18 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, out:
     """
     dtype = _at_least_float32(out)
     left, right = left.to(dtype), right.to(dtype)
-    stacked = weight.ndim == 3
-    if out.dtype == dtype == weight.dtype:
-        (torch.baddbmm if stacked else torch.addmm)(weight, left, right, alpha=scale, out=out)
+    stacked = out.ndim == 3
+    if out.dtype == dtype:
+        out.copy_(weight)
+        (torch.baddbmm if stacked else torch.addmm)(out, left, right, alpha=scale, out=out)
         return
-    rows = max(1, _SCRATCH.get(out.device.type, 2**24) // weight[0].numel())
-    for start in range(0, weight.shape[0], rows):
+    rows = max(1, _SCRATCH // out[0].numel())
+    scratch = torch.empty_like(out[:rows], dtype=dtype)
+    for start in range(0, len(out), rows):
         part = slice(start, start + rows)
-        product = torch.matmul(left[part], right[part] if stacked else right)
-        torch.add(weight[part], product, alpha=scale, out=out[part])
+        wide = scratch[: len(out[part])]
+        _add_product(weight[part], left[part], right[part] if stacked else right, scale, wide)
+        out[part].copy_(wide)
 
 
 def _replace_rows(weight: Tensor, layer: TrainableTokensLayer, out: Tensor) -> None:

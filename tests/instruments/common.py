@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from tests import tiny
 from tlens_callback import Instrument, Probe, ProbeBatch, Reading, Shadow, observe
@@ -35,7 +35,7 @@ def shadow(family: str, seed: int = 0, mixed: bool = False) -> Shadow:
 
 
 @cache
-def hugging_face(family: str, seed: int = 0, mixed: bool = False) -> PreTrainedModel:
+def hugging_face(family: str, seed: int = 0, mixed: bool = False) -> Any:
     """The same weights in a model that no bridge has touched."""
     model = tiny.model(family, seed=seed, **(MIXED_MOE if mixed else {}))
     model.set_attn_implementation("eager")
@@ -58,7 +58,7 @@ def ids(probe: Probe) -> torch.Tensor:
 
 
 @torch.no_grad()
-def attentions(model: PreTrainedModel, probe: Probe) -> np.ndarray:
+def attentions(model: Any, probe: Probe) -> np.ndarray:
     """[layer, head, query, key], from a forward pass of this probe alone."""
     got = model(ids(probe), output_attentions=True, use_cache=False).attentions
     return torch.stack([layer[0] for layer in got]).double().numpy()

@@ -1,5 +1,7 @@
 """AttentionPatterns equals Hugging Face's own attention, cropped, selected and labelled."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,7 @@ def test_labels_are_the_tokens():
 
 def test_only_what_is_selected_leaves_the_device():
     taps = AttentionPatterns(probes=["bare"], layers=[1]).taps(shadow("llama"), encoded())
+    taken: dict[str, Any]
     (taken,) = shadow("llama").run(encoded(), [taps])
     assert {name: tuple(value.shape) for name, value in taken.items()} == {
         "blocks.1.attn.hook_pattern": (4 * 4 * 4,)

@@ -80,7 +80,7 @@ def test_is_a_frozen_dataclass_with_a_name(exported):
     instrument = exported()
     assert isinstance(instrument, Instrument)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        instrument.name = "other"
+        instrument.name = "other"  # type: ignore[misc]
     assert exported() == exported()
     assert re.fullmatch(r"[a-z_]+", instrument.name)
 

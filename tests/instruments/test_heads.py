@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def visible(a: np.ndarray, q: int, k: int) -> list[float]:
     return [a[q, k]] if 0 <= k <= q else []
 
 
-def naive(a: np.ndarray, s: int) -> dict[str, float]:
+def naive(a: np.ndarray, s: int) -> dict[str, Any]:
     """The scores of one head on one sequence, from the formulas in the docstring."""
     tokens = len(a)
     prefix = []
@@ -63,7 +64,7 @@ def naive(a: np.ndarray, s: int) -> dict[str, float]:
         "lag": lag,
         "lag_mass": lags[lag],
         "lags": lags,
-    }  # type: ignore[return-value]
+    }
 
 
 def naive_scores(patterns: dict[int, list[np.ndarray]], measure: str) -> dict[str, np.ndarray]:
@@ -293,7 +294,7 @@ def test_half_precision_patterns_are_widened_first():
     width = batch.tokens.shape[1]
     pattern = torch.rand(len(PROBES), HEADS, width, width).tril()
     pattern = (pattern / pattern.sum(-1, keepdim=True)).bfloat16()
-    reduce = HeadScores().taps(shadow("llama"), batch)["blocks.0.attn.hook_pattern"]
+    reduce: Any = HeadScores().taps(shadow("llama"), batch)["blocks.0.attn.hook_pattern"]
     assert torch.equal(reduce(pattern), reduce(pattern.float()))
 
 
@@ -313,7 +314,8 @@ def test_a_score_that_counts_padding_is_told_apart():
         hook = "blocks.0.attn.hook_pattern"
         row = [p.name for p in probes].index(BLOCKS[0].name)
         reduce = {hook: lambda pattern: pattern[row, :, :, 0].mean(-1)}
-        return shadow("llama").run(encoded(probes), [reduce])[0][hook].max().item()
+        sinks: Any = shadow("llama").run(encoded(probes), [reduce])[0][hook]
+        return sinks.max().item()
 
     longer = Probe("long", list(range(10, 70)))
     assert abs(unmasked(BLOCKS[:1]) - unmasked([*BLOCKS[:1], longer])) > 1e-2

@@ -86,7 +86,7 @@ class Account:
     def __init__(self, family: str, probe: Probe, *, mixed: bool = False) -> None:
         self.family = family
         self.model = model = hugging_face(family, mixed=mixed)
-        self.norm = final_norm_of(model, family)
+        self.norm: Any = final_norm_of(model, family)
         self.layers = [1] if mixed else list(range(model.config.num_hidden_layers))
         self.mlps = {i: mlp_of(model, family, i) for i in self.layers}
         seen: dict[Any, Tensor] = {}
@@ -227,7 +227,7 @@ def test_a_formula_without_the_gain_is_told_apart(family):
 
 def test_the_first_token_would_fill_the_list():
     """A neuron that fires hard on <bos> only, as they do on sinks: shown only if asked for."""
-    live = tiny.model("gpt2")
+    live: Any = tiny.model("gpt2")
     with torch.no_grad():
         start = live.transformer.wte.weight[1] + live.transformer.wpe.weight[0]
         live.transformer.h[0].mlp.c_fc.weight[:, 7] = 30 * start / start.norm()
@@ -325,7 +325,8 @@ def test_a_ranking_that_counts_padding_is_told_apart():
         hook = "blocks.1.mlp.hook_post"
         row = [p.name for p in probes].index("capital")
         reduce = {hook: lambda post: post[row].abs().amax(0).topk(5).indices}
-        return shadow("llama").run(encoded(probes), [reduce])[0][hook].tolist()
+        post: Any = shadow("llama").run(encoded(probes), [reduce])[0][hook]
+        return post.tolist()
 
     longer = Probe("long", list(range(10, 70)))
     assert unmasked([CAPITAL]) != unmasked([CAPITAL, longer])
@@ -335,7 +336,7 @@ def test_no_write_where_logits_are_rescaled():
     """Granite divides the logits: no write is better than one off by a factor."""
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    def granite(**scaling: float) -> Shadow:
+    def granite(**scaling: Any) -> Shadow:
         config = GraniteConfig(
             vocab_size=tiny.VOCAB,
             hidden_size=32,
@@ -358,7 +359,7 @@ def test_half_precision_is_widened_first():
     """The same neurons from a bfloat16 activation and from its exact float32 copy."""
     batch = encoded()
     post = torch.randn(*batch.tokens.shape, 48).bfloat16()
-    top = TopNeurons(k=6).taps(shadow("llama"), batch)["blocks.0.mlp.hook_post"]
+    top: Any = TopNeurons(k=6).taps(shadow("llama"), batch)["blocks.0.mlp.hook_post"]
     for half, full in zip(top(post), top(post.float()), strict=True):
         assert torch.equal(half, full)
     assert top(post)[2].dtype == torch.float32

@@ -1,6 +1,7 @@
 """TargetScores equals what log_softmax of Hugging Face's logits gives."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def last_logits(family: str, probe: Probe) -> list[float]:
 def test_equals_hugging_face(family):
     got = readings(TargetScores(), shadow(family))
     answers = {"capital": (" Paris", " London"), "story": (" Mary", None)}
-    token = tiny.tokenizer().convert_tokens_to_ids
+    token: Any = tiny.tokenizer().convert_tokens_to_ids
     for probe in TEXTS[:2]:
         logits = last_logits(family, probe)
         target, foil = answers[probe.name]
@@ -77,7 +78,7 @@ def test_made_up_logits():
 def test_half_precision_logits_are_widened_first():
     probe = Probe("top", [5, 6], target=4, foil=2)
     logits = torch.linspace(-3, 3, tiny.VOCAB)[None].bfloat16()
-    score = TargetScores().taps(shadow("llama"), encoded([probe]))["last_logits"]
+    score: Any = TargetScores().taps(shadow("llama"), encoded([probe]))["last_logits"]
     wide = score(logits.float())
     assert torch.equal(score(logits), wide)
     narrow = logits.logsumexp(1) - logits[:, 4]
