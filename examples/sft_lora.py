@@ -80,13 +80,13 @@ def capital_probes(tokenizer) -> list[Probe]:
 
 
 def show(store: Path) -> None:
-    """Prints what became of each probe's target, from the first observation to the last."""
+    """Prints how likely each probe's target was, at every observation."""
     recorded = read_store(store)
+    print("probability of the target, by step")
     for key in recorded.keys:
-        if key.startswith("target_scores/"):
-            steps, values = recorded.curve(key)
-            first, last = values[0], values[-1]
-            print(f"{key:38s} step {steps[0]} {first:7.3f}   step {steps[-1]} {last:7.3f}")
+        if key.startswith("target_scores/probability/"):
+            curve = zip(*recorded.curve(key), strict=True)
+            print(f"{key.rpartition('/')[2]:16s}", *(f"{step}: {p:.2f} " for step, p in curve))
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""Draws docs/induction.png from two runs of examples/induction.py.
+"""Draws docs/induction.png: the phase change of examples/induction.py, and its control.
 
-python examples/induction.py
-python examples/induction.py --layers 1 --output-dir runs/induction-1
-python scripts/induction_figure.py
+    python examples/induction.py
+    python examples/induction.py --layers 1 --output-dir runs/induction-1
+    python scripts/induction_figure.py
+
+Scores are those of the best head at its worst block length; the control has one layer.
 """
 
 import argparse
@@ -41,8 +43,9 @@ def draw(run: Path, control: Path, out: Path) -> None:
 
     steps, induction = score(run, "induction")
     turning = steps[(induction > 0.1) & (induction < 0.8)]
-    scores.axvspan(turning.min(), turning.max(), color="#f3eee5", zorder=0)
-    scores.text(turning.mean(), 0.97, "phase\nchange", size=10, ha="center", va="top")
+    if turning.size:
+        scores.axvspan(turning.min(), turning.max(), color="#f3eee5", zorder=0)
+        scores.text(turning.mean(), 0.97, "phase\nchange", size=10, ha="center", va="top")
 
     for path, width, dashes in ((run, 2.4, "solid"), (control, 1.4, (0, (4, 2)))):
         losses.plot(*loss(path), color=LOSS, linewidth=0.65 * width, linestyle=dashes)
@@ -50,15 +53,16 @@ def draw(run: Path, control: Path, out: Path) -> None:
         scores.plot(*score(path, "induction"), color=INDUCTION, linewidth=width, linestyle=dashes)
 
     def name(axes, text, curve, at, above, colour, **font):
-        """Writes beside the curve, at this step, so much above it."""
-        axes.text(at, np.interp(at, *curve) + above, text, color=colour, ha="center", **font)
+        """Writes beside the curve, at this share of the run, so much above it."""
+        x = at * steps[-1]
+        axes.text(x, np.interp(x, *curve) + above, text, color=colour, ha="center", **font)
 
     bold, small = {"weight": "bold"}, {"size": 10, "style": "italic"}
-    name(scores, "induction", (steps, induction), 430, 0.05, INDUCTION, **bold)
-    name(scores, "previous token", score(run, "previous"), 430, 0.03, PREVIOUS, **bold)
-    name(losses, "loss", loss(run), 60, -0.55, LOSS, **bold)
-    name(losses, "loss, one layer", loss(control), 430, -0.4, LOSS, **small)
-    name(scores, "scores, one layer", score(control, "induction"), 430, 0.03, LOSS, **small)
+    name(scores, "induction", (steps, induction), 0.86, 0.05, INDUCTION, **bold)
+    name(scores, "previous token", score(run, "previous"), 0.86, 0.03, PREVIOUS, **bold)
+    name(losses, "loss", loss(run), 0.12, -0.55, LOSS, **bold)
+    name(losses, "loss, one layer", loss(control), 0.86, -0.4, LOSS, **small)
+    name(scores, "scores, one layer", score(control, "induction"), 0.86, 0.03, LOSS, **small)
     scores.set(xlabel="training step", xlim=(0, steps[-1]), ylim=(0, 1))
     scores.set_ylabel("attention score of the best head")
     # A scale on which the loss stays clear of the scores' plateau.

@@ -13,9 +13,10 @@ from peft import ArrowConfig, LoraConfig, TaskType, create_arrow_model, get_peft
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
+from tests import tiny
 from tlens_callback.refusals import refuse
 from tlens_callback.weights import fill, resolve, unwrap
 
@@ -26,19 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 CAUSAL: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
 
 
-def llama(**settings: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-            **settings,
-        )
-    )
+def llama(**settings: Any) -> PreTrainedModel:
+    return tiny.model("llama", hidden_size=64, **settings)
 
 
 def lora(**settings: Any) -> LoraConfig:

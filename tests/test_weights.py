@@ -29,20 +29,10 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tests import tiny
 from tlens_callback import weights
 from tlens_callback.refusals import refuse
 from tlens_callback.weights import adapted_leaves, fill, innermost, live_leaves, resolve, unwrap
@@ -50,7 +40,18 @@ from tlens_callback.weights import adapted_leaves, fill, innermost, live_leaves,
 # PEFT warns about many of the configurations below; none of the warnings is ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TOKENS = torch.arange(24).reshape(2, 12) * 5 % 128
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
+TOKENS = torch.arange(24).reshape(2, 12) * 5 % tiny.VOCAB
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -61,23 +62,16 @@ def randomise(model: nn.Module, *, only_trainable: bool = False, std: float = 0.
             parameter.data += torch.randn_like(parameter) * std
 
 
-def llama(*, bias: bool = False, tied: bool = False, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    settings = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 128,
-        "max_position_embeddings": 64,
-    }
-    config = LlamaConfig(
-        **(settings | changes), tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias
+def llama(*, bias: bool = False, tied: bool = False) -> PreTrainedModel:
+    """Two layers, two heads a key-value head; wide enough for every tuner's blocks."""
+    return tiny.model(
+        "llama",
+        hidden_size=64,
+        intermediate_size=96,
+        attention_bias=bias,
+        mlp_bias=bias,
+        tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config)
-    randomise(model)
-    return model
 
 
 def adapt(base: nn.Module, config: "Config") -> Any:
@@ -475,13 +469,6 @@ def test_tied_embeddings(name):
 # Other layouts than a linear layer's.
 
 
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128))
-    randomise(model)
-    return model
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -497,28 +484,12 @@ def gpt2() -> GPT2LMHeadModel:
     ids=["lora", "lora_bias", "dora", "embeddings", "ia3", "vera", "adalora", "ln_tuning"],
 )
 def test_gpt2_with_its_transposed_linear_layers(config):
-    live = adapt(gpt2(), config)
+    live = adapt(tiny.model("gpt2"), config)
     before = state(live)
     own = plain(live)
     assert state(live) == before
     expected = logits(live)
     assert (logits(own) - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def gemma3() -> Gemma3ForCausalLM:
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=128,
-    )
-    model = Gemma3ForCausalLM(config)
-    randomise(model)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -527,43 +498,16 @@ def gemma3() -> Gemma3ForCausalLM:
     ids=["lora", "trainable tokens"],
 )
 def test_an_embedding_with_a_scale_keeps_its_buffer(config):
-    live = adapt(gemma3(), config)
+    live = adapt(tiny.model("gemma3_text"), config)
     scale = innermost(resolve(unwrap(live), "model.embed_tokens"))._buffers["embed_scale"]
-    assert float(scale) == pytest.approx(8.0)
+    assert float(scale) == pytest.approx(32**0.5)
     assert gap(live) < 1e-5
-
-
-MOE_SETTINGS = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-}
-
-
-def mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**MOE_SETTINGS, num_local_experts=4))
-    randomise(model)
-    return model
-
-
-def qwen3_moe() -> Qwen3MoeForCausalLM:
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**MOE_SETTINGS, num_experts=4, moe_intermediate_size=32, head_dim=16)
-    )
-    randomise(model)
-    return model
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-@pytest.mark.parametrize("family", [mixtral, qwen3_moe])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize(
     ("config", "adapted"),
     [
@@ -574,7 +518,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     ids=["both", "one", "all-linear"],
 )
 def test_experts_adapted_by_target_parameters(family, config, adapted):
-    live = adapt(family(), config)
+    live = adapt(tiny.model(family), config)
     experts = resolve(unwrap(live), "model.layers.0.mlp.experts")
     assert adapted_leaves(experts) == adapted
     assert live_leaves(experts).keys() == {"gate_up_proj", "down_proj"}
@@ -589,7 +533,9 @@ def test_experts_adapted_by_target_parameters(family, config, adapted):
 
 
 def test_two_adapters_on_the_same_experts():
-    live = get_peft_model(qwen3_moe(), lora(target_modules=[], target_parameters=EXPERTS)())
+    live = get_peft_model(
+        tiny.model("qwen3_moe"), lora(target_modules=[], target_parameters=EXPERTS)()
+    )
     live.add_adapter("other", lora(target_modules=[], target_parameters=EXPERTS, r=2)())
     for name, parameter in live.named_parameters():
         parameter.requires_grad_("lora" in name)
@@ -606,7 +552,7 @@ def test_tuners_of_several_kinds_around_one_layer():
     live.set_adapter(["default", "loha", "oft"])
     randomise(live, only_trainable=True)
     base = unwrap(live)
-    assert isinstance(base, LlamaForCausalLM)
+    assert isinstance(base, PreTrainedModel)
     before = state(live)
     own = plain(live)
     assert state(live) == before
@@ -732,14 +678,15 @@ def exact_lora(
     ],
     ids=lambda dtype: str(dtype).removeprefix("torch."),
 )
+@pytest.mark.parametrize("device", DEVICES)
 def test_plain_lora_is_the_exact_sum_rounded_once(
-    monkeypatch, scratch, adapters, layout, base_dtype, adapter_dtype, own_dtype
+    monkeypatch, device, scratch, adapters, layout, base_dtype, adapter_dtype, own_dtype
 ):
     monkeypatch.setattr(weights, "_SCRATCH", scratch)
     layer, exact = exact_lora(layout, base_dtype, adapter_dtype, adapters)
-    own = torch.full_like(exact, torch.nan, dtype=own_dtype)
-    fill(layer, {"weight": own})
-    assert torch.equal(own, exact.to(own_dtype))
+    own = torch.full_like(exact, torch.nan, dtype=own_dtype, device=device)
+    fill(layer.to(device), {"weight": own})
+    assert torch.equal(own.cpu(), exact.to(own_dtype))
 
 
 def test_rounding_the_update_first_would_be_seen():
@@ -784,8 +731,8 @@ def test_plain_lora_is_not_merged_by_peft(monkeypatch):
 
     lives = [
         adapt(llama(bias=True), lora(target_modules=["embed_tokens", *PROJECTIONS])),
-        adapt(gpt2(), lora(target_modules=["c_attn", "wte"])),
-        adapt(mixtral(), lora(target_parameters=EXPERTS)),
+        adapt(tiny.model("gpt2"), lora(target_modules=["c_attn", "wte"])),
+        adapt(tiny.model("mixtral"), lora(target_parameters=EXPERTS)),
     ]
     for kind in (LoraLinear, LoraEmbedding, ParamWrapper):
         monkeypatch.setattr(kind, "merge", never)

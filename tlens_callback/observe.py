@@ -67,25 +67,34 @@ def observe(
 
 
 def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
-    """Everything to the CPU, floating point as float32; one wait for the device in all."""
-    devices: set[torch.device] = set()
-
-    def to_cpu(value: Tensor) -> Tensor:
-        if value.is_floating_point():
-            value = value.float()
-        if value.device.type != "cuda":
-            return value.cpu()
-        devices.add(value.device)
-        pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return pinned.copy_(value, non_blocking=True)
-
-    moved: list[dict[str, Taken]] = [
+    """Everything to the CPU, floating point as float32."""
+    flat = [t for got in taken for value in got.values() for t in _parts(value)]
+    there = iter(_to_cpu([t.float() if t.is_floating_point() else t for t in flat]))
+    return [
         {
-            name: tuple(map(to_cpu, value)) if isinstance(value, tuple) else to_cpu(value)
+            name: tuple(next(there) for _ in value) if isinstance(value, tuple) else next(there)
             for name, value in got.items()
         }
         for got in taken
     ]
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
+
+
+def _parts(value: Taken) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    """From a GPU: side by side in one pinned buffer a dtype, and one wait for the device in all."""
+    moved: list[Tensor] = [t.cpu() if t.device.type != "cuda" else t for t in tensors]
+    far = [i for i, t in enumerate(moved) if t.device.type == "cuda"]
+    for dtype in {moved[i].dtype for i in far}:
+        which = [i for i in far if moved[i].dtype == dtype]
+        line = torch.cat([moved[i].flatten() for i in which])
+        pinned = torch.empty(line.shape, dtype=dtype, pin_memory=True)
+        pinned.copy_(line, non_blocking=True)
+        sizes = [moved[i].numel() for i in which]
+        for i, part in zip(which, pinned.split(sizes), strict=True):
+            moved[i] = part.view(moved[i].shape)
+    if far:
+        torch.cuda.current_stream(tensors[far[0]].device).synchronize()
     return moved

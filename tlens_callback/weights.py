@@ -22,10 +22,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlens_callback.refusals import refuse
-
-__all__ = ["adapted_leaves", "fill", "innermost", "live_leaves", "refuse", "resolve", "unwrap"]
-
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Under these names `torch.compile` and activation checkpointing keep the module they wrap."""
 
@@ -82,7 +78,7 @@ def resolve(base: nn.Module, path: str) -> nn.Module:
 
 @functools.cache
 def _role(kind: type) -> str:
-    """What modules of this class are; remembered, for it is asked for every module at every sync."""
+    """What modules of this class are. Remembered: every sync asks it of every module."""
     if issubclass(kind, TrainableTokensWrapper):
         return "tokens"
     if issubclass(kind, AuxiliaryTrainingWrapper):
@@ -106,20 +102,22 @@ def _serving(module: Any) -> Any:
             return module
 
 
-def _inside(module: Any) -> Any:
-    """One step inwards from a tuner layer or trained tokens; None from a plain module."""
-    role = _role(type(module))
-    if role == "tokens":
-        return module.token_adapter
-    return _serving(module.base_layer) if role == "tuner" else None
+def _peel(module: nn.Module) -> tuple[list[Any], nn.Module]:
+    """The tuner layers around one plain module, the outermost first, and that module."""
+    layers: list[Any] = []
+    module = _serving(module)
+    while (role := _role(type(module))) != "plain":
+        if role == "tokens":
+            module = module.token_adapter
+        else:
+            layers.append(module)
+            module = _serving(module.base_layer)
+    return layers, module
 
 
 def innermost(module: nn.Module) -> nn.Module:
     """The plain module that holds the parameters and buffers: `module` without its adapters."""
-    module = _serving(module)
-    while (inside := _inside(module)) is not None:
-        module = inside
-    return module
+    return _peel(module)[1]
 
 
 def live_leaves(module: nn.Module) -> dict[str, Tensor]:
@@ -137,7 +135,7 @@ def adapted_leaves(module: nn.Module) -> frozenset[str]:
     """
     names = {
         "weight" if type(layer) is TrainableTokensLayer else _plain_target(layer, ever=True)
-        for layer in _chain(module)
+        for layer in _peel(module)[0]
     }
     return frozenset(live_leaves(module) if None in names else names)
 
@@ -159,8 +157,8 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: where PEFT cannot merge the layer; names the tuner and the layer.
     """
-    base = innermost(module)
-    chain = [layer for layer in _chain(module) if not (layer.disable_adapters or layer.merged)]
+    layers, base = _peel(module)
+    chain = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
     products = {_plain_target(layer): layer for layer in chain}
     if len(products) == len(chain) and None not in products:
         for name, out in own.items():
@@ -177,24 +175,15 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
             out.copy_(merged[name])
 
 
-def _chain(module: nn.Module) -> list[Any]:
-    """The tuner layers around one plain module, the outermost first."""
-    layers = []
-    module = _serving(module)
-    while (inside := _inside(module)) is not None:
-        if _role(type(module)) == "tuner":
-            layers.append(module)
-        module = inside
-    return layers
-
-
 def _plain_target(layer: Any, *, ever: bool = False) -> str | None:
     """The parameter to which this layer adds scaled products of two factors and does nothing else.
 
     None for any other kind of layer. `ever` asks for all its adapters, not the active ones.
     """
     if type(layer) is ParamWrapper:
-        factored = layer.num_experts > 1 or layer.get_param().ndim == 2
+        # PEFT before 0.19 does not say which way round it keeps the factors of experts.
+        known = hasattr(layer, "_did_swap_in_out_features")
+        factored = known if layer.num_experts > 1 else layer.get_param().ndim == 2
         return layer.parameter_name if factored else None
     if type(layer) not in (LoraLinear, LoraEmbedding):
         return None
