@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tests import tiny
@@ -54,8 +55,9 @@ def trainer(tmp_path, callback, model=None, processing_class="default", **args) 
 class Constant:
     """An instrument that fails when told to."""
 
-    def __init__(self, name="constant", fail_at=None, error=RuntimeError("broken"), where="read"):
-        self.name, self.fail_at, self.error, self.where = name, fail_at, error, where
+    def __init__(self, name="constant", fail_at=None, error=None, where="read"):
+        self.name, self.fail_at, self.where = name, fail_at, where
+        self.error = error or RuntimeError("broken")
         self.calls = 0
 
     def taps(self, shadow, batch):
@@ -250,6 +252,112 @@ def test_a_stale_shadow_is_found_after_the_first_update_and_ends_the_watching(
     assert len(said) == 1 and ("did not follow" in said[0] or "is not the live" in said[0])
 
 
+def test_a_stale_shadow_is_found_when_a_long_warm_up_lets_the_weights_move(
+    tmp_path, monkeypatch, caplog
+):
+    """A step too small to tell is no proof: fidelity is asked for until one is."""
+    from tlens_callback import _bridge
+
+    monkeypatch.setattr(_bridge, "refresh", lambda copies: None)
+    memory = MemorySink()
+    callback = TLensCallback([CAPITAL], sinks=[memory], every_n_steps=100)
+    model = tiny.model("gpt_neox")
+    args = dict(max_steps=40, learning_rate=1e-5, warmup_steps=39, lr_scheduler_type="linear")
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        trainer(tmp_path, callback, model=model, **args).train()
+    assert "Watching ends" in caplog.text and max(memory.steps) < 40
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_a_fresh_adapter_is_watched_to_the_end(tmp_path, dtype):
+    memory = MemorySink()
+    model = get_peft_model(
+        tiny.model("llama").to(dtype), LoraConfig(r=4, target_modules="all-linear")
+    )
+    callback = TLensCallback([CAPITAL], sinks=[memory], every_n_steps=2, on_error="raise")
+    trainer(tmp_path, callback, model=model, learning_rate=1e-4).train()
+    assert {0, 2, 4, 6} <= set(memory.steps)
+    assert max(memory.curve("fidelity/kl")[1]) < 0.05
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_trained_copies_in_float32_beside_a_bfloat16_base_are_watched(tmp_path, autocast):
+    memory = MemorySink()
+    model = tiny.model("llama").to(torch.bfloat16)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(model, config)
+    model.get_base_model().lm_head.modules_to_save["default"].float()
+    callback = TLensCallback([CAPITAL], sinks=[memory], every_n_steps=2, on_error="raise")
+    run = trainer(tmp_path, callback, model=model, bf16=autocast, max_steps=4)
+    if autocast:
+        run.train()
+        assert {0, 2, 4} <= set(memory.steps)
+
+
+def test_an_interrupted_run_and_the_next_are_two(tmp_path):
+    class InterruptsOnce(TrainerCallback):
+        done = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+
+    callback = TLensCallback([CAPITAL], instruments=[Constant()], every_n_steps=1)
+    run = trainer(tmp_path, callback)
+    run.add_callback(InterruptsOnce())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    first = callback.observer
+    run.train()
+    assert list(read_store(tmp_path / "tlens").steps) == [0, 1, 2, 3, 4]
+    assert list(read_store(tmp_path / "tlens-2").steps) == [0, 1, 2, 3, 4, 5, 6]
+    assert first.shadow is None and first.model is None and callback.observer is None
+
+
+def test_no_room_for_the_shadow_is_not_taken_for_too_large_a_batch(tmp_path, monkeypatch):
+    from tlens_callback import shadow as module
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(module.Shadow, "_fill", full)
+    run = trainer(tmp_path, TLensCallback([CAPITAL], sinks=[]), auto_find_batch_size=True)
+    with pytest.raises(RuntimeError, match="no room for the shadow"):
+        run.train()
+    assert run._train_batch_size == 4
+
+
+def test_a_hook_that_is_gone_later_sets_one_instrument_aside(tmp_path):
+    class Vanishes(Constant):
+        def taps(self, shadow, batch):
+            taps = super().taps(shadow, batch)
+            return taps if self.calls < 3 else {"blocks.9.hook_resid_post": lambda t: t}
+
+    memory = MemorySink()
+    instruments = [Vanishes("bad"), Constant("good")]
+    callback = TLensCallback([CAPITAL], instruments=instruments, sinks=[memory], every_n_steps=1)
+    trainer(tmp_path, callback).train()
+    assert sorted(memory.readings["bad/mean"]) == [0, 1]
+    assert sorted(memory.readings["good/mean"]) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_training_that_diverges_is_watched_on_and_said_so(tmp_path, caplog):
+    class Diverges(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.lm_head.weight.data.fill_(float("nan"))
+
+    memory = MemorySink()
+    callback = TLensCallback([CAPITAL], instruments=[Constant()], sinks=[memory], every_n_steps=1)
+    run = trainer(tmp_path, callback)
+    run.callback_handler.callbacks.insert(0, Diverges())
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        run.train()
+    assert sorted(memory.readings["constant/mean"]) == [0, 1, 2, 3, 4, 5, 6]
+    assert "logits are not finite at step 6" in caplog.text
+
+
 def test_a_first_step_that_moves_nothing_is_checked_again(tmp_path):
     """Under a warm-up the first step has learning rate 0; fidelity waits for a real update."""
     memory = MemorySink()
@@ -258,7 +366,8 @@ def test_a_first_step_that_moves_nothing_is_checked_again(tmp_path):
     assert sorted(memory.readings["fidelity/kl"]) == [0, 1, 2, 6]
 
 
-def test_early_stopping_observes_the_last_step(tmp_path):
+@pytest.mark.parametrize("when", [("steps", 2), ("epoch", None)], ids=["steps", "epoch"])
+def test_early_stopping_observes_the_last_step(tmp_path, when):
     memory = MemorySink()
     callback = TLensCallback(
         [CAPITAL], instruments=[TargetScores()], sinks=[memory], every_n_steps=100
@@ -268,14 +377,14 @@ def test_early_stopping_observes_the_last_step(tmp_path):
         callback,
         max_steps=50,
         learning_rate=1.0,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
+        eval_strategy=when[0],
+        eval_steps=when[1],
+        save_strategy=when[0],
+        save_steps=when[1] or 500,
         load_best_model_at_end=True,
         metric_for_best_model="loss",
     )
-    run.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
+    run.add_callback(EarlyStoppingCallback(1, early_stopping_threshold=100.0))
     run.train()
     assert run.state.global_step < 50
     assert sorted(memory.readings["target_scores/loss/capital"]) == [0, run.state.global_step]
@@ -359,6 +468,9 @@ BAD_SETTINGS = [
     (dict(instruments=[AttentionPatterns]), "it is a class"),
     (dict(instruments=[HeadScores(), HeadScores()]), "Two instruments are named 'head_scores'"),
     (dict(sinks=[object()]), "is no Sink"),
+    (dict(sinks=MemorySink()), "sinks is a list"),
+    (dict(instruments=HeadScores()), "instruments is a list"),
+    (dict(device="nonsense"), "device is one that torch knows"),
     (dict(dtype="float32"), "torch.dtype"),
 ]
 

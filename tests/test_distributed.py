@@ -16,8 +16,10 @@ def run(folder: Path, watched: str) -> list[dict]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        + [f"--master_port={port}", "-m", "tests.ddp_script", str(folder), watched],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *(f"--master_port={port}", "-m", "tests.ddp_script", str(folder), watched),
+        ],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

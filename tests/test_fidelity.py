@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from tests.test_shadow import batch_for, hugging_face_logits, lora, train
 from tlens_callback import Shadow
-from tlens_callback.fidelity import as_inference, compare
+from tlens_callback.fidelity import _tf32, as_inference, compare
 
 
 def test_figures_are_those_of_the_logits():
@@ -36,7 +37,7 @@ def test_nan_is_not_close():
     shadow = Shadow.of(lora(model, target_modules=["q_proj"]))
     batch = batch_for(shadow)
     with torch.no_grad():
-        shadow._sources[-1].live.weight.fill_(float("nan"))
+        shadow.bridge.original_model.model.norm.weight.fill_(float("nan"))
     assert not compare(model, shadow, batch)[0].close
 
 
@@ -87,3 +88,33 @@ def test_borrowed_settings_come_back_even_on_an_error():
         raise ZeroDivisionError
     assert flags == [m.training for m in model.modules()] and len(set(flags)) == 2
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lr", [2e-4, 2e-5])
+def test_rounding_is_not_taken_for_a_missed_update(dtype, lr):
+    """A fresh adapter changes nothing: the gap at the start is 0, and later it is rounding."""
+    model = get_peft_model(
+        tiny.model("llama").to(dtype), LoraConfig(r=4, target_modules="all-linear")
+    )
+    shadow = Shadow.of(model)
+    batch = batch_for(shadow)
+    first, reference = compare(model, shadow, batch)
+    assert first.gap == 0
+    train(model, batch, steps=1, lr=lr)
+    shadow.sync()
+    followed, _ = compare(model, shadow, batch, reference=reference)
+    assert followed.moved > 0 and followed.close and not followed.stale(first)
+
+
+def test_tf32_is_seen_through_the_newer_switch_and_the_older():
+    cuda, matmul = torch.device("cuda"), torch.backends.cuda.matmul
+    assert not _tf32(torch.device("cpu"))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert _tf32(cuda)
+        matmul.fp32_precision = "ieee"
+        assert not _tf32(cuda)
+    finally:
+        matmul.fp32_precision = before

@@ -1,8 +1,9 @@
 """Probes are encoded as the tokenizer does it, and leave the tokenizer as it was."""
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from tests import tiny
 from tlens_callback import Probe, ProbeBatch
@@ -43,6 +44,13 @@ def test_labels_read_as_text_and_fragments_keep_their_names():
     batch = encode(Probe("text", "The cat sat"))
     assert "".join(batch.labels[0]).replace("<bos>", "").split() == ["The", "cat", "sat"]
     assert encode(Probe("ids", [9, 8]), tokenizer=None).labels == (("9", "8"),)
+
+
+def test_ids_may_be_numpys_or_torchs():
+    want = encode(Probe("ids", [9, 8, 7], target=5)).tokens
+    for ids in (np.array([9, 8, 7]), list(np.array([9, 8, 7])), torch.tensor([9, 8, 7])):
+        batch = encode(Probe("ids", ids, target=np.int64(5)))
+        assert torch.equal(batch.tokens, want) and batch.targets == (5,)
 
 
 def test_the_tokenizer_is_left_as_it_was():
@@ -95,6 +103,13 @@ BAD = [
     (lambda: Probe("p", []), "is empty"),
     (lambda: Probe("p"), "is empty"),
     (lambda: Probe("p", "x", foil="y"), "a foil but no target"),
+    (lambda: Probe(5, "x"), "needs a name"),
+    (lambda: Probe("p", ["The", "cat"]), "text, chat messages"),
+    (lambda: Probe("p", {"role": "user"}), "text, chat messages"),
+    (lambda: Probe("p", None), "text, chat messages"),
+    (lambda: Probe("p", torch.ones(2, 2)), "text, chat messages"),
+    (lambda: Probe("p", "x", target=True), "a string or a token id"),
+    (lambda: Probe("p", "x", target=1.5), "a string or a token id"),
     (lambda: Probe.repeated("p", block=1), "block >= 2"),
     (lambda: Probe.repeated("p", block=5, times=1), "times >= 2"),
     (lambda: encode(), "no probes"),
@@ -141,6 +156,48 @@ def test_first_rows_leave_the_loader_and_the_random_state_alone():
     assert torch.equal(state, torch.get_rng_state())
     Augmented()[0]
     assert not torch.equal(state, torch.get_rng_state()), "reading a row does draw"
+
+
+class Broken(Augmented):
+    def __getitem__(self, i):
+        raise NotImplementedError
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+    def __len__(self):
+        return 5
+
+
+@pytest.mark.parametrize("dataset", [Broken(), Stream(), None])
+def test_probes_that_nobody_asked_for_never_raise(dataset):
+    loader = type("Loader", (), {"dataset": dataset})()
+    assert first_rows(loader, tiny.tokenizer(), context=64) == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": [3, 3, 1, 20, 21, 3], "attention_mask": [0, 0, 1, 1, 1, 0]},
+        {"input_ids": [1, 20, 21, 3, 3]},
+        {"input_ids": [3, 3, 1, 20, 21]},
+    ],
+)
+def test_padding_of_the_training_rows_is_left_out(row):
+    loader = type("Loader", (), {"dataset": [row]})()
+    (probe,) = first_rows(loader, tiny.tokenizer(), context=64)
+    assert probe.content == (1, 20, 21)
+
+
+def test_a_probe_that_pads_the_others_by_far_is_named(caplog):
+    short = [Probe(f"s{i}", [1, 2, 3]) for i in range(20)]
+    encode(*short, Probe("long", [5] * 400))
+    assert "'long' is 400 tokens long" in caplog.text
+    caplog.clear()
+    encode(*short, Probe("long", [5] * 10))
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import ArrowConfig, LoraConfig, TaskType, create_arrow_model, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import distribute_tensor, init_device_mesh
-from transformers import PreTrainedModel
+from torch.distributed.tensor import distribute_tensor
 from transformers.utils.quantization_config import QuantizationMethod
 
 from tests import tiny
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 CAUSAL: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
 
 
-def llama(**settings: Any) -> PreTrainedModel:
+def llama(**settings: Any) -> Any:
     return tiny.model("llama", hidden_size=64, **settings)
 
 
@@ -38,7 +38,7 @@ def lora(**settings: Any) -> LoraConfig:
 @pytest.fixture
 def process_group():
     """One gloo process, for the wrappers that want one."""
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -123,10 +123,19 @@ def test_parameters_that_are_not_there():
 
 
 def test_parameters_offloaded_to_disk(tmp_path):
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    places: dict[str, Any] = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "disk",
+        "model.layers.1": "cpu",
+    }
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    here: Any = "cpu"  # a torch.device would make accelerate offload what is on the CPU
     model = accelerate.dispatch_model(
-        llama(), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+        llama(),
+        places,
+        main_device=here,
+        offload_dir=str(tmp_path),
+        force_hooks=True,
     )
     with pytest.raises(ValueError, match=r"'model.layers.0.* is on the meta device: offloaded"):
         refuse(model)
@@ -152,8 +161,9 @@ def test_parameters_on_several_devices_need_a_place_for_the_copy():
 
 
 def test_a_quantised_base_is_named_by_its_method():
-    model = get_peft_model(llama(), lora())
-    model.get_base_model().quantization_method = QuantizationMethod.BITS_AND_BYTES
+    base = llama()
+    model = get_peft_model(base, lora())
+    base.quantization_method = QuantizationMethod.BITS_AND_BYTES
     with pytest.raises(ValueError, match=r"quantised \(bitsandbytes\).*Load the base model in"):
         refuse(model)
 
@@ -242,13 +252,13 @@ def test_tuners_without_one_weight(text):
 
 def stored_adapters(folder: Path) -> list[str]:
     for name in ("a", "b"):
-        get_peft_model(llama(), lora(**CAUSAL)).save_pretrained(folder / name)
+        get_peft_model(llama(), lora(**CAUSAL)).save_pretrained(str(folder / name))
     return [str(folder / "a"), str(folder / "b")]
 
 
 def test_x_lora(tmp_path):
     paths = stored_adapters(tmp_path)
-    config = peft.XLoraConfig(**CAUSAL, hidden_size=64, adapters=dict(enumerate(paths)))
+    config = peft.XLoraConfig(**CAUSAL, hidden_size=64, adapters={"a": paths[0], "b": paths[1]})
     model = get_peft_model(llama(use_cache=False), config)
     with pytest.raises(ValueError, match="XLora mixes its LoRA adapters anew for every input"):
         refuse(model)

@@ -1,6 +1,8 @@
 """The shadow equals the live model, follows its updates, and shares what it can."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -186,3 +188,73 @@ def test_unknown_hook_is_refused_with_its_neighbours():
     shadow = Shadow.of(tiny.model("llama"))
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.hook_pattern"):
         shadow.run(batch_for(shadow), [{"blocks.0.attn.hook_patern": lambda t: t}])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "phi3", "gpt_neox"])
+def test_copies_of_layers_with_biases_follow_too(family):
+    model = lora(tiny.model(family), bias="all")
+    shadow = Shadow.of(model, dtype=torch.float64)
+    batch = batch_for(shadow)
+    train(model, batch)
+    shadow.sync()
+    assert gap(copy.deepcopy(model).double(), shadow, batch) < 2e-6  # norms compute in float32
+
+
+def test_a_copy_of_a_layer_that_is_unfrozen_later_follows():
+    model = tiny.model("llama")
+    model.requires_grad_(False)
+    shadow = Shadow.of(model, dtype=torch.float64)
+    batch = batch_for(shadow)
+    model.model.layers[1].requires_grad_(True)
+    train(model, batch)
+    model.requires_grad_(False)
+    assert gap(model, shadow, batch) > 0.1
+    shadow.sync()
+    assert gap(model, shadow, batch) < 2e-5
+
+
+def test_the_live_device_by_another_name_is_no_copy():
+    assert Shadow.of(tiny.model("llama"), device="cpu:0").extra_bytes == 0
+
+
+def test_a_head_of_another_precision_is_brought_to_the_models():
+    """TRL's cast_lm_head_to_fp32, and trained copies that PEFT keeps in float32."""
+    model = tiny.model("llama").to(torch.bfloat16)
+    model.lm_head.float()
+    shadow = Shadow.of(model)
+    batch = batch_for(shadow)
+    assert shadow.dtype == torch.bfloat16 and shadow.mirror.mixed
+    assert compare(model, shadow, batch)[0].close
+    exact = Shadow.of(model, dtype=torch.float32)
+    assert gap(copy.deepcopy(model).float(), exact, batch) < 2e-5
+
+
+def test_release_frees_what_the_shadow_holds_without_a_collection():
+    model = lora(tiny.model("llama"))
+    gc.collect()
+    gc.disable()
+    try:
+        shadow = Shadow.of(model)
+        held = [weakref.ref(own) for own in shadow.mirror._held]
+        shadow.release()
+        assert held and all(own() is None for own in held)
+        shadow.sync()
+        batch = batch_for(shadow)
+        assert gap(model, shadow, batch) < 2e-5
+    finally:
+        gc.enable()
+
+
+def test_hooks_at_the_output_see_every_position_whoever_else_listens():
+    shadow = Shadow.of(tiny.model("llama"))
+    batch = batch_for(shadow)
+    taps = {"unembed.hook_out": lambda t: t, "last_logits": lambda t: t}
+    taken = shadow.run(batch, [taps])[0]
+    assert taken["unembed.hook_out"].shape[1] == batch.tokens.shape[1]
+    assert taken["last_logits"].shape == (3, tiny.VOCAB)
+
+
+def test_a_reduction_that_returns_no_tensor_is_named():
+    shadow = Shadow.of(tiny.model("llama"))
+    with pytest.raises(ValueError, match=r"hook_embed.*returned float"):
+        shadow.run(batch_for(shadow), [{"hook_embed": lambda t: 1.0}])

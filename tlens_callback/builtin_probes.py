@@ -2,10 +2,13 @@
 
 import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from tlens_callback.probes import Probe, own_tokenizer, token_ids
 
@@ -43,29 +46,50 @@ def first_rows(
 
     Reads the data set, not its loader: asking the loader for a batch would change the order of
     the training data. A data set that draws random numbers when read finds them as they were.
+    Never raises: nobody asked for these probes.
     """
-    dataset = getattr(train_dataloader, "dataset", None)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    dataset: Any = getattr(train_dataloader, "dataset", None)
+    if isinstance(dataset, IterableDataset):
         return []
+    tokenizer = own_tokenizer(tokenizer)
+    probes = []
+    for i in range(rows):
+        try:
+            with _random_states_kept():
+                example = dataset[i]
+            ids = _row_ids(example, tokenizer)
+        except Exception as error:
+            logger.info("tlens: row %d of the training data makes no probe: %r", i, error)
+            continue
+        if ids:
+            probes.append(Probe(f"train-{i}", ids[: min(tokens, context or tokens)]))
+    return probes
+
+
+def _row_ids(example: Any, tokenizer: Any) -> list[int]:
+    """Token ids of one example, without padding."""
+    ids = example.get("input_ids")
+    if ids is None:
+        content = example.get("prompt", example.get("text"))
+        return token_ids(Probe("row", content), tokenizer, vocab_size=0)
+    ids = [int(token) for token in ids]
+    if (mask := example.get("attention_mask")) is not None:
+        return [token for token, real in zip(ids, mask, strict=True) if real]
+    pad = getattr(tokenizer, "pad_token_id", None)
+    while ids and ids[-1] == pad:
+        ids.pop()
+    while ids and ids[0] == pad:
+        ids.pop(0)
+    return ids
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=cuda):
-            examples = [dataset[i] for i in range(min(rows, len(dataset)))]
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-    limit = min(tokens, context or tokens)
-    tokenizer = own_tokenizer(tokenizer)
-    probes = []
-    for i, example in enumerate(examples):
-        if not hasattr(example, "get"):
-            continue
-        content = example.get("input_ids", example.get("prompt", example.get("text")))
-        try:
-            ids = token_ids(Probe(f"train-{i}", content), tokenizer, 0)
-        except (ValueError, TypeError) as error:
-            logger.info("tlens: row %d of the training data makes no probe: %s", i, error)
-            continue
-        probes.append(Probe(f"train-{i}", ids[:limit]))
-    return probes

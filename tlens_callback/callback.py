@@ -66,8 +66,9 @@ class TLensCallback(TrainerCallback):
             raise ValueError(f"every_n_steps is a whole number from 1 on, got {every_n_steps!r}.")
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error is 'warn' or 'raise', got {on_error!r}.")
-        if isinstance(probes, Probe | str):
-            raise ValueError("probes is a list: TLensCallback([Probe('name', 'text')]).")
+        for name, given in (("probes", probes), ("instruments", instruments), ("sinks", sinks)):
+            if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+                raise ValueError(f"{name} is a list, got {type(given).__name__}: {name}=[...].")
         for probe in probes or ():
             if not isinstance(probe, Probe):
                 raise ValueError(
@@ -88,7 +89,10 @@ class TLensCallback(TrainerCallback):
                 f"Two instruments are named {min(twice)!r}; give one of them another name=."
             )
         if device is not None:
-            device = torch.device(device)
+            try:
+                device = torch.device(device)
+            except RuntimeError as error:
+                raise ValueError(f"device is one that torch knows: {error}") from error
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype is a floating point torch.dtype, got {dtype!r}.")
         self.probes = None if probes is None else list(probes)
@@ -115,6 +119,11 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
+        # A trainer that searches for a batch size begins anew on the same model. What else is left
+        # is of a run that was interrupted.
+        if self.observer and not (args.auto_find_batch_size and self.observer.model is model):
+            self.observer.close()
+            self.observer = None
         if self.observer is None:
             self.observer = Observer(**self._settings)
             if not self._given_sinks:
@@ -131,8 +140,15 @@ class TLensCallback(TrainerCallback):
 
         try:
             self.observer.start(model, processing_class, probes, step=state.global_step)
-        except BaseException:
+        except BaseException as error:
+            self.observer.close()
             self.observer = None
+            if isinstance(error, torch.OutOfMemoryError):
+                # Not as it is: a search for the batch size would take it for the batch's.
+                raise RuntimeError(
+                    "tlens: there is no room for the shadow and its probes beside the model. Put "
+                    "it elsewhere (device='cpu'), shorten the probes, or adapt fewer layers."
+                ) from error
             raise
 
     def on_step_end(
@@ -148,23 +164,33 @@ class TLensCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Another callback stopped the run after this step's on_step_end (early stopping, on an
-        # evaluation). Later, in on_train_end, the model may hold the best checkpoint's weights.
+        self._end(state, control)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end(state, control)
+
+    def _end(self, state: TrainerState, control: TrainerControl) -> None:
+        """The last look, where the run was stopped after this step's `on_step_end`.
+
+        Early stopping asks for it in an evaluation. By `on_train_end` the model may hold the best
+        checkpoint's weights, and so it is too late.
+        """
         observer = self.observer
-        if observer is None or not control.should_training_stop:
-            return
-        if state.global_step not in observer.steps:
+        if observer and control.should_training_stop and state.global_step not in observer.steps:
             observer.after_update(state.global_step, observe=True, last=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not args.load_best_model_at_end:
+            self._end(state, control)
         observer, self.observer = self.observer, None
         if observer is None:
             return
         observer.close()
-        if not args.disable_tqdm or args.log_level != "error":
-            print_lines(observer.summary())
+        print_lines(observer.summary())
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may begin after this callback does."""

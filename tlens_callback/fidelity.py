@@ -1,8 +1,10 @@
 """How far the shadow is from the live model, and whether that is rounding."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from tlens_callback.shadow import Shadow
 from tlens_callback.weights import unwrap
 
 _CHUNK = 2**24
-"""Logits held at a time, in elements."""
+"""Logits compared at a time, in elements."""
 
 
 class FidelityError(RuntimeError):
@@ -27,22 +29,30 @@ class Fidelity:
 
     Attributes:
         max_abs_diff: largest difference of two logits, logits.
-        relative: the same as a share of the largest live logit.
+        scale: largest live logit by magnitude, logits. Not finite where the live model's
+            logits are not: then there is nothing to compare.
         kl: mean over tokens of KL(live || shadow), nats; rounding below 0 is shown as 0.
         top1_agreement: share of tokens with the same most likely next token.
-        moved: largest change of a live logit at the probes' last tokens since the reference was
-            taken, logits; None without a reference.
-        gap: largest live-shadow difference at those tokens, logits.
-        tolerance: (relative, kl) that rounding alone may reach in the models' precision.
+        gap: largest live-shadow difference at the probes' last tokens, logits.
+        moved: largest change of a live logit there since the reference was taken, logits; None
+            without a reference.
+        eps: relative rounding of the models' precision.
+        tolerance: (max_abs_diff / scale, kl) that rounding alone may reach in that precision.
     """
 
     max_abs_diff: float
-    relative: float
+    scale: float
     kl: float
     top1_agreement: float
-    moved: float | None
     gap: float
+    moved: float | None
+    eps: float
     tolerance: tuple[float, float]
+
+    @property
+    def relative(self) -> float:
+        """The largest difference as a share of the largest live logit."""
+        return self.max_abs_diff / self.scale if self.scale else self.max_abs_diff
 
     @property
     def close(self) -> bool:
@@ -50,16 +60,21 @@ class Fidelity:
         relative, kl = self.tolerance
         return self.relative <= relative and self.kl <= kl
 
-    def stale(self, first: "Fidelity") -> bool:
-        """Whether the shadow seems to hold older weights than the live model.
+    def telling(self, first: "Fidelity") -> bool:
+        """Whether the live model has moved far enough from its start to tell a missed update.
 
-        A shadow that missed an update differs from the live model by what the update did. True
-        where the gap is most of the live model's own movement and well above the gap at the
-        start. In bfloat16 a first update can be smaller than rounding; then this cannot tell.
+        In bfloat16 one update is often less than rounding; then only a later comparison tells.
         """
-        if not self.moved:
-            return False
-        return self.gap > 0.5 * self.moved and self.gap > 10 * first.gap
+        noise = max(first.gap, self.eps * self.scale)
+        return self.moved is not None and self.moved > 10 * noise
+
+    def stale(self, first: "Fidelity") -> bool:
+        """Whether the shadow holds older weights than the live model.
+
+        A shadow that missed an update differs from the live model by what the update did: stale
+        is a gap of more than half the live model's own movement, where that is telling.
+        """
+        return self.telling(first) and self.moved is not None and self.gap > 0.5 * self.moved
 
     def readings(self) -> list[Reading]:
         """The figures as readings `fidelity/*`."""
@@ -88,6 +103,7 @@ def compare(
 
     In half precision both run eager attention: kernels differ among themselves by as much as a
     small adapter's whole effect (SmolLM2-135M in bfloat16: KL 1e-3 between sdpa and eager).
+    Memory: both models' logits of one probe, or of several short ones.
 
     Args:
         reference: [probe, vocab], the live logits of an earlier call.
@@ -95,72 +111,91 @@ def compare(
     Returns:
         The comparison, and the live logits [probe, vocab] at each probe's last token.
     """
-    base = unwrap(model)
-    device = next(base.parameters()).device
-    half = shadow.dtype.itemsize < 4 or next(base.parameters()).dtype.itemsize < 4
+    base: Any = unwrap(model)
+    live_dtype = next(base.parameters()).dtype
+    coarse = max(shadow.dtype, live_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    half = coarse.itemsize < 4
+    rough = half or _tf32(next(base.parameters()).device)
     rows = max(1, _CHUNK // (batch.tokens.shape[1] * shadow.vocab_size))
     worst = scale = gap = kl = agree = 0.0
     lasts = []
-    with as_inference(base, eager=half):
+    with as_inference(
+        base, eager=half, autocast=shadow.mirror.common if shadow.mirror.mixed else None
+    ):
         for at in range(0, len(batch.tokens), rows):
             tokens, mask = batch.tokens[at : at + rows], batch.mask[at : at + rows]
             # The class's forward, not the instance's: trainers patch the latter (autocast, losses).
-            live = type(base).forward(base, input_ids=tokens.to(device), use_cache=False).logits  # type: ignore
-            live = live.to(shadow.device).float()
-            mine = shadow.logits(tokens).float()
+            out = type(base).forward(base, input_ids=tokens.to(_device(base)), use_cache=False)
+            live, mine = out.logits.to(shadow.device), shadow.logits(tokens)
             last = torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1
-            lasts.append(live[last])
-            gap = _worse(gap, (live[last] - mine[last]).abs().max())
+            lasts.append(live[last].float())
+            gap = _worse(gap, (lasts[-1] - mine[last].float()).abs().max())
             live, mine = live[mask], mine[mask]
-            worst = _worse(worst, (live - mine).abs().max())
-            scale = _worse(scale, live.abs().max())
-            agree += float((live.argmax(-1) == mine.argmax(-1)).sum())
-            log_p, log_q = live.log_softmax(-1), mine.log_softmax(-1)
-            kl += float((log_p.exp() * (log_p - log_q)).sum())
+            step = max(1, _CHUNK // shadow.vocab_size)
+            for p, q in zip(live.split(step), mine.split(step), strict=True):
+                p, q = p.float(), q.float()
+                worst = _worse(worst, (p - q).abs().max())
+                scale = _worse(scale, p.abs().max())
+                agree += float((p.argmax(-1) == q.argmax(-1)).sum())
+                log_p = p.log_softmax(-1)
+                kl += float((log_p.exp() * (log_p - q.log_softmax(-1))).sum())
     n = int(batch.mask.sum())
     live_last = torch.cat(lasts)
     moved = None if reference is None else float((live_last - reference).abs().max())
     return Fidelity(
         max_abs_diff=worst,
-        relative=worst / scale if scale > 0 else worst,
-        kl=max(0.0, kl / n) if kl == kl else kl,
+        scale=scale,
+        kl=kl / n if math.isnan(kl) else max(0.0, kl / n),
         top1_agreement=agree / n,
-        moved=moved,
         gap=gap,
-        tolerance=(0.25, 0.05) if half or _tf32(device) else (1e-3, 1e-5),
+        moved=moved,
+        eps=torch.finfo(coarse).eps if not rough else max(2**-11, torch.finfo(coarse).eps),
+        tolerance=(0.25, 0.05) if rough else (1e-3, 1e-5),
     ), live_last
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _worse(so_far: float, value: Tensor) -> float:
     """The maximum, where NaN wins."""
     new = float(value)
-    return new if new != new or new > so_far else so_far
+    return new if math.isnan(new) or new > so_far else so_far
 
 
 def _tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    """Whether float32 products are rounded to TF32 here."""
+    if device.type != "cuda":
+        return False
+    matmul = torch.backends.cuda.matmul
+    # The older switch raises once the newer one (torch 2.9) was used.
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 @contextmanager
-def as_inference(model: nn.Module, *, eager: bool = False) -> Iterator[None]:
+def as_inference(
+    model: nn.Module, *, eager: bool = False, autocast: torch.dtype | None = None
+) -> Iterator[None]:
     """Borrows the live model for a forward pass and returns every setting as it was.
 
     Each module's training flag (which may differ among them), and with `eager` the attention
-    implementation in each config.
+    implementation in each config. Autocast is off, or on in the dtype given.
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
-    configs = (
-        {id(c): c for m in modules if (c := vars(m).get("config")) is not None} if eager else {}
-    )
+    found = [vars(module).get("config") for module in modules] if eager else []
+    configs = {id(config): config for config in found if config is not None}
     kinds = {i: vars(config).get("_attn_implementation_internal") for i, config in configs.items()}
-    device = next(model.parameters()).device
     try:
         for module in modules:
             module.training = False
         for config in configs.values():
             vars(config)["_attn_implementation_internal"] = "eager"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        kind = _device(model).type
+        with torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
             yield
     finally:
         for module, flag in zip(modules, training, strict=True):

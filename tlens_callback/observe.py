@@ -8,7 +8,7 @@ from torch import Tensor
 from tlens_callback.interfaces import Instrument, Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Shadow, parts
 
 
 def observe(
@@ -68,7 +68,7 @@ def observe(
 
 def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
     """Everything to the CPU, floating point as float32."""
-    flat = [t for got in taken for value in got.values() for t in _parts(value)]
+    flat = [t for got in taken for value in got.values() for t in parts(value)]
     there = iter(_to_cpu([t.float() if t.is_floating_point() else t for t in flat]))
     return [
         {
@@ -77,10 +77,6 @@ def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
         }
         for got in taken
     ]
-
-
-def _parts(value: Taken) -> tuple[Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:

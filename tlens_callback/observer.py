@@ -32,6 +32,8 @@ class Observer:
     `on_error="raise"` everything raises.
 
     Attributes:
+        model, shadow: what is watched, and how; None before `start` and after the end.
+        batch: the encoded probes.
         seconds: spent on the training thread so far, everything included.
         steps: the observed steps.
         checks: step -> fidelity, where it was computed.
@@ -50,10 +52,14 @@ class Observer:
         self.device, self.dtype, self.on_error = device, dtype, on_error
         self.shadow: Shadow | None = None
         self.model: nn.Module | None = None
+        self.batch: ProbeBatch | None = None
         self.steps: list[int] = []
         self.checks: dict[int, Fidelity] = {}
         self.seconds = 0.0
         self.extra_bytes = 0
+        self._began = self._entered = time.perf_counter()
+        self._first: Fidelity | None = None
+        self._first_step = 0
         self._reference: Tensor | None = None
         self._next_check: int | None = None
 
@@ -79,30 +85,30 @@ class Observer:
             FidelityError: where the shadow is not the model.
         """
         with self._clock():
-            again = self.shadow is not None and self.model is model
-            if not again:
-                self.began = time.perf_counter()
+            if self.model is not model:
+                self._began = self._entered
                 self.shadow = Shadow(model, device=self.device, dtype=self.dtype)
                 self.model = model
-            shadow = self.shadow
-            assert shadow is not None
-            self.extra_bytes = shadow.extra_bytes
-            if not again:
                 self.batch = ProbeBatch.encode(
-                    probes(shadow),
+                    probes(self.shadow),
                     tokenizer,
-                    vocab_size=shadow.vocab_size,
-                    context=shadow.context,
-                    device=shadow.device,
+                    vocab_size=self.shadow.vocab_size,
+                    context=self.shadow.context,
+                    device=self.shadow.device,
                 )
-            shadow.sync()
-            fidelity, self._reference = compare(model, shadow, self.batch)
+            assert self.shadow is not None and self.batch is not None
+            self.shadow.sync()
+            fidelity, self._reference = compare(model, self.shadow, self.batch)
+            if not math.isfinite(fidelity.scale):
+                raise ValueError(
+                    "The live model's logits on the probes are not finite, so there is nothing to "
+                    "observe. Check its weights and its precision."
+                )
             if not fidelity.close:
                 raise FidelityError(_mismatch(model, fidelity))
-            self._first = fidelity
-            self._next_check = step + 1
+            self._first, self._first_step, self._next_check = fidelity, step, step + 1
             self.checks[step] = fidelity
-            self._look(step, fidelity, first=True)
+            self._look(step, fidelity)
 
     def after_update(self, step: int, *, observe: bool, last: bool) -> None:
         """After the optimizer's step number `step`: checks and observes, where it is time to."""
@@ -115,67 +121,80 @@ class Observer:
             try:
                 self.shadow.sync()
                 fidelity = self._check(step) if check else None
-                if self.shadow is None:
-                    return
                 if observe or last:
                     self._look(step, fidelity)
                 elif fidelity is not None:
                     self._write(fidelity.readings(), step)
             except Exception as error:
-                self._end("observing failed", error)
+                if self.on_error == "raise":
+                    raise
+                self._let_go()
+                logger.warning(
+                    "tlens: observing failed (%s: %s). Watching ends here; training goes on.",
+                    type(error).__name__,
+                    error,
+                    exc_info=None if isinstance(error, FidelityError) else error,
+                )
 
     def close(self) -> None:
-        """Closes the sinks and lets go of the shadow and its memory. May be called twice."""
+        """Closes the sinks and frees the shadow. May be called twice."""
         with self._clock():
-            for sink in list(self.sinks):
-                self._guard(sink, sink.close)
-            self.shadow = self.model = self._reference = None
+            try:
+                for sink in list(self.sinks):
+                    self._guard(sink, sink.close)
+            finally:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        if self.shadow is not None:
+            self.extra_bytes = self.shadow.extra_bytes
+            self.shadow.release()
+        self.shadow = self.model = self._reference = None
 
     def _check(self, step: int) -> Fidelity | None:
-        """Fidelity against the live model as it is now, and whether the shadow moved with it."""
-        assert self.shadow is not None and self.model is not None
+        """Fidelity against the live model as it is now; None where its logits are not finite."""
+        assert self.shadow and self.model and self.batch and self._first
         fidelity, _ = compare(self.model, self.shadow, self.batch, reference=self._reference)
+        if not math.isfinite(fidelity.scale):
+            logger.warning("tlens: the live model's logits are not finite at step %d.", step)
+            return None
         self.checks[step] = fidelity
         if self._next_check is not None:
-            # A warm-up's first step has learning rate 0: look again until the model has moved.
-            self._next_check = None if fidelity.moved else step + max(1, step - self.first_step)
+            # Under a warm-up, or in half precision, the first steps may move less than rounding.
+            told = fidelity.telling(self._first)
+            self._next_check = None if told else step + max(1, step - self._first_step)
         if not fidelity.close or fidelity.stale(self._first):
-            stale = fidelity.close
-            raise FidelityError(_mismatch(self.model, fidelity, stale=stale))
+            raise FidelityError(_mismatch(self.model, fidelity, stale=fidelity.close))
         return fidelity
 
-    def _look(self, step: int, fidelity: Fidelity | None, *, first: bool = False) -> None:
-        assert self.shadow is not None
-        if first:
-            self.first_step = step
-        began = time.perf_counter()
+    def _look(self, step: int, fidelity: Fidelity | None) -> None:
+        assert self.shadow is not None and self.batch is not None
 
         def failed(instrument: Instrument, error: Exception) -> None:
             self.instruments = [i for i in self.instruments if i is not instrument]
             self._report(f"instrument {instrument.name!r}", error)
 
-        strict = self.on_error == "raise"
+        # At the start everything raises: a hook that is not there is the user's to mend.
+        strict = self.on_error == "raise" or step == self._first_step
         readings = observe(
-            self.shadow, self.batch, self.instruments, on_error=None if strict or first else failed
+            self.shadow, self.batch, self.instruments, on_error=None if strict else failed
         )
         if fidelity is not None:
             readings += fidelity.readings()
-        took = time.perf_counter() - began
+        # What the sinks take for this observation is in the next one's share.
+        took = time.perf_counter() - self._entered
+        share = self._share(self.seconds + took)
         readings += [
             Reading(key="cost/seconds", values=np.asarray(took), unit="seconds"),
-            Reading(
-                key="cost/share", values=np.asarray(self.share), unit="fraction", limits=(0, 1)
-            ),
+            Reading(key="cost/share", values=np.asarray(share), unit="fraction"),
         ]
         if step not in self.steps:
             self.steps.append(step)
         self._write(readings, step)
 
-    @property
-    def share(self) -> float:
-        """Share of the time since the start that was spent here."""
-        elapsed = time.perf_counter() - self.began
-        return min(1.0, self.seconds / elapsed) if elapsed > 0 else math.nan
+    def _share(self, spent: float) -> float:
+        """`spent` seconds as a share of the time since the start."""
+        return min(1.0, spent / (time.perf_counter() - self._began))
 
     def _write(self, readings: Sequence[Reading], step: int) -> None:
         for sink in list(self.sinks):
@@ -199,32 +218,21 @@ class Observer:
             exc_info=error,
         )
 
-    def _end(self, what: str, error: Exception) -> None:
-        self.shadow = self.model = self._reference = None
-        if self.on_error == "raise":
-            raise error
-        logger.warning(
-            "tlens: %s (%s: %s). Watching ends here; training goes on.",
-            what,
-            type(error).__name__,
-            error,
-        )
-
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        began = time.perf_counter()
+        self._entered = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - self._entered
 
     def summary(self) -> list[str]:
         """Lines for the end of the run: what was seen, where to look, what it cost."""
-        if not self.steps:
+        if not self.steps or self.batch is None:
             return []
         lines = [
             f"tlens: {len(self.steps)} observations of {len(self.batch.probes)} probes in "
-            f"{self.seconds:.1f} s, {self.share:.1%} of the run; "
+            f"{self.seconds:.1f} s, {self._share(self.seconds):.1%} of the run; "
             f"{self.extra_bytes / 2**20:.1f} MiB of weights beside the model's"
         ]
         if self.checks:

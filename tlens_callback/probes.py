@@ -1,13 +1,17 @@
 """`Probe`: what to ask the model. `ProbeBatch`: the probes as tensors, fixed for the run."""
 
 import copy
+import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+logger = logging.getLogger("tlens_callback")
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,14 @@ class Probe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
+        if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise ValueError(f"A probe needs a name without '/', got {self.name!r}.")
+        for role in ("target", "foil"):
+            token = getattr(self, role)
+            if isinstance(token, bool) or not isinstance(token, str | SupportsIndex | None):
+                raise ValueError(
+                    f"The {role} of probe {self.name!r} is a string or a token id, got {token!r}."
+                )
         if self.foil is not None and self.target is None:
             raise ValueError(
                 f"Probe {self.name!r} has a foil but no target; the logit difference needs both."
@@ -50,14 +60,11 @@ class Probe:
                     f"got block={self.block}, times={self.times}."
                 )
             return
-        content = self.content
-        if isinstance(content, str):
-            empty = not content.strip()
-        else:
-            content = content.tolist() if hasattr(content, "tolist") else content  # type: ignore
-            object.__setattr__(self, "content", tuple(content))  # type: ignore[arg-type]
-            empty = len(self.content) == 0
-        if empty:
+        content: Any = self.content
+        if not isinstance(content, str):
+            content = content.tolist() if hasattr(content, "tolist") else content
+            object.__setattr__(self, "content", _checked(self.name, content))
+        if not (content.strip() if isinstance(content, str) else self.content):
             raise ValueError(
                 f"Probe {self.name!r} is empty. Give text, chat messages or token ids, or use "
                 f"Probe.repeated({self.name!r}, block=16)."
@@ -71,6 +78,20 @@ class Probe:
         read or changed. A tokenizer without a BOS token gets its EOS token in front instead.
         """
         return cls(name, block=block, times=times, seed=seed)
+
+
+def _checked(name: str, content: Any) -> tuple[Any, ...]:
+    """Chat messages or token ids, as a tuple."""
+    try:
+        parts = tuple(content)
+        if all(isinstance(part, Mapping) and "role" in part for part in parts):
+            return parts
+        return tuple(operator.index(part) for part in parts)
+    except TypeError:
+        raise ValueError(
+            f"Probe {name!r} is text, chat messages ([{{'role': ..., 'content': ...}}, ...]) or "
+            f"token ids ([1, 2, ...]), got {content!r}."
+        ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +165,14 @@ class ProbeBatch:
                     f"of {vocab_size}. Is this the model's own tokenizer?"
                 )
         width = max(len(row) for row in rows)
+        area, needed = len(rows) * width**2, sum(len(row) ** 2 for row in rows)
+        if area > 8 * needed and area > 2**20:
+            longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+            logger.warning(
+                "tlens: probe %r is %d tokens long, and the other %d are padded to that: attention "
+                "takes %d times the memory it needs. Shorten it, or give it a callback of its own.",
+                *(names[longest], width, len(rows) - 1, area // needed),
+            )
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -203,15 +232,18 @@ def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
 
 def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
     assert probe.block is not None
-    special = set(getattr(tokenizer, "all_special_ids", None) or ())
     start = getattr(tokenizer, "bos_token_id", None)
     if start is None:
         start = getattr(tokenizer, "eos_token_id", None)
     start = 0 if start is None else int(start)
-    added = {i for i in getattr(tokenizer, "added_tokens_decoder", {})}
+    special = {
+        start,
+        *(getattr(tokenizer, "all_special_ids", None) or ()),
+        *getattr(tokenizer, "added_tokens_decoder", ()),
+    }
     # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
     known = min(vocab_size, len(tokenizer)) if tokenizer is not None else vocab_size
-    usable = torch.tensor([i for i in range(known) if i not in special | added | {start}])
+    usable = torch.tensor([i for i in range(known) if i not in special])
     if len(usable) < probe.block:
         raise ValueError(
             f"Probe {probe.name!r}: a block of {probe.block} distinct tokens needs a vocabulary "
@@ -226,7 +258,8 @@ def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | N
     text = getattr(probe, role)
     if text is None:
         return None
-    if isinstance(text, int):
+    if not isinstance(text, str):
+        text = operator.index(text)
         if not 0 <= text < vocab_size:
             raise ValueError(
                 f"The {role} of probe {probe.name!r} is token id {text}, outside the model's "

@@ -102,17 +102,17 @@ def _serving(module: Any) -> Any:
             return module
 
 
-def _peel(module: nn.Module) -> tuple[list[Any], nn.Module]:
+def _peel(module: nn.Module) -> tuple[list[Any], Any]:
     """The tuner layers around one plain module, the outermost first, and that module."""
     layers: list[Any] = []
-    module = _serving(module)
-    while (role := _role(type(module))) != "plain":
+    inner = _serving(module)
+    while (role := _role(type(inner))) != "plain":
         if role == "tokens":
-            module = module.token_adapter
+            inner = inner.token_adapter
         else:
-            layers.append(module)
-            module = _serving(module.base_layer)
-    return layers, module
+            layers.append(inner)
+            inner = _serving(inner.base_layer)
+    return layers, inner
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -133,11 +133,13 @@ def adapted_leaves(module: nn.Module) -> frozenset[str]:
     any other tuner. Does not depend on which adapters are active. Empty for a module without an
     adapter, and for `modules_to_save`, whose copy is itself live.
     """
-    names = {
-        "weight" if type(layer) is TrainableTokensLayer else _plain_target(layer, ever=True)
-        for layer in _peel(module)[0]
-    }
-    return frozenset(live_leaves(module) if None in names else names)
+    names: set[str] = set()
+    for layer in _peel(module)[0]:
+        name = _plain_target(layer, ever=True)
+        if name is None and type(layer) is not TrainableTokensLayer:
+            return frozenset(live_leaves(module))
+        names.add(name or "weight")
+    return frozenset(names)
 
 
 @torch.no_grad()
@@ -203,9 +205,10 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
     for name in layer.active_adapters:
         if name in layer.lora_A:
             left, right = layer.lora_B[name].weight, layer.lora_A[name].weight
-            if type(layer) is ParamWrapper and layer.num_experts > 1:
-                right = right.reshape(layer.num_experts, -1, right.shape[-1])
-                left = left.reshape(left.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+            experts = getattr(layer, "num_experts", 1)
+            if experts > 1:
+                right = right.reshape(experts, -1, right.shape[-1])
+                left = left.reshape(left.shape[0], -1, experts).permute(2, 0, 1)
                 transposed = not layer._did_swap_in_out_features
             else:
                 transposed = layer.fan_in_fan_out
@@ -250,7 +253,7 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, out:
         out[part].copy_(wide)
 
 
-def _replace_rows(weight: Tensor, layer: TrainableTokensLayer, out: Tensor) -> None:
+def _replace_rows(weight: Tensor, layer: Any, out: Tensor) -> None:
     """out = weight, with the trained tokens' rows in place of the base layer's."""
     out.copy_(weight)
     for name in layer.active_adapters:
@@ -270,8 +273,6 @@ def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
                 outer = _stand_in(layer, dtype)
                 outer._modules["base_layer"] = inner
                 outer.merged_adapters = []
-                if "_caches" in outer.__dict__:
-                    outer._caches = {}
                 outer.merge(safe_merge=False)
                 inner = outer
     except torch.OutOfMemoryError:
@@ -287,12 +288,13 @@ def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
 
 
 def _stand_in(module: Any, dtype: torch.dtype) -> Any:
-    """A twin of `module`, in eval mode, that a merge can do with as it likes.
+    """A twin of `module` that a merge can do with as it likes.
 
     Its parameters are copies in `dtype`: some merges write to the adapter as well as to the base
-    (OFT with `coft` projects its rotation). Its buffers, which can be large and shared by all
-    layers (VeRA), are the live ones. Its containers and bookkeeping are copies, without the module
-    that `module` wraps: some merges exchange what is in them.
+    (OFT with `coft` projects its rotation). Its containers and bookkeeping are copies too: some
+    merges exchange what is in them. Its buffers, which can be large and shared by all layers
+    (VeRA), are the live ones. It is in eval mode: PEFT 0.18 drops ranks of LoHa and LoKr as it
+    merges in training.
     """
     twin = object.__new__(type(module))
     for name, value in module.__dict__.items():
@@ -304,9 +306,6 @@ def _stand_in(module: Any, dtype: torch.dtype) -> Any:
             wide = dtype if parameter.is_floating_point() else parameter.dtype
             value = parameter.detach().to(wide, copy=True)
             twin._parameters[name] = nn.Parameter(value, requires_grad=False)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.is_floating_point():
-            twin._buffers[name] = buffer.to(dtype)
     for name, child in module._modules.items():
         if child is not None and name != "base_layer":
             twin._modules[name] = _stand_in(child, dtype)
