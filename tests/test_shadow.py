@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -18,6 +19,14 @@ PROBES = [
     Probe("long", "the capital of France is Paris and the capital of Italy is Rome"),
     Probe.repeated("repeat", block=8, times=3),
 ]
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 
 
 def batch_for(shadow: Shadow) -> ProbeBatch:
@@ -258,3 +267,28 @@ def test_a_reduction_that_returns_no_tensor_is_named():
     shadow = Shadow.of(tiny.model("llama"))
     with pytest.raises(ValueError, match=r"hook_embed.*returned float"):
         shadow.run(batch_for(shadow), [{"hook_embed": lambda t: 1.0}])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+        lambda: transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL)),
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=96, d_model=32, d_ff=48, num_layers=1, num_heads=4)
+        ),
+        lambda: nn.Sequential(tiny.model("llama")),
+    ],
+    ids=["masked", "classifier", "encoder-decoder", "holder"],
+)
+def test_what_is_no_causal_language_model_is_refused_by_name(make):
+    with pytest.raises(ValueError, match="no causal language model"):
+        Shadow.of(make())
+
+
+def test_a_family_that_the_bridge_does_not_know_is_refused_with_its_reason(monkeypatch):
+    class OwnForCausalLM(transformers.LlamaForCausalLM):
+        pass
+
+    with pytest.raises(ValueError, match="bridge cannot take a OwnForCausalLM"):
+        Shadow.of(OwnForCausalLM(transformers.LlamaConfig(**SMALL)))

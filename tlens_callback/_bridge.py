@@ -4,6 +4,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 import transformers
@@ -34,11 +35,9 @@ def build(skeleton: nn.Module, device: torch.device) -> TransformerBridge:
 
     Splitting a fused QKV constructs linear layers, which draw from the global generators.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _random_state_kept(device):
         return build_bridge_from_module(
-            skeleton,
-            type(skeleton).__name__,
-            hf_config=skeleton.config,  # type: ignore[arg-type]
+            skeleton, type(skeleton).__name__, hf_config=skeleton.config
         )
 
 
@@ -60,7 +59,7 @@ def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:
         split = [attn.q.original_component, attn.k.original_component, attn.v.original_component]
         if all(part.weight.untyped_storage().data_ptr() in storages for part in split):
             continue
-        with torch.random.fork_rng(devices=_cuda(fused.weight)):
+        with _random_state_kept(fused.weight.device):
             numbered = attn.split_qkv_matrix(_holding(attn.qkv.name, _row_numbers(fused)))
         for part, numbers in zip(split, numbered, strict=True):
             rows = numbers.weight[:, 0].round().long().to(fused.weight.device)
@@ -80,9 +79,10 @@ def _row_numbers(fused: nn.Module) -> nn.Module:
     """A layer shaped like `fused` whose row i is filled with i."""
     layer = copy.copy(fused)
     layer.__dict__ = dict(fused.__dict__)
-    weight = fused.weight
-    rows = torch.arange(weight.shape[0], dtype=torch.float64, device=weight.device)  # type: ignore
-    parameters = {"weight": rows[:, None].expand(weight.shape).contiguous(), "bias": rows.clone()}  # type: ignore
+    weight = fused._parameters["weight"]
+    assert weight is not None
+    rows = torch.arange(weight.shape[0], dtype=torch.float64, device=weight.device)
+    parameters = {"weight": rows[:, None].expand(weight.shape).contiguous(), "bias": rows.clone()}
     layer.__dict__["_parameters"] = {
         name: None if old is None else nn.Parameter(parameters[name], requires_grad=False)
         for name, old in fused._parameters.items()
@@ -96,5 +96,5 @@ def _holding(name: str, child: nn.Module) -> nn.Module:
     return holder
 
 
-def _cuda(tensor: Tensor) -> list[torch.device]:
-    return [tensor.device] if tensor.device.type == "cuda" else []
+def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

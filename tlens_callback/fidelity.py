@@ -168,7 +168,7 @@ def _tf32(device: torch.device) -> bool:
     """Whether float32 products are rounded to TF32 here."""
     if device.type != "cuda":
         return False
-    matmul = torch.backends.cuda.matmul
+    matmul: Any = torch.backends.cuda.matmul
     # The older switch raises once the newer one (torch 2.9) was used.
     if hasattr(matmul, "fp32_precision"):
         return matmul.fp32_precision == "tf32"

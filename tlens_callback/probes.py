@@ -201,11 +201,11 @@ def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
         ValueError: a text without a tokenizer, chat without a chat template, or a vocabulary too
             small for a random block.
     """
-    content = probe.content
+    content: Any = probe.content
     if probe.block is not None:
         return _repeated_ids(probe, tokenizer, vocab_size)
     if not isinstance(content, str) and isinstance(content[0], int):
-        return [int(i) for i in content]  # type: ignore[arg-type]
+        return [int(i) for i in content]
     if tokenizer is None:
         raise ValueError(
             f"Probe {probe.name!r} needs a tokenizer and the trainer has none. Pass "
@@ -218,7 +218,7 @@ def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
             f"Probe {probe.name!r} is a chat, but the tokenizer has no chat template. "
             f"Give the prompt as text."
         )
-    messages = [dict(message) for message in content]  # type: ignore[call-overload]
+    messages = [dict(message) for message in content]
     ends_open = messages[-1].get("role") == "assistant"
     encoded = tokenizer.apply_chat_template(
         messages,

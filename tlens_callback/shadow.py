@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CAUSAL,
+)
 
 from tlens_callback import _bridge
 from tlens_callback.interfaces import Reduce, Taken
@@ -81,11 +85,12 @@ class Shadow:
 
     def _build(self) -> None:
         refuse(self._model, device=self._device)
-        base = unwrap(self._model)
+        base = _language_model(self._model)
         self.mirror = Mirror(base, device=self._device, dtype=self._dtype)
         self.device, self.dtype = self.mirror.device, self.mirror.dtype
         text = base.config.get_text_config()
-        self.vocab_size = int(self.mirror.module.get_input_embeddings().weight.shape[0])
+        embeddings: Any = self.mirror.module.get_input_embeddings()
+        self.vocab_size = int(embeddings.weight.shape[0])
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(base).forward).parameters
         try:
@@ -246,6 +251,18 @@ class Shadow:
                 + "All of them: list(shadow.hooks)."
             )
         return self.hooks[name]
+
+
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    base = unwrap(model)
+    name = type(base).__name__
+    causal = name.endswith(("ForCausalLM", "LMHeadModel")) or name in _CAUSAL.values()
+    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder or not causal:
+        raise ValueError(
+            f"A {name} is no causal language model of transformers. The probes are read from left "
+            f"to right, without the mask that others need; train a ...ForCausalLM to watch it."
+        )
+    return base
 
 
 def parts(value: Taken) -> tuple[Tensor, ...]:
