@@ -7,7 +7,8 @@ Four things take turns, so that a busy machine slows them alike:
 
 (a) a default observation of this callback: sync, forward pass, instruments, pictures, the local
     store and an offline W&B run;
-(b) the bare Hugging Face forward pass, eager attention, of the same probe tokens;
+(b) the bare Hugging Face forward pass, eager attention, of the same probe tokens, on a model
+    without adapters (and, below it, with the logits of the last tokens only, as the shadow has);
 (c) a memory copy of the weights that the adapter changes;
 (d) what one would write by hand: deep copy, `merge_and_unload`, bridge, `run_with_cache` of
     everything, one plotly figure a head of each pictured probe.
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -107,17 +109,18 @@ def measure(
     start_seconds = time.perf_counter() - began
     shadow, tokens = watcher.shadow, watcher.batch.tokens
     assert isinstance(shadow, Shadow)
+    plain = LlamaForCausalLM(model.get_base_model().config).to(device, dtype).eval()
     adapted = [m.base_layer.weight for m in model.modules() if hasattr(m, "lora_A")]
     copies = [torch.empty_like(weight) for weight in adapted]
     shadow.run(watcher.batch, [])
     step = iter(range(1, 10**6))
     watcher._next_check = None  # fidelity is computed three times a run, not at every observation
 
-    def forward() -> None:
+    mask, last = watcher.batch.mask.long(), torch.unique(watcher.batch.last)
+
+    def forward(**kwargs: Any) -> None:
         with torch.no_grad():
-            model.get_base_model()(
-                tokens, attention_mask=watcher.batch.mask.long(), use_cache=False
-            )
+            plain(tokens, attention_mask=mask, use_cache=False, **kwargs)
 
     def memory_copy() -> None:
         with torch.no_grad():
@@ -128,6 +131,7 @@ def measure(
     work: dict[str, Callable[[], object]] = {
         "a": lambda: watcher.after_update(next(step), observe=True, last=False),
         "b": forward,
+        "b, last logits": lambda: forward(logits_to_keep=last),
         "c": memory_copy,
         "d": lambda: by_hand(model, tokens, [0, 1, 2]),
         "sync": shadow.sync,
@@ -171,6 +175,7 @@ def report(shape: str, found: dict[str, float]) -> None:
         ("    of which forward pass, without and with reductions",
          f"{ms['shadow forward']}, {ms['with reductions']}"),
         ("(b) bare Hugging Face forward of the same tokens", ms["b"]),
+        ("    with the logits of the last tokens only", ms["b, last logits"]),
         ("(c) memory copy of the adapted weights", ms["c"]),
         ("(d) by hand: deepcopy, merge, cache everything, a figure a head", ms["d"]),
         ("once, when training begins: build, check, first observation", ms["start"]),

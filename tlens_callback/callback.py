@@ -44,6 +44,10 @@ class TLensCallback(TrainerCallback):
         FidelityError: when training begins, if the shadow does not compute what the model does.
 
     On a run of several processes rank 0 observes; the others do nothing.
+
+    Attributes:
+        sinks: where the readings of the run go, or went; the default ones are known once training
+            has begun.
     """
 
     def __init__(
@@ -97,10 +101,10 @@ class TLensCallback(TrainerCallback):
             raise ValueError(f"dtype is a floating point torch.dtype, got {dtype!r}.")
         self.probes = None if probes is None else list(probes)
         self.every_n_steps, self.repeats = every_n_steps, repeats
+        self.sinks: list[Sink] = list(sinks or ())
         self._given_sinks = sinks is not None
         self._settings: dict[str, Any] = dict(
             instruments=instruments,
-            sinks=list(sinks or ()),
             device=device,
             dtype=dtype,
             on_error=on_error,
@@ -125,9 +129,9 @@ class TLensCallback(TrainerCallback):
             self.observer.close()
             self.observer = None
         if self.observer is None:
-            self.observer = Observer(**self._settings)
             if not self._given_sinks:
-                self.observer.sinks.append(LocalSink(Path(args.output_dir or ".") / "tlens"))
+                self.sinks = [LocalSink(Path(args.output_dir or ".") / "tlens")]
+            self.observer = Observer(sinks=self.sinks, **self._settings)
         self._join_wandb()
 
         def probes(shadow: Shadow) -> list[Probe]:
@@ -199,5 +203,6 @@ class TLensCallback(TrainerCallback):
         wandb = sys.modules.get("wandb")
         if wandb is None or wandb.run is None:
             return
-        if not any(isinstance(sink, WandbSink) for sink in self.observer.sinks):
-            self.observer.sinks.append(WandbSink())
+        if not any(isinstance(sink, WandbSink) for sink in self.sinks):
+            self.sinks.append(WandbSink())
+            self.observer.sinks.append(self.sinks[-1])

@@ -50,7 +50,9 @@ class Mirror:
         self, base: PreTrainedModel, *, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
         self.module = _skeleton(base)
-        self.device = device or next(base.parameters()).device
+        here = next(base.parameters()).device
+        self.device = device or here
+        self._beside = self.device == here
         by_design = {
             *(getattr(base, "_keep_in_fp32_modules", None) or ()),
             *(getattr(base, "_keep_in_fp32_modules_strict", None) or ()),
@@ -150,17 +152,14 @@ class Mirror:
                     source.stamps[name] = stamp
 
     def _merge(self, source: _Source) -> None:
+        if self._beside:
+            fill(source.live, source.own)
+            return
         leaves = live_leaves(source.live)
-        beside = {
-            name: own
-            if own.device == leaves[name].device
-            else torch.empty_like(own, device=leaves[name].device)
-            for name, own in source.own.items()
-        }
-        fill(source.live, beside)
+        there = {name: own.to(leaves[name].device) for name, own in source.own.items()}
+        fill(source.live, there)
         for name, own in source.own.items():
-            if beside[name] is not own:
-                own.copy_(beside[name])
+            own.copy_(there[name])
 
     def release(self) -> None:
         """Lets go of every tensor. Bridges are cycles, which would hold them until collected."""

@@ -1,0 +1,76 @@
+"""What the README and the docstrings say is so."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tlens_callback
+from tests import tiny
+from tlens_callback import ProbeBatch, Shadow, observe
+from tlens_callback.builtin_probes import repeated_blocks
+from tlens_callback.instruments import fast
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
+def test_python_in_the_readme_is_formatted_python(block):
+    ast.parse(block)
+    for imported in ast.walk(ast.parse(block)):
+        if isinstance(imported, ast.ImportFrom) and imported.module == "tlens_callback":
+            assert all(hasattr(tlens_callback, name.name) for name in imported.names)
+
+
+def test_the_readmes_instrument_is_the_examples():
+    block = next(block for block in BLOCKS if "class AttentionEntropy" in block)
+    body = block[block.index("@dataclass") :].strip()
+    assert body in (ROOT / "examples" / "custom_instrument.py").read_text()
+    assert len(body.splitlines()) < 40
+
+
+def test_the_readmes_keys_are_emitted():
+    named = set(re.findall(r"`((?:\w+)/\w+(?:/<probe>)?)`", README))
+    named = {key for key in named if key.split("/")[0] in {i.name for i in fast()}}
+    shadow = Shadow.of(tiny.model("llama"))
+    probes = [tlens_callback.Probe("p", "the cat", target="Paris", foil="Rome")]
+    batch = ProbeBatch.encode(
+        probes + repeated_blocks(64), tiny.tokenizer(), vocab_size=shadow.vocab_size
+    )
+    emitted = {
+        f"{r.instrument}/{r.measure}" + ("/<probe>" if r.probe else "")
+        for r in observe(shadow, batch, fast())
+    }
+    assert named and named <= emitted
+
+
+def test_the_readme_names_only_files_that_exist():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"`(scripts/\w+)`", README):
+        assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
+
+
+def test_every_public_name_has_a_docstring():
+    for name, thing in vars(tlens_callback).items():
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert inspect.getdoc(thing), name
+
+
+CHECK = """
+import sys
+import transformers, trl, peft, accelerate, datasets, pandas
+before = set(sys.modules)
+import tlens_callback
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"wandb", "plotly", "matplotlib", "trackio", "tensorboard"}))
+"""
+
+
+def test_importing_the_package_brings_in_no_back_end():
+    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
