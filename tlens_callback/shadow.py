@@ -265,7 +265,7 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def parts(value: Taken) -> tuple[Tensor, ...]:
+def parts(value: Any) -> tuple[Any, ...]:
     """What one reduction returned, as a tuple."""
     return value if isinstance(value, tuple) else (value,)
 
