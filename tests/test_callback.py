@@ -454,6 +454,7 @@ def test_the_end_says_where_to_look_and_what_it_cost(tmp_path, capsys):
     callback = TLensCallback([CAPITAL], instruments=[TargetScores()], every_n_steps=3)
     trainer(tmp_path, callback).train()
     said = capsys.readouterr().out
+    assert re.search(r"watching 2 layers x 4 heads with 13 probes; 0 weights have adapters", said)
     assert str(tmp_path / "tlens") in said
     assert re.search(r"3 observations of 13 probes in [\d.]+ s, [\d.]+% of the run", said)
     assert "MiB" in said

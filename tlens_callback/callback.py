@@ -154,6 +154,7 @@ class TLensCallback(TrainerCallback):
                     "it elsewhere (device='cpu'), shorten the probes, or adapt fewer layers."
                 ) from error
             raise
+        print_lines(self.observer.opening())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

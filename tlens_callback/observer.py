@@ -226,6 +226,16 @@ class Observer:
         finally:
             self.seconds += time.perf_counter() - self._entered
 
+    def opening(self) -> list[str]:
+        """A line for the start of the run: what is watched, and how near the shadow is to it."""
+        assert self.shadow is not None and self.batch is not None
+        shadow, fidelity = self.shadow, self.checks[self._first_step]
+        return [
+            f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
+            f"{len(self.batch.probes)} probes; {shadow.n_owned} weights have adapters, "
+            f"{shadow.extra_bytes / 2**20:.1f} MiB beside the model's; {fidelity}"
+        ]
+
     def summary(self) -> list[str]:
         """Lines for the end of the run: what was seen, where to look, what it cost."""
         if not self.steps or self.batch is None:
