@@ -62,15 +62,21 @@ def test_every_public_name_has_a_docstring():
 
 
 CHECK = """
-import sys
+import logging, sys, warnings
 import transformers, trl, peft, accelerate, datasets, pandas
+transformers.logging.get_verbosity()
 before = set(sys.modules)
+def settings():
+    levels = {name: logging.getLogger(name).level for name in ("", "transformers", "trl", "peft")}
+    return levels, [str(f) for f in warnings.filters]
+found = settings()
 import tlens_callback
+assert settings() == found, (settings(), found)
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(new & {"wandb", "plotly", "matplotlib", "trackio", "tensorboard"}))
 """
 
 
-def test_importing_the_package_brings_in_no_back_end():
+def test_importing_the_package_brings_in_no_back_end_and_changes_no_setting():
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -191,6 +191,23 @@ def test_padding_of_the_training_rows_is_left_out(row):
     assert probe.content == (1, 20, 21)
 
 
+@pytest.mark.parametrize(
+    "ids, want", [([2, 5, 6, 2], (2, 5, 6, 2)), ([2, 2, 2, 5, 6, 2, 2, 2], (2, 5, 6, 2))]
+)
+def test_padding_that_is_also_the_end_of_a_text_keeps_the_end(ids, want):
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    loader = type("Loader", (), {"dataset": [{"input_ids": ids}]})()
+    (probe,) = first_rows(loader, tokenizer, context=64)
+    assert probe.content == want
+
+
+def test_rows_of_preference_data_give_their_prompts():
+    row = {"prompt_ids": [1, 20, 21], "chosen_ids": [22], "rejected_ids": [23]}
+    (probe,) = first_rows(type("Loader", (), {"dataset": [row]})(), tiny.tokenizer(), context=64)
+    assert probe.content == (1, 20, 21)
+
+
 def test_a_probe_that_pads_the_others_by_far_is_named(caplog):
     short = [Probe(f"s{i}", [1, 2, 3]) for i in range(20)]
     encode(*short, Probe("long", [5] * 400))

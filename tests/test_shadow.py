@@ -238,6 +238,14 @@ def test_a_head_of_another_precision_is_brought_to_the_models():
     assert gap(copy.deepcopy(model).float(), exact, batch) < 2e-5
 
 
+def test_a_module_of_lower_precision_than_the_model_is_compared_as_such():
+    model = tiny.model("llama")
+    model.lm_head.to(torch.bfloat16)
+    shadow = Shadow.of(model)
+    assert shadow.dtype == torch.float32
+    assert compare(model, shadow, batch_for(shadow))[0].close
+
+
 def test_release_frees_what_the_shadow_holds_without_a_collection():
     model = lora(tiny.model("llama"))
     gc.collect()

@@ -1,4 +1,4 @@
-"""Every adapter that merges: the shadow equals the live model after several real optimizer steps."""
+"""Every adapter that merges: the shadow equals the live model after real optimizer steps."""
 
 import pytest
 import torch

@@ -68,17 +68,20 @@ def first_rows(
 
 def _row_ids(example: Any, tokenizer: Any) -> list[int]:
     """Token ids of one example, without padding."""
-    ids = example.get("input_ids")
-    if ids is None:
+    columns = [name for name in ("input_ids", "prompt_ids") if example.get(name) is not None]
+    if not columns:
         content = example.get("prompt", example.get("text"))
         return token_ids(Probe("row", content), tokenizer, vocab_size=0)
-    ids = [int(token) for token in ids]
+    ids = [int(token) for token in example[columns[0]]]
     if (mask := example.get("attention_mask")) is not None:
         return [token for token, real in zip(ids, mask, strict=True) if real]
     pad = getattr(tokenizer, "pad_token_id", None)
-    while ids and ids[-1] == pad:
+    # Where padding is also the first or the last token of a text, one of it is kept.
+    edges = (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    spare = 1 if pad in edges else 0
+    while ids[-1:] == [pad] and ids[-1 - spare :] == [pad] * (1 + spare):
         ids.pop()
-    while ids and ids[0] == pad:
+    while ids[:1] == [pad] and ids[: 1 + spare] == [pad] * (1 + spare):
         ids.pop(0)
     return ids
 

@@ -1,20 +1,24 @@
 """`TLensCallback`: decides when to look, and hands the trainer's objects to the observer."""
 
+import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tlens_callback.builtin_probes import first_rows, repeated_blocks
-from tlens_callback.instruments import fast
+from tlens_callback.instruments import HeadScores, fast
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.observer import Observer, OnError, print_lines
 from tlens_callback.probes import Probe
 from tlens_callback.shadow import Shadow
 from tlens_callback.sinks import LocalSink, WandbSink
+
+logger = logging.getLogger("tlens_callback")
 
 
 class TLensCallback(TrainerCallback):
@@ -25,13 +29,14 @@ class TLensCallback(TrainerCallback):
     instruments read, the sinks write.
 
     Args:
-        probes: what to ask. None: the first rows of the training data. Repeated random blocks, on
-            which head scores are measured, come on top unless there are some among the probes.
-        instruments: what to measure. None: the fast ones, `tlens_callback.instruments.fast()`.
+        probes: what to ask. None: the first rows of the training data.
+        instruments: what to measure. None: the fast ones, `tlens_callback.instruments.fast()`,
+            as far as the model has what they read.
         sinks: where readings go. None: the active W&B run if there is one, and a local store
             `<output_dir>/tlens`.
         every_n_steps: optimizer steps between two observations.
-        repeats: False leaves the built-in repeated blocks out.
+        repeats: False leaves out the repeated random blocks of three lengths that come on top for
+            `HeadScores`, unless there are repeated blocks among the probes.
         device: where to put the shadow. None: beside the model, sharing every weight that no
             adapter changes. Another device holds a full copy.
         dtype: precision of the shadow; None: the model's. `torch.float32` for a bfloat16 model
@@ -46,8 +51,8 @@ class TLensCallback(TrainerCallback):
     On a run of several processes rank 0 observes; the others do nothing.
 
     Attributes:
-        sinks: where the readings of the run go, or went; the default ones are known once training
-            has begun.
+        sinks: where the readings of the run go, or went, also those that were set aside; the
+            default ones are known once training has begun.
     """
 
     def __init__(
@@ -62,11 +67,8 @@ class TLensCallback(TrainerCallback):
         dtype: torch.dtype | None = None,
         on_error: OnError = "warn",
     ) -> None:
-        if (
-            isinstance(every_n_steps, bool)
-            or not isinstance(every_n_steps, int)
-            or every_n_steps < 1
-        ):
+        whole = isinstance(every_n_steps, SupportsIndex) and not isinstance(every_n_steps, bool)
+        if not whole or every_n_steps < 1:
             raise ValueError(f"every_n_steps is a whole number from 1 on, got {every_n_steps!r}.")
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error is 'warn' or 'raise', got {on_error!r}.")
@@ -78,6 +80,7 @@ class TLensCallback(TrainerCallback):
                 raise ValueError(
                     f"Probes are Probe objects, got {type(probe).__name__}: {probe!r}."
                 )
+        forgiving = instruments is None
         instruments = fast() if instruments is None else list(instruments)
         for thing, kind in [(i, Instrument) for i in instruments] + [
             (s, Sink) for s in sinks or ()
@@ -100,16 +103,19 @@ class TLensCallback(TrainerCallback):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype is a floating point torch.dtype, got {dtype!r}.")
         self.probes = None if probes is None else list(probes)
-        self.every_n_steps, self.repeats = every_n_steps, repeats
+        self.every_n_steps = every_n_steps
+        self.repeats = repeats and any(isinstance(i, HeadScores) for i in instruments)
         self.sinks: list[Sink] = list(sinks or ())
         self._given_sinks = sinks is not None
         self._settings: dict[str, Any] = dict(
             instruments=instruments,
+            forgiving=forgiving,
             device=device,
             dtype=dtype,
             on_error=on_error,
         )
         self.observer: Observer | None = None
+        self._batch_size = 0
 
     def on_train_begin(
         self,
@@ -123,9 +129,12 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        # A trainer that searches for a batch size begins anew on the same model. What else is left
-        # is of a run that was interrupted.
-        if self.observer and not (args.auto_find_batch_size and self.observer.model is model):
+        # A trainer that searches for a batch size begins anew on the same model with a smaller one.
+        # What else is left is of a run that was interrupted.
+        size, before = state.train_batch_size or 0, self._batch_size
+        self._batch_size = size
+        retry = args.auto_find_batch_size and size < before
+        if self.observer and not (retry and self.observer.model is model):
             self.observer.close()
             self.observer = None
         if self.observer is None:
@@ -138,15 +147,23 @@ class TLensCallback(TrainerCallback):
             given = self.probes
             if given is None:
                 given = first_rows(train_dataloader, processing_class, context=shadow.context)
+                if not given:
+                    logger.warning(
+                        "tlens: the training data gives no text to look at; probes=[...] would."
+                    )
             if self.repeats and not any(probe.block for probe in given):
                 given = given + repeated_blocks(shadow.context or 2**31)
             return given
 
+        observer = self.observer
+        if not observer.watching:
+            print_lines([f"tlens: building a shadow of the {type(model).__name__}"])
         try:
-            self.observer.start(model, processing_class, probes, step=state.global_step)
+            observer.start(model, processing_class, probes, step=state.global_step)
         except BaseException as error:
-            self.observer.close()
             self.observer = None
+            with suppress(Exception):
+                observer.close()
             if isinstance(error, torch.OutOfMemoryError):
                 # Not as it is: a search for the batch size would take it for the batch's.
                 raise RuntimeError(
@@ -154,7 +171,7 @@ class TLensCallback(TrainerCallback):
                     "it elsewhere (device='cpu'), shorten the probes, or adapt fewer layers."
                 ) from error
             raise
-        print_lines(self.observer.opening())
+        print_lines(observer.opening())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -112,16 +112,14 @@ def compare(
         The comparison, and the live logits [probe, vocab] at each probe's last token.
     """
     base: Any = unwrap(model)
-    live_dtype = next(base.parameters()).dtype
-    coarse = max(shadow.dtype, live_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    mirror = shadow.mirror
+    coarse = max(shadow.dtype, mirror.coarsest, key=lambda dtype: torch.finfo(dtype).eps)
     half = coarse.itemsize < 4
-    rough = half or _tf32(next(base.parameters()).device)
+    rough = half or _tf32(_device(base))
     rows = max(1, _CHUNK // (batch.tokens.shape[1] * shadow.vocab_size))
     worst = scale = gap = kl = agree = 0.0
     lasts = []
-    with as_inference(
-        base, eager=half, autocast=shadow.mirror.common if shadow.mirror.mixed else None
-    ):
+    with as_inference(base, eager=half, autocast=mirror.coarsest if mirror.mixed else None):
         for at in range(0, len(batch.tokens), rows):
             tokens, mask = batch.tokens[at : at + rows], batch.mask[at : at + rows]
             # The class's forward, not the instance's: trainers patch the latter (autocast, losses).

@@ -39,7 +39,7 @@ class Mirror:
     Attributes:
         module: the tree.
         device, dtype: where it is, and in which precision most of it is.
-        common: the dtype of most of the live model.
+        coarsest: the live model's dtype of lowest precision.
         mixed: whether the live model computes with parameters of several dtypes, for which
             trainers use autocast. The mirror copies what is not of the common dtype into it,
             except where the model's class keeps a module in float32 by design.
@@ -65,8 +65,8 @@ class Mirror:
                 for leaf in live_leaves(module).values():
                     sizes[leaf.dtype] += leaf.numel()
         self.mixed = len(sizes) > 1
-        self.common = sizes.most_common(1)[0][0]
-        self.dtype = dtype or self.common
+        self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
+        self.dtype = dtype or sizes.most_common(1)[0][0]
         self._held: list[Tensor] = []
         self._sources: list[_Source] = []
         tied: dict[tuple[int, ...], nn.Parameter] = {}

@@ -31,6 +31,17 @@ class Observer:
     reported once and set aside; a shadow that fails or drifts ends the watching. With
     `on_error="raise"` everything raises.
 
+    Args:
+        forgiving: an instrument that raises at the first observation is set aside as well, since
+            nobody asked for it by name.
+
+    Keys:
+        fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement: where they were computed; see
+            `Fidelity`.
+        cost/seconds: [], seconds on the training thread since the reading before, with the
+            writing of that observation; they add up to all that was spent before this writing.
+        cost/share: [], fraction of the time since the start that was spent here.
+
     Attributes:
         model, shadow: what is watched, and how; None before `start` and after the end.
         batch: the encoded probes.
@@ -47,8 +58,10 @@ class Observer:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         on_error: OnError = "warn",
+        forgiving: bool = False,
     ) -> None:
         self.instruments, self.sinks = list(instruments), list(sinks)
+        self.forgiving = forgiving
         self.device, self.dtype, self.on_error = device, dtype, on_error
         self.shadow: Shadow | None = None
         self.model: nn.Module | None = None
@@ -57,6 +70,7 @@ class Observer:
         self.checks: dict[int, Fidelity] = {}
         self.seconds = 0.0
         self.extra_bytes = 0
+        self._accounted = 0.0
         self._began = self._entered = time.perf_counter()
         self._first: Fidelity | None = None
         self._first_step = 0
@@ -98,7 +112,7 @@ class Observer:
                 )
             assert self.shadow is not None and self.batch is not None
             self.shadow.sync()
-            fidelity, self._reference = compare(model, self.shadow, self.batch)
+            fidelity, self._reference = self._first_comparison(model)
             if not math.isfinite(fidelity.scale):
                 raise ValueError(
                     "The live model's logits on the probes are not finite, so there is nothing to "
@@ -109,6 +123,18 @@ class Observer:
             self._first, self._first_step, self._next_check = fidelity, step, step + 1
             self.checks[step] = fidelity
             self._look(step, fidelity)
+
+    def _first_comparison(self, model: nn.Module) -> tuple[Fidelity, Tensor]:
+        assert self.shadow is not None and self.batch is not None
+        try:
+            return compare(model, self.shadow, self.batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"The probes do not run through the {type(model).__name__} and its shadow: "
+                f"{error} TransformerLens's bridge may not support this kind of model."
+            ) from error
 
     def after_update(self, step: int, *, observe: bool, last: bool) -> None:
         """After the optimizer's step number `step`: checks and observes, where it is time to."""
@@ -174,19 +200,19 @@ class Observer:
             self.instruments = [i for i in self.instruments if i is not instrument]
             self._report(f"instrument {instrument.name!r}", error)
 
-        # At the start everything raises: a hook that is not there is the user's to mend.
-        strict = self.on_error == "raise" or step == self._first_step
+        # At the start an instrument's failure is the user's to mend: a hook that is not there.
+        first = step == self._first_step and not self.forgiving
+        strict = self.on_error == "raise" or first
         readings = observe(
             self.shadow, self.batch, self.instruments, on_error=None if strict else failed
         )
         if fidelity is not None:
             readings += fidelity.readings()
-        # What the sinks take for this observation is in the next one's share.
-        took = time.perf_counter() - self._entered
-        share = self._share(self.seconds + took)
+        spent = self.seconds + time.perf_counter() - self._entered
+        since, self._accounted = spent - self._accounted, spent
         readings += [
-            Reading(key="cost/seconds", values=np.asarray(took), unit="seconds"),
-            Reading(key="cost/share", values=np.asarray(share), unit="fraction"),
+            Reading(key="cost/seconds", values=np.asarray(since), unit="seconds"),
+            Reading(key="cost/share", values=np.asarray(self._share(spent)), unit="fraction"),
         ]
         if step not in self.steps:
             self.steps.append(step)

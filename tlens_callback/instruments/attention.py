@@ -7,7 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.selection import block_rows, picked, plain_rows, rows_named
+from tlens_callback.instruments.selection import (
+    attention_layers,
+    block_rows,
+    layer_labels,
+    pattern_hook,
+    picked,
+    plain_rows,
+    rows_named,
+)
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -61,7 +69,7 @@ class AttentionPatterns:
             # Concatenated, so that no view keeps the whole pattern alive, and one tensor travels.
             return torch.cat([pattern[row, :, :n, :n].flatten() for row, n in rows])
 
-        return {f"blocks.{layer}.attn.hook_pattern": crop for layer in self._layers(shadow)}
+        return {pattern_hook(layer): crop for layer in self._layers(shadow)}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
@@ -69,9 +77,9 @@ class AttentionPatterns:
         """One reading a probe, all layers and heads in it."""
         layers, rows = self._layers(shadow), self._rows(batch)
         lengths = [batch.lengths[row] for row in rows]
-        flat = torch.stack([taken[f"blocks.{i}.attn.hook_pattern"] for i in layers])  # type: ignore[misc]
+        flat = torch.stack([taken[pattern_hook(i)] for i in layers])  # type: ignore[misc]
         parts = flat.split([shadow.n_heads * n * n for n in lengths], dim=1)
-        labels = {} if self.layers is None else {"layer": [str(layer) for layer in layers]}
+        labels = layer_labels(layers, shadow)
         for row, n, part in zip(rows, lengths, parts, strict=True):
             yield Reading(
                 key=f"{self.name}/pattern/{batch.probes[row].name}",
@@ -83,11 +91,17 @@ class AttentionPatterns:
             )
 
     def _layers(self, shadow: Shadow) -> list[int]:
-        layers = range(shadow.n_layers) if self.layers is None else self.layers
+        with_patterns = attention_layers(shadow, type(self).__name__)
+        layers = with_patterns if self.layers is None else self.layers
         if outside := [layer for layer in layers if not 0 <= layer < shadow.n_layers]:
             raise ValueError(
                 f"{type(self).__name__}: there is no layer {outside[0]}; "
                 f"the model's layers are 0 to {shadow.n_layers - 1}."
+            )
+        if without := [layer for layer in layers if layer not in with_patterns]:
+            raise ValueError(
+                f"{type(self).__name__}: layer {without[0]} has no attention patterns; "
+                f"layers {with_patterns} have."
             )
         return list(layers)
 

@@ -36,8 +36,9 @@ def before_norm(
     norm(x) . direction = x . before_norm(norm, direction) / s + a constant (the norm's bias).
     LayerNorm centres x, which is the same as centring the direction.
     """
-    weight = norm.weight.float()
-    direction = direction * (1 + weight if norm.uses_weight_offset else weight)
+    weight = getattr(norm, "weight", None)  # OLMo's norms have none
+    if weight is not None:
+        direction = direction * (weight.float() + 1 if norm.uses_weight_offset else weight.float())
     return direction if norm.uses_rms_norm else direction - direction.mean(-1, keepdim=True)
 
 

@@ -8,7 +8,12 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
-from tlens_callback.instruments.selection import block_rows
+from tlens_callback.instruments.selection import (
+    attention_layers,
+    block_rows,
+    layer_labels,
+    pattern_hook,
+)
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -123,14 +128,15 @@ class HeadScores:
                 dim=2,
             )
 
-        return {f"blocks.{i}.attn.hook_pattern": score for i in range(shadow.n_layers)}
+        return {pattern_hook(i): score for i in attention_layers(shadow, type(self).__name__)}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Matrices by layer and head, and scalars over them."""
         blocks = block_rows(batch)
-        names = [str(block) for block in blocks]
+        layers = layer_labels(attention_layers(shadow, type(self).__name__), shadow)
+        labels = {"block": [str(block) for block in blocks], **layers}
         stops = np.cumsum([len(rows) for rows in blocks.values()])[:-1]
         stacked = np.stack([score.numpy() for score in taken.values()])  # type: ignore[union-attr]
         scores = stacked.transpose(3, 1, 0, 2)  # [measure or lag, sequence, layer, head]
@@ -142,7 +148,7 @@ class HeadScores:
             block = np.stack([part.mean(0) for part in np.split(sequence, stops)])
             unit = "fraction" if measure == "entropy" else "probability"
             minima[measure], means[measure] = block.min(0), block.mean(0)
-            yield from self._matrices(measure, unit, 1.0, names, sequence, block, block.mean(0))
+            yield from self._matrices(measure, unit, 1.0, labels, sequence, block, block.mean(0))
 
         # Masked, because short sequences do not have all lags.
         longest = np.array([(batch.lengths[i] - 1) // 2 for rows in blocks.values() for i in rows])
@@ -155,11 +161,11 @@ class HeadScores:
             "lag",
             "tokens",
             float(longest.max()),
-            names,
+            labels,
             *(view.argmax(0, fill_value=-1) for view in views),
         )
         yield from self._matrices(
-            "lag_mass", "probability", 1.0, names, *(view.max(0).filled() for view in views)
+            "lag_mass", "probability", 1.0, labels, *(view.max(0).filled() for view in views)
         )
         for measure in ("previous", "duplicate", self._induction, "prefix_matching"):
             yield self._scalar(f"max_{measure}", minima[measure].max(), "probability")
@@ -176,27 +182,29 @@ class HeadScores:
         measure: str,
         unit: str,
         top: float,
-        names: list[str],
+        labels: dict[str, list[str]],
         sequence: Real[np.ndarray, "row layer head"],
         block: Real[np.ndarray, "block layer head"],
         overall: Real[np.ndarray, "layer head"],
     ) -> Iterator[Reading]:
         key, axes = f"{self.name}/{measure}", ("layer", "head")
         limits = (0.0, top)
-        yield Reading(key=key, values=overall, axes=axes, unit=unit, limits=limits)
+        layers = {axis: names for axis, names in labels.items() if axis == "layer"}
+        yield Reading(key=key, values=overall, axes=axes, unit=unit, labels=layers, limits=limits)
         yield Reading(
             key=f"{key}_by_block",
             values=block,
             axes=("block", *axes),
             unit=unit,
-            labels={"block": names},
+            labels=labels,
             limits=limits,
         )
         yield Reading(
             key=f"{key}_spread",
-            values=(block if len(names) > 1 else sequence).std(0),
+            values=(block if len(block) > 1 else sequence).std(0),
             axes=axes,
             unit=unit,
+            labels=layers,
             limits=(0.0, top / 2),
         )
 

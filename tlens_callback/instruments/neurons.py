@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tlens_callback.instruments.direct import before_norm, has_direct_path, towards
 from tlens_callback.instruments.experts import expert_taps, routed_hook, router_hook
-from tlens_callback.instruments.selection import picked, plain_rows, rows_named
+from tlens_callback.instruments.selection import layer_labels, picked, plain_rows, rows_named
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -128,7 +128,7 @@ class TopNeurons:
                         values=torch.stack([taken[hook(i)][at] for i in experts]).numpy(),
                         axes=("layer", "expert"),
                         unit=unit,
-                        labels=_named(experts, shadow),
+                        labels=layer_labels(experts, shadow),
                         limits=(0.0, 1.0),
                     )
 
@@ -142,7 +142,7 @@ class TopNeurons:
         row: int,
     ) -> Iterator[Reading]:
         """The readings of the probe in one row of the batch; `at` is its place among the chosen."""
-        probe, labels = batch.probes[row].name, _named(layers, shadow)
+        probe, labels = batch.probes[row].name, layer_labels(layers, shadow)
         index, fired, *write = (
             torch.stack(parts) for parts in zip(*(taken[_post(i)] for i in layers), strict=True)
         )  # each [layer, row, rank, ...]
@@ -236,10 +236,7 @@ def _neuron_layers(shadow: Shadow) -> list[int]:
 def _expert_layers(shadow: Shadow) -> list[int]:
     neurons = _neuron_layers(shadow)
     return [
-        i for i in range(shadow.n_layers) if i not in neurons and routed_hook(i) in shadow.hooks
+        i
+        for i in range(shadow.n_layers)
+        if i not in neurons and routed_hook(i) in shadow.hooks and router_hook(i) in shadow.hooks
     ]
-
-
-def _named(layers: list[int], shadow: Shadow) -> dict[str, list[str]]:
-    """The names of the layers, where a reading does not hold all of them."""
-    return {} if len(layers) == shadow.n_layers else {"layer": [str(i) for i in layers]}

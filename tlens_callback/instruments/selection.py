@@ -1,8 +1,9 @@
 """What a user picks out of a batch, checked and turned into rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tlens_callback.probes import ProbeBatch
+from tlens_callback.shadow import Shadow
 
 
 def picked(values: Iterable[object] | None, what: str) -> tuple[object, ...] | None:
@@ -48,3 +49,29 @@ def block_rows(batch: ProbeBatch) -> dict[int, list[int]]:
         if probe.block is not None:
             rows.setdefault(probe.block, []).append(i)
     return dict(sorted(rows.items()))
+
+
+def attention_layers(shadow: Shadow, name: str) -> list[int]:
+    """The layers that have attention patterns; in a hybrid model not all do.
+
+    Raises:
+        ValueError: if none has; `name` is the instrument that wants them.
+    """
+    layers = [i for i in range(shadow.n_layers) if pattern_hook(i) in shadow.hooks]
+    if not layers:
+        raise ValueError(
+            f"{name}: no layer of this model has attention patterns; leave the instrument out."
+        )
+    return layers
+
+
+def pattern_hook(layer: int) -> str:
+    """[probe, head, query, key]"""
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
+def layer_labels(layers: Sequence[int], shadow: Shadow) -> dict[str, list[str]]:
+    """The names of the layers, where a reading does not hold all of them in their order."""
+    return (
+        {} if list(layers) == list(range(shadow.n_layers)) else {"layer": [str(i) for i in layers]}
+    )
