@@ -1,0 +1,84 @@
+"""Families that are on no list: the fidelity check admits them, or refuses them in words."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests import tiny
+from tests.test_callback import CAPITAL, trainer
+from tlens_callback import FidelityError, MemorySink, TLensCallback
+
+SMALL: dict[str, Any] = {
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": tiny.CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
+FALCON = {
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "new_decoder_architecture": False,
+}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stablelm": ("StableLm", SMALL),
+    "phi": ("Phi", SMALL),
+    "bloom": ("Bloom", {"vocab_size": tiny.VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "granite": ("Granite", {**SMALL, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "cohere": ("Cohere", SMALL),
+    "olmo": ("Olmo", SMALL),
+    "starcoder2": ("Starcoder2", SMALL),
+    "gemma": ("Gemma", {**SMALL, "head_dim": 8}),
+    "falcon": ("Falcon", {**FALCON, "multi_query": True, "alibi": False}),
+    "granitemoe": ("GraniteMoe", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **SMALL,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["full_attention"] * 2,
+        },
+    ),
+}
+
+
+def model(name: str, settings: dict[str, Any]) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{name}Config")(**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = getattr(transformers, f"{name}ForCausalLM")(config)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return built
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_family_on_no_list_is_watched_with_what_it_has(tmp_path, caplog, family):
+    memory = MemorySink()
+    callback = TLensCallback([CAPITAL], sinks=[memory], every_n_steps=2)
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        trainer(tmp_path, callback, model=model(*OTHERS[family]), max_steps=4).train()
+    assert "Watching ends" not in caplog.text
+    assert max(memory.curve("fidelity/max_abs_diff")[1]) < 1e-3
+    assert sorted(memory.readings["target_scores/loss/capital"]) == [0, 2, 4]
+    assert sorted(memory.readings["head_scores/induction"]) == [0, 2, 4]
+
+
+def test_a_family_that_the_bridge_gets_wrong_is_refused_by_its_numbers(tmp_path):
+    """Falcon with ALiBi builds, runs, and computes something else (transformer-lens 4.3.0)."""
+    falcon = model("Falcon", {**FALCON, "multi_query": False, "alibi": True})
+    with pytest.raises(FidelityError, match="is not the live model"):
+        trainer(tmp_path, TLensCallback([CAPITAL], sinks=[]), model=falcon).train()
