@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 import tlens_callback
 from tests import tiny
@@ -18,6 +19,31 @@ from tlens_callback.instruments import fast
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
+    """The first block and the ones on reading the store and on doing without a trainer, on a tiny
+    model in the place of the one named."""
+    path = tmp_path / "model"
+    tiny.model("llama", max_position_embeddings=128).save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    monkeypatch.chdir(tmp_path)
+    training, *_ = BLOCKS
+    assert '"HuggingFaceTB/SmolLM2-135M-Instruct"' in training and 'report_to="wandb"' in training
+    training = training.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{path}"').replace(
+        'output_dir="out", report_to="wandb"',
+        'output_dir="out", max_steps=3, use_cpu=True, bf16=False, save_strategy="no"',
+    )
+    rows = ["the capital of France is Paris", "the cat sat on the mat"] * 8
+    names = {"dataset": Dataset.from_dict({"text": rows})}
+    exec(training, names)
+    assert "local store" in capsys.readouterr().out
+    names |= {"model": tiny.model("llama"), "tokenizer": tiny.tokenizer()}
+    for block in BLOCKS:
+        if "read_store" in block or "ProbeBatch" in block:
+            exec(block, names)
+    assert names["values"].shape[1:] == (2, 4)
+    assert {reading.instrument for reading in names["readings"]} == {"head_scores"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
@@ -80,3 +106,11 @@ print(sorted(new & {"wandb", "plotly", "matplotlib", "trackio", "tensorboard"}))
 def test_importing_the_package_brings_in_no_back_end_and_changes_no_setting():
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_the_readmes_cost_table_has_the_rows_of_the_script():
+    script = (ROOT / "scripts" / "measure_overhead.py").read_text()
+    table = README[README.index("| smollm2-135m") : README.index("(b) computes the logits")]
+    rows = [line.split("|")[1].strip() for line in table.strip().splitlines()[2:]]
+    assert len(rows) >= 12
+    assert all(f'"{row}"' in script or f'    {row}"' in script for row in rows)
