@@ -31,7 +31,7 @@ from smollm2 import smollm2
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from tlens_callback import LocalSink, Probe, TLensCallback, WandbSink
+from tlens_callback import Probe, TLensCallback
 
 
 def right_and_short(completions, city, **kwargs) -> list[float]:
@@ -73,8 +73,7 @@ def main() -> None:
         for country, city in list(capitals().items())[:50]
         if country not in HELD_OUT
     ]
-    store = LocalSink(args.output_dir / "tlens")
-    sinks = [store, WandbSink()] if args.report_to == "wandb" else [store]
+    callback = TLensCallback(probes(tokenizer), every_n_steps=args.every)
     gpu = torch.cuda.is_available()
     trainer = GRPOTrainer(
         model,
@@ -95,10 +94,10 @@ def main() -> None:
         train_dataset=Dataset.from_list(prompts),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-        callbacks=[TLensCallback(probes(tokenizer), every_n_steps=args.every, sinks=sinks)],
+        callbacks=[callback],
     )
     trainer.train()
-    show(store.path)
+    show(callback.sinks[0].path)
 
 
 if __name__ == "__main__":

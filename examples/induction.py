@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from tlens_callback import LocalSink, TLensCallback, read_store
+from tlens_callback import TLensCallback, read_store
 
 VOCAB = CONTEXT = 64
 BATCH = 64
@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/induction"))
     args = parser.parse_args()
 
-    store = LocalSink(args.output_dir / "tlens")
+    # No probes of our own: the built-in repeated blocks, of three lengths, are all we need.
+    callback = TLensCallback([], every_n_steps=args.every)
     set_seed(args.seed)
     tokens = repeated_blocks(args.steps * BATCH, seed=args.seed)
     trainer = Trainer(
@@ -81,13 +82,12 @@ def main() -> None:
             seed=args.seed,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
-        # No probes of our own: the built-in repeated blocks, of three lengths, are all we need.
-        callbacks=[TLensCallback([], sinks=[store], every_n_steps=args.every)],
+        callbacks=[callback],
     )
     trainer.train()
     trainer.save_state()
 
-    recorded = read_store(store.path)
+    recorded = read_store(callback.sinks[0].path)
     steps, induction = recorded.curve("head_scores/max_induction")
     _, previous = recorded.curve("head_scores/max_previous")
     print("step  previous  induction")

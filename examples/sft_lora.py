@@ -31,7 +31,7 @@ from smollm2 import smollm2
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from tlens_callback import LocalSink, Probe, TLensCallback, WandbSink, read_store
+from tlens_callback import Probe, TLensCallback, read_store
 
 HELD_OUT = ("France", "Spain", "Japan")
 
@@ -108,8 +108,8 @@ def main() -> None:
         dataset = training_data()
         probes = capital_probes(tokenizer)
 
-    store = LocalSink(args.output_dir / "tlens")
-    sinks = [store, WandbSink()] if args.report_to == "wandb" else [store]
+    # Goes to the W&B run that the trainer starts, if it does, and to <output-dir>/tlens.
+    callback = TLensCallback(probes, every_n_steps=args.every)
     gpu = torch.cuda.is_available()
     trainer = SFTTrainer(
         model,
@@ -128,11 +128,11 @@ def main() -> None:
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-        callbacks=[TLensCallback(probes, every_n_steps=args.every, sinks=sinks)],
+        callbacks=[callback],
     )
     trainer.train()
 
-    show(store.path)
+    show(callback.sinks[0].path)
 
 
 if __name__ == "__main__":
