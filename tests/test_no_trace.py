@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
@@ -25,6 +26,8 @@ SENTENCES = [
     "John gave Mary a book and went to the store",
     "the cat sat on the mat and the dog sat on the cat",
 ] * 6
+
+CAPITAL = Probe("capital", "the capital of France is", target="Paris", foil="London")
 
 
 def fingerprint(value: Any) -> Any:
@@ -148,9 +151,8 @@ def grpo(tmp_path: Any, callbacks: list[TrainerCallback], **args: Any) -> Any:
 
 
 def watcher(**kwargs: Any) -> TLensCallback:
-    probes = [Probe("capital", "the capital of France is", target="Paris", foil="London")]
     sinks = kwargs.pop("sinks", None) or [MemorySink()]
-    return TLensCallback(probes, every_n_steps=1, sinks=sinks, on_error="raise", **kwargs)
+    return TLensCallback([CAPITAL], every_n_steps=1, sinks=sinks, on_error="raise", **kwargs)
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -199,6 +201,21 @@ def test_default_probes_and_sinks_leave_no_trace(tmp_path):
     watched = state_of(sft(tmp_path / "b", [TLensCallback(every_n_steps=1, on_error="raise")]))
     assert differences(without, watched) == []
     assert (tmp_path / "b" / "tlens").is_dir()
+
+
+def test_pictures_and_tables_in_wandb_leave_no_trace(tmp_path, monkeypatch):
+    """W&B, plotly and the rest may draw random numbers of their own; the run's stay its own."""
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    states = []
+    for folder, callbacks in (
+        ("a", []),
+        ("b", [TLensCallback([CAPITAL], every_n_steps=1, on_error="raise")]),
+    ):
+        trainer = sft(tmp_path / folder, callbacks, report_to="wandb")
+        states.append(state_of(trainer))
+        wandb.finish()
+    assert differences(*states) == []
+    assert len(list(tmp_path.glob("wandb/offline-*/files/media/images/**/*.png"))) == 12
 
 
 class Draws(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import html
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,6 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
     Raises:
         ValueError: where no reading has these axes, or they are of several instruments.
     """
-    import plotly.graph_objects as go
-
     matrices = {r.key: r for r in readings if is_matrix(r)}
     spreads = {key: matrices.get(_spread_key(r)) for key, r in matrices.items()}
     beside = {id(spread) for spread in spreads.values()}
@@ -118,7 +117,11 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
                 "hovertemplate": f"{place} {_plain(name)} {value}<extra></extra>",
             }
         )
-    return go.Figure({"data": data, "layout": layout})
+    # The first figure loads modules of plotly that add warning filters (plotly 7.1).
+    with warnings.catch_warnings():
+        import plotly.graph_objects as go
+
+        return go.Figure({"data": data, "layout": layout})
 
 
 def is_matrix(reading: Reading) -> bool:
