@@ -27,7 +27,7 @@ class AttentionEntropy:
     Zero when a head looks at one token, ln(pos) when it looks everywhere.
 
     Keys:
-        attention_entropy/<probe>: [layer, head], nats.
+        attention_entropy/mean/<probe>: [layer, head], nats.
     """
 
     name: str = "attention_entropy"
@@ -44,7 +44,7 @@ class AttentionEntropy:
         per_layer = torch.stack(list(taken.values()))  # [layer, probe, head]
         for i, probe in enumerate(batch.probes):
             yield Reading(
-                key=f"{self.name}/{probe.name}",
+                key=f"{self.name}/mean/{probe.name}",
                 values=per_layer[:, i].numpy(),
                 axes=("layer", "head"),
                 unit="nats",

@@ -27,7 +27,7 @@ from tlens_callback import (
     read_store,
 )
 
-CAPITAL = Probe("capital", "the capital of France is", target="Paris", foil="London")
+CAPITAL = Probe("capital", "the capital of France is", target=" Paris", foil=" London")
 
 
 def trainer(tmp_path, callback, model=None, processing_class="default", **args) -> Trainer:
@@ -122,7 +122,7 @@ def test_readings_are_those_of_the_weights_at_that_step(tmp_path):
             with torch.no_grad():
                 logits = model(input_ids=ids).logits[0, -1]
             model.train(was)
-            paris = tokenizer.convert_tokens_to_ids("Paris")
+            paris = tokenizer(" Paris", add_special_tokens=False)["input_ids"][0]
             seen[state.global_step] = float(-logits.log_softmax(-1)[paris])
 
         on_train_begin = on_step_end = look
@@ -586,9 +586,14 @@ def test_the_end_says_where_to_look_and_what_it_cost(tmp_path, capsys):
     callback = TLensCallback([CAPITAL], instruments=[TargetScores()], every_n_steps=3)
     trainer(tmp_path, callback).train()
     said = capsys.readouterr().out
-    assert re.search(r"watching 2 layers x 4 heads with 1 probes; 0 weights have adapters", said)
-    assert str(tmp_path / "tlens") in said
-    assert re.search(r"3 observations of 1 probes in [\d.]+ s, [\d.]+% of the run", said)
+    assert re.search(
+        r"watching 2 layers x 4 heads with 1 probes and 0 repeated blocks; 0 weights have adapters",
+        said,
+    )
+    assert said.count(str(tmp_path / "tlens")) == 2, "at the start and at the end"
+    assert re.search(
+        r"3 observations of 1 probes and 0 repeated blocks in [\d.]+ s, [\d.]+% of the run", said
+    )
     assert "MiB" in said
 
 
@@ -599,7 +604,10 @@ BAD_SETTINGS = [
     (dict(on_error="ignore"), "'warn' or 'raise'"),
     (dict(probes="text"), "probes is a list"),
     (dict(probes=["text"]), "Probe objects"),
-    (dict(instruments=[AttentionPatterns]), "it is a class"),
+    (
+        dict(instruments=[AttentionPatterns]),
+        "AttentionPatterns is a class; write AttentionPatterns",
+    ),
     (dict(instruments=[HeadScores(), HeadScores()]), "Two instruments are named 'head_scores'"),
     (dict(sinks=[object()]), "is no Sink"),
     (dict(sinks=MemorySink()), "sinks is a list"),

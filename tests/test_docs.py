@@ -35,7 +35,8 @@ def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
         'output_dir="out", max_steps=3, use_cpu=True, bf16=False, save_strategy="no"',
     )
     rows = ["the capital of France is Paris", "the cat sat on the mat"] * 8
-    names = {"dataset": Dataset.from_dict({"text": rows})}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_dict({"text": rows}))
+    names: dict = {}
     exec(training, names)
     assert "local store" in capsys.readouterr().out
     names |= {"model": tiny.model("llama"), "tokenizer": tiny.tokenizer()}
@@ -43,6 +44,7 @@ def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
         if "read_store" in block or "ProbeBatch" in block:
             exec(block, names)
     assert names["values"].shape[1:] == (2, 4)
+    assert names["reading"].labels["key"][-1] == " is"
     assert {reading.instrument for reading in names["readings"]} == {"head_scores"}
 
 

@@ -27,7 +27,7 @@ SENTENCES = [
     "the cat sat on the mat and the dog sat on the cat",
 ] * 6
 
-CAPITAL = Probe("capital", "the capital of France is", target="Paris", foil="London")
+CAPITAL = Probe("capital", "the capital of France is", target=" Paris", foil=" London")
 
 
 def fingerprint(value: Any) -> Any:

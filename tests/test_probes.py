@@ -96,6 +96,14 @@ def test_targets_and_foils_are_single_tokens():
     assert batch.foils == (5, None)
 
 
+def test_a_target_without_its_space_is_said(caplog):
+    encode(Probe("p", "the capital of France is", target="Paris", foil=" London"))
+    assert "target 'Paris' of probe 'p' has no leading space" in caplog.text
+    caplog.clear()
+    encode(Probe("p", "the capital is", target=" Paris"), Probe("chat", CHAT, target="Paris"))
+    assert caplog.text == ""
+
+
 BAD = [
     (lambda: Probe("", "x"), "needs a name"),
     (lambda: Probe("a/b", "x"), "without '/'"),

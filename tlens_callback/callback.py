@@ -85,10 +85,12 @@ class TLensCallback(TrainerCallback):
         for thing, kind in [(i, Instrument) for i in instruments] + [
             (s, Sink) for s in sinks or ()
         ]:
-            if isinstance(thing, type) or not isinstance(thing, kind):
+            if isinstance(thing, type):
+                raise ValueError(f"{thing.__name__} is a class; write {thing.__name__}().")
+            if not isinstance(thing, kind):
                 raise ValueError(
                     f"{thing!r} is no {kind.__name__}: it lacks the methods of "
-                    f"tlens_callback.interfaces.{kind.__name__}, or it is a class, not an object."
+                    f"tlens_callback.interfaces.{kind.__name__}."
                 )
         names = [instrument.name for instrument in instruments]
         if twice := {name for name in names if names.count(name) > 1}:

@@ -258,24 +258,37 @@ class Observer:
         shadow, fidelity = self.shadow, self.checks[self._first_step]
         return [
             f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
-            f"{len(self.batch.probes)} probes; {shadow.n_owned} weights have adapters, "
-            f"{shadow.extra_bytes / 2**20:.1f} MiB beside the model's; {fidelity}"
+            f"{self._asked()}; {shadow.n_owned} weights have adapters, "
+            f"{shadow.extra_bytes / 2**20:.1f} MiB beside the model's; {fidelity}",
+            *self._places(),
         ]
+
+    def _asked(self) -> str:
+        assert self.batch is not None
+        blocks = sum(probe.block is not None for probe in self.batch.probes)
+        return f"{len(self.batch.probes) - blocks} probes and {blocks} repeated blocks"
+
+    def _places(self) -> list[str]:
+        """A line for each sink; one that does not say where it writes is named by its class."""
+        named = [
+            type(sink).__name__ if type(sink).__str__ is object.__str__ else str(sink)
+            for sink in self.sinks
+        ]
+        return [f"tlens: {name}" for name in named]
 
     def summary(self) -> list[str]:
         """Lines for the end of the run: what was seen, where to look, what it cost."""
         if not self.steps or self.batch is None:
             return []
         lines = [
-            f"tlens: {len(self.steps)} observations of {len(self.batch.probes)} probes in "
+            f"tlens: {len(self.steps)} observations of {self._asked()} in "
             f"{self.seconds:.1f} s, {self._share(self.seconds):.1%} of the run; "
             f"{self.extra_bytes / 2**20:.1f} MiB of weights beside the model's"
         ]
         if self.checks:
             worst = max(self.checks.values(), key=lambda check: check.relative)
             lines.append(f"tlens: shadow against live model, worst of {len(self.checks)}: {worst}")
-        lines += [f"tlens: {sink}" for sink in self.sinks]
-        return lines
+        return lines + self._places()
 
 
 def _mismatch(model: nn.Module, fidelity: Fidelity, *, stale: bool = False) -> str:

@@ -274,10 +274,20 @@ def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | N
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(ids) != 1:
         pieces = [_label(tokenizer, i) for i in ids]
+        first = f", such as {role}={pieces[0]!r}" if pieces else ""
         raise ValueError(
-            f"The {role} {text!r} of probe {probe.name!r} is {len(ids)} tokens: {pieces}. "
-            f"It has to be one token; the first piece alone may do, and a leading space matters."
+            f"The {role} {text!r} of probe {probe.name!r} is {len(ids)} tokens: {pieces}. It has "
+            f"to be one token; the first piece alone may do{first}, and a leading space matters."
         )
+    # Behind plain text a word begins with its space; without it, it is another token.
+    if isinstance(probe.content, str) and not probe.content[-1:].isspace() and text[0].isalnum():
+        spaced = list(tokenizer(" " + text, add_special_tokens=False)["input_ids"])
+        if len(spaced) == 1 and spaced != ids:
+            logger.warning(
+                "tlens: the %s %r of probe %r has no leading space, and after text the model is "
+                "likelier to write %r.",
+                *(role, text, probe.name, " " + text),
+            )
     return int(ids[0])
 
 

@@ -248,7 +248,7 @@ class Shadow:
             raise ValueError(
                 f"This model has no hook point {name!r}. "
                 + (f"Near it are {near}. " if near else "")
-                + "All of them: list(shadow.hooks)."
+                + "All of them: list(Shadow.of(model).hooks)."
             )
         return self.hooks[name]
 

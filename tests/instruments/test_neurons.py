@@ -253,11 +253,25 @@ def test_selection():
     assert list(got) == [
         "top_neurons/neuron/repeat-5-0",
         "top_neurons/activation/repeat-5-0",
+        "top_neurons/peak/repeat-5-0",
         "top_neurons/neuron/capital",
         "top_neurons/activation/capital",
+        "top_neurons/peak/capital",
         "top_neurons/write/capital",
     ]
     assert readings(TopNeurons(), shadow("llama"), BLOCKS) == {}
+
+
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_peak_is_where_the_neuron_fires_most_among_the_ranked_tokens(skip_first):
+    got = readings(TopNeurons(skip_first=skip_first), shadow("llama"), PROBES)
+    for probe in TEXTS:
+        fired = got[f"top_neurons/activation/{probe.name}"].values
+        peak = got[f"top_neurons/peak/{probe.name}"].values
+        for layer, rank in np.ndindex(peak.shape):
+            along = [abs(float(a)) for a in fired[layer, rank]]
+            start = 1 if skip_first and len(along) > 1 else 0
+            assert peak[layer, rank] == max(range(start, len(along)), key=along.__getitem__)
 
 
 def expert_account(family: str, probe: Probe, layer: int, mixed: bool) -> tuple[np.ndarray, ...]:
@@ -352,7 +366,7 @@ def test_no_write_where_logits_are_rescaled():
     assert "top_neurons/write/capital" in readings(TopNeurons(), granite(), [CAPITAL])
     for scaled in (granite(logits_scaling=8.0), granite(residual_multiplier=0.2)):
         got = readings(TopNeurons(), scaled, [CAPITAL])
-        assert list(got) == ["top_neurons/neuron/capital", "top_neurons/activation/capital"]
+        assert "top_neurons/activation/capital" in got and "top_neurons/write/capital" not in got
 
 
 def test_half_precision_is_widened_first():

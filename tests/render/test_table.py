@@ -115,6 +115,20 @@ def test_neuron_table_is_a_row_per_neuron():
     assert any(row[4] < 0 for row in rows)
 
 
+def test_a_peak_says_which_token_is_shown():
+    index, activation = neurons("capital")
+    where = np.ones(index.values.shape)
+    where[0, 0] = 2
+    peak = Reading(
+        key="top_neurons/peak/capital", values=where, axes=("layer", "rank"), unit="index"
+    )
+    table = neuron_table([index, activation, peak])
+    assert list(table.columns) == "probe layer rank neuron activation token pos".split()
+    assert table["pos"].tolist() == where.astype(int).ravel().tolist()
+    assert table["token"][0] == TOKENS[2] and table["token"][1] == TOKENS[1]
+    assert table["activation"][0] == activation.values[0, 0, 2]
+
+
 def test_indices_that_are_missing_stay_whole_numbers():
     index, activation = neurons("p")
     values = index.values.copy()

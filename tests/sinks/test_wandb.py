@@ -301,3 +301,20 @@ def test_small_readings_make_no_files(offline):
     sink.close()
     wandb.teardown()
     assert not (run_file(offline).parent / "files" / "media").exists()
+
+
+def test_matrices_of_other_axes_are_drawn_by_their_axis(offline):
+    """An instrument that somebody else wrote: [layer, pos]."""
+    run = wandb.init(project="test")
+    values = np.arange(6.0).reshape(2, 3)
+    norm = Reading(
+        key="resid/norm/p", values=values, axes=("layer", "pos"), unit="norm",
+        labels={"pos": ["a", "b", "c"]},
+    )  # fmt: skip
+    WandbSink().write([norm], step=4)
+    run.finish()
+    wandb.teardown()
+    (row,) = history(run_file(offline))
+    assert row["train/global_step"] == 4 and row["tlens/resid/by_pos"]["_type"] == "plotly-file"
+    (file,) = offline.glob("wandb/offline-*/files/media/plotly/**/*.json")
+    assert json.loads(file.read_text())["data"][0]["z"] == values.tolist()

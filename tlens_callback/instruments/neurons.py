@@ -49,6 +49,8 @@ class TopNeurons:
     Keys:
         top_neurons/neuron/<probe>: [layer, rank], index, 0..d_mlp-1
         top_neurons/activation/<probe>: [layer, rank, pos], activation, -inf..inf
+        top_neurons/peak/<probe>: [layer, rank], index, 0..length-1; where |a_n(pos)| is largest
+            among the ranked tokens
         top_neurons/write/<probe>: [layer, rank], logit, -inf..inf; for a probe with a target, in
             families whose logits are the unembedded final norm and nothing more
         top_neurons/expert_share/<probe>: [layer, expert], fraction, 0..1; mixture-of-experts layers
@@ -159,6 +161,15 @@ class TopNeurons:
             axes=("layer", "rank", "pos"),
             unit="activation",
             labels={**labels, "pos": batch.labels[row]},
+        )
+        counted = self._counted(batch, torch.tensor([row], device=batch.mask.device)).cpu()
+        peak = fired[:, at].abs().masked_fill(~counted, -1).argmax(-1)
+        yield Reading(
+            key=f"{self.name}/peak/{probe}",
+            values=peak.numpy(),
+            axes=("layer", "rank"),
+            unit="index",
+            labels=labels,
         )
         if not write or batch.targets[row] is None:
             return

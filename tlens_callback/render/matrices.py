@@ -1,4 +1,4 @@
-"""All layer x head (or layer x expert) matrices of one instrument as one interactive figure."""
+"""All matrices of one instrument, layer x head or the like, as one interactive figure."""
 
 import html
 import math
@@ -40,8 +40,8 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
     panels = [r for r in matrices.values() if id(r) not in beside]
     if not panels:
         raise ValueError(
-            f"score_figure needs at least one reading of axes ('layer', 'head') or ('layer', "
-            f"'expert'), got {[(r.key, r.axes) for r in readings]}."
+            f"score_figure needs at least one reading of axes ('layer', 'head') or the like, got "
+            f"{[(r.key, r.axes) for r in readings]}."
         )
     if len(instruments := {r.instrument for r in panels}) > 1:
         raise ValueError(f"One figure shows one instrument, got {sorted(instruments)}.")
@@ -126,7 +126,8 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
 
 def is_matrix(reading: Reading) -> bool:
     """Whether `score_figure` shows this reading."""
-    return reading.axes in (("layer", "head"), ("layer", "expert")) and reading.values.size > 0
+    first, *rest = reading.axes or ("",)
+    return first == "layer" and len(rest) == 1 and rest != ["rank"] and reading.values.size > 0
 
 
 def _spread_key(reading: Reading) -> str:

@@ -72,10 +72,10 @@ def neuron_table(readings: Sequence[Reading]) -> pd.DataFrame:
     `("layer", "rank")`; others are left out.
 
     Columns: probe, layer, rank; a column per measure, in order of appearance. A reading with a
-    third axis, ("layer", "rank", "pos") say, gives its value of largest magnitude along it, and
-    where that is: "token" (the label there) and "pos"; with several such measures
-    "<measure>_token" and "<measure>_pos". Unit "index" becomes a whole number. A probe that lacks
-    a measure has missing values there.
+    third axis, ("layer", "rank", "pos") say, gives one value along it, and where that is: "token"
+    (the label there) and "pos"; with several such measures "<measure>_token" and "<measure>_pos".
+    A measure called "peak" says which one; without it, it is the value of largest magnitude. Unit
+    "index" becomes a whole number. A probe that lacks a measure has missing values there.
 
     Raises:
         ValueError: for readings of several instruments, two of one key, or readings of one probe
@@ -97,6 +97,7 @@ def neuron_table(readings: Sequence[Reading]) -> pd.DataFrame:
             "layer": numbers.repeat(ranks),
             "rank": np.tile(np.arange(ranks), layers),
         }
+        peak = next((r.values.astype(int) for r in of_probe if r.measure == "peak"), None)
         for reading in of_probe:
             grid = numbering(reading, "layer")
             if reading.values.shape[1] != ranks or not np.array_equal(grid, numbers):
@@ -104,22 +105,23 @@ def neuron_table(readings: Sequence[Reading]) -> pd.DataFrame:
                     f"{reading.key!r} and {of_probe[0].key!r} have other layers or ranks, so "
                     f"they make no common rows."
                 )
-            columns |= _columns(reading, prefix=f"{reading.measure}_" if several else "")
+            if reading.measure != "peak":
+                columns |= _columns(reading, peak, prefix=f"{reading.measure}_" if several else "")
         parts.append(pd.DataFrame(columns))
     if not parts:
         return pd.DataFrame({"probe": [], "layer": [], "rank": []})
     return pd.concat(parts, ignore_index=True)
 
 
-def _columns(reading: Reading, *, prefix: str) -> dict[str, object]:
-    """One reading's columns, [layer * rank]."""
+def _columns(reading: Reading, peak: np.ndarray | None, *, prefix: str) -> dict[str, object]:
+    """One reading's columns, [layer * rank]; `peak` [layer, rank] as in `neuron_table`."""
     values = reading.values
     extra: dict[str, object] = {}
     if values.ndim == 3:
         axis = reading.axes[2]
         labels = reading.labels.get(axis) or [str(i) for i in range(values.shape[2])]
         size = np.where(np.isnan(values), -1, np.abs(values))
-        at = size.argmax(2)
+        at = size.argmax(2) if peak is None else peak
         values = np.take_along_axis(values, at[..., None], 2)[..., 0]
         extra[f"{prefix}token"] = pd.array([labels[i] for i in at.ravel()], dtype="str")
         extra[f"{prefix}pos"] = at.ravel()

@@ -28,6 +28,7 @@ class WandbSink:
         tlens/<key>: a number, for each reading without axes.
         tlens/<instrument>/heads: interactive figure of its ("layer", "head") readings.
         tlens/<instrument>/experts: the same of ("layer", "expert").
+        tlens/<instrument>/by_<axis>: the same of ("layer", <axis>), any other but "rank".
         tlens/<key>: picture of a ("layer", "head", "query", "key") reading, all heads.
         tlens/<instrument>/table: table of its ("layer", "rank", ...) readings, a row per neuron; of
             more than 10000 rows the lowest ranks.
@@ -111,10 +112,10 @@ class WandbSink:
                 row[self._key(reading.key)] = self._wandb.Image(str(picture), caption=reading.key)
         for instrument in dict.fromkeys(reading.instrument for reading in readings):
             own = [reading for reading in readings if reading.instrument == instrument]
-            for axis in ("head", "expert"):
-                if matrices := [r for r in own if is_matrix(r) and r.axes[1] == axis]:
-                    figure = self._wandb.Plotly(score_figure(matrices))
-                    row[self._key(f"{instrument}/{axis}s")] = figure
+            for axis in dict.fromkeys(reading.axes[1] for reading in own if is_matrix(reading)):
+                matrices = [r for r in own if is_matrix(r) and r.axes[1] == axis]
+                name = f"{axis}s" if axis in ("head", "expert") else f"by_{axis}"
+                row[self._key(f"{instrument}/{name}")] = self._wandb.Plotly(score_figure(matrices))
             if ranked := [r for r in own if r.axes[:2] == ("layer", "rank")]:
                 row[self._key(f"{instrument}/table")] = self._table(ranked)
         return row
