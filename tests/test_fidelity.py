@@ -109,6 +109,18 @@ def test_rounding_is_not_taken_for_a_missed_update(dtype, lr):
     assert followed.gap > 0, "a comparison with the gap at the start would call this a miss"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_model_is_not_close_in_half_precision_either(dtype):
+    model = lora(tiny.model("llama").to(dtype))
+    shadow = Shadow.of(model)
+    batch = batch_for(shadow)
+    assert compare(model, shadow, batch)[0].close
+    train(model, batch, steps=5, lr=1e-2)
+    assert not compare(model, shadow, batch)[0].close, "it missed five large steps"
+    shadow.sync()
+    assert compare(model, shadow, batch)[0].close
+
+
 def test_tf32_is_seen_through_the_newer_switch_and_the_older():
     cuda, matmul = torch.device("cuda"), torch.backends.cuda.matmul
     assert not _tf32(torch.device("cpu"))

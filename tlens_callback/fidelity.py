@@ -148,7 +148,9 @@ def compare(
         gap=gap,
         moved=moved,
         eps=torch.finfo(coarse).eps if not rough else max(2**-11, torch.finfo(coarse).eps),
-        tolerance=(0.25, 0.05) if rough else (1e-3, 1e-5),
+        # SmolLM2-135M with trained adapters: (0.16, 6e-3) in bfloat16, (3e-5, 1e-8) in float32. The
+        # largest of millions of differences is mostly chance in half precision; KL decides there.
+        tolerance=(0.5, 0.05) if rough else (1e-3, 1e-5),
     ), live_last
 
 
