@@ -441,7 +441,7 @@ def test_costs_add_up_to_what_was_spent(tmp_path):
     run.train()
     logged = float(memory.curve("cost/seconds")[1].sum())
     spent = observers[0].seconds
-    assert 0.8 * spent < logged <= spent
+    assert 0.5 * spent < logged <= spent, "all but the last observation's writing"
     shares = memory.curve("cost/share")[1]
     assert (shares > 0).all() and (shares <= 1).all()
 
