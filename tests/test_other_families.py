@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from tests import tiny
-from tests.test_callback import CAPITAL, trainer
+from tests.training import CAPITAL, trainer
 from tlens_callback import FidelityError, MemorySink, TLensCallback
 
 SMALL: dict[str, Any] = {

@@ -1,0 +1,63 @@
+"""A small training to watch, and an instrument that fails when told to."""
+
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from tests import tiny
+from tests.test_no_trace import SENTENCES
+from tlens_callback import (
+    Probe,
+    Reading,
+)
+
+CAPITAL = Probe("capital", "the capital of France is", target=" Paris", foil=" London")
+
+
+def trainer(tmp_path, callback, model=None, processing_class="default", **args) -> Trainer:
+    tokenizer = tiny.tokenizer()
+    rows = [dict(tokenizer(s, padding="max_length", max_length=16)) for s in SENTENCES]
+    rows = [{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in rows]
+    settings = dict(
+        output_dir=str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return Trainer(
+        model or tiny.model("llama"),
+        args=TrainingArguments(**{**settings, **args}),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
+        processing_class=tokenizer if processing_class == "default" else processing_class,
+        callbacks=[callback] if callback else [],
+    )
+
+
+class Constant:
+    """An instrument that fails when told to."""
+
+    def __init__(self, name="constant", fail_at=None, error=None, where="read"):
+        self.name, self.fail_at, self.where = name, fail_at, where
+        self.error = error or RuntimeError("broken")
+        self.calls = 0
+
+    def taps(self, shadow, batch):
+        self.calls += 1
+
+        def reduce(value):
+            if self.where == "reduce" and self.calls == self.fail_at:
+                raise self.error
+            return value.mean()
+
+        if self.where == "taps" and self.calls == self.fail_at:
+            raise self.error
+        return {"blocks.0.hook_resid_post": reduce}
+
+    def read(self, taken, shadow, batch):
+        if self.where == "read" and self.calls == self.fail_at:
+            raise self.error
+        yield Reading(key=f"{self.name}/mean", values=taken["blocks.0.hook_resid_post"], unit="1")
