@@ -195,22 +195,21 @@ def test_trained_copies_in_float32_beside_a_bfloat16_base_are_watched(tmp_path):
     assert {0, 2, 4} <= set(memory.steps)
 
 
-def test_a_wandb_run_that_is_finished_early_is_set_aside(tmp_path, monkeypatch, caplog):
+def test_a_wandb_run_that_is_finished_early_is_set_aside(offline, caplog):
     class Finishes(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 wandb.finish()
 
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     mine = wandb.init(project="test")
     callback = TLensCallback([CAPITAL], instruments=[TargetScores()], every_n_steps=2)
-    run = trainer(tmp_path / "out", callback)
+    run = trainer(offline / "out", callback)
     run.add_callback(Finishes())
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         run.train()
     wandb.teardown()
     assert mine is not None and run.state.global_step == 6
-    assert list(read_store(tmp_path / "out" / "tlens").steps) == [0, 1, 2, 4, 6]
+    assert list(read_store(offline / "out" / "tlens").steps) == [0, 1, 2, 4, 6]
     said = [r.getMessage() for r in caplog.records if "WandbSink" in r.getMessage()]
     assert len(said) == 1 and "finished" in said[0]
 

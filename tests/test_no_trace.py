@@ -203,19 +203,18 @@ def test_default_probes_and_sinks_leave_no_trace(tmp_path):
     assert (tmp_path / "b" / "tlens").is_dir()
 
 
-def test_pictures_and_tables_in_wandb_leave_no_trace(tmp_path, monkeypatch):
+def test_pictures_and_tables_in_wandb_leave_no_trace(offline):
     """W&B, plotly and the rest may draw random numbers of their own; the run's stay its own."""
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     states = []
     for folder, callbacks in (
         ("a", []),
         ("b", [TLensCallback([CAPITAL], every_n_steps=1, on_error="raise")]),
     ):
-        trainer = sft(tmp_path / folder, callbacks, report_to="wandb")
+        trainer = sft(offline / folder, callbacks, report_to="wandb")
         states.append(state_of(trainer))
         wandb.finish()
     assert differences(*states) == []
-    assert len(list(tmp_path.glob("wandb/offline-*/files/media/images/**/*.png"))) == 12
+    assert len(list(offline.glob("wandb/offline-*/files/media/images/**/*.png"))) == 12
 
 
 class Draws(TrainerCallback):

@@ -66,22 +66,21 @@ class AllRows:
         return [row["train/global_step"] for row in self.rows if key in row]
 
 
-def test_the_active_wandb_run_is_joined_and_rows_land_on_their_steps(tmp_path, monkeypatch):
+def test_the_active_wandb_run_is_joined_and_rows_land_on_their_steps(offline):
     """Default sinks, with evaluation in between: as a user writes it."""
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     callback = TLensCallback([CAPITAL], every_n_steps=2, on_error="raise")
     args = dict(report_to="wandb", logging_steps=1, eval_strategy="steps", eval_steps=3)
-    run = trainer(tmp_path / "out", callback, **args)
+    run = trainer(offline / "out", callback, **args)
     run.train()
     assert wandb.run is not None, "a run that the trainer started is the trainer's to finish"
     wandb.finish()
     wandb.teardown()
-    rows = AllRows(tmp_path)
+    rows = AllRows(offline)
     assert rows.steps("tlens/target_scores/loss/capital") == [0, 2, 4, 6]
     assert rows.steps("tlens/fidelity/kl") == [0, 1, 6]
     assert rows.steps("tlens/attention_patterns/pattern/capital") == [0, 2, 4, 6]
     assert rows.steps("train/loss") == [1, 2, 3, 4, 5, 6] and rows.steps("eval/loss") == [3, 6]
-    kept = read_store(tmp_path / "out" / "tlens")
+    kept = read_store(offline / "out" / "tlens")
     logged = [row for row in rows.rows if "tlens/target_scores/loss/capital" in row]
     _, losses = kept.curve("target_scores/loss/capital")
     assert [row["tlens/target_scores/loss/capital"] for row in logged] == pytest.approx(losses)

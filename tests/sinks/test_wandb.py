@@ -19,19 +19,6 @@ from tlens_callback.sinks import WandbSink
 STEP = "train/global_step"
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """WANDB_DIR of the test; the wandb service ends with it."""
-    wandb.teardown()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    yield tmp_path
-    wandb.teardown()
-
-
 def scalar(step, key="head_scores/max_induction"):
     return Reading(key=key, values=np.array(float(step)), unit="probability")
 
