@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from tests import tiny
-from tests.training import CAPITAL, Constant, trainer
+from tests.training import CAPITAL, Constant, Interrupts, trainer
 from tlens_callback import (
     AttentionPatterns,
     FidelityError,
@@ -99,14 +99,9 @@ def test_a_sink_that_fails_at_once_does_not_stop_the_others(tmp_path):
 
 
 def test_ctrl_c_stops_training_as_asked_and_the_store_is_readable(tmp_path):
-    class Interrupts(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4:
-                raise KeyboardInterrupt
-
     callback = TLensCallback([CAPITAL], instruments=[Constant()], every_n_steps=1)
     run = trainer(tmp_path, callback)
-    run.add_callback(Interrupts())
+    run.add_callback(Interrupts(at=4))
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert list(read_store(tmp_path / "tlens").steps) == [0, 1, 2, 3, 4]

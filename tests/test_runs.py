@@ -7,7 +7,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tests.sinks.wandb_file import history, run_file
 from tests.test_no_trace import sft, state_of, watcher
-from tests.training import CAPITAL, Constant, trainer
+from tests.training import CAPITAL, Constant, Interrupts, trainer
 from tlens_callback import (
     MemorySink,
     TargetScores,
@@ -17,17 +17,9 @@ from tlens_callback import (
 
 
 def test_an_interrupted_run_and_the_next_are_two(tmp_path):
-    class InterruptsOnce(TrainerCallback):
-        done = False
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4 and not self.done:
-                self.done = True
-                raise KeyboardInterrupt
-
     callback = TLensCallback([CAPITAL], instruments=[Constant()], every_n_steps=1)
     run = trainer(tmp_path, callback)
-    run.add_callback(InterruptsOnce())
+    run.add_callback(Interrupts(at=4))
     with pytest.raises(KeyboardInterrupt):
         run.train()
     first = callback.observer
@@ -38,17 +30,9 @@ def test_an_interrupted_run_and_the_next_are_two(tmp_path):
 
 
 def test_an_interrupted_search_for_the_batch_size_is_no_retry(tmp_path):
-    class InterruptsOnce(TrainerCallback):
-        done = False
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3 and not self.done:
-                self.done = True
-                raise KeyboardInterrupt
-
     callback = TLensCallback([CAPITAL], instruments=[Constant()], every_n_steps=1)
     run = trainer(tmp_path, callback, auto_find_batch_size=True)
-    run.add_callback(InterruptsOnce())
+    run.add_callback(Interrupts(at=3))
     with pytest.raises(KeyboardInterrupt):
         run.train()
     run.train()
@@ -56,14 +40,9 @@ def test_an_interrupted_search_for_the_batch_size_is_no_retry(tmp_path):
     assert list(read_store(tmp_path / "tlens-2").steps) == [0, 1, 2, 3, 4, 5, 6]
 
 
-class AllRows:
-    """Sees that the rows of a W&B run are what was logged, each on its step."""
-
-    def __init__(self, folder):
-        self.rows = history(run_file(folder))
-
-    def steps(self, key):
-        return [row["train/global_step"] for row in self.rows if key in row]
+def steps(rows, key):
+    """The trainer's steps of the rows of a W&B run that hold a key."""
+    return [row["train/global_step"] for row in rows if key in row]
 
 
 def test_the_active_wandb_run_is_joined_and_rows_land_on_their_steps(offline):
@@ -75,13 +54,13 @@ def test_the_active_wandb_run_is_joined_and_rows_land_on_their_steps(offline):
     assert wandb.run is not None, "a run that the trainer started is the trainer's to finish"
     wandb.finish()
     wandb.teardown()
-    rows = AllRows(offline)
-    assert rows.steps("tlens/target_scores/loss/capital") == [0, 2, 4, 6]
-    assert rows.steps("tlens/fidelity/kl") == [0, 1, 6]
-    assert rows.steps("tlens/attention_patterns/pattern/capital") == [0, 2, 4, 6]
-    assert rows.steps("train/loss") == [1, 2, 3, 4, 5, 6] and rows.steps("eval/loss") == [3, 6]
+    rows = history(run_file(offline))
+    assert steps(rows, "tlens/target_scores/loss/capital") == [0, 2, 4, 6]
+    assert steps(rows, "tlens/fidelity/kl") == [0, 1, 6]
+    assert steps(rows, "tlens/attention_patterns/pattern/capital") == [0, 2, 4, 6]
+    assert steps(rows, "train/loss") == [1, 2, 3, 4, 5, 6] and steps(rows, "eval/loss") == [3, 6]
     kept = read_store(offline / "out" / "tlens")
-    logged = [row for row in rows.rows if "tlens/target_scores/loss/capital" in row]
+    logged = [row for row in rows if "tlens/target_scores/loss/capital" in row]
     _, losses = kept.curve("target_scores/loss/capital")
     assert [row["tlens/target_scores/loss/capital"] for row in logged] == pytest.approx(losses)
 

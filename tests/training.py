@@ -1,7 +1,7 @@
-"""A small training to watch, and an instrument that fails when told to."""
+"""A small training to watch, what fails in it when told to, and a Ctrl-C."""
 
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests import tiny
 from tests.test_no_trace import SENTENCES
@@ -35,6 +35,18 @@ def trainer(tmp_path, callback, model=None, processing_class="default", **args) 
         processing_class=tokenizer if processing_class == "default" else processing_class,
         callbacks=[callback] if callback else [],
     )
+
+
+class Interrupts(TrainerCallback):
+    """Ctrl-C at a step, once."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            self.at = None
+            raise KeyboardInterrupt
 
 
 class Constant:

@@ -53,7 +53,7 @@ def observe(
         try:
             fresh = list(instrument.read(got, shadow, batch))
             keys = [reading.key for reading in fresh]
-            if twice := [key for i, key in enumerate(keys) if key in seen or key in keys[:i]]:
+            if twice := [key for n, key in enumerate(keys) if key in seen or key in keys[:n]]:
                 raise ValueError(
                     f"Two readings have the key {twice[0]!r}; give the instruments or their "
                     f"measures different names."

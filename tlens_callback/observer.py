@@ -99,7 +99,9 @@ class Observer:
             FidelityError: where the shadow is not the model.
         """
         with self._clock():
-            if self.model is not model:
+            if self.shadow is not None and self.model is model:
+                self.shadow.sync()
+            else:
                 self._began = self._entered
                 self.shadow = Shadow(model, device=self.device, dtype=self.dtype)
                 self.model = model
@@ -110,8 +112,6 @@ class Observer:
                     context=self.shadow.context,
                     device=self.shadow.device,
                 )
-            assert self.shadow is not None and self.batch is not None
-            self.shadow.sync()
             fidelity, self._reference = self._first_comparison(model)
             if not math.isfinite(fidelity.scale):
                 raise ValueError(
