@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,46 @@ def first_rows(
         if ids:
             probes.append(Probe(f"train-{i}", ids[: min(tokens, context or tokens)]))
     return probes
+
+
+def training_rows(
+    train_dataloader: Any, tokenizer: Any, *, tokens: int = 128
+) -> Callable[[int], list[list[int]]] | None:
+    """A function that gives the next n rows of the training data as token ids; None where they
+    cannot be read by index.
+
+    In an order of its own, from the beginning again after the last; cut to `tokens`. Rows that
+    cannot be read are left out. Leaves the data set's loader and the random states alone.
+    """
+    dataset: Any = getattr(train_dataloader, "dataset", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return None
+    try:
+        size = len(dataset)
+    except TypeError:
+        return None
+    tokenizer = own_tokenizer(tokenizer)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
+    position = 0
+
+    def take(n: int) -> list[list[int]]:
+        nonlocal position
+        rows: list[list[int]] = []
+        for _ in range(min(2 * n, size)):
+            if len(rows) == n:
+                break
+            index, position = order[position % size], position + 1
+            try:
+                with _random_states_kept():
+                    ids = _row_ids(dataset[index], tokenizer)
+            except Exception as error:
+                logger.info("tlens: row %d of the training data is left out: %r", index, error)
+                continue
+            if ids:
+                rows.append(ids[:tokens])
+        return rows
+
+    return take
 
 
 def _row_ids(example: Any, tokenizer: Any) -> list[int]:

@@ -9,10 +9,12 @@ from typing import Any, SupportsIndex
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tlens_callback.builtin_probes import first_rows, repeated_blocks
+from tlens_callback.builtin_probes import first_rows, repeated_blocks, training_rows
 from tlens_callback.instruments import HeadScores, fast
 from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.memory import FILE
 from tlens_callback.observer import Observer, OnError, print_lines
 from tlens_callback.probes import Probe
 from tlens_callback.shadow import Shadow
@@ -161,7 +163,14 @@ class TLensCallback(TrainerCallback):
         if not observer.watching:
             print_lines([f"tlens: building a shadow of the {type(model).__name__}"])
         try:
-            observer.start(model, processing_class, probes, step=state.global_step)
+            observer.start(
+                model,
+                processing_class,
+                probes,
+                step=state.global_step,
+                memory=_memory_file(args, state) if state.global_step else None,
+                training=training_rows(train_dataloader, processing_class),
+            )
         except BaseException as error:
             self.observer = None
             with suppress(Exception):
@@ -194,6 +203,8 @@ class TLensCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._end(state, control)
+        if self.observer is not None:
+            self.observer.remember(_memory_file(args, state))
 
     def _end(self, state: TrainerState, control: TrainerControl) -> None:
         """The last look, where the run was stopped after this step's `on_step_end`.
@@ -226,3 +237,9 @@ class TLensCallback(TrainerCallback):
         if not any(isinstance(sink, WandbSink) for sink in self.sinks):
             self.sinks.append(WandbSink())
             self.observer.sinks.append(self.sinks[-1])
+
+
+def _memory_file(args: TrainingArguments, state: TrainerState) -> Path:
+    """In the checkpoint of this step, the one that was just written or is being resumed from."""
+    folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return Path(args.output_dir or ".") / folder / FILE

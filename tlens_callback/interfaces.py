@@ -20,7 +20,16 @@ Reduce = Callable[[Tensor], Taken]
 
 @runtime_checkable
 class Instrument(Protocol):
-    """Measures something at every observation, from a forward pass that all instruments share."""
+    """Measures something at every observation, from a forward pass that all instruments share.
+
+    It may have two more attributes:
+
+    - `every: int`: it is asked at every so manieth observation, counted from the first of the run,
+      and at the last one. For what takes forward passes of its own.
+    - `memory: dict[str, Tensor]`: what it keeps from earlier observations to compare with, by any
+      names. It is emptied when a run starts, saved with every checkpoint and back when a run is
+      resumed from one.
+    """
 
     @property
     def name(self) -> str:

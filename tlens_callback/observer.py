@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from tlens_callback.fidelity import Fidelity, FidelityError, compare
 from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.memory import keep, memories, recall
 from tlens_callback.observe import observe
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
@@ -76,6 +78,7 @@ class Observer:
         self._first_step = 0
         self._reference: Tensor | None = None
         self._next_check: int | None = None
+        self._looks = 0
 
     @property
     def watching(self) -> bool:
@@ -89,10 +92,16 @@ class Observer:
         probes: Callable[[Shadow], Sequence[Probe]],
         *,
         step: int,
+        memory: Path | None = None,
+        training: Callable[[int], list[list[int]]] | None = None,
     ) -> None:
         """Builds the shadow, encodes the probes, checks fidelity and observes for the first time.
 
         Starting again on the same model (a batch size being searched for) keeps the shadow.
+
+        Args:
+            memory: a file that `remember` wrote, where a run is resumed; None for a new one.
+            training: see `ProbeBatch`.
 
         Raises:
             ValueError: for a model, probe, instrument or hook that cannot work.
@@ -111,7 +120,15 @@ class Observer:
                     vocab_size=self.shadow.vocab_size,
                     context=self.shadow.context,
                     device=self.shadow.device,
+                    training=training,
                 )
+            assert self.batch is not None
+            self._looks = 0
+            remembered = memories(self.instruments)
+            for own in remembered.values():
+                own.clear()
+            if memory is not None:
+                recall(memory, remembered, self.batch, self.shadow.device)
             fidelity, self._reference = self._first_comparison(model)
             if not math.isfinite(fidelity.scale):
                 raise ValueError(
@@ -122,7 +139,19 @@ class Observer:
                 raise FidelityError(_mismatch(model, fidelity))
             self._first, self._first_step, self._next_check = fidelity, step, step + 1
             self.checks[step] = fidelity
-            self._look(step, fidelity)
+            self._look(step, fidelity, last=False)
+
+    def remember(self, path: Path) -> None:
+        """Keeps in a file what the instruments compare later observations with."""
+        if self.batch is None or not self.watching:
+            return
+        with self._clock():
+            try:
+                keep(path, memories(self.instruments), self.batch)
+            except OSError as error:
+                if self.on_error == "raise":
+                    raise
+                logger.warning("tlens: %s could not be written: %s", path, error)
 
     def _first_comparison(self, model: nn.Module) -> tuple[Fidelity, Tensor]:
         assert self.shadow is not None and self.batch is not None
@@ -148,7 +177,7 @@ class Observer:
                 self.shadow.sync()
                 fidelity = self._check(step) if check else None
                 if observe or last:
-                    self._look(step, fidelity)
+                    self._look(step, fidelity, last=last)
                 elif fidelity is not None:
                     self._write(fidelity.readings(), step)
             except Exception as error:
@@ -193,8 +222,10 @@ class Observer:
             raise FidelityError(_mismatch(self.model, fidelity, stale=fidelity.close))
         return fidelity
 
-    def _look(self, step: int, fidelity: Fidelity | None) -> None:
+    def _look(self, step: int, fidelity: Fidelity | None, *, last: bool) -> None:
         assert self.shadow is not None and self.batch is not None
+        due = [i for i in self.instruments if last or self._looks % getattr(i, "every", 1) == 0]
+        self._looks += 1
 
         def failed(instrument: Instrument, error: Exception) -> None:
             self.instruments = [i for i in self.instruments if i is not instrument]
@@ -203,9 +234,7 @@ class Observer:
         # At the start an instrument's failure is the user's to mend: a hook that is not there.
         first = step == self._first_step and not self.forgiving
         strict = self.on_error == "raise" or first
-        readings = observe(
-            self.shadow, self.batch, self.instruments, on_error=None if strict else failed
-        )
+        readings = observe(self.shadow, self.batch, due, on_error=None if strict else failed)
         if fidelity is not None:
             readings += fidelity.readings()
         spent = self.seconds + time.perf_counter() - self._entered

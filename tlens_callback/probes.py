@@ -3,7 +3,7 @@
 import copy
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -104,6 +104,10 @@ class ProbeBatch:
         mask: [probe, pos], True where there is a real token.
         labels: per probe, one printable string per real token.
         targets, foils: per probe, a token id or None.
+        vocab_size, context: of the model that they are for.
+        tokenizer: a copy of the trainer's, or None.
+        training: gives the token ids of so many further rows of the training data at each call;
+            None where there are none to read.
     """
 
     probes: tuple[Probe, ...]
@@ -112,6 +116,10 @@ class ProbeBatch:
     labels: tuple[tuple[str, ...], ...]
     targets: tuple[int | None, ...]
     foils: tuple[int | None, ...]
+    vocab_size: int
+    context: int | None = None
+    tokenizer: Any = None
+    training: Callable[[int], list[list[int]]] | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -132,6 +140,7 @@ class ProbeBatch:
         vocab_size: int,
         context: int | None = None,
         device: torch.device | str = "cpu",
+        training: Callable[[int], list[list[int]]] | None = None,
     ) -> "ProbeBatch":
         """Tokenises the probes. Works on a copy of the tokenizer: the trainer's own stays as it is.
 
@@ -140,6 +149,7 @@ class ProbeBatch:
                 blocks.
             vocab_size: number of token ids that the model embeds.
             context: longest input that the model takes, in tokens.
+            training: see the attribute.
 
         Raises:
             ValueError: no probes, two of one name, a text without a tokenizer, chat without a
@@ -185,7 +195,29 @@ class ProbeBatch:
             labels=tuple(tuple(_label(tokenizer, i) for i in row) for row in rows),
             targets=tuple(_answer(p, "target", tokenizer, vocab_size) for p in probes),
             foils=tuple(_answer(p, "foil", tokenizer, vocab_size) for p in probes),
+            vocab_size=vocab_size,
+            context=context,
+            tokenizer=tokenizer,
+            training=training,
         )
+
+    def beside(self, probes: Sequence[Probe]) -> "ProbeBatch":
+        """Other probes for the same model: a batch of their own, for a forward pass of their own.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        return ProbeBatch.encode(
+            probes,
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            context=self.context,
+            device=self.tokens.device,
+        )
+
+    def token_text(self, token: int) -> str:
+        """The token as a person reads it, as in `labels`; its number without a tokenizer."""
+        return _label(self.tokenizer, int(token))
 
 
 def own_tokenizer(tokenizer: Any) -> Any:

@@ -18,6 +18,8 @@ class Reading:
         unit: "nats", "probability", "logit", "count", "index", ... never empty.
         labels: axis name -> one string per index (tokens, names). Axes without labels are numbered.
         limits: fixed range of the colour scale, so that step 100 compares with step 900.
+        texts: one string per value, in an array of the values' shape, where a value stands for
+            something with a name: the tokens that a lens reads, behind their ids.
 
     Raises:
         ValueError: where key, values, axes, labels and limits do not fit together.
@@ -29,6 +31,7 @@ class Reading:
     unit: str
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
+    texts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         parts = self.key.split("/", 2)
@@ -66,6 +69,15 @@ class Reading:
                     f"Reading {self.key!r}: limits are (low, high) with low < high, "
                     f"got {self.limits}."
                 )
+        if self.texts is not None:
+            texts = np.array(self.texts, dtype=np.str_)
+            if texts.shape != values.shape:
+                raise ValueError(
+                    f"Reading {self.key!r} has values of shape {values.shape} but texts of shape "
+                    f"{texts.shape}: give one text per value."
+                )
+            texts.setflags(write=False)
+            object.__setattr__(self, "texts", texts)
         values.setflags(write=False)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "axes", tuple(self.axes))

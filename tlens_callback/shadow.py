@@ -199,7 +199,7 @@ class Shadow:
             for i, name, reduce in plan:
                 if name not in _OUTPUTS and i not in failed:
                     try:
-                        point: Any = self._hook(name)
+                        point: Any = self.hook(name)
                     except ValueError as error:
                         fail(i, error)
                         continue
@@ -226,11 +226,18 @@ class Shadow:
             for i, (tap, got) in enumerate(zip(taps, taken, strict=True))
         ]
 
-    @torch.no_grad()
     def logits(
-        self, tokens: Int[Tensor, "probe pos"], positions: Int[Tensor, " kept"] | None = None
+        self,
+        tokens: Int[Tensor, "probe pos"],
+        positions: Int[Tensor, " kept"] | None = None,
+        *,
+        grad: bool = False,
     ) -> Float[Tensor, "probe kept vocab"]:
         """The model's output for right-padded tokens, at all positions or at some.
+
+        Args:
+            grad: keep the graph, for `torch.autograd.grad` towards an activation that
+                `intervene.edited` made a leaf of it. No weight gets a gradient otherwise.
 
         No attention mask: under a causal model what stands right of a token cannot reach it, and
         the rows of padding are never read.
@@ -238,11 +245,16 @@ class Shadow:
         kwargs: dict[str, Any] = {}
         if positions is not None and self._keeps_logits:
             kwargs["logits_to_keep"] = positions
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.set_grad_enabled(grad), torch.autocast(self.device.type, enabled=False):
             logits = self.bridge.original_model(tokens, use_cache=False, **kwargs).logits
         return logits if positions is None or kwargs else logits[:, positions]
 
-    def _hook(self, name: str) -> nn.Module:
+    def hook(self, name: str) -> nn.Module:
+        """The hook point of this name.
+
+        Raises:
+            ValueError: for a name that is no hook point of this model.
+        """
         if name not in self.hooks:
             near = difflib.get_close_matches(name, [*self.hooks, *_OUTPUTS], n=3)
             raise ValueError(

@@ -9,6 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.instruments.common import PROBES, TEXTS, encoded, shadow
+from tests.instruments.settings import SETTINGS
 from tlens_callback import Instrument, Reading, Shadow, instruments, observe
 
 EXPORTED = [
@@ -16,17 +17,18 @@ EXPORTED = [
     for exported in (getattr(instruments, name) for name in instruments.__all__)
     if inspect.isclass(exported)
 ]
-VARIANTS: dict[str, list[dict]] = {
-    # Settings that emit what the default ones do not.
-    "HeadScores": [{"strict": False}],
-}
 DOCUMENTED = re.compile(
     r"^(?P<key>\w+/\S+): \[(?P<axes>[\w, ]*)\], (?P<unit>[\w ]+), (?P<range>[^;]+)(;.*)?$"
 )
 
 
 def variants(exported: type) -> list[Instrument]:
-    return [exported(**kwargs) for kwargs in [{}, *VARIANTS.get(exported.__name__, [])]]
+    return [exported(**kwargs) for kwargs in SETTINGS.get(exported.__name__, [{}])]
+
+
+def first(exported: type, **more) -> Instrument:
+    """With the first of its settings."""
+    return exported(**SETTINGS.get(exported.__name__, [{}])[0], **more)
 
 
 def section(exported: type, title: str) -> str:
@@ -77,11 +79,11 @@ def test_the_exports_are_found():
 
 @pytest.mark.parametrize("exported", EXPORTED)
 def test_is_a_frozen_dataclass_with_a_name(exported):
-    instrument = exported()
+    instrument = first(exported)
     assert isinstance(instrument, Instrument)
     with pytest.raises(dataclasses.FrozenInstanceError):
         instrument.name = "other"  # type: ignore[misc]
-    assert exported() == exported()
+    assert first(exported) == first(exported)
     assert re.fullmatch(r"[a-z_]+", instrument.name)
 
 
@@ -147,24 +149,24 @@ def test_says_what_it_reads_costs_and_comes_from(exported):
 def test_reads_the_hooks_it_documents(exported):
     text = " ".join(section(exported, "Reads").split())
     for family, mixed in (("llama", False), ("gemma2", False), ("qwen3_moe", True)):
-        for name in exported().taps(shadow(family, mixed=mixed), encoded()):
+        for name in first(exported).taps(shadow(family, mixed=mixed), encoded()):
             assert re.sub(r"blocks\.\d+\.", "blocks.{layer}.", name) in text, name
 
 
 @pytest.mark.parametrize("exported", EXPORTED)
 def test_another_name_goes_into_every_key(exported):
-    got = observe(shadow("llama"), encoded(), [exported(), exported(name="other")])
-    first, second = got[: len(got) // 2], got[len(got) // 2 :]
-    for one, other in zip(first, second, strict=True):
-        assert other.key == one.key.replace(exported().name, "other", 1)
+    named = [first(exported), first(exported, name="other")]
+    got = observe(shadow("llama"), encoded(), named)
+    for one, other in zip(got[: len(got) // 2], got[len(got) // 2 :], strict=True):
+        assert other.key == one.key.replace(named[0].name, "other", 1)
         np.testing.assert_array_equal(one.values, other.values)
 
 
 @pytest.mark.parametrize("exported", EXPORTED)
 def test_two_looks_are_equal(exported):
-    """No random numbers, no state: the same weights give the same readings."""
-    first, second = (observe(shadow("gpt2"), encoded(), [exported()]) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
+    """No random numbers, no hidden state: the same weights give the same readings."""
+    looks = [observe(shadow("gpt2"), encoded(), [first(exported)]) for _ in range(2)]
+    for one, other in zip(*looks, strict=True):
         assert one.key == other.key
         np.testing.assert_array_equal(one.values, other.values)
 
@@ -173,7 +175,7 @@ def test_two_looks_are_equal(exported):
 def test_one_text_is_enough_or_a_sentence_says_what_is_not(exported):
     batch = encoded(TEXTS[2:])
     try:
-        got = observe(shadow("llama"), batch, [exported()])
+        got = observe(shadow("llama"), batch, [first(exported)])
     except ValueError as error:
         assert "probes" in str(error)
     else:
