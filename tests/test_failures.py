@@ -146,9 +146,16 @@ def test_a_stale_shadow_is_found_after_the_first_update_and_ends_the_watching(
     run = trainer(tmp_path, callback, model=tiny.model("gpt_neox"), learning_rate=1e-4)
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         run.train()
-    assert run.state.global_step == 6 and list(memory.steps) == [0]
+    assert run.state.global_step == 6 and list(memory.steps) == [0, 1]
     said = [r.getMessage() for r in caplog.records if "Watching ends" in r.getMessage()]
     assert len(said) == 1 and ("did not follow" in said[0] or "is not the live" in said[0])
+    # The last that is recorded is the event; nothing is read from a shadow that is not the model.
+    assert [key for key, at in memory.readings.items() if 1 in at] == [
+        "watch/count",
+        "watch/events",
+    ]
+    (event,) = memory.readings["watch/events"][1].labels["event"]
+    assert event in said[0]
 
 
 def test_a_stale_shadow_is_found_when_a_long_warm_up_lets_the_weights_move(
@@ -164,7 +171,11 @@ def test_a_stale_shadow_is_found_when_a_long_warm_up_lets_the_weights_move(
     args = dict(max_steps=40, learning_rate=1e-5, warmup_steps=39, lr_scheduler_type="linear")
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         trainer(tmp_path, callback, model=model, **args).train()
-    assert "Watching ends" in caplog.text and max(memory.steps) < 40
+    assert "Watching ends" in caplog.text
+    assert {key for key, at in memory.readings.items() if 40 in at} == {
+        "watch/count",
+        "watch/events",
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

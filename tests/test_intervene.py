@@ -1,16 +1,18 @@
 """Replaced activations and skipped layers, against models whose weights say the same."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from tests import tiny
-from tests.instruments.common import PROBES, encoded, hugging_face, shadow
-from tlens_callback.intervene import edited, starting_at
+from tests.instruments.common import encoded, hugging_face, shadow
+from tests.instruments.surgery import OUTPUT, module
+from tlens_callback.intervene import Variants, captured, edited, effects, starting_at
 
 
-def inputs(of, batch):
+def inputs(of, batch) -> list[Any]:
     """[probe, pos, d_model] per layer, what enters it."""
     names = [f"blocks.{i}.hook_resid_pre" for i in range(of.n_layers)]
     taken = of.run(batch, [{name: lambda value: value.clone() for name in names}])
@@ -23,11 +25,11 @@ def test_starting_at_a_layer_is_the_whole_pass(family):
     of, batch = shadow(family), encoded()
     whole, resid = of.logits(batch.tokens), inputs(of, batch)
     with starting_at(of, 1, resid[1]):  # finds out, once, how the layers return what they return
-        pass
+        of.logits(batch.tokens)
     for layer in range(of.n_layers):
         ran = []
         handles = [
-            block.attn.register_forward_hook(lambda *_, i=i: ran.append(i))
+            block.attn.register_forward_hook(lambda *_, i=i: ran.append(i))  # noqa: B023
             for i, block in enumerate(of.bridge.blocks)
         ]
         try:
@@ -60,11 +62,8 @@ def test_a_zeroed_head_is_a_head_without_an_output_matrix(family):
     layer, head = 1, 2
     other = copy.deepcopy(hugging_face(family))
     d_head = of.bridge.blocks[layer].attn.W_O.shape[1]
-    outputs = [m for n, m in other.named_modules() if n.endswith(OUTPUT[family])]
-    assert len(outputs) == of.n_layers
-    weight = outputs[layer].weight
-    if type(outputs[layer]).__name__ == "Conv1D":
-        weight = weight.T
+    output = module(other, layer, OUTPUT[family])
+    weight = output.weight.T if type(output).__name__ == "Conv1D" else output.weight
     with torch.no_grad():
         weight[:, head * d_head : (head + 1) * d_head] = 0
 
@@ -75,21 +74,11 @@ def test_a_zeroed_head_is_a_head_without_an_output_matrix(family):
 
     with edited(of, {f"blocks.{layer}.attn.hook_z": zero}):
         logits = of.logits(batch.tokens)
-    for row, probe in enumerate(PROBES):
-        n = batch.lengths[row]
+    for row, n in enumerate(batch.lengths):
         with torch.no_grad():
             expected = other(batch.tokens[row : row + 1, :n], use_cache=False).logits[0]
         torch.testing.assert_close(logits[row, :n], expected, rtol=1e-4, atol=1e-4)
     assert (logits - of.logits(batch.tokens)).abs().max() > 1e-2
-
-
-OUTPUT = {
-    **dict.fromkeys(tiny.FAMILIES, "self_attn.o_proj"),
-    "gpt2": "attn.c_proj",
-    "gpt_neox": "attention.dense",
-    "gptj": "attn.out_proj",
-    "opt": "self_attn.out_proj",
-}
 
 
 def test_gradients_reach_an_activation_and_no_weight():
@@ -126,10 +115,91 @@ def test_everything_is_put_back_after_an_error():
     assert torch.equal(of.logits(batch.tokens), whole)
 
 
+def doubled(value, which):
+    """Variant i doubles position i."""
+    value[range(len(which)), which] *= 2
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_effects_are_those_of_one_edited_pass_each(family, rows):
+    """In the order asked for, whatever shares a batch, and against the whole pass."""
+    of = shadow(family)
+    tokens = encoded().tokens[3, :9]
+    positions = torch.tensor([4, 8])
+    which = torch.tensor([2, 0, 7])
+    hooks = ["blocks.1.hook_mlp_out", "blocks.0.hook_attn_out", "blocks.1.hook_resid_pre"]
+    asked = [Variants(int(hook[7]), hook, which, doubled) for hook in hooks]
+    clean, found = effects(of, tokens, asked, lambda x: x, positions=positions, rows=rows)
+    whole = of.logits(tokens[None])[:, positions]
+    torch.testing.assert_close(clean, whole, rtol=1e-5, atol=1e-5)
+    for hook, effect in zip(hooks, found, strict=True):
+        for at, moved in zip(which.tolist(), effect, strict=True):
+
+            def double(value, at=at):
+                value = value.clone()
+                value[:, at] *= 2
+                return value
+
+            with edited(of, {hook: double}):
+                expected = of.logits(tokens[None])[0, positions] - whole[0]
+            torch.testing.assert_close(moved, expected, rtol=1e-4, atol=2e-5)
+    assert found[1].abs().max() > 1e-2
+
+
+def test_only_the_layers_behind_an_effect_run():
+    of, tokens = shadow("llama"), encoded().tokens[0, :6]
+    asked = [Variants(1, "blocks.1.hook_mlp_out", torch.arange(6), doubled)]
+    effects(of, tokens, asked, lambda x: x, rows=64)  # finds out what the layers return
+    ran = []
+    handles = [
+        block.attn.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(of.bridge.blocks)
+    ]
+    try:
+        effects(of, tokens, asked, lambda x: x, rows=4)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == [0, 1, 1, 1]  # the text as it is, and the second layer for 4 and for 2 variants
+
+
+@pytest.mark.parametrize("fails", ["change", "score"])
+def test_effects_leave_nothing_behind_after_an_error(fails):
+    of, tokens = shadow("llama"), encoded().tokens[0, :6]
+    whole = of.logits(tokens[None])
+
+    def no(*_):
+        raise RuntimeError("no")
+
+    asked = Variants(
+        1, "blocks.1.hook_mlp_out", torch.arange(6), no if fails == "change" else doubled
+    )
+    with pytest.raises(RuntimeError, match="no"):
+        effects(of, tokens, [asked], no if fails == "score" else lambda x: x, rows=64)
+    assert all("forward" not in vars(block) for block in of.bridge.blocks)
+    assert not any(getattr(point, "fwd_hooks", []) for point in of.hooks.values())
+    assert torch.equal(of.logits(tokens[None]), whole)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_captured_activations_are_nodes_of_the_graph(family):
+    """Also those behind another captured one; without `grad` there is no graph."""
+    of, tokens = shadow(family), encoded().tokens[0, :6]
+    names = [f"blocks.{i}.attn.hook_z" for i in range(2)]
+    logits, got = captured(of, tokens, names, torch.tensor([5]), grad=True)
+    slopes = torch.autograd.grad(logits[0, 0, 7], [got[name] for name in names])
+    assert all(slope.abs().max() > 0 for slope in slopes)
+    assert all(p.grad is None for p in of.bridge.parameters())
+    plain, same = captured(of, tokens, names, torch.tensor([5]))
+    assert torch.equal(plain, logits)
+    assert not any(value.requires_grad for value in (plain, *same.values()))
+
+
 def test_an_unknown_hook_point_is_named():
     of = shadow("llama")
     with (
-        pytest.raises(ValueError, match="blocks.0.attn.hook_pattern"),
+        pytest.raises(ValueError, match=r"blocks\.0\.attn\.hook_pattern"),
         edited(of, {"blocks.0.attn.hook_z": lambda z: z, "blocks.0.attn.hook_patern": lambda p: p}),
     ):
         pass

@@ -5,7 +5,7 @@ import torch
 
 from tests import tiny
 from tests.test_shadow import PROBES, batch_for
-from tlens_callback import Probe, ProbeBatch, Reading, Shadow, observe
+from tlens_callback import Probe, ProbeBatch, Reading, RepeatLoss, Shadow, observe
 from tlens_callback.instruments import fast
 
 
@@ -38,7 +38,8 @@ def test_adding_instruments_adds_no_forward_pass(shadow):
     handle.remove()
     assert len(calls) == 1
     instruments = {reading.instrument for reading in readings}
-    assert instruments == {i.name for i in fast()} | {"a", "b"}
+    # There is no adapter to look at.
+    assert instruments == {i.name for i in fast()} - {"adapter_spectrum"} | {"a", "b"}
 
 
 def test_weights_alone_need_no_forward_pass(shadow):
@@ -94,3 +95,10 @@ def test_an_instrument_that_raises_stands_alone(shadow, first):
 def test_one_key_twice_is_refused(shadow):
     with pytest.raises(ValueError, match="'same/mean'"):
         observe(shadow, batch_for(shadow), [Mean("same"), Mean("same")])
+
+
+def test_an_optional_instrument_that_fits_nothing_is_left_out_and_another_raises(shadow):
+    batch = ProbeBatch.encode(PROBES[:1], tiny.tokenizer(), vocab_size=shadow.vocab_size)
+    assert "repeat_loss" not in {r.instrument for r in observe(shadow, batch, fast())}
+    with pytest.raises(ValueError, match="needs repeated random blocks"):
+        observe(shadow, batch, [RepeatLoss()])

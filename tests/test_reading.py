@@ -34,6 +34,18 @@ def test_values_are_a_copy_that_cannot_be_written():
         reading.values[0] = 1
 
 
+def test_texts_are_a_copy_beside_the_values():
+    source = np.array([["Paris", ""], ["中", "\n"]])
+    reading = Reading(key="a/b", values=np.eye(2), axes=("x", "y"), unit="index", texts=source)
+    source[0, 0] = "Rome"
+    assert reading.texts is not None and reading.texts.tolist() == [["Paris", ""], ["中", "\n"]]
+    with pytest.raises(ValueError, match="read-only"):
+        reading.texts[0, 0] = "Rome"
+    plain = Reading(key="a/b", values=1, unit="index", texts=np.array(" Paris"))
+    assert plain.texts is not None and plain.texts.item() == " Paris"
+    assert Reading(key="a/b", values=1, unit="index").texts is None
+
+
 @pytest.mark.parametrize(
     "change, text",
     [
@@ -45,6 +57,7 @@ def test_values_are_a_copy_that_cannot_be_written():
         ({"labels": {"pos": ["a"]}}, "'pos', which is not one of"),
         ({"labels": {"head": ["a"]}}, "3 indices but 1 labels"),
         ({"limits": (1.0, 1.0)}, "low < high"),
+        ({"texts": np.array(["a", "b"])}, r"texts of shape \(2,\)"),
     ],
 )
 def test_what_does_not_fit_raises(change, text):

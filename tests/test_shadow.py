@@ -109,6 +109,20 @@ def test_full_fine_tuning_needs_no_sync_but_for_split_copies(family):
     assert gap(model, shadow, batch) < 2e-5
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_half_precision_runs_and_is_the_live_model(family):
+    """Against the live model's eager attention in the same precision, after steps with LoRA."""
+    model = lora(tiny.model(family).to(torch.bfloat16), lora_dropout=0.0)
+    shadow = Shadow.of(model)
+    batch = batch_for(shadow)
+    train(model, batch)
+    shadow.sync()
+    assert shadow.dtype == torch.bfloat16
+    fidelity, _ = compare(model, shadow, batch)
+    assert fidelity.close and fidelity.scale > 1
+    assert fidelity.kl < 0.02
+
+
 def test_extra_bytes_are_those_of_the_adapted_weights():
     model = lora(tiny.model("llama"), target_modules=["q_proj", "down_proj"])
     shadow = Shadow.of(model)

@@ -24,7 +24,7 @@ finally:
     warnings.filters[:] = _filters  # type: ignore[index]
     warnings._filters_mutated()  # type: ignore[attr-defined]
 
-__all__ = ["SplitCopy", "TransformerBridge", "build", "split_copies"]
+__all__ = ["SplitCopy", "TransformerBridge", "build", "round_rotated", "split_copies"]
 
 SplitCopy = tuple[Tensor, Tensor, Tensor]
 """(copy, source, rows): `copy` holds `source[rows]` and has to be told when `source` changes."""
@@ -39,6 +39,18 @@ def build(skeleton: nn.Module, device: torch.device) -> TransformerBridge:
         return build_bridge_from_module(
             skeleton, type(skeleton).__name__, hf_config=skeleton.config
         )
+
+
+def round_rotated(bridge: TransformerBridge, dtype: torch.dtype) -> None:
+    """Rounds rotated queries and keys to the model's precision, as OLMo 2 does.
+
+    Its rotary embedding computes in float32 and rounds afterwards; the bridge leaves them as they
+    are and then cannot multiply them with values in half precision (transformer-lens 4.3.0).
+    """
+    if dtype != torch.float32:
+        for name, point in bridge.hook_dict.items():
+            if name.endswith(("attn.hook_rot_q", "attn.hook_rot_k")):
+                point.add_hook(lambda value, hook: value.to(dtype), is_permanent=True)
 
 
 def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:

@@ -5,20 +5,22 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tlens_callback.builtin_probes import first_rows, repeated_blocks, training_rows
-from tlens_callback.instruments import HeadScores, fast
+from tlens_callback.instruments import HeadScores, RepeatLoss, VirtualHeads, fast
 from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.lines import opening, print_lines, summary
 from tlens_callback.memory import FILE
-from tlens_callback.observer import Observer, OnError, print_lines
+from tlens_callback.observer import Observer, OnError
 from tlens_callback.probes import Probe
 from tlens_callback.shadow import Shadow
 from tlens_callback.sinks import LocalSink, WandbSink
+from tlens_callback.watch import Watch
 
 logger = logging.getLogger("tlens_callback")
 
@@ -36,9 +38,12 @@ class TLensCallback(TrainerCallback):
             as far as the model has what they read.
         sinks: where readings go. None: the active W&B run if there is one, and a local store
             `<output_dir>/tlens`.
+        watch: what to raise events about: heads that take or lose a role, collapsing entropy, and
+            rules of your own. None: `Watch()`. False: nothing.
         every_n_steps: optimizer steps between two observations.
         repeats: False leaves out the repeated random blocks of three lengths that come on top for
-            `HeadScores`, unless there are repeated blocks among the probes.
+            `HeadScores`, `VirtualHeads` and `RepeatLoss`, unless there are repeated blocks among
+            the probes.
         device: where to put the shadow. None: beside the model, sharing every weight that no
             adapter changes. Another device holds a full copy.
         dtype: precision of the shadow; None: the model's. `torch.float32` for a bfloat16 model
@@ -63,6 +68,7 @@ class TLensCallback(TrainerCallback):
         *,
         instruments: Sequence[Instrument] | None = None,
         sinks: Sequence[Sink] | None = None,
+        watch: Watch | Literal[False] | None = None,
         every_n_steps: int = 100,
         repeats: bool = True,
         device: torch.device | str | None = None,
@@ -82,7 +88,6 @@ class TLensCallback(TrainerCallback):
                 raise ValueError(
                     f"Probes are Probe objects, got {type(probe).__name__}: {probe!r}."
                 )
-        forgiving = instruments is None
         instruments = fast() if instruments is None else list(instruments)
         for thing, kind in [(i, Instrument) for i in instruments] + [
             (s, Sink) for s in sinks or ()
@@ -99,6 +104,8 @@ class TLensCallback(TrainerCallback):
             raise ValueError(
                 f"Two instruments are named {min(twice)!r}; give one of them another name=."
             )
+        if watch is not None and watch is not False and not isinstance(watch, Watch):
+            raise ValueError(f"watch is a Watch, False or None, got {watch!r}.")
         if device is not None:
             try:
                 device = torch.device(device)
@@ -108,12 +115,13 @@ class TLensCallback(TrainerCallback):
             raise ValueError(f"dtype is a floating point torch.dtype, got {dtype!r}.")
         self.probes = None if probes is None else list(probes)
         self.every_n_steps = every_n_steps
-        self.repeats = repeats and any(isinstance(i, HeadScores) for i in instruments)
+        on_blocks = HeadScores, VirtualHeads, RepeatLoss
+        self.repeats = repeats and any(isinstance(i, on_blocks) for i in instruments)
         self.sinks: list[Sink] = list(sinks or ())
         self._given_sinks = sinks is not None
         self._settings: dict[str, Any] = dict(
             instruments=instruments,
-            forgiving=forgiving,
+            watch=Watch() if watch is None else watch or None,
             device=device,
             dtype=dtype,
             on_error=on_error,
@@ -182,7 +190,7 @@ class TLensCallback(TrainerCallback):
                     "it elsewhere (device='cpu'), shorten the probes, or adapt fewer layers."
                 ) from error
             raise
-        print_lines(observer.opening())
+        print_lines(opening(observer))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -225,7 +233,7 @@ class TLensCallback(TrainerCallback):
         if observer is None:
             return
         observer.close()
-        print_lines(observer.summary())
+        print_lines(summary(observer))
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may begin after this callback does."""

@@ -1,24 +1,37 @@
 """Forward passes that are not the model's own: activations replaced, layers before one skipped.
 
-Both are context managers around `shadow.logits` or `shadow.run`, and can be combined:
+`edited` and `starting_at` are context managers around `shadow.logits` or `shadow.run`, and can be
+combined:
 
     with edited(shadow, {"blocks.3.attn.hook_z": zero_head}), starting_at(shadow, 3, resid):
         logits = shadow.logits(tokens)
+
+`captured` and `effects` are made of them: one text as it is, and what becomes of it when one of its
+activations is another.
 """
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tlens_callback.shadow import Shadow
 
 Edit = Callable[[Tensor], Tensor]
 """An activation in, what shall stand in its place out; it must not write to what it is given."""
+
+Change = Callable[[Tensor, Tensor], None]
+"""Writes to an activation that is its own, [variant, pos, ...]; given the variants' numbers too."""
+
+Score = Callable[[Tensor], Tensor]
+"""Logits [variant, kept, vocab] in, a few numbers each out: [variant, ...]."""
 
 
 @contextmanager
@@ -52,14 +65,16 @@ def starting_at(
     """
     *before, first = list(shadow.bridge.blocks)[: layer + 1]  # type: ignore[arg-type]
     blocks: list[nn.Module] = [*before, first]
-    enter, in_tuples = first.forward, _in_tuples(shadow) if before else False
+    enter, run = first.forward, blocks[0].forward
 
     def entering(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert hidden.shape == resid.shape, (hidden.shape, resid.shape)
         return enter(resid, *args, **kwargs)
 
     def skipping(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if in_tuples else hidden
+        if blocks[0] not in _IN_TUPLES:  # only a layer that runs, once, can tell
+            _IN_TUPLES[blocks[0]] = isinstance(run(hidden, *args, **kwargs), tuple)
+        return (hidden,) if _IN_TUPLES[blocks[0]] else hidden
 
     try:
         for block in before:
@@ -71,21 +86,120 @@ def starting_at(
             vars(block).pop("forward", None)
 
 
-def _in_tuples(shadow: Shadow) -> bool:
-    """Whether the model's layers return their output in a tuple (GPT-J's do)."""
-    first: Any = shadow.bridge.blocks[0]
-    if first not in _KNOWN:
-        found: list[Any] = []
-        handle = first.register_forward_hook(lambda module, args, output: found.append(output))
-        try:
-            shadow.logits(torch.zeros(1, 1, dtype=torch.long, device=shadow.device))
-        finally:
-            handle.remove()
-        _KNOWN[first] = isinstance(found[0], tuple)
-    return _KNOWN[first]
+_IN_TUPLES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""A model's first layer -> whether its layers return their output in a tuple (GPT-J's do)."""
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+def captured(
+    shadow: Shadow,
+    tokens: Int[Tensor, " pos"],
+    names: Iterable[str],
+    positions: Int[Tensor, " kept"] | None = None,
+    *,
+    grad: bool = False,
+) -> tuple[Float[Tensor, "1 kept vocab"], dict[str, Tensor]]:
+    """One text through the model as it is: the logits, and activations as the hook points have
+    them, [1, pos, ...].
+
+    Args:
+        grad: the activations are nodes of the logits' graph, for `torch.autograd.grad`.
+
+    Raises:
+        ValueError: for a name that is no hook point of this model.
+    """
+    got: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Tensor) -> Tensor:
+        got[name] = value.detach().requires_grad_() if grad and not value.requires_grad else value
+        return got[name]
+
+    with edited(shadow, {name: partial(keep, name) for name in names}):
+        logits = shadow.logits(tokens[None], positions, grad=grad)
+    return logits, got
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Variants of a text that differ from it in one activation of one layer.
+
+    Attributes:
+        layer: the first layer that knows of the difference.
+        hook: a hook point of that layer.
+        which: number of each variant: a head, a position.
+        change: writes the variants of some of these numbers into copies of the activation.
+    """
+
+    layer: int
+    hook: str
+    which: Int[Tensor, " variant"]
+    change: Change
+
+
+@torch.no_grad()
+def effects(
+    shadow: Shadow,
+    tokens: Int[Tensor, " pos"],
+    variants: Sequence[Variants],
+    score: Score,
+    *,
+    positions: Int[Tensor, " kept"] | None = None,
+    rows: int,
+) -> tuple[Float[Tensor, "1 ..."], list[Float[Tensor, "variant ..."]]]:
+    """A text's score, and for each of `variants` their scores minus the text's.
+
+    One batch takes up to `rows` variants, of as many layers as that fills, and begins at the first
+    of these layers. The text itself is a row of each: in half precision the rounding depends on
+    the size of a batch.
+
+    Args:
+        score: what is kept of a batch's logits.
+        positions: where to take logits. Default: everywhere.
+    """
+    batches = list(_batches(variants, rows))
+    entry = [variants[batch[0][0]].layer for batch in batches]
+    logits, resid = captured(shadow, tokens, [_resid(layer) for layer in entry], positions)
+    found: list[list[Tensor]] = [[] for _ in variants]
+    for layer, batch in zip(entry, batches, strict=True):
+        sizes = [1] + [len(part) for _, part in batch]
+        many = (sum(sizes), -1, -1)
+        changes: dict[str, list[tuple[slice, Tensor, Change]]] = {}
+        for (i, part), start in zip(
+            batch, itertools.accumulate(sizes[1:], initial=1), strict=False
+        ):
+            place = slice(start, start + len(part))
+            changes.setdefault(variants[i].hook, []).append((place, part, variants[i].change))
+        edits = {hook: partial(_written, parts) for hook, parts in changes.items()}
+        with starting_at(shadow, layer, resid[_resid(layer)].expand(many)), edited(shadow, edits):
+            scores = score(shadow.logits(tokens.expand(many[:2]), positions))
+        for (i, _), own in zip(batch, (scores - scores[:1]).split(sizes)[1:], strict=True):
+            found[i].append(own)
+    return score(logits), [torch.cat(parts) for parts in found]
+
+
+def _batches(variants: Sequence[Variants], rows: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """The variants by layer, in parts, (place in `variants`, numbers), up to `rows` in a batch."""
+    batch, room = [], rows
+    for i in sorted(range(len(variants)), key=lambda i: variants[i].layer):
+        left = variants[i].which
+        while len(left):
+            batch.append((i, left[:room]))
+            left, room = left[room:], room - len(left[:room])
+            if not room:
+                yield batch
+                batch, room = [], rows
+    if batch:
+        yield batch
+
+
+def _written(changes: Sequence[tuple[slice, Tensor, Change]], value: Tensor) -> Tensor:
+    value = value.clone()
+    for place, which, change in changes:
+        change(value[place], which)
+    return value
+
+
+def _resid(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_pre"
 
 
 def _replacing(edit: Edit) -> Callable[..., Tensor]:

@@ -70,7 +70,7 @@ def recall(path: Path, of: Memories, batch: ProbeBatch, device: torch.device) ->
                     "measured from here on."
                 )
                 return
-            for key in file.keys():  # noqa: SIM118
+            for key in file.keys():
                 name, _, own = key.partition("|")
                 if name in of:
                     of[name][own] = file.get_tensor(key)

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,24 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tlens_callback.weights import adapted_leaves, fill, innermost, live_leaves, resolve
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One parameter of the model as it computes.
+
+    Attributes:
+        name: as a plain model of the live one's class names it.
+        value: the effective value, on the mirror's device and in its dtype: with adapters merged.
+        live: the live model's parameter, without adapters.
+        trained: whether training changes the effective value: the live parameter is trained, or an
+            adapter on it.
+    """
+
+    name: str
+    value: Tensor
+    live: nn.Parameter
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,30 @@ class Mirror:
     def n_owned(self) -> int:
         """Number of parameters that hold a merged weight."""
         return sum(len(source.own) for source in self._sources)
+
+    def weights(self) -> list[Weight]:
+        """Every parameter, in the order of the modules; tied ones once."""
+        found = []
+        for source in self._sources:
+            for name, live in innermost(source.live)._parameters.items():
+                if live is None:
+                    continue
+                if name in source.own:
+                    value = source.own[name]
+                    trained = any(p.requires_grad for p in source.live.parameters())
+                elif name in source.aliased or name in source.copied:
+                    value = source.copied.get(name, live.detach())
+                    trained = live.requires_grad
+                else:  # tied to one before it
+                    continue
+                path = f"{source.path}.{name}" if source.path else name
+                found.append(Weight(path, value, live, trained))
+        return found
+
+    def live_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules with parameters, by their names in a plain model: live, adapters included."""
+        for source in self._sources:
+            yield source.path, source.live
 
     def fits(self, base: nn.Module) -> bool:
         """Whether each module still has the source that it was built on. After `release`: no."""

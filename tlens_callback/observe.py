@@ -24,7 +24,8 @@ def observe(
     run on the shadow's device inside the forward pass; their results leave it together.
 
     Args:
-        on_error: takes an instrument that raised, and what; the others go on. None raises.
+        on_error: takes an instrument that raised, and what; the others go on. None raises, but
+            for an `optional` instrument that has nothing to measure here, which is left out.
 
     Raises:
         ValueError: where two readings have one key.
@@ -32,10 +33,11 @@ def observe(
     failed: set[int] = set()
 
     def fail(i: int, error: Exception) -> None:
-        if on_error is None:
-            raise error
         failed.add(i)
-        on_error(instruments[i], error)
+        if on_error is not None:
+            on_error(instruments[i], error)
+        elif not (isinstance(error, ValueError) and getattr(instruments[i], "optional", False)):
+            raise error
 
     taps: list[Mapping[str, Reduce]] = []
     for i, instrument in enumerate(instruments):

@@ -11,15 +11,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tlens_callback.fidelity import Fidelity, FidelityError, compare
 from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.lines import mismatch, print_lines
 from tlens_callback.memory import keep, memories, recall
 from tlens_callback.observe import observe
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
+from tlens_callback.watch import Watch
 
 logger = logging.getLogger("tlens_callback")
 
@@ -29,13 +30,13 @@ OnError = Literal["warn", "raise"]
 class Observer:
     """Shadow, probes, instruments and sinks of one run, with one policy for what goes wrong.
 
-    What a user can get wrong raises in `start`. Later an instrument or a sink that raises is
+    What a user can get wrong raises in `start`; an `optional` instrument that has nothing to
+    measure in this model is left out with a line. Later an instrument or a sink that raises is
     reported once and set aside; a shadow that fails or drifts ends the watching. With
     `on_error="raise"` everything raises.
 
     Args:
-        forgiving: an instrument that raises at the first observation is set aside as well, since
-            nobody asked for it by name.
+        watch: what raises events; None: nothing does.
 
     Keys:
         fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement: where they were computed; see
@@ -57,13 +58,13 @@ class Observer:
         instruments: Sequence[Instrument],
         sinks: Sequence[Sink],
         *,
+        watch: Watch | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         on_error: OnError = "warn",
-        forgiving: bool = False,
     ) -> None:
         self.instruments, self.sinks = list(instruments), list(sinks)
-        self.forgiving = forgiving
+        self.watch = watch
         self.device, self.dtype, self.on_error = device, dtype, on_error
         self.shadow: Shadow | None = None
         self.model: nn.Module | None = None
@@ -124,7 +125,7 @@ class Observer:
                 )
             assert self.batch is not None
             self._looks = 0
-            remembered = memories(self.instruments)
+            remembered = memories([*self.instruments, self.watch])
             for own in remembered.values():
                 own.clear()
             if memory is not None:
@@ -136,7 +137,7 @@ class Observer:
                     "observe. Check its weights and its precision."
                 )
             if not fidelity.close:
-                raise FidelityError(_mismatch(model, fidelity))
+                raise FidelityError(mismatch(model, fidelity))
             self._first, self._first_step, self._next_check = fidelity, step, step + 1
             self.checks[step] = fidelity
             self._look(step, fidelity, last=False)
@@ -147,7 +148,7 @@ class Observer:
             return
         with self._clock():
             try:
-                keep(path, memories(self.instruments), self.batch)
+                keep(path, memories([*self.instruments, self.watch]), self.batch)
             except OSError as error:
                 if self.on_error == "raise":
                     raise
@@ -183,6 +184,8 @@ class Observer:
             except Exception as error:
                 if self.on_error == "raise":
                     raise
+                if self.watch is not None and isinstance(error, FidelityError):
+                    self._write(self.watch.breach(error), step)
                 self._let_go()
                 logger.warning(
                     "tlens: observing failed (%s: %s). Watching ends here; training goes on.",
@@ -219,7 +222,7 @@ class Observer:
             told = fidelity.telling(self._first)
             self._next_check = None if told else step + max(1, step - self._first_step)
         if not fidelity.close or fidelity.stale(self._first):
-            raise FidelityError(_mismatch(self.model, fidelity, stale=fidelity.close))
+            raise FidelityError(mismatch(self.model, fidelity, stale=fidelity.close))
         return fidelity
 
     def _look(self, step: int, fidelity: Fidelity | None, *, last: bool) -> None:
@@ -227,16 +230,24 @@ class Observer:
         due = [i for i in self.instruments if last or self._looks % getattr(i, "every", 1) == 0]
         self._looks += 1
 
-        def failed(instrument: Instrument, error: Exception) -> None:
-            self.instruments = [i for i in self.instruments if i is not instrument]
-            self._report(f"instrument {instrument.name!r}", error)
+        first = step == self._first_step
 
-        # At the start an instrument's failure is the user's to mend: a hook that is not there.
-        first = step == self._first_step and not self.forgiving
-        strict = self.on_error == "raise" or first
-        readings = observe(self.shadow, self.batch, due, on_error=None if strict else failed)
+        def failed(instrument: Instrument, error: Exception) -> None:
+            optional = first and getattr(instrument, "optional", False)
+            unfit = optional and isinstance(error, ValueError)
+            # At the start an instrument's failure is the user's to mend: a hook that is not there.
+            if not unfit and (self.on_error == "raise" or (first and not optional)):
+                raise error
+            self.instruments = [i for i in self.instruments if i is not instrument]
+            if unfit:
+                print_lines([f"tlens: without {instrument.name}: {error}"])
+            else:
+                self._report(f"instrument {instrument.name!r}", error)
+
+        readings = observe(self.shadow, self.batch, due, on_error=failed)
         if fidelity is not None:
             readings += fidelity.readings()
+        readings += self._events(readings, step, strict=self.on_error == "raise" or first)
         spent = self.seconds + time.perf_counter() - self._entered
         since, self._accounted = spent - self._accounted, spent
         readings += [
@@ -247,8 +258,29 @@ class Observer:
             self.steps.append(step)
         self._write(readings, step)
 
+    def _events(self, readings: Sequence[Reading], step: int, *, strict: bool) -> list[Reading]:
+        """What the watch makes of an observation; its events are printed."""
+        if self.watch is None:
+            return []
+        try:
+            found = self.watch.look(readings)
+        except Exception as error:
+            if strict:
+                raise
+            self.watch = None
+            self._report("the watch", error)
+            return []
+        for reading in found:
+            for sentence in reading.labels.get("event", ()):
+                print_lines([f"tlens: step {step}: {sentence}"])
+        return found
+
+    @property
+    def share(self) -> float:
+        """`seconds` as a share of the time since the start."""
+        return self._share(self.seconds)
+
     def _share(self, spent: float) -> float:
-        """`spent` seconds as a share of the time since the start."""
         return min(1.0, spent / (time.perf_counter() - self._began))
 
     def _write(self, readings: Sequence[Reading], step: int) -> None:
@@ -280,61 +312,3 @@ class Observer:
             yield
         finally:
             self.seconds += time.perf_counter() - self._entered
-
-    def opening(self) -> list[str]:
-        """A line for the start of the run: what is watched, and how near the shadow is to it."""
-        assert self.shadow is not None and self.batch is not None
-        shadow, fidelity = self.shadow, self.checks[self._first_step]
-        return [
-            f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
-            f"{self._asked()}; {shadow.n_owned} weights have adapters, "
-            f"{shadow.extra_bytes / 2**20:.1f} MiB beside the model's; {fidelity}",
-            *self._places(),
-        ]
-
-    def _asked(self) -> str:
-        assert self.batch is not None
-        blocks = sum(probe.block is not None for probe in self.batch.probes)
-        return f"{len(self.batch.probes) - blocks} probes and {blocks} repeated blocks"
-
-    def _places(self) -> list[str]:
-        """A line for each sink; one that does not say where it writes is named by its class."""
-        named = [
-            type(sink).__name__ if type(sink).__str__ is object.__str__ else str(sink)
-            for sink in self.sinks
-        ]
-        return [f"tlens: {name}" for name in named]
-
-    def summary(self) -> list[str]:
-        """Lines for the end of the run: what was seen, where to look, what it cost."""
-        if not self.steps or self.batch is None:
-            return []
-        lines = [
-            f"tlens: {len(self.steps)} observations of {self._asked()} in "
-            f"{self.seconds:.1f} s, {self._share(self.seconds):.1%} of the run; "
-            f"{self.extra_bytes / 2**20:.1f} MiB of weights beside the model's"
-        ]
-        if self.checks:
-            worst = max(self.checks.values(), key=lambda check: check.relative)
-            lines.append(f"tlens: shadow against live model, worst of {len(self.checks)}: {worst}")
-        return lines + self._places()
-
-
-def _mismatch(model: nn.Module, fidelity: Fidelity, *, stale: bool = False) -> str:
-    if stale:
-        return (
-            f"the shadow of {type(model).__name__} did not follow the live model's update: it is "
-            f"{fidelity.gap:.1e} logits off where the live model moved {fidelity.moved:.1e}"
-        )
-    return (
-        f"the shadow of {type(model).__name__} is not the live model: {fidelity}; rounding allows "
-        f"{fidelity.tolerance[0]:.0e} of the largest logit and KL {fidelity.tolerance[1]:.0e}. "
-        f"Its pictures would be of another model. This family or this adapter may not be "
-        f"supported by TransformerLens's bridge"
-    )
-
-
-def print_lines(lines: Sequence[str]) -> None:
-    """Prints beside a progress bar without breaking it."""
-    for line in lines:
-        tqdm.write(line)

@@ -4,7 +4,7 @@ import copy
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 import torch
@@ -118,8 +118,8 @@ class ProbeBatch:
     foils: tuple[int | None, ...]
     vocab_size: int
     context: int | None = None
-    tokenizer: Any = None
-    training: Callable[[int], list[list[int]]] | None = None
+    tokenizer: Any = field(default=None, repr=False)
+    training: Callable[[int], list[list[int]]] | None = field(default=None, repr=False)
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ class Reading:
         labels: axis name -> one string per index (tokens, names). Axes without labels are numbered.
         limits: fixed range of the colour scale, so that step 100 compares with step 900.
         texts: one string per value, in an array of the values' shape, where a value stands for
-            something with a name: the tokens that a lens reads, behind their ids.
+            something with a name: the tokens that a lens reads, behind their ids. numpy's strings
+            lose a NUL at their end.
 
     Raises:
         ValueError: where key, values, axes, labels and limits do not fit together.

@@ -96,6 +96,7 @@ class Shadow:
         try:
             self.bridge = _bridge.build(self.mirror.module, self.device)
             self._split = _bridge.split_copies(self.bridge)
+            _bridge.round_rotated(self.bridge, self.dtype)
         except Exception as error:
             raise ValueError(
                 f"TransformerLens's bridge cannot take a {type(base).__name__}: {error} "

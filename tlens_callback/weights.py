@@ -177,6 +177,31 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
             out.copy_(merged[name])
 
 
+def low_rank_update(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, bool] | None:
+    """What the active adapters add to a matrix, where that is a product of low rank.
+
+    Returns:
+        The live matrix without it; B, [out, rank], with the scaling, in float32 or wider; A,
+        [rank, in], several adapters side by side along the rank; and whether the matrix is kept as
+        [in, out], so that (B A)^T is added to it. None where the adapters do anything else, or
+        nothing: another tuner than plain LoRA, a stack of experts, an adapter that is disabled or
+        merged.
+    """
+    layers, base = _peel(module)
+    chain = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
+    name = _plain_target(chain[0]) if len(chain) == 1 else None
+    product = None if name is None else _factors(chain[0])
+    if name is None or product is None or product[0].ndim != 2:
+        return None
+    left, right, scale = product
+    transposed = bool(chain[0].fan_in_fan_out) or type(chain[0]) is LoraEmbedding
+    if transposed:
+        left, right = right.mT, left.mT
+    weight = base._parameters[name]
+    assert weight is not None
+    return weight, left.detach().to(_at_least_float32(left)) * scale, right.detach(), transposed
+
+
 def _plain_target(layer: Any, *, ever: bool = False) -> str | None:
     """The parameter to which this layer adds scaled products of two factors and does nothing else.
 

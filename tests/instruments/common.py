@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from tlens_callback import Instrument, Probe, ProbeBatch, Reading, Shadow, observe
@@ -32,6 +33,21 @@ MIXED_MOE = {"mlp_only_layers": [1], "num_hidden_layers": 3}
 def shadow(family: str, seed: int = 0, mixed: bool = False) -> Shadow:
     """A shadow of a tiny model; tests only look at it, so one serves all."""
     return Shadow.of(tiny.model(family, seed=seed, **(MIXED_MOE if mixed else {})))
+
+
+@cache
+def adapted(
+    family: str, seed: int = 0, mixed: bool = False, dtype: torch.dtype = torch.float32
+) -> Shadow:
+    """The same with LoRA on all linear layers, as far along as after some training."""
+    model = tiny.model(family, seed=seed, **(MIXED_MOE if mixed else {}))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return Shadow.of(peft.to(dtype))
 
 
 @cache

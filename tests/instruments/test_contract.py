@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.instruments.common import PROBES, TEXTS, encoded, shadow
+from tests.instruments.common import PROBES, TEXTS, encoded
+from tests.instruments.common import adapted as shadow
 from tests.instruments.settings import SETTINGS
-from tlens_callback import Instrument, Reading, Shadow, instruments, observe
+from tlens_callback import Instrument, Reading, instruments, observe
 
 EXPORTED = [
     exported
@@ -186,7 +187,7 @@ def test_bfloat16_weights():
     """Half precision goes through every instrument and comes out as float32."""
     import torch
 
-    of = Shadow.of(tiny.model("llama").bfloat16())
+    of = shadow("llama", dtype=torch.bfloat16)
     got = observe(of, encoded(), instruments.fast())
     wide = {r.key: r for r in observe(shadow("llama"), encoded(), instruments.fast())}
     assert of.dtype == torch.bfloat16

@@ -107,6 +107,85 @@ def test_a_selection_of_layers_and_experts_keep_their_names():
     assert "expert %{x}" in figure.data[0].hovertemplate
 
 
+def by_pos(measure, tokens, values=None, unit="fraction", **more):
+    values = RNG.normal(size=(3, len(tokens))) if values is None else values
+    labels = {"pos": tokens}
+    key, axes = f"patching/{measure}/p", ("layer", "pos")
+    return Reading(key=key, values=values, axes=axes, unit=unit, labels=labels, **more)
+
+
+def test_tokens_have_a_column_each_and_short_ticks():
+    """A token that occurs twice would be drawn on top of itself."""
+    tokens = ["<s>", " the", "\n", " the", " internationalization", "7"]
+    figure = score_figure([by_pos("resid", tokens)])
+    (panel,) = figure.data
+    assert len(set(panel.x)) == len(tokens)
+    assert list(panel.x)[1:5] == ["1  the", "2 \\n", "3  the", "4  internationalization"]
+    axis = figure.layout.xaxis
+    assert axis.type == "category" and list(axis.tickvals) == list(panel.x)
+    assert list(axis.ticktext)[3:] == ["3  the", "4  internat...", "5 7"]
+    assert "L%{y} pos %{x} resid p" in panel.hovertemplate
+    many = score_figure([by_pos("resid", [f"word{i}" for i in range(100)])])
+    assert 8 < len(many.layout.xaxis.tickvals) <= 16
+    assert many.data[0].x[99] == "99 word99"
+    assert many.layout.xaxis.tickvals[1] == "7 word7" == many.layout.xaxis.ticktext[1]
+
+
+def test_names_of_modules_are_ticks_with_room_below():
+    names = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    of = dict(axes=("layer", "module"), unit="norm", labels={"module": names})
+    readings = [Reading(key=f"spectrum/m{i}", values=RNG.random((5, 4)), **of) for i in range(6)]
+    figure = score_figure(readings)
+    assert list(figure.layout.xaxis.ticktext) == names == list(figure.data[0].x)
+    assert figure.layout.xaxis.tickangle == 90
+    numbered = score_figure([scores(f"m{i}") for i in range(6)])
+
+    def between(drawn):
+        height = drawn.layout.height or 450
+        inner = height - drawn.layout.margin.t - drawn.layout.margin.b
+        return (drawn.layout.yaxis.domain[0] - drawn.layout.yaxis5.domain[1]) * inner
+
+    # Nine letters at six pixels more than numbers have, whose figure is as tall as its place.
+    assert between(figure) == pytest.approx(52 + 54) and figure.layout.height
+    assert between(numbered) < 60
+
+
+def test_signed_values_are_centred_at_zero():
+    signed = score_figure([by_pos("resid", ["a", "b"], [[-0.5, 2.0]])]).layout.coloraxis
+    assert (signed.cmin, signed.cmax) == (-2, 2)
+    middle = signed.colorscale[len(signed.colorscale) // 2]
+    assert middle[0] == 0.5 and middle[1] == "rgb(247,247,247)"
+    positive = score_figure([by_pos("resid", ["a", "b"], [[0.5, 2.0]])]).layout.coloraxis
+    assert (positive.cmin, positive.cmax) == (0.5, 2)
+    assert positive.colorscale != signed.colorscale
+
+
+def test_token_ids_are_said_and_not_coloured():
+    tokens = ["a", "b"]
+    words = np.array([[" Paris", "</b>"]])
+    said = by_pos("token", tokens, [[3, 9]], unit="index", texts=words)
+    entropy = by_pos("entropy", tokens, [[0.5, 1]], unit="nats")
+    figure = score_figure([said, entropy])
+    (panel,) = figure.data
+    assert "entropy" in panel.hovertemplate and "%{text}" in panel.hovertemplate
+    assert list(panel.text[0]) == ["' Paris'", "'&lt;/b&gt;'"]
+    # Alone, or beside what has another shape, it has a panel of its own.
+    assert len(score_figure([said]).data) == 1
+    assert len(score_figure([said, by_pos("entropy", list("abc"))]).data) == 2
+
+
+def test_features_are_rows():
+    values = RNG.random((2, 3))
+    on = Reading(
+        key="sae/on/p", values=values, axes=("feature", "pos"), unit="activation",
+        labels={"feature": ["17", "4000"], "pos": ["a", "b", "c"]},
+    )  # fmt: skip
+    figure = score_figure([on])
+    assert figure.data[0].hovertemplate.startswith("feature %{y} pos %{x} on p")
+    assert list(figure.data[0].y) == ["17", "4000"]
+    assert figure.layout.yaxis.title.text == "feature"
+
+
 def test_names_are_no_markup():
     figure = score_figure([scores("a", probe="<b>x</b> %{z} </script>")])
     page = figure.to_html(include_plotlyjs=False)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tlens_callback.reading import Reading
 from tlens_callback.render import mosaic
-from tlens_callback.render.mosaic import LEVELS, MASKED, NOT_A_NUMBER, slots
+from tlens_callback.render.mosaic import LEVELS, MASKED, NOT_A_NUMBER, ZERO, slots
 from tlens_callback.render.text import drawable
 
 ODD = ["<s>", " Paris", "\n", "", "\x00", "\u200b", "中文", "é", "😀", "\ud83d", "</script>", "%"]
@@ -98,6 +98,54 @@ def test_colours_are_viridis_of_the_square_root():
     assert grey.max() - grey.min() < 10
 
 
+def change(layers, heads, n):
+    """The difference of two patterns, masked where both are."""
+    return causal(layers, heads, n, seed=1) - causal(layers, heads, n)
+
+
+@pytest.mark.parametrize("limit", [1, 0.25])
+def test_a_change_diverges_from_a_neutral_zero(limit):
+    values = change(2, 3, 9) * limit
+    shown = cells_of(mosaic(reading(values, limits=(-limit, limit))), 2, 3, 9)
+    lower = np.tri(9, dtype=bool)
+    assert (shown[:, :, ~lower] == MASKED).all()
+    x = values[:, :, lower] / limit
+    error = np.abs((shown[:, :, lower] - ZERO) / ZERO - np.sign(x) * np.sqrt(np.abs(x)))
+    assert error.max() <= 0.5 / ZERO + 1e-6
+    assert x.min() < -0.3 and x.max() > 0.3
+
+    def colour(x):
+        one = np.zeros((1, 1, 2, 2), np.float32)
+        one[0, 0, 1, 0] = x * limit
+        png = mosaic(reading(one, limits=(-limit, limit)))
+        return decode(png)[1][cells_of(png, 1, 1, 2)[0, 0, 1, 0]]
+
+    zero = colour(0)
+    assert zero.min() > 240 and zero.max() - zero.min() < 5
+    assert (colour(1e-9) == zero).all()
+    for x in (0.05, 0.4, 0.9, 1, 3):
+        (red, _, blue), (fall_red, _, fall_blue) = colour(x), colour(-x)
+        assert red > blue + 20 and fall_blue > fall_red + 20
+    assert (colour(1) == (0x67, 0x00, 0x1F)).all() and (colour(-1) == (0x05, 0x30, 0x61)).all()
+
+
+def test_what_is_not_a_number_is_no_colour_of_the_diverging_scale():
+    values = change(1, 2, 5)
+    values[0, 1, 3, 1], values[0, 0, 4, 2] = np.nan, -np.inf
+    png = mosaic(reading(values, limits=(-1, 1)))
+    shown = cells_of(png, 1, 2, 5)
+    assert np.argwhere(shown == NOT_A_NUMBER).tolist() == [[0, 0, 4, 2], [0, 1, 3, 1]]
+    colours = decode(png)[1].astype(int)
+    distances = np.abs(colours[: 2 * ZERO + 1] - colours[NOT_A_NUMBER]).sum(1)
+    assert distances.min() > 100
+
+
+def test_no_change_at_all_is_drawn_with_its_triangle():
+    png = mosaic(reading(np.zeros((2, 2, 6, 6)), limits=(-1, 1)))
+    shown = cells_of(png, 2, 2, 6)
+    assert set(np.unique(shown)) == {ZERO, MASKED}
+
+
 def test_a_pattern_that_looks_ahead_is_drawn_whole():
     values = causal(2, 2, 6)
     triangles = (decode(mosaic(reading(values)))[0] == MASKED).sum()
@@ -176,13 +224,34 @@ def test_many_values_are_pooled_by_their_largest():
     assert (cell[499, 1:500] == 0).all()
 
 
+def test_many_changes_are_pooled_by_the_one_farthest_from_zero():
+    n = 1301
+    values = np.zeros((2, 2, n, n), np.float32)
+    values[..., 0] = -0.25
+    values[1, 0, 1000, 500:502] = 0.5, -1
+    values[1, 0, 1001, 601] = 0.25
+    values[1, 0, 1101, 601] = np.nan
+    pixels, _ = decode(mosaic(reading(values, limits=(-1, 1))))
+    ys, xs = np.nonzero(pixels == MASKED)
+    top, left = ys.min(), xs.min() - 1
+    small = (n + 1) // 2
+    cell = pixels[top + small + 2 :, left:]
+    assert cell[500, 250] == 0
+    assert cell[500, 300] == ZERO + round(0.5 * ZERO)
+    assert cell[550, 300] == NOT_A_NUMBER
+    assert (cell[:small, 0] == ZERO - int(0.5 * ZERO)).all()
+    assert (cell[499, 1:499] == ZERO).all()
+
+
 def test_refuses_what_it_cannot_show():
     values = causal(1, 1, 3)
     axes = ("layer", "head", "key", "query")
     with pytest.raises(ValueError, match="'query', 'key'"):
         mosaic(Reading(key="a/b", values=values, axes=axes, unit="probability"))
     with pytest.raises(ValueError, match="limits"):
-        mosaic(reading(values, limits=(-1, 1)))
+        mosaic(reading(values, limits=(-1, 2)))
+    with pytest.raises(ValueError, match="limits"):
+        mosaic(reading(values, limits=(-np.inf, np.inf)))
     with pytest.raises(ValueError, match="shape"):
         mosaic(reading(values[:0]))
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from tlens_callback.reading import Reading
-from tlens_callback.render import long_frame, neuron_table
+from tlens_callback.render import axis_table, long_frame, neuron_table
 
 TOKENS = ["<s>", " a", " b", "</script>", "7"]
 
@@ -29,24 +29,29 @@ def readings():
             unit="probability",
             labels={"key": list("12345")},
         ),
-    ]
+        Reading(
+            key="l/token/capital", values=[[3, 4]], axes=("layer", "rank"), unit="index",
+            texts=np.array([[" Paris", ""]]),
+        ),
+    ]  # fmt: skip
 
 
 def test_long_frame_is_a_row_per_number():
     frame = long_frame(readings())
     assert list(frame.columns) == (
-        "key instrument measure probe unit layer head block query key_index value".split()
+        "key instrument measure probe unit layer head block query key_index rank value text".split()
     )
     expected = []
     for r in readings():
         for index in np.ndindex(r.values.shape):
-            row = dict.fromkeys(("layer", "head", "block", "query", "key_index"))
+            row = dict.fromkeys(("layer", "head", "block", "query", "key_index", "rank"))
             for axis, i in zip(r.axes, index, strict=True):
                 # Block lengths and layers go by their labels, tokens by their position.
                 named = axis in ("block", "layer") and axis in r.labels
                 row["key_index" if axis == "key" else axis] = int(r.labels[axis][i]) if named else i
             names = (r.key, r.instrument, r.measure, r.probe, r.unit)
-            expected.append((*names, *row.values(), float(r.values[index])))
+            text = None if r.texts is None else str(r.texts[index])
+            expected.append((*names, *row.values(), float(r.values[index]), text))
     told = frame.astype(object)
     told = told.where(told.notna(), None).itertuples(index=False, name=None)
     assert list(told) == expected
@@ -61,6 +66,7 @@ def test_long_frame_of_nothing_has_its_columns():
         "probe",
         "unit",
         "value",
+        "text",
     ]
     empty = Reading(key="a/b", values=np.zeros((0, 2)), axes=("layer", "head"), unit="x")
     assert len(long_frame([empty])) == 0
@@ -162,6 +168,123 @@ def test_refuses_what_makes_no_table():
         neuron_table([a, Reading(key="x/y", values=a.values, axes=a.axes, unit="x")])
     with pytest.raises(ValueError, match="one key"):
         neuron_table([a, a])
-    with pytest.raises(ValueError, match="other layers or ranks"):
-        neuron_table([a, neurons("p", labels={"layer": ["4", "5"]})[1]])
     assert neuron_table([]).empty and isinstance(neuron_table([]), pd.DataFrame)
+    assert list(axis_table([], "event").columns) == ["probe", "event"]
+
+
+def listed(key, values, axes=("layer", "rank"), unit="logit", **more):
+    return Reading(key=key, values=values, axes=axes, unit=unit, **more)
+
+
+def cells(table):
+    told = table.astype(object)
+    return [list(row) for row in told.where(told.notna(), None).itertuples(index=False)]
+
+
+def test_texts_stand_beside_their_numbers():
+    """Where a number only names something, the column of the measure's name says what."""
+    words = np.array([[" Paris", "\n"], ["", "7"]])
+    table = neuron_table(
+        [
+            listed("lens/token", [[12, 30000], [0, 5]], unit="index", texts=words),
+            listed("lens/p", [[0.5, 0.25], [1, 0]], unit="probability", texts=words[::-1]),
+        ]
+    )
+    assert list(table.columns) == "probe layer rank token token_id p p_text".split()
+    assert cells(table) == [
+        [None, 0, 0, " Paris", 12, 0.5, ""],
+        [None, 0, 1, "\n", 30000, 0.25, "7"],
+        [None, 1, 0, "", 0, 1, " Paris"],
+        [None, 1, 1, "7", 5, 0, "\n"],
+    ]
+
+
+def test_groups_of_measures_with_other_layers_and_ranks_share_a_table():
+    """Each number is at its own layer and rank; rows that no measure has are not there."""
+    head = listed("dla/head/p", [[1, 2, 3], [4, 5, 6]], unit="index")
+    neuron = listed("dla/neuron/p", [[10], [20]], labels={"layer": ["1", "7"]})
+    other = listed("dla/neuron/q", [[30, 31]], labels={"layer": ["5"]})
+    table = neuron_table([head, neuron, other])
+    assert cells(table) == [
+        ["p", 0, 0, 1, None],
+        ["p", 0, 1, 2, None],
+        ["p", 0, 2, 3, None],
+        ["p", 1, 0, 4, 10],
+        ["p", 1, 1, 5, None],
+        ["p", 1, 2, 6, None],
+        ["p", 7, 0, None, 20],
+        ["q", 5, 0, None, 30],
+        ["q", 5, 1, None, 31],
+    ]
+    assert table["head"].dtype == "Int64"
+
+
+def test_a_peak_is_for_measures_of_its_own_size():
+    along = listed("n/act/p", [[[1.0, -3.0, 2.0]]], axes=("layer", "rank", "pos"))
+    few = listed("n/peak/p", [[2]], unit="index")
+    many = listed("n/peak/p", [[2, 0]], unit="index")
+    assert neuron_table([along, few])["act"].tolist() == [2]
+    assert neuron_table([along, many])["act"].tolist() == [-3]
+
+
+def test_columns_of_one_name_do_not_hide_each_other():
+    along = listed(
+        "n/act/p", [[[1.0, 2.0]]], axes=("layer", "rank", "pos"), labels={"pos": ["a", "b"]}
+    )
+    token = listed("n/token/p", [[3]], unit="index", texts=np.array([["c"]]))
+    rank = listed("n/rank/p", [[9.0]])
+    table = neuron_table([along, token, rank])
+    assert list(table.columns) == (
+        "probe layer rank act act_token act_pos token token_id rank_value".split()
+    )
+    assert cells(table) == [["p", 0, 0, 2, "b", 1, "c", 3, 9]]
+
+
+def test_a_third_axis_that_is_not_made_of_tokens_keeps_its_name():
+    along = listed(
+        "n/act", [[[1.0, 2.0]]], axes=("layer", "rank", "part"), labels={"part": ["attn", "mlp"]}
+    )
+    assert cells(neuron_table([along])) == [[None, 0, 0, 2, "mlp"]]
+    assert list(neuron_table([along]).columns) == "probe layer rank act part".split()
+
+
+def test_layers_with_names_and_other_first_axes():
+    named = listed("n/act", [[1.0], [2.0]], labels={"layer": ["embed", "0"]})
+    table = neuron_table([named])
+    assert list(table.columns) == "probe layer layer_name rank act".split()
+    assert cells(table) == [[None, 0, "embed", 0, 1], [None, 1, "0", 0, 2]]
+    feature = listed(
+        "n/top", [[5.0, 4.0]], axes=("feature", "rank"), labels={"feature": ["900"]},
+        texts=np.array([["a", "b"]]),
+    )  # fmt: skip
+    assert cells(neuron_table([named, feature], "feature")) == [
+        [None, 900, 0, 5, "a"],
+        [None, 900, 1, 4, "b"],
+    ]
+
+
+def test_axis_table_is_a_row_per_entry():
+    events = listed(
+        "w/events", [0.5, np.nan], axes=("event",), labels={"event": ["a head", "a guard"]}
+    )
+    assert list(axis_table([events], "event").columns) == "probe event event_name events".split()
+    assert cells(axis_table([events], "event")) == [
+        [None, 0, "a head", 0.5],
+        [None, 1, "a guard", None],
+    ]
+    labels = {"token": [" the", "7", " the"]}
+    loss = listed("t/loss/p", [1, 2, 3], axes=("token",), labels=labels)
+    change = listed("t/change/p", [0, 0, 1], axes=("token",), labels=labels)
+    table = axis_table([events, loss, change][1:], "token")
+    assert list(table.columns) == "probe index token loss change".split()
+    assert cells(table) == [["p", 0, " the", 1, 0], ["p", 1, "7", 2, 0], ["p", 2, " the", 3, 1]]
+    blocks = listed("r/first", [1, 2], axes=("block",), labels={"block": ["8", "24"]})
+    assert cells(axis_table([blocks], "block")) == [[None, 8, 1], [None, 24, 2]]
+    pairs = [
+        listed("v/pair", [3, 1], axes=("rank",), unit="index", texts=np.array(["L1H0", "L0H1"])),
+        listed("v/mass", [0.5], axes=("rank",)),
+    ]
+    assert cells(axis_table(pairs, "rank")) == [
+        [None, 0, "L1H0", 3, 0.5],
+        [None, 1, "L0H1", 1, None],
+    ]

@@ -6,6 +6,9 @@ from tlens_callback.reading import Reading
 
 TOKENS = ["<s>", " The", " capital", "\n", "</script>", "中", "😀", '"', "7"]
 
+ODD = [" Paris", "", "\n", "中文 é", "😀", "a\0b", '"{\\u}', "\u2028 \t ", "nan", "7"]
+EVENT = "the shadow of Model\nis not the live model: " + "and so on " * 20
+
 
 def pattern(step=0, probe="capital", layers=2, heads=3):
     """Causal attention over TOKENS, with float32 values that float16 cannot hold."""
@@ -66,6 +69,44 @@ def small(step=0, probe="capital"):
             labels=tokens,
         ),
         Reading(key="x/none", values=np.zeros((0, 2)), axes=matrix, unit="count"),
+        *named(step, probe),
+    ]
+
+
+def named(step=0, probe="capital"):
+    """Lines and lists, some with texts: tokens that a lens reads, pairs of heads, events."""
+    rng = np.random.default_rng(step)
+    ids = rng.integers(0, len(ODD), (2, 5))
+    return [
+        Reading(
+            key=f"logit_lens/token/{probe}",
+            values=ids,
+            axes=("layer", "rank"),
+            unit="index",
+            texts=np.array(ODD)[ids],
+        ),
+        Reading(
+            key=f"logit_lens/kl/{probe}",
+            values=rng.random(2),
+            axes=("layer",),
+            unit="nats",
+            limits=(0, float("inf")),
+        ),
+        Reading(
+            key="virtual_heads/pair",
+            values=[7, 3],
+            axes=("rank",),
+            unit="index",
+            texts=np.array(["L1H2*L0H0", ""]),
+        ),
+        Reading(
+            key="watch/events",
+            values=[0.31, np.nan],
+            axes=("event",),
+            unit="event",
+            labels={"event": [f"L1H2 has become an induction head ({step})", EVENT]},
+        ),
+        Reading(key="x/untold", values=np.zeros(0), axes=("rank",), unit="x", texts=np.array([])),
     ]
 
 
@@ -75,9 +116,16 @@ def everything(step=0):
 
 
 def same(a, b, *, atol=0.0):
-    """Whether two readings are equal, values bit for bit unless `atol` says otherwise."""
+    """Whether two readings are equal; values bit for bit, unless `atol` says otherwise."""
     values = np.array_equal(a.values, b.values, equal_nan=True)
     if atol:
         values = np.allclose(a.values, b.values, rtol=0, atol=atol)
-    about = [(r.key, r.axes, r.unit, dict(r.labels), r.limits, r.values.shape) for r in (a, b)]
+    about = [
+        (r.key, r.axes, r.unit, dict(r.labels), r.limits, r.values.shape, texts_of(r))
+        for r in (a, b)
+    ]
     return bool(values) and about[0] == about[1]
+
+
+def texts_of(reading):
+    return None if reading.texts is None else (reading.texts.shape, reading.texts.ravel().tolist())

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tlens_callback
-from tests.sinks.samples import everything, pattern, same, small
+from tests.sinks.samples import ODD, everything, named, pattern, same, small
 from tlens_callback.reading import Reading
 from tlens_callback.render import long_frame
 from tlens_callback.sinks import LocalSink, read_store
@@ -110,6 +110,49 @@ def test_pandas_sees_axes_that_a_later_step_brings(tmp_path):
     assert frame[frame.step == 1].neuron.isna().all()
     assert read_store(sink.path).steps == (0, 1, 2, 3)
     assert same(read_store(sink.path).reading("cost/seconds", 1), small(1)[0])
+
+
+def test_texts_are_kept_letter_by_letter(tmp_path):
+    (put, *_) = named(4)
+    sink = LocalSink(tmp_path / "run")
+    sink.write(everything(4), step=4)
+    got = read_store(sink.path).reading(put.key, 4)
+    assert got.texts.tolist() == put.texts.tolist() and got.texts.shape == (2, 5)
+    assert set(ODD) >= set(put.texts.ravel()) and not got.texts.flags.writeable
+    swapped = Reading(**{**vars(put), "texts": put.texts[::-1]})
+    assert same(got, put) and not same(got, swapped)
+    assert not same(got, Reading(**{**vars(put), "texts": None}))
+    every = Reading(key="a/b", values=np.zeros(len(ODD)), axes=("rank",), unit="x", texts=ODD)
+    sink.write([every], step=5)
+    assert read_store(sink.path).reading("a/b", 5).texts.tolist() == ODD
+    frame = pd.read_parquet(sink.path / "scores")
+    assert frame[frame.step == 5].text.tolist() == ODD
+    of_lens = frame[(frame.step == 4) & (frame.key == put.key)]
+    assert of_lens.text.tolist() == put.texts.ravel().tolist()
+    assert of_lens.value.tolist() == put.values.ravel().tolist()
+    assert frame[frame.key == "head_scores/induction"].text.isna().all()
+
+
+def test_a_store_from_before_there_were_texts_reads_and_goes_on(tmp_path):
+    """Old files have neither the column nor the entries."""
+    sink = LocalSink(tmp_path / "run")
+    for step in (0, 1):
+        sink.write([r for r in small(step) if r.texts is None], step=step)
+    for step in (0, 1):
+        file = sink.path / f"scores/step-{step:08d}.parquet"
+        pd.read_parquet(file).drop(columns="text").to_parquet(file, index=False)
+    store = read_store(sink.path)
+    assert "text" not in store.frame() and store.reading("cost/seconds", 1).texts is None
+    resumed = LocalSink(tmp_path / "run")
+    resumed.write(small(2), step=2)
+    resumed.write(small(3)[:1], step=3)
+    for frame in (pd.read_parquet(store.path / "scores"), store.frame()):
+        assert frame.groupby("step").text.count().to_dict() == {0: 0, 1: 0, 2: 12, 3: 0}
+        lens = frame[(frame.step == 2) & (frame.key == "logit_lens/token/capital")]
+        assert lens.text.tolist() == named(2)[0].texts.ravel().tolist()
+        assert frame[frame.key == "cost/seconds"].value.tolist() == [0.25, 1.25, 2.25, 3.25]
+        assert frame.layer.dtype == "Int32"
+    assert store.steps == (0, 1, 2, 3)
 
 
 def test_large_and_deep_readings_stay_out_of_the_table(tmp_path):

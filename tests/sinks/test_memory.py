@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.sinks.samples import everything, small
+from tests.sinks.samples import everything, same, small
 from tlens_callback import Reading
 from tlens_callback.sinks import MemorySink
 
@@ -16,9 +16,7 @@ def test_keeps_every_reading_by_key_and_step():
     first = everything(20)
     assert set(sink.readings) == {reading.key for reading in first}
     for reading in first:
-        assert (sink.readings[reading.key][20].values == reading.values).all() or np.isnan(
-            reading.values
-        ).all()
+        assert same(sink.readings[reading.key][20], reading)
     steps, values = sink.curve("cost/seconds")
     assert steps.tolist() == [0, 10, 20] and values.tolist() == [0.25, 10.25, 20.25]
     assert sink.curve("head_scores/induction")[1].shape == (3, 2, 3)

@@ -10,10 +10,10 @@ import pytest
 import wandb
 from PIL import Image
 
-from tests.sinks.samples import everything, pattern, small
+from tests.sinks.samples import EVENT, everything, named, pattern, small
 from tests.sinks.wandb_file import history, records, run_file
 from tlens_callback.reading import Reading
-from tlens_callback.render import mosaic, neuron_table
+from tlens_callback.render import axis_table, line_figure, mosaic, neuron_table
 from tlens_callback.sinks import WandbSink
 
 STEP = "train/global_step"
@@ -103,6 +103,10 @@ def test_what_an_observation_becomes(offline):
         "tlens/head_scores/max_induction",
         "tlens/head_scores/heads",
         "tlens/top_neurons/table",
+        "tlens/logit_lens/table",
+        "tlens/logit_lens/by_layer",
+        "tlens/virtual_heads/rank_table",
+        "tlens/watch/event_table",
         "tlens/attention_patterns/pattern/capital",
         "tlens/attention_patterns/pattern/other probe",
         STEP,
@@ -134,21 +138,172 @@ def test_what_an_observation_becomes(offline):
         for panel, reading in zip(drawn["data"], matrices, strict=True):
             assert (np.array(panel["z"], np.float32) == reading.values).all()
 
-        table = row["tlens/top_neurons/table"]
-        assert table["_type"] == "table-file"
-        told = json.loads((files / table["path"]).read_text(), parse_constant=pytest.fail)
-        expected = neuron_table(
-            [r for r in everything(step) if r.axes[:1] == ("layer",) and "rank" in r.axes]
-        )
-        assert told["columns"] == list(expected.columns)
-        assert told["data"] == [
-            list(row) for row in expected.astype(object).itertuples(index=False)
-        ]
+        own = {r.instrument: [] for r in everything(step)}
+        for reading in everything(step):
+            own[reading.instrument].append(reading)
+        tables = {
+            "top_neurons/table": neuron_table(own["top_neurons"]),
+            "logit_lens/table": neuron_table(own["logit_lens"]),
+            "virtual_heads/rank_table": axis_table(own["virtual_heads"], "rank"),
+            "watch/event_table": axis_table(own["watch"], "event"),
+        }
+        for key, expected in tables.items():
+            assert row[f"tlens/{key}"]["_type"] == "table-file"
+            told = json.loads(
+                (files / row[f"tlens/{key}"]["path"]).read_text(), parse_constant=pytest.fail
+            )
+            assert told["columns"] == list(expected.columns)
+            cells = expected.astype(object)
+            cells = cells.where(cells.notna(), None)
+            assert told["data"] == [list(row) for row in cells.itertuples(index=False)]
+        assert tables["logit_lens/table"]["token"].tolist() == named(step)[0].texts.ravel().tolist()
+        assert tables["watch/event_table"]["event_name"][1] == EVENT
+
+        drawn = json.loads((files / row["tlens/logit_lens/by_layer"]["path"]).read_text())
+        first = [] if step == 5 else own_at(5, "logit_lens")
+        expected = line_figure(own["logit_lens"], first, first_name="step 5").to_plotly_json()
+        assert drawn["data"] == json.loads(json.dumps(expected["data"]))
+        assert ("step 5" in json.dumps(drawn)) == (step == 9)
     media = [p for p in (files / "media").rglob("*") if p.is_file()]
-    # Two pictures, a figure and a table an observation.
-    assert len(media) == 2 * 4
+    # Two pictures, two figures and four tables an observation.
+    assert len(media) == 2 * 8
     metrics = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in records(path)}
     assert metrics["tlens/*"] == STEP and STEP in metrics
+
+
+def own_at(step, instrument):
+    return [r for r in everything(step) if r.instrument == instrument]
+
+
+def test_the_first_observation_is_that_of_this_training(offline):
+    """Dotted lines: of the first observation after a sink was made, closed, or began again."""
+    run = wandb.init(project="test")
+    sink = WandbSink(run)
+
+    def write(step):
+        kl = Reading(key="lens/kl/p", values=[step, 1.0], axes=("layer",), unit="nats")
+        sink.write([kl], step=step)
+
+    for step in (30, 40, 20, 50):
+        write(step)
+    sink.close()
+    write(60)
+    write(70)
+    run.finish()
+    wandb.teardown()
+    path = run_file(offline)
+    shown = {}
+    for row in history(path):
+        figure = path.parent / "files" / row["tlens/lens/by_layer"]["path"]
+        lines = [t for t in json.loads(figure.read_text())["data"] if t["x"] != [None]]
+        shown[row[STEP]] = [line["y"][0] for line in lines]
+    assert shown == {30: [30], 40: [30, 40], 20: [20], 50: [20, 50], 60: [60], 70: [60, 70]}
+
+
+class StandIn:
+    """A run that keeps what it is given."""
+
+    name = id = "run"
+    url, dir = None, "."
+
+    def __init__(self):
+        self.rows, self.alerts = [], []
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def alert(self, **alert):
+        self.alerts.append(alert)
+
+
+def test_every_event_is_an_alert():
+    long = "x" * 80
+    said = ["L5H1 has become an induction head", "two\n  lines", f"{long} 1", f"{long} 2"]
+    events = Reading(
+        key="watch/events", values=[0.5, np.nan, 1, 2], axes=("event",), unit="event",
+        labels={"event": said},
+    )  # fmt: skip
+    texts = Reading(
+        key="other/events", values=[3.0], axes=("event",), unit="event", texts=np.array([said[0]])
+    )
+    quiet = [
+        Reading(key="watch/none", values=np.zeros(0), axes=("event",), unit="event"),
+        Reading(key="watch/untold", values=[1.0], axes=("event",), unit="event"),
+        Reading(key="a/list", values=[1.0], axes=("rank",), unit="x", texts=np.array(["b"])),
+    ]
+    run = StandIn()
+    sink = WandbSink(run)
+    sink.write([*quiet], step=1)
+    assert run.alerts == []
+    sink.write([events, *quiet, texts], step=2)
+    assert [alert["title"] for alert in run.alerts] == [
+        "tlens: L5H1 has become an induction head",
+        "tlens: two lines",
+        f"tlens: {'x' * 53}...",
+        f"tlens: {'x' * 49}... (2)",
+        "tlens: L5H1 has become an induction head (2)",
+    ]
+    assert all(len(alert["title"]) < 64 for alert in run.alerts)
+    assert run.alerts[0]["text"] == f"{said[0]}\nwatch/events 0.5, step 2"
+    assert run.alerts[1]["text"] == "two\n  lines\nwatch/events, step 2"
+    assert said[3] in run.alerts[3]["text"]
+    assert {alert["level"] for alert in run.alerts} == {wandb.AlertLevel.WARN}
+    assert all(alert["wait_duration"] >= 300 for alert in run.alerts)
+
+
+def test_an_offline_run_keeps_its_alerts(offline):
+    sink = WandbSink()
+    sink.write([scalar(1)], step=1)
+    sink.write(named(2), step=2)
+    sink.close()
+    wandb.teardown()
+    found = [r.alert for r in records(run_file(offline)) if r.WhichOneof("record_type") == "alert"]
+    assert [alert.title for alert in found] == [
+        "tlens: L1H2 has become an induction head (2)",
+        "tlens: the shadow of Model is not the live model: and so on ...",
+    ]
+    assert {(alert.level, alert.wait_duration) for alert in found} == {("WARN", 600_000)}
+    assert found[0].text.endswith("watch/events 0.31, step 2") and EVENT in found[1].text
+
+
+def test_keys_of_lists_and_features(offline):
+    """A list that is too long, and one without entries, have no table."""
+    rows = ("feature",)
+    labels = {"feature": ["17", "4000"]}
+    sink = WandbSink()
+    sink.write(
+        [
+            Reading(key="sae/mean", values=[0.1, 0.2], axes=rows, unit="x", labels=labels),
+            Reading(
+                key="sae/top", values=[[3, 2, 1]] * 2, axes=(*rows, "rank"), unit="x",
+                labels=labels, texts=np.array([["a", "b", "c"]] * 2),
+            ),
+            Reading(
+                key="sae/on/p", values=[[0, 1, 0]] * 2, axes=(*rows, "pos"), unit="x",
+                labels={**labels, "pos": [" a", " b", " a"]},
+            ),
+            Reading(key="long/mean", values=np.zeros(1001), axes=rows, unit="x"),
+            Reading(key="none/mean", values=np.zeros(0), axes=rows, unit="x"),
+        ],
+        step=3,
+    )  # fmt: skip
+    sink.close()
+    wandb.teardown()
+    path = run_file(offline)
+    (row,) = history(path)
+    assert {key for key in row if key.startswith("tlens/")} == {
+        "tlens/sae/feature_table",
+        "tlens/sae/feature_rank_table",
+        "tlens/sae/feature_by_pos",
+    }
+    table = json.loads(
+        (path.parent / "files" / row["tlens/sae/feature_rank_table"]["path"]).read_text()
+    )
+    assert table["columns"] == ["probe", "feature", "rank", "top", "top_text"]
+    assert table["data"][4] == [None, 4000, 1, 2.0, "b"]
 
 
 def test_never_finishes_a_run_that_is_not_its_own(offline):

@@ -1,17 +1,82 @@
 """The instruments: one family a file. What is exported here is under the contract tests."""
 
+from tlens_callback.instruments.ablation import HeadAblation
+from tlens_callback.instruments.adapters import AdapterSpectrum
 from tlens_callback.instruments.attention import AttentionPatterns
+from tlens_callback.instruments.attribution import LogitAttribution
+from tlens_callback.instruments.composition import Composition
+from tlens_callback.instruments.contrast import Contrast
+from tlens_callback.instruments.copying import CopyingScores
+from tlens_callback.instruments.difference import DifferenceLens
+from tlens_callback.instruments.drift import ActivationDrift, AttentionDrift, PatternChange
+from tlens_callback.instruments.features import SparseFeatures
+from tlens_callback.instruments.frozen import FrozenWeights
 from tlens_callback.instruments.heads import HeadScores
+from tlens_callback.instruments.lens import LogitLens
+from tlens_callback.instruments.loss import RepeatLoss, TokenLoss
 from tlens_callback.instruments.neurons import TopNeurons
+from tlens_callback.instruments.patching import ActivationPatching
+from tlens_callback.instruments.residual import ResidualNorms
+from tlens_callback.instruments.sparsity import UpdateSparsity
 from tlens_callback.instruments.targets import TargetScores
+from tlens_callback.instruments.trained_features import TrainedFeatures
+from tlens_callback.instruments.virtual import VirtualHeads
 from tlens_callback.interfaces import Instrument
 
-__all__ = ["AttentionPatterns", "HeadScores", "TargetScores", "TopNeurons", "fast"]
+__all__ = [
+    "ActivationDrift",
+    "ActivationPatching",
+    "AdapterSpectrum",
+    "AttentionDrift",
+    "AttentionPatterns",
+    "Composition",
+    "Contrast",
+    "CopyingScores",
+    "DifferenceLens",
+    "FrozenWeights",
+    "HeadAblation",
+    "HeadScores",
+    "LogitAttribution",
+    "LogitLens",
+    "PatternChange",
+    "RepeatLoss",
+    "ResidualNorms",
+    "SparseFeatures",
+    "TargetScores",
+    "TokenLoss",
+    "TopNeurons",
+    "TrainedFeatures",
+    "UpdateSparsity",
+    "VirtualHeads",
+    "fast",
+]
 
 
 def fast() -> list[Instrument]:
-    """The instruments that share one forward pass and suit every observation.
+    """The instruments that share one forward pass, or read weights, and suit every observation.
 
-    `HeadScores` needs a repeated block among the probes.
+    All of them are optional: a callback leaves out, with a line, what has nothing to measure in the
+    model at hand (`AdapterSpectrum` without adapters, say). `PatternChange` is not among them only
+    because its pictures double what an observation writes.
     """
-    return [AttentionPatterns(), HeadScores(), TopNeurons(), TargetScores()]
+    made: list[Instrument] = [
+        TargetScores(),
+        AttentionPatterns(),
+        HeadScores(),
+        VirtualHeads(),
+        TopNeurons(),
+        LogitLens(),
+        LogitAttribution(),
+        TokenLoss(),
+        RepeatLoss(),
+        AttentionDrift(),
+        ActivationDrift(),
+        DifferenceLens(),
+        ResidualNorms(),
+        AdapterSpectrum(),
+        UpdateSparsity(),
+        FrozenWeights(),
+    ]
+    for instrument in made:
+        object.__setattr__(instrument, "optional", True)  # they are frozen
+    return made

@@ -19,7 +19,7 @@ def has_direct_path(shadow: Shadow) -> bool:
 
     A soft cap on the logits is allowed: a direct contribution is one to the logits before it.
     """
-    config = shadow.bridge.original_model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = _config(shadow)
     return (
         "ln_final.hook_scale" in shadow.hooks
         and shadow.bridge.W_U.shape[0] == shadow.d_model
@@ -50,17 +50,70 @@ def towards(
     Without a foil, of logit[target] minus the mean logit over the vocabulary: softmax does not
     see what all logits have in common. Without a target, zero.
     """
-    unembed = shadow.bridge.W_U  # [d_model, vocab]
+    return before_norm(shadow.bridge.ln_final, unembedded(shadow, targets, foils))
+
+
+def unembedded(
+    shadow: Shadow, targets: Sequence[int | None], foils: Sequence[int | None]
+) -> Float[Tensor, "target d_model"]:
+    """The same directions behind the final norm, where the unembedding reads them."""
+    return against(shadow.bridge.W_U.mT, targets, foils)
+
+
+def against(
+    of_token: Float[Tensor, "vocab ..."],
+    targets: Sequence[int | None],
+    foils: Sequence[int | None],
+) -> Float[Tensor, "target ..."]:
+    """What belongs to each target less what belongs to its foil, or to the mean token; float32."""
     pairs = list(zip(targets, foils, strict=True))
     mean = None
     if any(target is not None and foil is None for target, foil in pairs):
-        mean = unembed.mean(1, dtype=torch.float32)
+        mean = of_token.mean(0, dtype=torch.float32)
     rows = []
     for target, foil in pairs:
         if target is None:
-            rows.append(torch.zeros(unembed.shape[0], device=unembed.device))
+            rows.append(torch.zeros(of_token.shape[1:], device=of_token.device))
         else:
-            against = mean if foil is None else unembed[:, foil].float()
-            assert against is not None
-            rows.append(unembed[:, target].float() - against)
-    return before_norm(shadow.bridge.ln_final, torch.stack(rows))
+            other = mean if foil is None else of_token[foil].float()
+            assert other is not None
+            rows.append(of_token[target].float() - other)
+    return torch.stack(rows)
+
+
+def uncapped(
+    shadow: Shadow, logits: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch vocab"]:
+    """The logits before the family's soft cap, cap * tanh(logit / cap); in float32.
+
+    Undoing it magnifies their rounding by cosh(logit / cap) squared.
+    """
+    logits = logits.float()
+    cap = getattr(_config(shadow), "final_logit_softcapping", None)
+    if not cap:
+        return logits
+    below_one = 1 - torch.finfo(torch.float32).eps / 2
+    return cap * (logits / cap).clamp(-below_one, below_one).atanh()
+
+
+def dots(
+    weight: Float[Tensor, "... d_model"], direction: Float[Tensor, "row d_model"]
+) -> Float[Tensor, "row ..."]:
+    """Each row of a weight in each direction, in the precision of `wide`.
+
+    That precision, because a trainer may have switched float32 matmuls to TF32; in pieces, because
+    the copy in it shall stay small beside the weight.
+    """
+    flat, to = weight.flatten(0, -2), wide(direction)
+    pieces = flat.split(max(1, 2**22 // flat.shape[1]))
+    # In this order: MKL takes ten times as long for piece @ to.mT.
+    return torch.cat([to @ wide(piece).mT for piece in pieces], 1).unflatten(1, weight.shape[:-1])
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64, or in float32 where the device has no float64."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def _config(shadow: Shadow) -> Any:
+    return shadow.bridge.original_model.config.get_text_config()  # type: ignore[operator, union-attr]

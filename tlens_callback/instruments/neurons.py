@@ -9,7 +9,14 @@ from torch import Tensor
 
 from tlens_callback.instruments.direct import before_norm, has_direct_path, towards
 from tlens_callback.instruments.experts import expert_taps, routed_hook, router_hook
-from tlens_callback.instruments.selection import layer_labels, picked, plain_rows, rows_named
+from tlens_callback.instruments.selection import (
+    layer_labels,
+    neuron_hook,
+    neuron_layers,
+    picked,
+    plain_rows,
+    rows_named,
+)
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -96,7 +103,7 @@ class TopNeurons:
             return scale[row, last, 0]
 
         taps: dict[str, Reduce] = {}
-        for i in _neuron_layers(shadow):
+        for i in neuron_layers(shadow):
             mlp = shadow.bridge.blocks[i].mlp
             if self.k > mlp.W_out.shape[0]:
                 raise ValueError(
@@ -106,7 +113,7 @@ class TopNeurons:
             if worth is not None and _post_norm(i) in shadow.hooks:
                 through = before_norm(shadow.bridge.blocks[i].ln2_post, worth)
                 taps[_post_norm(i)] = at_last
-            taps[_post(i)] = _top(self.k, row, last, counted, mlp.W_out, through)
+            taps[neuron_hook(i)] = _top(self.k, row, last, counted, mlp.W_out, through)
         if worth is not None and taps:
             taps[FINAL] = at_last
         return taps | expert_taps(shadow, _expert_layers(shadow), row, counted)
@@ -116,7 +123,7 @@ class TopNeurons:
     ) -> Iterator[Reading]:
         """Per probe, one reading of each kind."""
         rows = self._rows(batch)
-        neurons, experts = _neuron_layers(shadow), _expert_layers(shadow)
+        neurons, experts = neuron_layers(shadow), _expert_layers(shadow)
         for at, row in enumerate(rows):
             if neurons:
                 yield from self._neurons(taken, shadow, batch, neurons, at, row)
@@ -145,8 +152,9 @@ class TopNeurons:
     ) -> Iterator[Reading]:
         """The readings of the probe in one row of the batch; `at` is its place among the chosen."""
         probe, labels = batch.probes[row].name, layer_labels(layers, shadow)
+        of_layers = [taken[neuron_hook(i)] for i in layers]
         index, fired, *write = (
-            torch.stack(parts) for parts in zip(*(taken[_post(i)] for i in layers), strict=True)
+            torch.stack(parts) for parts in zip(*of_layers, strict=True)
         )  # each [layer, row, rank, ...]
         yield Reading(
             key=f"{self.name}/neuron/{probe}",
@@ -226,26 +234,12 @@ def _top(
     return top
 
 
-def _post(layer: int) -> str:
-    return f"blocks.{layer}.mlp.hook_post"
-
-
 def _post_norm(layer: int) -> str:
     return f"blocks.{layer}.ln2_post.hook_scale"
 
 
-def _neuron_layers(shadow: Shadow) -> list[int]:
-    """In a mixture-of-experts layer the bridge's hook_post is the layer's output."""
-    hooks = shadow.hooks
-    return [
-        i
-        for i in range(shadow.n_layers)
-        if _post(i) in hooks and hooks[_post(i)] is not hooks.get(f"blocks.{i}.mlp.hook_out")
-    ]
-
-
 def _expert_layers(shadow: Shadow) -> list[int]:
-    neurons = _neuron_layers(shadow)
+    neurons = neuron_layers(shadow)
     return [
         i
         for i in range(shadow.n_layers)

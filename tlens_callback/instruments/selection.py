@@ -70,6 +70,25 @@ def pattern_hook(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
 
 
+def neuron_layers(shadow: Shadow) -> list[int]:
+    """The layers whose MLP has neurons.
+
+    In a mixture-of-experts layer the bridge's hook_post is the layer's output.
+    """
+    hooks = shadow.hooks
+    return [
+        i
+        for i in range(shadow.n_layers)
+        if neuron_hook(i) in hooks
+        and hooks[neuron_hook(i)] is not hooks.get(f"blocks.{i}.mlp.hook_out")
+    ]
+
+
+def neuron_hook(layer: int) -> str:
+    """[probe, pos, neuron]"""
+    return f"blocks.{layer}.mlp.hook_post"
+
+
 def layer_labels(layers: Sequence[int], shadow: Shadow) -> dict[str, list[str]]:
     """The names of the layers, where a reading does not hold all of them in their order."""
     return (

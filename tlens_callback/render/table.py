@@ -1,4 +1,4 @@
-"""Readings as pandas tables: a row per number, or a row per neuron."""
+"""Readings as pandas tables: a row per number, or a row per thing that an instrument lists."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from tlens_callback.reading import Reading
 NAMES = ("key", "instrument", "measure", "probe", "unit")
 """The columns of `long_frame` that say what a number is."""
 
-_RESERVED = {*NAMES, "value", "step"}
-_TOKEN_AXES = {"pos", "query", "key"}
+_RESERVED = {*NAMES, "value", "text", "step"}
+_TOKEN_AXES = {"pos", "query", "key", "token"}
 
 
 def axis_column(axis: str) -> str:
@@ -25,9 +25,10 @@ def long_frame(readings: Sequence[Reading]) -> pd.DataFrame:
 
     Columns: key, instrument, measure, probe (missing where a reading belongs to no single probe),
     unit, as categories; one Int32 column per axis, missing where a reading lacks the axis; value,
-    float32. An axis is counted from 0, but for one whose labels are whole numbers and that is not
-    made of tokens (a selection of layers, block lengths): it has its labels. The axes "key" and
-    "probe" become "key_index" and "probe_index".
+    float32; text, as categories, missing where a reading has no texts. An axis is counted from 0,
+    but for one whose labels are whole numbers and that is not made of tokens (a selection of
+    layers, block lengths): it has its labels. The axes "key", "probe" and others that are columns
+    already become "key_index", "probe_index", ...
     """
     readings = list(readings)
     sizes = np.array([r.values.size for r in readings], dtype=int)
@@ -51,6 +52,12 @@ def long_frame(readings: Sequence[Reading]) -> pd.DataFrame:
         frame[axis_column(axis)] = pd.arrays.IntegerArray(index, missing)
     values = [r.values.ravel() for r in readings]
     frame["value"] = np.concatenate(values) if values else np.zeros(0, np.float32)
+    texts = np.full(sizes.sum(), None, object)
+    for reading, size, end in zip(readings, sizes, ends, strict=True):
+        if reading.texts is not None:
+            texts[end - size : end] = reading.texts.ravel()
+    codes, categories = pd.factorize(texts)
+    frame["text"] = pd.Categorical.from_codes(codes, pd.Index(categories, dtype="str"))
     return pd.DataFrame(frame)
 
 
@@ -67,67 +74,137 @@ def _whole(name: str) -> bool:
     return name.isascii() and name.isdecimal() and len(name) < 10
 
 
-def neuron_table(readings: Sequence[Reading]) -> pd.DataFrame:
-    """One row per probe, layer and rank, from the readings of one instrument whose axes begin with
-    `("layer", "rank")`; others are left out.
+def is_ranked(reading: Reading) -> bool:
+    """Whether `neuron_table` shows this reading, along its first axis."""
+    shape = reading.values.shape
+    return reading.axes[1:2] == ("rank",) and len(shape) <= 3 and reading.values.size > 0
 
-    Columns: probe, layer, rank; a column per measure, in order of appearance. A reading with a
-    third axis, ("layer", "rank", "pos") say, gives one value along it, and where that is: "token"
-    (the label there) and "pos"; with several such measures "<measure>_token" and "<measure>_pos".
-    A measure called "peak" says which one; without it, it is the value of largest magnitude. Unit
-    "index" becomes a whole number. A probe that lacks a measure has missing values there.
+
+def neuron_table(readings: Sequence[Reading], axis: str = "layer") -> pd.DataFrame:
+    """One row per probe, layer and rank, from the readings of one instrument whose axes begin with
+    `("layer", "rank")`, or with another axis and "rank"; others are left out.
+
+    Columns: probe (missing where a reading belongs to none), layer, rank; a column per measure, in
+    order of appearance. Unit "index" becomes a whole number. A measure with texts has two: of unit
+    "index", where the number only stands for the text, "<measure>" is the text and "<measure>_id"
+    the number; of another, "<measure>" is the number and "<measure>_text" the text. Layers whose
+    labels are no numbers are counted from 0, with their labels in "layer_name".
+
+    A reading with a third axis, ("layer", "rank", "pos") say, gives one value along it, and where
+    that is: "token" (the label there) and "pos", or a column of the axis's name if it is not made
+    of tokens; with several such measures "<measure>_token" and "<measure>_pos". A measure called
+    "peak" says which one; without it, it is the value of largest magnitude.
+
+    Values are missing where a probe lacks a measure, or a measure a layer or rank that others have.
 
     Raises:
-        ValueError: for readings of several instruments, two of one key, or readings of one probe
-            that differ in their layers and ranks.
+        ValueError: for readings of several instruments, or two of one key.
     """
-    chosen = [r for r in readings if r.axes[:2] == ("layer", "rank") and r.values.ndim <= 3]
+    return _rows([r for r in readings if is_ranked(r) and r.axes[0] == axis], (axis, "rank"))
+
+
+def axis_table(readings: Sequence[Reading], axis: str) -> pd.DataFrame:
+    """One row per probe and index, from the readings of one instrument whose only axis this is;
+    others are left out.
+
+    Columns: probe; the axis ("index" for "token"), and where its labels are no numbers these, in
+    "<axis>_name" ("token" for "pos" and "token"); a column per measure, as in `neuron_table`.
+
+    Raises:
+        ValueError: for readings of several instruments, or two of one key.
+    """
+    return _rows([r for r in readings if r.axes == (axis,)], (axis,))
+
+
+def _rows(chosen: Sequence[Reading], lead: tuple[str, ...]) -> pd.DataFrame:
+    """A row per probe and index along the leading axes, a column or more per measure."""
     if len(instruments := {r.instrument for r in chosen}) > 1:
         raise ValueError(f"One table shows one instrument, got {sorted(instruments)}.")
     if len({r.key for r in chosen}) < len(chosen):
         raise ValueError(f"Two readings have one key: {sorted(r.key for r in chosen)}.")
-    several = len({r.measure for r in chosen if r.values.ndim == 3}) > 1
+    measures = {r.measure for r in chosen}
+    along = [r for r in chosen if r.values.ndim > len(lead)]
+    several = len({r.measure for r in along}) > 1
+    clash = measures & {"token", "pos", *(r.axes[-1] for r in along)}
+    heads = [_lead_columns(axis) for axis in lead]
+    taken = {"probe", *(name for pair in heads for name in pair)}
     parts = []
     for probe in dict.fromkeys(r.probe for r in chosen):
         of_probe = [r for r in chosen if r.probe == probe]
-        layers, ranks = of_probe[0].values.shape[:2]
-        numbers = numbering(of_probe[0], "layer")
-        columns: dict[str, object] = {
-            "probe": pd.array([probe] * (layers * ranks), dtype="str"),
-            "layer": numbers.repeat(ranks),
-            "rank": np.tile(np.arange(ranks), layers),
-        }
+        numbers = [np.unique(np.concatenate([numbering(r, a) for r in of_probe])) for a in lead]
+        grid = np.indices([len(n) for n in numbers]).reshape(len(lead), -1)
+        columns: dict[str, object] = {"probe": pd.array([probe] * grid.shape[1], dtype="str")}
+        for axis, pair, index, known in zip(lead, heads, grid, numbers, strict=True):
+            columns[pair[0]] = known[index]
+            if names := _names(of_probe, axis):
+                columns[pair[1]] = pd.array([names.get(i) for i in known[index]], dtype="str")
+        covered = np.zeros(grid.shape[1], bool)
         peak = next((r.values.astype(int) for r in of_probe if r.measure == "peak"), None)
         for reading in of_probe:
-            grid = numbering(reading, "layer")
-            if reading.values.shape[1] != ranks or not np.array_equal(grid, numbers):
-                raise ValueError(
-                    f"{reading.key!r} and {of_probe[0].key!r} have other layers or ranks, so "
-                    f"they make no common rows."
-                )
-            if reading.measure != "peak":
-                columns |= _columns(reading, peak, prefix=f"{reading.measure}_" if several else "")
-        parts.append(pd.DataFrame(columns))
+            places = [
+                np.searchsorted(known, numbering(reading, a))
+                for a, known in zip(lead, numbers, strict=True)
+            ]
+            at = np.ravel_multi_index(np.ix_(*places), [len(n) for n in numbers]).ravel()
+            if reading.measure == "peak" and along:
+                continue
+            covered[at] = True
+            prefix = f"{reading.measure}_" if several or clash else ""
+            name = f"{reading.measure}_value" if reading.measure in taken else reading.measure
+            for title, column in _columns(reading, name, len(lead), peak, prefix).items():
+                spread = pd.Series(column, index=at).reindex(range(grid.shape[1]))
+                columns[title] = spread.array
+        parts.append(pd.DataFrame(columns)[covered])
     if not parts:
-        return pd.DataFrame({"probe": [], "layer": [], "rank": []})
+        return pd.DataFrame({"probe": [], **{pair[0]: [] for pair in heads}})
     return pd.concat(parts, ignore_index=True)
 
 
-def _columns(reading: Reading, peak: np.ndarray | None, *, prefix: str) -> dict[str, object]:
-    """One reading's columns, [layer * rank]; `peak` [layer, rank] as in `neuron_table`."""
-    values = reading.values
+def _lead_columns(axis: str) -> tuple[str, str]:
+    """Names of the columns with the number and the label of an index."""
+    tokens = {"pos": ("pos", "token"), "token": ("index", "token")}
+    return tokens.get(axis, (axis, f"{axis}_name"))
+
+
+def _names(readings: Sequence[Reading], axis: str) -> dict[int, str]:
+    """Number -> label, where labels are no numbers themselves."""
+    return {
+        i: name
+        for r in readings
+        if axis in _TOKEN_AXES or not all(_whole(name) for name in r.labels.get(axis, ()))
+        for i, name in enumerate(r.labels.get(axis, ()))
+    }
+
+
+def _columns(
+    reading: Reading, name: str, n_lead: int, peak: np.ndarray | None, prefix: str
+) -> dict[str, object]:
+    """One reading's columns, a cell per index along its leading axes; `peak` as in
+    `neuron_table`."""
+    values, texts = reading.values, reading.texts
     extra: dict[str, object] = {}
-    if values.ndim == 3:
-        axis = reading.axes[2]
-        labels = reading.labels.get(axis) or [str(i) for i in range(values.shape[2])]
+    if values.ndim > n_lead:
+        axis = reading.axes[-1]
+        labels = reading.labels.get(axis)
         size = np.where(np.isnan(values), -1, np.abs(values))
-        at = size.argmax(2) if peak is None else peak
-        values = np.take_along_axis(values, at[..., None], 2)[..., 0]
-        extra[f"{prefix}token"] = pd.array([labels[i] for i in at.ravel()], dtype="str")
-        extra[f"{prefix}pos"] = at.ravel()
-    column: object = values.ravel()
+        at = size.argmax(-1) if peak is None or peak.shape != size.shape[:-1] else peak
+        values = np.take_along_axis(values, at[..., None], -1)[..., 0]
+        if texts is not None:
+            texts = np.take_along_axis(texts, at[..., None], -1)[..., 0]
+        where = pd.array(at.ravel(), dtype="Int64")
+        there = pd.array([labels[i] if labels else str(i) for i in at.flat], dtype="str")
+        if axis in _TOKEN_AXES:
+            extra |= {f"{prefix}token": there, f"{prefix}pos": where}
+        else:
+            extra[f"{prefix}{axis}"] = there if labels else where
+    number: object = values.ravel()
     if reading.unit == "index":
         finite = np.isfinite(values).ravel()
         whole = np.where(finite, values.ravel(), 0).astype(np.int64)
-        column = pd.arrays.IntegerArray(whole, ~finite)
-    return {reading.measure: column, **extra}
+        number = pd.arrays.IntegerArray(whole, ~finite)
+    if texts is None:
+        return {name: number, **extra}
+    text = pd.array(texts.ravel().tolist(), dtype="str")
+    if reading.unit == "index":
+        return {name: text, f"{name}_id": number, **extra}
+    return {name: number, f"{name}_text": text, **extra}

@@ -143,20 +143,20 @@ class LocalSink:
             [r for r in readings if len(r.axes) <= _MOST_AXES and r.values.size <= _MOST_VALUES]
         )
         frame.insert(0, "step", step)
-        axes = [name for name in frame.columns if name not in _NOT_AXES]
+        wanted = [str(name) for name in frame.columns]
         if earlier := steps_in(self.path / "scores"):
             # Who reads the folder as one table gets the columns of its first file, no others.
             first = scores_file(self.path, earlier[0])
-            known = [name for name in pq.read_schema(first).names if name not in _NOT_AXES]
-            if not set(axes) <= set(known):
+            known = pq.read_schema(first).names
+            if not set(wanted) <= set(known):
                 table = pq.read_table(first)
                 columns = {name: table[name] for name in table.column_names}
-                _replace(first, _parquet(columns, tuple(dict.fromkeys(known + axes))))
+                _replace(first, _parquet(columns, [*known, *wanted]))
         columns = {str(name): _arrow(column) for name, column in frame.items()}
-        _replace(scores_file(self.path, step), _parquet(columns, tuple(axes)))
+        _replace(scores_file(self.path, step), _parquet(columns, wanted))
 
 
-_NOT_AXES = {"step", *NAMES, "value"}
+_NOT_AXES = {"step", *NAMES, "value", "text"}
 
 
 def _arrow(column: pd.Series) -> pa.Array:
@@ -167,9 +167,9 @@ def _arrow(column: pd.Series) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), names)
 
 
-def _parquet(columns: Mapping[str, Any], axes: tuple[str, ...]) -> bytes:
-    """A parquet file of these columns, with all of these axes, empty where they are not given."""
-    schema = _schema(axes)
+def _parquet(columns: Mapping[str, Any], names: Sequence[str]) -> bytes:
+    """A parquet file of these columns and of the axes among `names`, empty where not given."""
+    schema = _schema(tuple(dict.fromkeys(name for name in names if name not in _NOT_AXES)))
     length = len(columns["value"])
     arrays = [
         columns[field.name].cast(field.type)
@@ -190,6 +190,7 @@ def _schema(axes: tuple[str, ...]) -> pa.Schema:
         **dict.fromkeys(NAMES, "str"),
         **dict.fromkeys(axes, "Int32"),
         "value": "float32",
+        "text": "str",
     }
     empty = pd.DataFrame({name: pd.array([], dtype=type_) for name, type_ in types.items()})
     return pa.Schema.from_pandas(empty, preserve_index=False)

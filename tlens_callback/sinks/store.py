@@ -6,7 +6,8 @@
 
 `pandas.read_parquet(run / "scores")` reads all steps. In a safetensors file the metadata entry
 "readings" is JSON: key -> axes, unit, labels, limits, shape, packing. With packing "tril" a tensor
-holds `values[..., rows, columns]` for `rows, columns = numpy.tril_indices(n)`; the rest is 0.
+holds `values[..., rows, columns]` for `rows, columns = numpy.tril_indices(n)`; the rest is 0. A
+reading with texts has the entry "texts/<key>", a JSON list of them in the order of the values.
 
 A step is complete if and only if its scores file exists; it is written last.
 """
@@ -26,6 +27,8 @@ from safetensors.numpy import save
 from tlens_callback.reading import Reading
 
 FORMAT = 1
+"""Goes up when a reader would take something in a store for what it is not. An entry that older
+readers pass over, as they do "texts/<key>", leaves it where it is."""
 MANIFEST = "manifest.json"
 
 
@@ -57,6 +60,8 @@ def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
     """One safetensors file. `exact` keeps float32 where attention would become float16."""
     tensors: dict[str, np.ndarray] = {}
     about: dict[str, Any] = {}
+    # Beside "readings", which is parsed whole for every question about a step.
+    texts: dict[str, str] = {}
     for reading in readings:
         values, packing = _triangle(reading)
         if packing and not exact and np.abs(values).max(initial=0) <= 1:
@@ -71,7 +76,14 @@ def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
             "shape": reading.values.shape,
             "packing": packing,
         }
-    return save(tensors, metadata={"readings": json.dumps(about)})
+        if reading.texts is not None:
+            texts[_texts_of(reading.key)] = json.dumps(reading.texts.ravel().tolist())
+    return save(tensors, metadata={"readings": json.dumps(about), **texts})
+
+
+def _texts_of(key: str) -> str:
+    """The metadata entry with a reading's texts."""
+    return f"texts/{key}"
 
 
 def _triangle(reading: Reading) -> tuple[np.ndarray, str | None]:
@@ -87,7 +99,7 @@ def _triangle(reading: Reading) -> tuple[np.ndarray, str | None]:
     return lower, "tril"
 
 
-def _unpack(key: str, values: np.ndarray, about: Mapping[str, Any]) -> Reading:
+def _unpack(key: str, values: np.ndarray, about: Mapping[str, Any], texts: str | None) -> Reading:
     if about["packing"] == "tril":
         full = np.zeros(about["shape"], np.float32)
         rows, columns = np.tril_indices(full.shape[-1])
@@ -101,6 +113,7 @@ def _unpack(key: str, values: np.ndarray, about: Mapping[str, Any]) -> Reading:
         unit=about["unit"],
         labels=about["labels"],
         limits=None if limits is None else (limits[0], limits[1]),
+        texts=None if texts is None else np.array(json.loads(texts), str).reshape(about["shape"]),
     )
 
 
@@ -225,4 +238,8 @@ class Store:
 
     def _load(self, step: int, about: Mapping[str, Any]) -> list[Reading]:
         with safe_open(arrays_file(self.path, step), "np") as file:
-            return [_unpack(key, file.get_tensor(key), about[key]) for key in about]
+            texts = file.metadata()
+            return [
+                _unpack(key, file.get_tensor(key), about[key], texts.get(_texts_of(key)))
+                for key in about
+            ]

@@ -1,0 +1,366 @@
+"""Drift equals what scipy and plain float64 make of Hugging Face's patterns and activations."""
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+
+from tests import tiny
+from tests.instruments.common import (
+    BLOCKS,
+    PROBES,
+    TEXTS,
+    attentions,
+    hugging_face,
+    ids,
+    readings,
+    shadow,
+)
+from tests.test_other_families import OTHERS
+from tests.test_other_families import model as other_model
+from tlens_callback import ActivationDrift, AttentionDrift, PatternChange, Probe, Shadow
+from tlens_callback.instruments.distance import cka_distance, cosine_distance, js_terms
+from tlens_callback.render import is_mosaic
+
+DRIFTS = (AttentionDrift, ActivationDrift, PatternChange)
+PARTED = ("llama", "gpt2", "gemma2", "mixtral")
+
+
+def twice(instrument: Any, family: str, probes=PROBES) -> tuple[dict, dict]:
+    """The readings at a first observation, and at a second of quite other weights."""
+    return readings(instrument, shadow(family), probes), readings(
+        instrument, shadow(family, seed=1), probes
+    )
+
+
+def divergence(now: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """[layer, head], of [layer, head, query, key]."""
+    out = np.zeros(now.shape[:2])
+    for layer, head in np.ndindex(out.shape):
+        rows = [
+            jensenshannon(now[layer, head, q], first[layer, head, q], base=2) ** 2
+            for q in range(1, now.shape[2])
+        ]
+        out[layer, head] = sum(rows) / len(rows)
+    return out
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_attention_drift_equals_scipys_divergence(family):
+    _, got = twice(AttentionDrift(), family)
+    each = []
+    for probe in TEXTS:
+        now, first = (attentions(hugging_face(family, seed), probe) for seed in (1, 0))
+        each.append(divergence(now, first))
+        np.testing.assert_allclose(
+            got[f"attention_drift/js/{probe.name}"].values, each[-1], atol=2e-5
+        )
+    mean = np.mean(each, 0)
+    np.testing.assert_allclose(got["attention_drift/js"].values, mean, atol=2e-5)
+    assert got["attention_drift/max"].values == pytest.approx(mean.max(), abs=2e-5)
+    assert got["attention_drift/mean"].values == pytest.approx(mean.mean(), abs=2e-5)
+    assert len(got) == 3 + len(TEXTS)
+    # Heads and probes differ by more than that, so that one in another's place would be seen.
+    assert np.ptp(each, axis=(0, 2)).min() > 1e-2
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_exactly_zero_until_something_moves(kind, family):
+    """The same keys each time."""
+    instrument = kind()
+    first, moved = twice(instrument, family)
+    again = readings(instrument, shadow(family))
+    assert list(first) == list(again) == list(moved)
+    for key in first:
+        assert not first[key].values.any() and not again[key].values.any(), key
+        assert np.abs(moved[key].values).max() > 1e-2, key
+        assert first[key].limits == moved[key].limits
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+def test_half_precision_is_kept_as_it_is(kind):
+    instrument, of = kind(), Shadow.of(tiny.model("llama").bfloat16())
+    first = readings(instrument, of)
+    assert all(not reading.values.any() for reading in first.values())
+    assert {kept.dtype for kept in instrument.memory.values()} == {torch.bfloat16}
+    wide = twice(kind(), "llama")[1]
+    moved = readings(instrument, Shadow.of(tiny.model("llama", seed=1).bfloat16()))
+    for key, reading in moved.items():
+        np.testing.assert_allclose(reading.values, wide[key].values, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+def test_what_is_remembered_is_what_is_compared_with(kind):
+    """As after resuming: the memory in another instrument goes on from the first observation."""
+    instrument = kind()
+    _, moved = twice(instrument, "qwen2")
+    assert all(
+        kept.untyped_storage().nbytes() == kept.nbytes for kept in instrument.memory.values()
+    )
+    resumed, fresh = kind(), kind()
+    resumed.memory.update({key: kept.clone() for key, kept in instrument.memory.items()})
+    for key, reading in readings(resumed, shadow("qwen2", seed=1)).items():
+        np.testing.assert_array_equal(reading.values, moved[key].values)
+    for reading in readings(fresh, shadow("qwen2", seed=1)).values():
+        assert not reading.values.any()
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+def test_memory_is_of_the_chosen_probes_real_tokens(kind):
+    instrument = kind()
+    readings(instrument, shadow("llama"))
+    lengths = [len(ids(probe)[0]) for probe in TEXTS]
+    numbers = {
+        AttentionDrift: 2 * 4 * sum(n * (n - 1) for n in lengths),
+        ActivationDrift: 2 * 3 * 32 * sum(n - 1 for n in lengths),
+        PatternChange: 2 * 4 * sum(n * n for n in lengths),
+    }
+    assert sum(kept.numel() for kept in instrument.memory.values()) == numbers[kind]
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+def test_another_choice_of_probes_has_its_own_first(kind):
+    one, two = kind(probes=["story"]), kind(probes=["capital"])
+    readings(one, shadow("llama"))
+    two.memory.update(one.memory)
+    for reading in readings(two, shadow("llama", seed=1)).values():
+        assert not reading.values.any()
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+def test_padding_and_company_do_not_matter(kind):
+    alone = twice(kind(probes=["capital"]), "mistral", TEXTS[:1])[1]
+    together = twice(kind(probes=["capital"]), "mistral")[1]
+    for key, reading in alone.items():
+        np.testing.assert_allclose(reading.values, together[key].values, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_only_where_there_is_nothing_else():
+    assert "attention_drift/js/repeat-5-0" not in readings(AttentionDrift(), shadow("llama"))
+    assert "attention_drift/js/repeat-5-0" in readings(AttentionDrift(), shadow("llama"), BLOCKS)
+    assert "pattern_change/pattern/repeat-5-0" in readings(PatternChange(), shadow("llama"), BLOCKS)
+
+
+def test_what_an_attention_sink_takes_is_a_key_of_its_own():
+    models = []
+    for scale in (0.0, 2.0):
+        model = other_model(*OTHERS["gpt_oss"])
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.sinks.add_(scale)
+        models.append(model)
+    instrument = AttentionDrift(probes=["story"])
+    readings(instrument, Shadow.of(models[0]))
+    got = readings(instrument, Shadow.of(models[1]))["attention_drift/js"].values
+    first, now = (attentions(model, TEXTS[1]) for model in models)
+    full = [np.concatenate([p, 1 - p.sum(-1, keepdims=True)], -1) for p in (now, first)]
+    np.testing.assert_allclose(got, divergence(*full), atol=2e-5)
+    # scipy scales rows to one: among the keys alone the first layer's attention is the same.
+    assert divergence(now, first)[0].max() < 1e-6 < 1e-2 < got[0].min()
+
+
+def test_divergence_of_near_and_of_far_patterns():
+    """Digits are kept where a difference is small, and the bound is reached where it is total."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(50, generator=generator, dtype=torch.float64)
+    for step in (1e-2, 1e-3):
+        q = p * (1 + step * torch.randn(50, generator=generator, dtype=torch.float64))
+        q = (q / q.sum()).float()
+        small = (p / p.sum()).float()
+        expected = sum(
+            a * np.log2(2 * a / (a + b)) / 2 + b * np.log2(2 * b / (a + b)) / 2
+            for a, b in zip(small.double().tolist(), q.double().tolist(), strict=True)
+        )
+        assert js_terms(small, q).sum().item() == pytest.approx(expected, rel=1e-3)
+    apart = js_terms(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.25, 0.75]))
+    assert apart.sum().item() == pytest.approx(1, abs=1e-6)
+    assert not js_terms(small, small.clone()).any()
+    assert not js_terms(torch.zeros(2), torch.zeros(2)).any()
+
+
+def layers_of(model: Any) -> Any:
+    inner = getattr(model, "model", None) or getattr(model, "transformer", None) or model.gpt_neox
+    return getattr(inner, "layers", None) or getattr(inner, "h", None) or inner.decoder.layers
+
+
+def parts_of(family: str, layer: Any) -> dict[str, Any]:
+    """The modules of Hugging Face whose output each part is."""
+    if family == "gemma2":
+        attn, mlp = layer.post_attention_layernorm, layer.post_feedforward_layernorm
+    else:
+        attn = layer.attn if family == "gpt2" else layer.self_attn
+        mlp = layer.mlp
+    return {"resid": layer, "attn": attn, "mlp": mlp}
+
+
+@torch.no_grad()
+def activations(family: str, seed: int, probes) -> dict[tuple[int, str], np.ndarray]:
+    """(layer, part) -> [token, d_model], without first tokens; the residual stream alone where a
+    family's parts are not spelled out."""
+    model, seen, handles = hugging_face(family, seed), defaultdict(list), []
+
+    def keep(place):
+        def hook(module, args, output):
+            h = output[0] if isinstance(output, tuple) else output
+            seen[place].append(h.reshape(-1, h.shape[-1])[1:].double())
+
+        return hook
+
+    for i, layer in enumerate(layers_of(model)):
+        parts = parts_of(family, layer) if family in PARTED else {"resid": layer}
+        handles += [m.register_forward_hook(keep((i, part))) for part, m in parts.items()]
+    for probe in probes:
+        model(ids(probe), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {place: torch.cat(rows).numpy() for place, rows in seen.items()}
+
+
+def unbiased_hsic(k: np.ndarray, m: np.ndarray) -> float:
+    """Song et al. 2012, equation (5)."""
+    n = len(k)
+    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+    one = np.ones(n)
+    cross = (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+    return (np.trace(k @ m) + cross - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3))
+
+
+def cka(x: np.ndarray, y: np.ndarray) -> float:
+    k, m = x @ x.T, y @ y.T
+    return unbiased_hsic(k, m) / np.sqrt(unbiased_hsic(k, k) * unbiased_hsic(m, m))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_activation_drift_equals_plain_arithmetic(family):
+    _, got = twice(ActivationDrift(), family)
+    first, now = (activations(family, seed, TEXTS) for seed in (0, 1))
+    names = list(got["activation_drift/cosine"].labels["part"])
+    assert names == ["resid", "attn", "mlp"]
+    assert len(first) == (6 if family in PARTED else 2)
+    for (layer, part), h0 in first.items():
+        h = now[layer, part]
+        pairs = list(zip(h, h0, strict=True))
+        norm = np.linalg.norm
+        cosine = np.mean([1 - a @ b / (norm(a) * norm(b)) for a, b in pairs])
+        relative = np.mean([norm(a - b) / norm(b) for a, b in pairs])
+        for measure, value in (
+            ("cosine", cosine),
+            ("relative", relative),
+            ("cka", 1 - cka(h, h0)),
+        ):
+            at = got[f"activation_drift/{measure}"].values[layer, names.index(part)]
+            assert at == pytest.approx(value, rel=1e-3, abs=1e-4), (measure, layer, part)
+    values = got["activation_drift/cosine"].values
+    assert len(np.unique(values.round(4))) == values.size
+
+
+def made(n: int, d: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_cka_is_blind_to_rotation_scale_and_shift_and_to_nothing_else():
+    x = made(40, 16, 0) * torch.linspace(0.2, 3, 16)
+    rotation = torch.linalg.qr(made(16, 16, 1))[0]
+    assert cka_distance(x, x.clone()) == 0
+    assert cka_distance(x, 7 * x @ rotation + 3) < 1e-10
+    assert cka_distance(x, x * torch.linspace(3, 0.2, 16)) > 0.1
+    assert cosine_distance(x, x @ rotation).mean() > 0.1
+
+
+def test_cka_of_shuffled_tokens_is_low_however_few_they_are():
+    """The biased estimator calls them alike where there are more dimensions than tokens."""
+    for n, d in ((40, 8), (30, 600)):
+        x, shuffled = made(n, d, 0), made(n, d, 0).roll(1, 0)
+        assert cka_distance(x, shuffled) == pytest.approx(1, abs=0.15)
+        assert cka_distance(x, shuffled) == pytest.approx(
+            1 - cka(x.double().numpy(), shuffled.double().numpy()), abs=1e-6
+        )
+    a, b = (h.double() - h.double().mean(0) for h in (x, shuffled))
+    biased = (a.T @ b).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())
+    assert biased > 0.9
+
+
+def test_digits_are_kept_where_activations_hardly_move():
+    x = made(5, 32, 0)
+    moved = x + 1e-5 * made(5, 32, 1)
+    a, b = x.double(), moved.double()
+    expected = 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    assert expected.max() < 1e-9
+    np.testing.assert_allclose(cosine_distance(x, moved), expected, rtol=0.02)
+
+
+def test_cka_takes_some_of_many_tokens_and_four_at_least():
+    long = [Probe(f"long{i}", (np.random.default_rng(i).integers(4, 90, 60))) for i in range(5)]
+    _, got = twice(ActivationDrift(), "gpt2", long)
+    first, now = (activations("gpt2", seed, long) for seed in (0, 1))
+    some = np.round(np.linspace(0, 5 * 59 - 1, 64)).astype(int)
+    for (layer, part), h0 in first.items():
+        at = ["resid", "attn", "mlp"].index(part)
+        expected = 1 - cka(now[layer, part][some], h0[some])
+        assert got["activation_drift/cka"].values[layer, at] == pytest.approx(expected, abs=1e-4)
+    few = readings(ActivationDrift(), shadow("gpt2"), [Probe("few", [5, 6, 7, 8])])
+    assert list(few) == ["activation_drift/cosine", "activation_drift/relative"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "opt"])
+def test_pattern_change_equals_hugging_face(family):
+    first, got = twice(PatternChange(), family)
+    for probe in TEXTS:
+        reading = got[f"pattern_change/pattern/{probe.name}"]
+        change = attentions(hugging_face(family, 1), probe)
+        change -= attentions(hugging_face(family, 0), probe)
+        np.testing.assert_allclose(reading.values, change, atol=2e-5)
+        assert reading.limits == (-1, 1) and is_mosaic(reading)
+        np.testing.assert_allclose(reading.values.sum(-1), 0, atol=1e-5)
+        assert reading.values.min() < -0.1 and reading.values.max() > 0.1
+    assert list(first) == [f"pattern_change/pattern/{probe.name}" for probe in TEXTS]
+
+
+def test_pattern_change_of_some_layers_and_probes():
+    chosen = PatternChange(probes=["bare", "repeat-5-0"], layers=[1])
+    got, every = twice(chosen, "llama")[1], twice(PatternChange(), "llama")[1]
+    assert list(got) == ["pattern_change/pattern/bare", "pattern_change/pattern/repeat-5-0"]
+    one = got["pattern_change/pattern/bare"]
+    assert one.labels["layer"] == ("1",)
+    np.testing.assert_array_equal(one.values[0], every["pattern_change/pattern/bare"].values[1])
+
+
+@pytest.mark.parametrize("kind", (AttentionDrift, ActivationDrift))
+def test_refuses_what_has_no_second_token(kind):
+    short = [Probe("short", [5]), Probe("long", [5, 6, 7, 8, 9, 10])]
+    assert readings(kind(), shadow("llama"), short)
+    with pytest.raises(ValueError, match="'short' has no other"):
+        readings(kind(probes=["short"]), shadow("llama"), short)
+    with pytest.raises(ValueError, match="each of them has no other"):
+        readings(kind(), shadow("llama"), short[:1])
+
+
+@pytest.mark.parametrize("kind", DRIFTS)
+def test_refuses_probes_that_are_not_there(kind):
+    with pytest.raises(ValueError, match="no probe 'nobody'"):
+        readings(kind(probes=["nobody"]), shadow("llama"))
+    with pytest.raises(ValueError, match="selects nothing"):
+        kind(probes=[])
+    with pytest.raises(ValueError, match="one string"):
+        kind(probes="story")
+
+
+def test_the_live_model_moves_and_drift_follows():
+    """Aliased weights: what is kept of the first observation is not changed with them."""
+    model = copy.deepcopy(tiny.model("llama"))
+    of, instrument = Shadow.of(model), ActivationDrift()
+    readings(instrument, of)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    of.sync()
+    got = readings(instrument, of)
+    relative = got["activation_drift/relative"].values
+    assert not relative[0].any() and relative[1, 1] == 0
+    assert relative[1, 2] == pytest.approx(0.5, rel=1e-5) and relative[1, 0] > 0
+    assert got["activation_drift/cosine"].values[1, 2] < 1e-12

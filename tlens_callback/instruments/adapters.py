@@ -1,0 +1,209 @@
+"""What shape a LoRA adapter's update has, and where in the model it is."""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlens_callback.instruments.direct import wide
+from tlens_callback.instruments.places import Places
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.lowrank import LowRankUpdate, low_rank_updates
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+
+@dataclass(frozen=True)
+class AdapterSpectrum:
+    """Size, spectrum and direction of the update that LoRA adds to each weight.
+
+    With U = B A the update of the weight W as it stands, scaling included and all active adapters
+    together, and sigma_1 >= sigma_2 >= ... its singular values:
+
+    - norm: ||U||_F = sqrt(sum sigma_i^2).
+    - relative_norm: ||U||_F / ||W||_F, W without the update; 0 where W is zero.
+    - top: sigma_1.
+    - stable_rank: ||U||_F^2 / sigma_1^2.
+    - effective_rank: exp(-sum p_i ln p_i), p_i = sigma_i / sum sigma; 1 exactly for rank 1.
+    - singular_values: the first k; 0 beyond the rank, which is what they are.
+    - rotation: the cosine of U and of the update U' at the observation before,
+      <U, U'>_F / (||U||_F ||U'||_F): 1 for an update that keeps its direction. 1 at the first
+      observation, and where U or U' is zero and has no direction.
+
+    An update of zero, as LoRA starts with, has norm, ranks and singular values 0. All come from
+    r x r matrices, r the rank: the singular values are those of R_B R_A^T, with R the triangles of
+    the QR decompositions of B and A^T; <U, U'> = sum((B^T B') * (A A'^T)). In float64, or float32
+    where the device has none. ||W|| is taken once where W is frozen.
+
+    Where every adapted layer has an adapter on the module, it is a column of the matrices; the
+    others (embeddings, a module adapted in some layers only) are under `_elsewhere`, by their
+    paths. Adapters whose update is no such product (DoRA, LoHa, OFT, IA3 ...) or that are on
+    stacked experts are left out.
+
+    Args:
+        k: number of singular values to keep.
+
+    Keys:
+        adapter_spectrum/norm: [layer, module], norm, 0..inf
+        adapter_spectrum/relative_norm: [layer, module], fraction, 0..inf
+        adapter_spectrum/top: [layer, module], norm, 0..inf
+        adapter_spectrum/stable_rank: [layer, module], rank, 0..r
+        adapter_spectrum/effective_rank: [layer, module], rank, 0..r
+        adapter_spectrum/rotation: [layer, module], cosine, -1..1
+        adapter_spectrum/singular_values: [layer, module, rank], norm, 0..inf
+        adapter_spectrum/norm_elsewhere: [weight], norm, 0..inf; if there are any, as the following
+        adapter_spectrum/relative_norm_elsewhere: [weight], fraction, 0..inf
+        adapter_spectrum/top_elsewhere: [weight], norm, 0..inf
+        adapter_spectrum/stable_rank_elsewhere: [weight], rank, 0..r
+        adapter_spectrum/effective_rank_elsewhere: [weight], rank, 0..r
+        adapter_spectrum/rotation_elsewhere: [weight], cosine, -1..1
+        adapter_spectrum/singular_values_elsewhere: [weight, rank], norm, 0..inf
+
+    Reads:
+        No activations: the live model's adapters.
+
+    Cost:
+        adapted weights * (7 + k). The last observation's A and B are kept, in memory and beside
+        checkpoints.
+
+    Source:
+        Roy & Vetterli 2007, section 2 (effective rank); Rudelson & Vershynin 2007 (stable rank).
+
+    Raises:
+        ValueError: k < 1; from `taps`, when no active adapter is plain LoRA.
+    """
+
+    k: int = 8
+    name: str = "adapter_spectrum"
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(
+                f"AdapterSpectrum(k={self.k}) keeps no singular value; give k >= 1, such as 8."
+            )
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """None: it is of weights alone."""
+        if next(low_rank_updates(shadow), None) is None:
+            raise ValueError(
+                f"{type(self).__name__}: no active adapter of this model is plain LoRA on a "
+                f"matrix, so there is no update of low rank to look at. Leave the instrument out; "
+                f"UpdateSparsity sees how far weights move under any training."
+            )
+        return {}
+
+    @torch.no_grad()
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Matrices by layer and module."""
+        updates = list(low_rank_updates(shadow))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, update in enumerate(updates):
+            alike.setdefault((*update.b.shape, update.a.shape[1]), []).append(i)
+        measures = torch.zeros(len(updates), 6, dtype=torch.float64)
+        sigmas = torch.zeros(len(updates), self.k, dtype=torch.float64)
+        kept: dict[str, Tensor] = {}
+        for members in alike.values():
+            measured, sigma = self._measure([updates[i] for i in members], shadow, kept)
+            measures[members] = measured.cpu().double()
+            sigmas[members, : sigma.shape[1]] = sigma.cpu().double()
+        self.memory.clear()
+        self.memory.update(kept)
+        widest = max(min(*shape) for shape in alike)
+        sigmas = sigmas[:, : min(self.k, widest)]
+        places = Places.of([update.name for update in updates])
+        for column, (measure, unit) in enumerate(_UNITS.items()):
+            yield from places.readings(
+                f"{self.name}/{measure}",
+                measures[:, column].numpy(),
+                shadow,
+                unit=unit,
+                limits=(-1.0, 1.0) if measure == "rotation" else None,
+            )
+        key = f"{self.name}/singular_values"
+        yield from places.readings(key, sigmas.numpy(), shadow, unit="norm", more=("rank",))
+
+    def _measure(
+        self, updates: list[LowRankUpdate], shadow: Shadow, kept: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, "update measure"], Float[Tensor, "update rank"]]:
+        """The measures of updates of one shape, and up to k singular values.
+
+        What the next observation needs goes into `kept`.
+        """
+        device = shadow.device
+        b = torch.stack([u.b.to(device) for u in updates])
+        a = torch.stack([u.a.to(device) for u in updates])
+        # Other weights may be adapted later in a run; only updates of the same ones are compared.
+        which = zlib.crc32("\n".join(u.name for u in updates).encode())
+        key = "x".join(map(str, (*b.shape, a.shape[2]))) + f"-{which:08x}"
+        sizes = self.memory.get(f"weight/{key}")
+        if sizes is None or any(u.weight.requires_grad for u in updates):
+            sizes = torch.stack([_norm(u.weight).to(device) for u in updates])
+        wide_b, wide_a = wide(b), wide(a)
+        sigma = singular_values(wide_b, wide_a)
+        norm = sigma.square().sum(1).sqrt()
+        rotation = torch.ones_like(norm)
+        if f"b/{key}" in self.memory:
+            last_b, last_a, last = (self.memory[f"{part}/{key}"] for part in ("b", "a", "norm"))
+            both = norm * last.to(norm.dtype)
+            cosine = (inner(wide_b, wide_a, wide(last_b), wide(last_a)) / both).clamp(-1, 1)
+            rotation = torch.where(both == 0, 1.0, cosine)
+        kept |= {f"b/{key}": b, f"a/{key}": a, f"norm/{key}": norm, f"weight/{key}": sizes}
+        top = sigma[:, 0]
+        share = sigma / sigma.sum(1, keepdim=True)
+        effective = torch.special.entr(share).sum(1).exp()
+        zero = torch.zeros_like(norm)
+        measures = [
+            norm,
+            torch.where(sizes > 0, norm / sizes, zero),
+            top,
+            torch.where(top == 0, zero, (norm / top).square()),
+            torch.where(top == 0, zero, effective),
+            rotation,
+        ]
+        return torch.stack(measures, 1), sigma[:, : self.k]
+
+
+_UNITS = {
+    "norm": "norm",
+    "relative_norm": "fraction",
+    "top": "norm",
+    "stable_rank": "rank",
+    "effective_rank": "rank",
+    "rotation": "cosine",
+}
+
+
+def singular_values(
+    b: Float[Tensor, "update row rank"], a: Float[Tensor, "update rank column"]
+) -> Float[Tensor, "update least"]:
+    """The min(row, rank, column) largest singular values of each b @ a, descending; the others are
+    0. NaN throughout where a factor is not finite."""
+    # Gram matrices would be faster, but square the condition, and small values would drown.
+    left = torch.linalg.qr(b, mode="r").R
+    right = torch.linalg.qr(a.mT, mode="r").R
+    core = left @ right.mT
+    finite = core.isfinite().flatten(1).all(1)
+    sigma = torch.linalg.svdvals(core.where(finite[:, None, None], 0.0))
+    return sigma.where(finite[:, None], torch.nan)
+
+
+def inner(
+    b: Float[Tensor, "update row rank"],
+    a: Float[Tensor, "update rank column"],
+    other_b: Float[Tensor, "update row rank"],
+    other_a: Float[Tensor, "update rank column"],
+) -> Float[Tensor, " update"]:
+    """<b @ a, other_b @ other_a>_F of each."""
+    return ((b.mT @ other_b) * (a @ other_a.mT)).sum((1, 2))
+
+
+def _norm(weight: Tensor) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return wide(torch.linalg.vector_norm(weight, dtype=dtype))

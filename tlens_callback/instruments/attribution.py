@@ -1,0 +1,313 @@
+"""Which head, MLP and neuron writes the answer: direct logit attribution."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tlens_callback.instruments.direct import (
+    against,
+    before_norm,
+    dots,
+    has_direct_path,
+    uncapped,
+    unembedded,
+    wide,
+)
+from tlens_callback.instruments.neurons import FINAL
+from tlens_callback.instruments.selection import (
+    layer_labels,
+    neuron_hook,
+    neuron_layers,
+    picked,
+    plain_rows,
+    rows_named,
+)
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+EMBED = "blocks.0.hook_resid_pre"
+
+
+@dataclass(frozen=True)
+class LogitAttribution:
+    """What each component adds directly to the answer's logit: the parts sum to the logit lead.
+
+    The lead is logit[target] - logit[foil] at the probe's last token, before any soft cap; without
+    a foil, logit[target] minus the mean logit over the vocabulary. The final norm's scale s_final,
+    and that of a post-norm, are held at what they are, so that each x in the residual stream adds
+
+        c(x) = (x * gain_final / s_final) . (W_U[target] - W_U[foil])
+
+    where LayerNorm also centres x, and without a foil the mean of W_U over the vocabulary takes the
+    foil's place. All at the last token:
+
+    - head: c(z_h W_O[h]); with a post-norm (Gemma 2 and 3, OLMo 2)
+      c(z_h W_O[h] * gain_post / s_post).
+    - attention: the layer's heads together, and its output bias b_O taken the same way.
+    - mlp: c of all that the layer's MLP adds to the residual stream, its output bias and its
+      post-norm included; in a mixture of experts, of all experts and what is shared by them.
+    - embed: c of what enters the first layer: token embedding and, where learned, position.
+    - bias: what no input changes: the output biases of all attention layers, the final norm's
+      bias times W_U[target] - W_U[foil], and b_U[target] - b_U[foil]. MLP biases are in mlp.
+    - total: embed + all of head + all of mlp + bias.
+    - remainder: the model's own lead, from its logits with the soft cap undone, minus total. It is
+      the model's rounding: about 1e-6 of the parts in float32, up to some hundredths of a logit in
+      bfloat16. Where it is more, the family does something that the parts leave out.
+    - head_change, mlp_change: head and mlp minus what they were at the first observation.
+    - neuron, neuron_write: per layer the neurons n of largest |c(a_n W_out[n])|, largest first, and
+      that number with its sign; a_n the input of the MLP's output projection, and with a post-norm
+      * gain_post / s_post. Layers of experts have none.
+
+    Direct contributions only: what a head does through later layers is not in them.
+
+    Args:
+        probes: names of the probes to show, each with a target. Default: every probe that has a
+            target and is no repeated block.
+        neurons: how many neurons of each layer to show.
+
+    Keys:
+        logit_attribution/head/<probe>: [layer, head], logit, -inf..inf
+        logit_attribution/head_change/<probe>: [layer, head], logit, -inf..inf
+        logit_attribution/attention/<probe>: [layer], logit, -inf..inf
+        logit_attribution/mlp/<probe>: [layer], logit, -inf..inf
+        logit_attribution/mlp_change/<probe>: [layer], logit, -inf..inf
+        logit_attribution/embed/<probe>: [], logit, -inf..inf
+        logit_attribution/bias/<probe>: [], logit, -inf..inf
+        logit_attribution/total/<probe>: [], logit, -inf..inf
+        logit_attribution/remainder/<probe>: [], logit, -inf..inf; 0 to rounding
+        logit_attribution/neuron/<probe>: [layer, rank], index, 0..d_mlp-1; if neurons > 0
+        logit_attribution/neuron_write/<probe>: [layer, rank], logit, -inf..inf; if neurons > 0
+
+    Reads:
+        blocks.{layer}.hook_resid_pre of layer 0, blocks.{layer}.attn.hook_z,
+        blocks.{layer}.ln1_post.hook_scale, blocks.{layer}.hook_mlp_out, ln_final.hook_scale,
+        last_logits; for neurons: blocks.{layer}.mlp.hook_post, blocks.{layer}.ln2_post.hook_scale
+
+    Cost:
+        layers * (n_heads + 2 + 2 * neurons) per probe; per layer one product of W_O (and of W_out
+        for neurons) with a vector per probe; one pass over W_U if a probe has no foil.
+
+    Source:
+        Elhage et al. 2021 (direct path, per head); Wang et al. 2022, section 3.1 (logit
+        difference).
+
+    Raises:
+        ValueError: neurons < 0; an empty or repeated selection; from `taps`, a probe that is not
+            there or has no target, more neurons asked for than a layer has, a model whose logits
+            are more than the unembedded final norm, or a layer without attention heads.
+    """
+
+    probes: Sequence[str] | None = None
+    neurons: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    name: str = "logit_attribution"
+
+    def __post_init__(self) -> None:
+        if self.neurons < 0:
+            raise ValueError(
+                f"LogitAttribution(neurons={self.neurons}): give the number of neurons to show of "
+                f"each layer, or 0 for none."
+            )
+        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """Per component one number a row, before the norms divide; the scales of the norms."""
+        rows = self._rows(batch)
+        if not rows:
+            return {}
+        _check(shadow)
+        bridge: Any = shadow.bridge
+        targets, foils = [batch.targets[i] for i in rows], [batch.foils[i] for i in rows]
+        row = torch.tensor(rows, device=batch.tokens.device)
+        last = batch.last[row]
+        read = unembedded(shadow, targets, foils)
+        worth = before_norm(bridge.ln_final, read)
+        constant = against(bridge.b_U, targets, foils)
+        if getattr(bridge.ln_final, "bias", None) is not None:
+            constant = constant + dots(bridge.ln_final.bias[None], read)[:, 0]
+
+        def scale(of: Float[Tensor, "probe pos 1"]) -> Float[Tensor, " row"]:
+            return of[row, last, 0]
+
+        def scale_and_constant(of: Float[Tensor, "probe pos 1"]) -> tuple[Tensor, Tensor]:
+            return scale(of), constant
+
+        def part(x: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " row"]:
+            return (wide(x[row, last]) * wide(worth)).sum(1)
+
+        def lead(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, " row"]:
+            each = zip(uncapped(shadow, logits[row]), targets, foils, strict=True)
+            return torch.cat([against(logit, [t], [f]) for logit, t, f in each])
+
+        taps: dict[str, Reduce] = {EMBED: part}
+        for i in range(shadow.n_layers):
+            block = bridge.blocks[i]
+            through = worth
+            if _attn_norm(i) in shadow.hooks:
+                through = before_norm(block.ln1_post, worth)
+                taps[_attn_norm(i)] = scale
+            bias = getattr(block.attn, "b_O", None)
+            taps[_z(i)] = _heads(row, last, block.attn.W_O, bias, through)
+            taps[_mlp(i)] = part
+        taps[FINAL] = scale_and_constant
+        taps["last_logits"] = lead
+        for i in neuron_layers(shadow) if self.neurons else []:
+            w_out, through = bridge.blocks[i].mlp.W_out, worth
+            if self.neurons > len(w_out):
+                raise ValueError(
+                    f"LogitAttribution(neurons={self.neurons}): layer {i} has {len(w_out)} neurons."
+                )
+            if _mlp_norm(i) in shadow.hooks:
+                through = before_norm(bridge.blocks[i].ln2_post, worth)
+                taps[_mlp_norm(i)] = scale
+            taps[neuron_hook(i)] = _top(self.neurons, row, last, w_out, through)
+        return taps
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Per probe the parts, their sum and what it misses, and the changes."""
+        got: Any = taken
+        if not got:
+            return
+        final, constant = (part.double() for part in got[FINAL])  # [row]
+        layers = range(shadow.n_layers)
+
+        def scales(hooks: list[str]) -> Float[Tensor, "layer row"]:
+            return torch.stack([final * got.get(hook, torch.ones_like(final)) for hook in hooks])
+
+        after = scales([_attn_norm(i) for i in layers])
+        head = torch.stack([got[_z(i)][0] for i in layers]) / after[:, :, None]
+        bias = torch.stack([got[_z(i)][1] for i in layers]) / after
+        mlp = torch.stack([got[_mlp(i)] for i in layers]) / final
+        embed = got[EMBED] / final
+        constant = bias.sum(0) + constant
+        total = embed + head.sum((0, 2)) + mlp.sum(0) + constant
+        numbers = {
+            "embed": embed,
+            "bias": constant,
+            "total": total,
+            "remainder": got["last_logits"] - total,
+        }
+        neurons = neuron_layers(shadow) if self.neurons else []
+        for at, row in enumerate(self._rows(batch)):
+            probe = batch.probes[row].name
+            yield from self._with_change("head", probe, head[:, at], ("layer", "head"))
+            yield self._reading("attention", probe, head[:, at].sum(1) + bias[:, at], ("layer",))
+            yield from self._with_change("mlp", probe, mlp[:, at], ("layer",))
+            for measure, number in numbers.items():
+                yield self._reading(measure, probe, number[at])
+            if neurons:
+                index, write = (
+                    torch.stack([part[at] for part in parts])
+                    for parts in zip(*(got[neuron_hook(i)] for i in neurons), strict=True)
+                )
+                write = write / scales([_mlp_norm(i) for i in neurons])[:, at, None]
+                axes, labels = ("layer", "rank"), layer_labels(neurons, shadow)
+                yield self._reading("neuron", probe, index, axes, "index", labels)
+                yield self._reading("neuron_write", probe, write, axes, "logit", labels)
+
+    def _with_change(
+        self, measure: str, probe: str, values: Tensor, axes: tuple[str, ...]
+    ) -> Iterator[Reading]:
+        values, key = values.float(), f"{measure}/{probe}"
+        if key not in self.memory:
+            self.memory[key] = values.clone()
+        yield self._reading(measure, probe, values, axes)
+        yield self._reading(f"{measure}_change", probe, values - self.memory[key].cpu(), axes)
+
+    def _reading(
+        self,
+        measure: str,
+        probe: str,
+        values: Tensor,
+        axes: tuple[str, ...] = (),
+        unit: str = "logit",
+        labels: Mapping[str, Sequence[str]] | None = None,
+    ) -> Reading:
+        key = f"{self.name}/{measure}/{probe}"
+        return Reading(key=key, values=values.numpy(), axes=axes, unit=unit, labels=labels or {})
+
+    def _rows(self, batch: ProbeBatch) -> list[int]:
+        if self.probes is None:
+            return [i for i in plain_rows(batch) if batch.targets[i] is not None]
+        rows = rows_named(batch, self.probes)
+        if without := [batch.probes[i].name for i in rows if batch.targets[i] is None]:
+            raise ValueError(
+                f"LogitAttribution: probe {without[0]!r} has no target to attribute. Give it one: "
+                f"Probe({without[0]!r}, ..., target=...), or leave it out of probes."
+            )
+        return rows
+
+
+def _heads(
+    row: Int[Tensor, " row"],
+    last: Int[Tensor, " row"],
+    w_o: Float[Tensor, "head d_head d_model"],
+    b_o: Float[Tensor, " d_model"] | None,
+    worth: Float[Tensor, "row d_model"],
+) -> Reduce:
+    """What each head writes, and the output bias, before the norms divide.
+
+    The direction goes back through W_O, so that no head's output is ever built.
+    """
+
+    def heads(z: Float[Tensor, "probe pos head d_head"]) -> tuple[Tensor, Tensor]:
+        each = (wide(z[row, last]) * dots(w_o, worth)).sum(2)
+        return each, each.new_zeros(len(row)) if b_o is None else dots(b_o[None], worth)[:, 0]
+
+    return heads
+
+
+def _top(
+    k: int,
+    row: Int[Tensor, " row"],
+    last: Int[Tensor, " row"],
+    w_out: Float[Tensor, "neuron d_model"],
+    worth: Float[Tensor, "row d_model"],
+) -> Reduce:
+    """The k neurons that write most, and what they write before the norms divide."""
+
+    def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, Tensor]:
+        write = wide(post[row, last]) * dots(w_out, worth)
+        index = write.abs().topk(k, dim=1).indices
+        return index, write.gather(1, index)
+
+    return top
+
+
+def _check(shadow: Shadow) -> None:
+    if not has_direct_path(shadow):
+        raise ValueError(
+            "LogitAttribution: this model's logits are more than the unembedding of its normalised "
+            "residual stream (it rescales them, or what its layers write), so that the parts would "
+            "not sum to them; leave the instrument out."
+        )
+    for i in range(shadow.n_layers):
+        if lacking := [hook for hook in (_z(i), _mlp(i)) if hook not in shadow.hooks]:
+            raise ValueError(
+                f"LogitAttribution: layer {i} of this model has no {lacking[0]!r}, so that the "
+                f"parts would not sum to the logits; leave the instrument out."
+            )
+
+
+def _z(layer: int) -> str:
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def _mlp(layer: int) -> str:
+    return f"blocks.{layer}.hook_mlp_out"
+
+
+def _attn_norm(layer: int) -> str:
+    return f"blocks.{layer}.ln1_post.hook_scale"
+
+
+def _mlp_norm(layer: int) -> str:
+    return f"blocks.{layer}.ln2_post.hook_scale"

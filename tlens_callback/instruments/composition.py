@@ -1,0 +1,209 @@
+"""Which heads read what earlier heads write."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlens_callback.instruments.circuits import Circuits, circuits
+from tlens_callback.instruments.direct import wide
+from tlens_callback.instruments.selection import attention_layers
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+KINDS = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How much of what a head writes the queries, keys and values of later heads read.
+
+    From weights alone. For row vectors, with OV = W_V W_O and QK = W_Q W_K^T, [d_model, d_model],
+    of head h1 in layer l1 and head h2 in a later layer l2:
+
+    - q: ||OV1 QK2|| / (||OV1|| ||QK2||) - baseline
+    - k: ||OV1 QK2^T|| / (||OV1|| ||QK2||) - baseline
+    - v: ||OV1 OV2|| / (||OV1|| ||OV2||) - baseline
+
+    with Frobenius norms. baseline: the mean of ||M N|| / (||M|| ||N||) over 32 pairs of products
+    M and N of a [d_model, d_head] and a [d_head, d_model] matrix with standard normal entries; near
+    1 / sqrt(d_model). The gain and the centring of the norms in front of the layers are folded
+    into W_Q, W_K and W_V, the gains of norms of queries and keys into W_Q and W_K, those of a norm
+    behind the layer into W_O; the norms' scales drop out. Heads that share keys and values have
+    W_K and W_V in common. Rotary embeddings turn queries and keys by their distance, which is not
+    in QK: for those models q and k are the composition at distance 0, of content alone. A head of
+    zeros scores -baseline.
+
+    Args:
+        k: number of pairs to name, of each kind.
+        every: ask at every so manieth observation.
+
+    Keys:
+        composition/q: [layer, source], score, -1..1; the maximum over the pairs of a head in the
+            layer and a head in the source layer, 0 where the source is not an earlier layer
+        composition/k: [layer, source], score, -1..1; as q
+        composition/v: [layer, source], score, -1..1; as q
+        composition/strongest: [kind, rank], score, -1..1; of each kind the k largest, descending;
+            the texts name the reading and the writing head: L5H1<-L4H11
+        composition/baseline: [], score, 0..1
+
+    Reads:
+        No activations: the shadow's weights.
+
+    Cost:
+        3 * (layers^2 + k). Per pair of layers, with n = heads * d_head: at most
+        6 * n^2 * (d_model + d_head) operations, fewer where heads share keys and values, and
+        2 * n^2 numbers of memory; 3 * n * d_head numbers a layer are kept meanwhile.
+
+    Source:
+        Elhage et al. 2021, "Path Expansion" and "Analyzing a Two-Layer Model" (composition, the
+        baseline of random matrices).
+
+    Raises:
+        ValueError: k < 1, every < 1; from `taps`, fewer than two layers of attention.
+    """
+
+    k: int = 10
+    every: int = 10
+    name: str = "composition"
+
+    def __post_init__(self) -> None:
+        for field in ("k", "every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"Composition({field}={getattr(self, field)}): give {field} >= 1.")
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """None: it is of weights alone."""
+        if len(attention_layers(shadow, type(self).__name__)) < 2:
+            raise ValueError(
+                f"{type(self).__name__}: heads compose across layers and this model has one layer "
+                f"of attention. Leave the instrument out."
+            )
+        return {}
+
+    @torch.no_grad()
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Maxima by pair of layers, and the strongest pairs by name."""
+        layers = attention_layers(shadow, type(self).__name__)
+        small = {layer: _Triangles.of(circuits(shadow, layer)) for layer in layers}
+        heads, d_head, d_model = circuits(shadow, layers[0]).o.shape
+        baseline = random_composition(d_model, d_head)
+        maxima = torch.zeros(len(KINDS), shadow.n_layers, shadow.n_layers, dtype=torch.float64)
+        best, where = [], []
+        kept = min(self.k, heads * heads)
+        for at, source in enumerate(layers):
+            writer = _writer(circuits(shadow, source), small[source])
+            for layer in layers[at + 1 :]:
+                scores = _scores(writer, circuits(shadow, layer), small[layer]) - baseline
+                flat = scores.flatten(1).cpu()  # [kind, source head and head]
+                maxima[:, layer, source] = flat.amax(1)
+                strongest = flat.topk(kept, dim=1)
+                best.append(strongest.values)
+                named = strongest.indices
+                pair = torch.stack([named // heads, named % heads], 2)
+                place = torch.tensor([source, layer]).expand_as(pair)
+                where.append(torch.stack([place, pair], 3))  # [kind, rank, end, layer or head]
+        for kind, matrix in zip(KINDS, maxima, strict=True):
+            yield Reading(
+                key=f"{self.name}/{kind}",
+                values=matrix.numpy(),
+                axes=("layer", "source"),
+                unit="score",
+            )
+        found = torch.cat(best, 1)
+        top = found.topk(min(self.k, found.shape[1]), dim=1)
+        ends = torch.cat(where, 1)
+        texts = [
+            [_name(*ends[i, j].flatten().tolist()) for j in row]
+            for i, row in enumerate(top.indices)
+        ]
+        yield Reading(
+            key=f"{self.name}/strongest",
+            values=top.values.numpy(),
+            axes=("kind", "rank"),
+            unit="score",
+            labels={"kind": KINDS},
+            texts=np.array(texts),
+        )
+        key = f"{self.name}/baseline"
+        yield Reading(key=key, values=np.array(baseline), unit="score", limits=(0.0, 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class _Triangles:
+    """[head, d_head, d_head] for each side of a layer's products: ||X W|| = ||X R^T|| for W^T = QR.
+
+    Attributes:
+        q, k, v: triangles of W_Q, W_K and W_V.
+        o: of W_O^T.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+
+    @classmethod
+    def of(cls, c: Circuits) -> "_Triangles":
+        q, k, v, o = (torch.linalg.qr(w, mode="r").R for w in (c.q, c.k, c.v, c.o.mT))
+        k, v = (r.repeat_interleave(c.shared, 0) for r in (k, v))
+        # Divided by the norm of the product, so that what they end is divided by it.
+        qk, ov = _norms(q @ k.mT), _norms(v @ o.mT)
+        return cls(q=q / qk, k=k / qk, v=v / ov, o=o / ov)
+
+
+def _norms(product: Float[Tensor, "head n m"]) -> Float[Tensor, "head 1 1"]:
+    """1 for a product of zero, which so stays zero."""
+    norm = torch.linalg.vector_norm(product, dim=(1, 2), keepdim=True)
+    return norm.where(norm > 0, 1.0)
+
+
+def _writer(c: Circuits, small: _Triangles) -> Float[Tensor, "source_head d_head d_model"]:
+    """OV / ||OV|| of each head, up to an orthogonal matrix in front: d_head rows."""
+    return small.v @ c.o
+
+
+def _scores(
+    writer: Float[Tensor, "source_head d_head d_model"], c: Circuits, small: _Triangles
+) -> Float[Tensor, "kind source_head head"]:
+    """||OV1 N|| / (||OV1|| ||N||) for N = QK2, QK2^T and OV2."""
+    sources, rows = len(writer), writer.flatten(0, 1)
+    kinds = []
+    for into, end in ((c.q, small.k), (c.k, small.q), (c.v, small.o)):
+        own = len(into)  # heads that have this matrix to themselves, each with `shared` ends
+        read = (rows @ into.transpose(0, 1).flatten(1)).unflatten(1, (own, -1)).transpose(0, 1)
+        ends = end.unflatten(0, (own, -1))  # [own, shared, d_head, d_head]
+        product = (read @ ends.flatten(1, 2).mT).unflatten(2, ends.shape[1:3])
+        norm = torch.linalg.vector_norm(product.unflatten(1, (sources, -1)), dim=(2, 4))
+        kinds.append(norm.transpose(0, 1).flatten(1))  # [source head, own, shared] before
+    return torch.stack(kinds)
+
+
+@lru_cache(maxsize=8)
+def random_composition(d_model: int, d_head: int, draws: int = 32) -> float:
+    """The mean of ||M N|| / (||M|| ||N||) for random M and N of rank d_head."""
+    generator = torch.Generator().manual_seed(0)
+    scores = []
+    for _ in range(draws):
+        m, n = (_random(d_model, d_head, generator) for _ in range(2))
+        small = _Triangles.of(m)
+        # Of a layer of one head: q reads with W_Q and K, which are as random as any two.
+        scores.append(float(_scores(_writer(m, small), n, _Triangles.of(n))[0, 0, 0]))
+    return float(np.mean(scores))
+
+
+def _random(d_model: int, d_head: int, generator: torch.Generator) -> Circuits:
+    q, k, v, o = (wide(torch.randn(1, d_model, d_head, generator=generator)) for _ in range(4))
+    return Circuits(q, k, v, o.mT)
+
+
+def _name(source: int, source_head: int, layer: int, head: int) -> str:
+    return f"L{layer}H{head}<-L{source}H{source_head}"

@@ -1,0 +1,307 @@
+"""What tells texts with a feature from texts without it: directions and neurons."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tlens_callback.instruments.distance import cosine_distance
+from tlens_callback.instruments.selection import layer_labels, neuron_hook, neuron_layers
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import Probe, ProbeBatch, token_ids
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+TOKENS = 2048
+"""Tokens of one forward pass, padding included; a longer text goes through alone."""
+
+SHUFFLES = 1000
+"""Labellings that the level of chance is taken from."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How a model tells texts that have a feature (a language, a style) from texts that do not.
+
+    For each text and layer, h is the mean of the residual stream behind the layer over the text's
+    tokens without the first, which often has massive activations; a is the mean of the MLP's
+    neurons over the same tokens. Of each set, every so manieth text is held out; the others fit.
+
+    - direction d: mean of h over the fitting texts having the feature, minus the mean over those
+      without.
+    - auroc: of the held-out texts' h . d: the share of pairs, one having the feature and one
+      without, in which the former is larger; ties count half. 0.5 says nothing, below it the
+      direction points the wrong way.
+    - chance: 95th percentile of the auroc of the same h . d under 1000 random labellings of the
+      held-out texts: the smallest number that at least 95 % of them do not exceed. An auroc is
+      worth a thought where it exceeds this; of very few texts none does, as it is 1 then. The
+      labellings are those of a generator of its own, the same at each observation.
+    - best, best_chance: the largest auroc of all layers; and the chance of that, the same
+      percentile of the largest of all layers for each labelling. To be compared with each other:
+      the best of many layers is high by chance more often than one of them.
+    - cosine: of d with the layer's d at the first observation; exactly 1 there.
+    - norm: |d| over the mean norm of the residual stream, which is averaged over a text's tokens
+      without the first, over each set's fitting texts, and over the two sets.
+    - neuron: the k neurons of largest absolute difference: mean of a over the fitting texts having
+      the feature, minus the mean over those without; largest first.
+    - difference: that difference, and held_out_difference: the same neurons' on the held-out
+      texts, where that choice has not made it large.
+
+    Args:
+        having: texts with the feature; each what a `Probe` takes: text, chat messages or token ids.
+        without: texts without it; best alike in everything else, and in length.
+        held_out: share of each set that is held out, spread evenly over its order.
+        k: neurons per layer.
+        every: asked at every so manieth observation.
+
+    Keys:
+        contrast/auroc: [layer], probability, 0..1
+        contrast/chance: [layer], probability, 0..1
+        contrast/best: [], probability, 0..1
+        contrast/best_chance: [], probability, 0..1
+        contrast/cosine: [layer], cosine, -1..1
+        contrast/norm: [layer], fraction, 0..2
+        contrast/neuron: [layer, rank], index, 0..d_mlp-1; layers of neurons, not of experts, as
+            for the next two
+        contrast/difference: [layer, rank], activation, -inf..inf
+        contrast/held_out_difference: [layer, rank], activation, -inf..inf
+
+    Reads:
+        blocks.{layer}.hook_resid_post and blocks.{layer}.mlp.hook_post, in forward passes of its
+        own
+
+    Cost:
+        One forward pass of all texts, in parts of 2048 tokens; twice texts * layers * d_model
+        float32 numbers on the device while it lasts, and layers * d_model that are kept: the first
+        directions. layers * (4 + 3 * k) numbers leave the device, and held-out texts * layers.
+
+    Source:
+        Arditi et al. 2024, section 2.3 (difference of means); Mann & Whitney 1947 (auroc).
+
+    Raises:
+        ValueError: fewer than four texts in a set, or than two to fit or to hold out; a text that
+            is there twice; k or every < 1; from `read`, a text of one token, one longer than the
+            model's context, or more neurons asked for than a layer has.
+    """
+
+    having: Sequence[Any]
+    without: Sequence[Any]
+    held_out: float = 0.5
+    k: int = 10
+    every: int = 10
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    name: str = "contrast"
+
+    def __post_init__(self) -> None:
+        for value, what in ((self.k, "k"), (self.every, "every")):
+            if value < 1:
+                raise ValueError(f"Contrast({what}={value}): give {what} >= 1.")
+        for which in ("having", "without"):
+            given = getattr(self, which)
+            if isinstance(given, str):
+                raise ValueError(f"{which}={given!r} is one text; give a list of several.")
+            texts = tuple(Probe(f"{which}[{i}]", x).content for i, x in enumerate(given))
+            object.__setattr__(self, which, texts)
+            held = sum(self._held(len(texts)))
+            if min(held, len(texts) - held) < 2:
+                raise ValueError(
+                    f"Contrast has {len(texts)} texts in {which!r}, of which held_out="
+                    f"{self.held_out} leaves {len(texts) - held} to fit a direction and {held} to "
+                    f"test it on; either takes two or more, and ten tell more. Give more texts."
+                )
+        every_text = [*self.having, *self.without]
+        if twice := [text for i, text in enumerate(every_text) if text in every_text[:i]]:
+            raise ValueError(
+                f"The text {twice[0]!r} is in Contrast's sets twice: it would be fitted and tested "
+                f"on, or have the feature and lack it. Give each text once."
+            )
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """None: the texts go through forward passes of their own."""
+        return {}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Runs the texts, and compares the two sets layer by layer."""
+        has = np.arange(len(self.having) + len(self.without)) < len(self.having)
+        held = np.array([*self._held(len(self.having)), *self._held(len(self.without))])
+        # [group, text]: having and without, fitting; having and without, held out.
+        groups = np.stack([has & ~held, ~has & ~held, has & held, ~has & held])
+        weight = torch.tensor(groups / groups.sum(1, keepdims=True), dtype=torch.float32)
+        resid, norm, neurons = self._means(shadow, batch, weight.to(shadow.device))
+        fit = weight[:2].to(shadow.device)[:, None, :, None]  # [group, layer, text, d_model]
+        direction = (fit[0] * resid).sum(1) - (fit[1] * resid).sum(1)  # [layer, d_model]
+        texts = zlib.crc32(repr((self.having, self.without, self.held_out)).encode())
+        first = self.memory.setdefault(f"direction of {texts}", direction).to(direction.device)
+        scale = (norm * fit[..., 0]).sum((0, 2)) / 2
+        # Products and sums, not matmuls: a trainer may have switched those to TF32.
+        along = (resid * direction[:, None]).sum(2)[:, torch.tensor(held, device=resid.device)]
+        scores, labels = along.double().cpu().numpy(), has[held]
+        real = auroc(scores, labels[None])[:, 0]
+        null = auroc(scores, _shuffled(labels))
+        by_layer = {
+            "auroc": (real, "probability", (0.0, 1.0)),
+            "chance": (_top_of_95(null), "probability", (0.0, 1.0)),
+            "best": (real.max(), "probability", (0.0, 1.0)),
+            "best_chance": (_top_of_95(null.max(0)), "probability", (0.0, 1.0)),
+            "cosine": (_numbers(1 - cosine_distance(direction, first)), "cosine", (-1.0, 1.0)),
+            "norm": (_numbers(direction.norm(dim=1) / scale), "fraction", (0.0, 2.0)),
+        }
+        for measure, (values, unit, limits) in by_layer.items():
+            yield Reading(
+                key=f"{self.name}/{measure}",
+                values=np.asarray(values),
+                axes=("layer",)[: np.ndim(values)],
+                unit=unit,
+                limits=limits,
+            )
+        if neurons:
+            columns = [torch.stack(column) for column in zip(*neurons.values(), strict=True)]
+            for measure, values in zip(
+                ("neuron", "difference", "held_out_difference"), columns, strict=True
+            ):
+                yield Reading(
+                    key=f"{self.name}/{measure}",
+                    values=_numbers(values),
+                    axes=("layer", "rank"),
+                    unit="index" if measure == "neuron" else "activation",
+                    labels=layer_labels(list(neurons), shadow),
+                )
+
+    def _held(self, n: int) -> list[bool]:
+        """Which of n texts are held out: floor(n * held_out) of them, spread evenly."""
+        # As decimals were meant: 10 * 0.7 is 6.999...
+        upto = [int(i * self.held_out + 1e-9) for i in range(n + 1)]
+        return [upto[i] < upto[i + 1] for i in range(n)]
+
+    def _means(
+        self, shadow: Shadow, batch: ProbeBatch, weight: Float[Tensor, "group text"]
+    ) -> tuple[
+        Float[Tensor, "layer text d_model"],
+        Float[Tensor, "layer text"],
+        dict[int, tuple[Tensor, Tensor, Tensor]],
+    ]:
+        """The mean residual stream of each text and its mean norm; of each layer with neurons the
+        k that differ most, by how much, and by how much on the held-out texts."""
+        texts = self._encoded(batch)
+        layers = neuron_layers(shadow)
+        resid = torch.empty(
+            *(shadow.n_layers, len(texts), shadow.d_model),
+            dtype=torch.float32,
+            device=weight.device,
+        )
+        norm = torch.empty(resid.shape[:2], device=resid.device)
+        sums: dict[int, Tensor] = {}
+        # Without a tokenizer, ids need none, and encoding does not copy it.
+        bare = replace(batch, tokenizer=None)
+        for part in _parts([len(probe.content) for probe in texts]):
+            some = bare.beside([texts[i] for i in part])
+            at = torch.tensor(part, device=weight.device)
+            counted = some.mask.clone()
+            counted[:, 0] = False
+            taps: dict[str, Reduce] = {
+                _resid(i): _mean_and_norm(counted) for i in range(shadow.n_layers)
+            }
+            taps |= {neuron_hook(i): _group_sums(counted, weight[:, at]) for i in layers}
+            got: dict[str, Any] = shadow.run(some, [taps])[0]
+            for i in range(shadow.n_layers):
+                resid[i, at], norm[i, at] = got[_resid(i)]
+            for i in layers:
+                sums[i] = sums[i] + got[neuron_hook(i)] if i in sums else got[neuron_hook(i)]
+        return resid, norm, {i: self._top(i, of_layer) for i, of_layer in sums.items()}
+
+    def _top(
+        self, layer: int, means: Float[Tensor, "group neuron"]
+    ) -> tuple[Int[Tensor, " rank"], Float[Tensor, " rank"], Float[Tensor, " rank"]]:
+        if self.k > means.shape[1]:
+            raise ValueError(
+                f"Contrast(k={self.k}): layer {layer} has {means.shape[1]} neurons. Lower k."
+            )
+        difference = means[0] - means[1]
+        index = difference.abs().topk(self.k).indices
+        return index, difference[index], (means[2] - means[3])[index]
+
+    def _encoded(self, batch: ProbeBatch) -> list[Probe]:
+        """The texts as token ids, having before without."""
+        probes = []
+        for which in ("having", "without"):
+            for i, content in enumerate(getattr(self, which)):
+                name = f"{which}[{i}]"
+                ids = token_ids(Probe(name, content), batch.tokenizer, batch.vocab_size)
+                if len(ids) < 2:
+                    raise ValueError(
+                        f"Contrast leaves the first token of each text out, and {name} has no "
+                        f"other: {content!r}. Give a longer one."
+                    )
+                probes.append(Probe(name, ids))
+        return probes
+
+
+def auroc(
+    scores: Float[np.ndarray, "layer text"], labels: Bool[np.ndarray, "labelling text"]
+) -> Float[np.ndarray, "layer labelling"]:
+    """Share of the pairs of a text that has the label and one that has not, in which the former
+    scores higher; ties count half. For each layer's scores and each labelling."""
+    ahead = np.sign(scores[:, :, None] - scores[:, None, :])  # [layer, text, text]
+    won = np.einsum("nt,ltu,nu->ln", labels, ahead, ~labels, optimize=True)
+    pairs = labels.sum(1) * (~labels).sum(1)
+    return 0.5 + won / (2 * pairs)
+
+
+def _shuffled(labels: Bool[np.ndarray, " text"]) -> Bool[np.ndarray, "labelling text"]:
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(labels), generator=generator).numpy() for _ in range(SHUFFLES)]
+    return np.stack([labels[order] for order in orders])
+
+
+def _top_of_95(null: Float[np.ndarray, "*layer labelling"]) -> np.ndarray:
+    return np.asarray(np.quantile(null, 0.95, axis=-1, method="inverted_cdf"))
+
+
+def _parts(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of texts that go through a forward pass together: of like lengths, `TOKENS` in all
+    with their padding."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if parts and (len(parts[-1]) + 1) * lengths[i] <= TOKENS:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def _mean_and_norm(counted: Bool[Tensor, "text pos"]) -> Reduce:
+    def reduce(
+        resid: Float[Tensor, "text pos d_model"],
+    ) -> tuple[Float[Tensor, "text d_model"], Float[Tensor, " text"]]:
+        h = resid.float()
+        return _mean(h, counted), _mean(h.norm(dim=2, keepdim=True), counted)[:, 0]
+
+    return reduce
+
+
+def _group_sums(counted: Bool[Tensor, "text pos"], weight: Float[Tensor, "group text"]) -> Reduce:
+    def reduce(post: Float[Tensor, "text pos neuron"]) -> Float[Tensor, "group neuron"]:
+        return (weight[:, :, None] * _mean(post.float(), counted)).sum(1)
+
+    return reduce
+
+
+def _mean(
+    values: Float[Tensor, "text pos unit"], counted: Bool[Tensor, "text pos"]
+) -> Float[Tensor, "text unit"]:
+    return values.masked_fill(~counted[:, :, None], 0).sum(1) / counted.sum(1, keepdim=True)
+
+
+def _numbers(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
+
+
+def _resid(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_post"

@@ -1,0 +1,171 @@
+"""Which tokens the change since the first observation speaks of."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tlens_callback.instruments.selection import picked, plain_rows, rows_named
+from tlens_callback.instruments.unembed import CHUNK, demand_equal, gap, token_texts, unembed
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+FINAL = "last_logits"
+
+
+@dataclass(frozen=True)
+class DifferenceLens:
+    """The logit lens on what training has added to the residual stream, on average over tokens.
+
+    With h_l(t) the residual stream that leaves layer l at token t, h0_l(t) that of the first
+    observation, and N the number of tokens of the chosen probes without the first of each:
+
+    - d_l = 1/N sum_t (h_l(t) - h0_l(t)). Every token counts the same, so a long probe counts for
+      more; one probe alone is `DifferenceLens(probes=[...], name=...)`.
+    - norm = |d_l| / median_t |h0_l(t)|.
+    - x_l = lens(sqrt(d_model) d_l / |d_l|) - lens(0), where lens is the model's current final
+      norm, unembedding, logit factor and soft cap. The norm divides by the size of the difference
+      itself, as in the source; its scale in the model's own pass belongs to the whole stream. The
+      difference enters at unit root mean square, so that the norm's epsilon does not flatten a
+      small one, and lens(0), nothing but the biases of norm and head, is no part of a difference;
+      where there are none, that is the source's formula up to epsilon.
+    - token, probability: the k tokens of largest softmax(x_l), largest first, and their values.
+
+    The source reads random text that has nothing to do with the training data: what shows there is
+    what training writes everywhere. Such probes are the control for those about its subject. Where
+    the norm is 0 (the first observation; a layer below all adapters) there is nothing to read:
+    tokens are 0 and without text, the probabilities uniform. Where it is small against rounding
+    (bfloat16: below 1e-3) the tokens are noise.
+
+    Args:
+        k: tokens per layer.
+        probes: names of the probes whose tokens count. Default: every probe that is no repeated
+            block.
+
+    Keys:
+        difference_lens/token: [layer, rank], index, 0..vocab_size-1; with the tokens as texts
+        difference_lens/probability: [layer, rank], probability, 0..1
+        difference_lens/norm: [layer], fraction, 0..inf; exactly 0 at the first observation
+
+    Reads:
+        blocks.{layer}.hook_resid_post, last_logits
+
+    Cost:
+        layers * (2 * k + 1); one unembedding of layers + probes rows, 2^23 logits at a time. Keeps
+        layers * (d_model + 1) numbers of the first observation.
+
+    Source:
+        Minder et al. 2025 (narrow fine-tuning leaves readable traces in activation differences;
+        activation difference lens, its logit lens part), there per position for the first five.
+
+    Raises:
+        ValueError: k < 1; an empty or repeated selection; from `taps`, a probe that is not there,
+            no probe of two tokens, or k above the vocabulary; from `read`, a family whose output
+            is not norm and unembedding of the last layer.
+    """
+
+    k: int = 10
+    probes: Sequence[str] | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    name: str = "difference_lens"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"DifferenceLens(k={self.k}) shows no token; give k >= 1.")
+        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """The layers' means stay on the device until all are there to be unembedded together."""
+        rows = self._rows(batch)
+        if not rows:
+            return {}
+        if self.k > shadow.vocab_size:
+            raise ValueError(
+                f"DifferenceLens(k={self.k}): the vocabulary has {shadow.vocab_size} tokens."
+            )
+        row = torch.tensor(rows, device=batch.tokens.device)
+        at = batch.mask[row].nonzero()
+        at = at[at[:, 1] > 0]
+        if len(at) == 0:
+            raise ValueError(
+                "DifferenceLens leaves out the first token of each probe, and the probes have no "
+                "other. Give probes of at least two tokens."
+            )
+        last = batch.last[row]
+        means: list[Tensor] = []
+        sizes: list[Tensor] = []
+        ends: list[Tensor] = []
+
+        def keep(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " 0"]:
+            h = resid[row[at[:, 0]], at[:, 1]].float()
+            means.append(h.mean(0))
+            sizes.append(h.norm(dim=1).quantile(0.5))
+            ends[:] = [resid[row, last]]  # of the last layer, when all have been here
+            return resid.new_empty(0)
+
+        def read(logits: Float[Tensor, "probe vocab"]) -> tuple[Tensor, ...]:
+            mean, size, end = torch.stack(means), torch.stack(sizes), ends[0]
+            for kept in (means, sizes, ends):
+                kept.clear()
+            difference = mean - self.memory.setdefault("mean", mean)
+            norm = difference.norm(dim=1) / self.memory.setdefault("size", size)
+            # Zero and the last layer in one unembedding, which costs as much as one row.
+            bias, *made = unembed(shadow, torch.cat([torch.zeros_like(end[:1]), end]))
+            off = gap(torch.stack(made), logits[row])
+            return off, norm, *_read(shadow, difference, bias, end.dtype, self.k)
+
+        return {f"blocks.{i}.hook_resid_post": keep for i in range(shadow.n_layers)} | {FINAL: read}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Tokens, their probabilities and the size of the change, per layer."""
+        if not taken:
+            return
+        off, norm, token, probability = taken[FINAL]
+        demand_equal(off, shadow, type(self).__name__)
+        texts = np.where(norm.numpy()[:, None] > 0, token_texts(token.numpy(), batch), "")
+        ranked = ("layer", "rank")
+        yield Reading(
+            key=f"{self.name}/token", values=token.numpy(), axes=ranked, unit="index", texts=texts
+        )
+        yield Reading(
+            key=f"{self.name}/probability",
+            values=probability.numpy(),
+            axes=ranked,
+            unit="probability",
+            limits=(0.0, 1.0),
+        )
+        yield Reading(
+            key=f"{self.name}/norm", values=norm.numpy(), axes=("layer",), unit="fraction"
+        )
+
+    def _rows(self, batch: ProbeBatch) -> list[int]:
+        return plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
+
+
+def _read(
+    shadow: Shadow,
+    difference: Float[Tensor, "layer d_model"],
+    bias: Float[Tensor, " vocab"],
+    dtype: torch.dtype,
+    k: int,
+) -> tuple[Int[Tensor, "layer rank"], Float[Tensor, "layer rank"]]:
+    """The top tokens of each layer's difference, and their probabilities; `bias` is the lens
+    of zero, `dtype` the residual stream's, in which norm and head compute."""
+    size = difference.norm(dim=1, keepdim=True)
+    unit = difference * (difference.shape[1] ** 0.5 / torch.where(size > 0, size, 1))
+    unit = unit.to(dtype)
+    tokens, probabilities = [], []
+    for group, there in zip(
+        *(part.split(max(1, CHUNK // shadow.vocab_size)) for part in (unit, size > 0)), strict=True
+    ):
+        top = (unembed(shadow, group) - bias).softmax(-1).topk(k)
+        tokens.append(torch.where(there, top.indices, 0))
+        probabilities.append(top.values)
+    return torch.cat(tokens), torch.cat(probabilities)

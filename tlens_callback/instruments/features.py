@@ -1,0 +1,282 @@
+"""Features of a published sparse autoencoder, followed while the model is trained."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tlens_callback.instruments.selection import picked, plain_rows
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.sae.autoencoder import Autoencoder
+from tlens_callback.sae.splice import Spliced, counted_tokens, splice
+from tlens_callback.shadow import Shadow
+
+
+@dataclass(frozen=True)
+class SparseFeatures:
+    """What a sparse autoencoder sees in the model, and how well it still fits.
+
+    An autoencoder that was trained on the base model need not fit the fine-tuned one. `fvu` and
+    `recovered` say how far it does; a chart of features without them says nothing.
+
+    With f_n(pos) feature n's activation at the autoencoder's hook point, a its activation there and
+    a' its reconstruction, over the counted tokens: those of the probes that are no repeated
+    blocks, without the first of each (BOS) and without massive activations, which are those of a
+    norm above 10 times the median norm:
+
+    - frequency: share of the tokens with f_n > 0. mean: mean of f_n.
+    - drift: mean of f_n minus that at the first observation. drifting: the features, among all, of
+      the largest absolute drift, largest first, and drifting_change: their drift.
+    - activation: f_n at each token; 0 where it is not counted.
+    - top: the tokens of largest f_n, marked [[ ]] among two tokens on either side; an empty
+      text where n fires on fewer.
+    - l0: mean number of features with f_n > 0. dead: share of all features that fire on none of
+      the tokens; with few probes most are, without being dead on other texts.
+    - fvu: sum |a - a'|^2 / sum |a - mean of a|^2.
+    - massive: number of massive activations.
+    - loss_clean, loss_zero, loss_sae: mean next-token loss, over the predictions of a token from
+      one that is not the first, as it is, with a := 0, and with a := a' at the counted tokens.
+    - recovered: (loss_zero - loss_sae) / (loss_zero - loss_clean); 1 where a' does what a does, 0
+      where it is no better than zeros; nan where zeros change the loss by less than 1e-4 nats.
+
+    The features shown are those asked for, or the k of largest mean at the first observation, the
+    same ever after.
+
+    Args:
+        sae: from `load_sae("path/to/sae")`, or an `Autoencoder` of your own.
+        hook: the hook point it is for. Default: the one its configuration names.
+        features: which to show.
+        k: how many to show where `features` is left out; also the length of `drifting`.
+        tokens: how many top tokens a feature.
+        every: observes at every so manieth observation.
+
+    Keys:
+        sparse_features/frequency: [feature], fraction, 0..1
+        sparse_features/mean: [feature], activation, 0..inf
+        sparse_features/drift: [feature], activation, -inf..inf
+        sparse_features/drifting: [rank], index, 0..n_features-1
+        sparse_features/drifting_change: [rank], activation, -inf..inf
+        sparse_features/activation/<probe>: [feature, pos], activation, 0..inf
+        sparse_features/top: [feature, rank], activation, 0..inf; with the tokens as texts
+        sparse_features/l0: [], count, 0..n_features
+        sparse_features/dead: [], fraction, 0..1
+        sparse_features/fvu: [], fraction, 0..inf
+        sparse_features/massive: [], count, 0..inf
+        sparse_features/recovered: [], fraction, -inf..inf
+        sparse_features/loss_clean: [], nats, 0..inf
+        sparse_features/loss_zero: [], nats, 0..inf
+        sparse_features/loss_sae: [], nats, 0..inf
+
+    Reads:
+        nothing of the shared forward pass
+
+    Cost:
+        three forward passes of its own over the probes that are no repeated blocks, with all their
+        logits; tokens * d_in * n_features * 8 operations and tokens * n_features * 4 bytes on the
+        device for the while; 8 * n_features bytes of memory between observations, and on a GPU the
+        weights are copied there each time. With TF32 switched on, a feature near its threshold may
+        round to the other side.
+
+    Source:
+        Bricken et al. 2023 (features, loss recovered); Kissane et al. 2024 (transfer to fine-tuned
+        models); Gao et al. 2024; Rajamanoharan et al. 2024; Sun et al. 2024 (massive activations).
+
+    Raises:
+        ValueError: no hook; at `taps`, a hook point the model does not have, or too few tokens
+            among the probes; at `read`, activations of another width than the autoencoder's.
+    """
+
+    sae: Autoencoder
+    hook: str | None = None
+    features: Sequence[int] | None = None
+    k: int = 16
+    tokens: int = 8
+    every: int = 10
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    name: str = "sparse_features"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sae, Autoencoder):
+            raise ValueError(
+                f"SparseFeatures takes an Autoencoder, got {self.sae!r}. A directory becomes one "
+                f"by load_sae: SparseFeatures(load_sae('path/to/sae'))."
+            )
+        check_counts(k=self.k, tokens=self.tokens, every=self.every)
+        if self.hook is None and self.sae.hook is None:
+            raise ValueError(
+                "The autoencoder's files do not say which activations it is for. Name the hook "
+                "point: SparseFeatures(sae, hook='blocks.5.hook_resid_post')."
+            )
+        chosen = picked(self.features, "features")
+        n = self.sae.n_features
+        for feature in chosen or ():
+            if not isinstance(feature, int) or not 0 <= feature < n:
+                raise ValueError(f"features={list(chosen or ())}; they are numbered 0 to {n - 1}.")
+        object.__setattr__(self, "features", chosen)
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """None; checks what can be checked before the observation."""
+        shadow.hook(self._at)
+        text_rows(batch, type(self).__name__)
+        return {}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Its own forward passes, and the readings."""
+        sae = self.sae.to(shadow.device)
+        rows, tokens, counted = text_rows(batch, type(self).__name__)
+        seen = splice(shadow, self._at, tokens, counted, sae)
+        mean = seen.features.mean(0)
+        if "mean" not in self.memory:
+            chosen = torch.tensor(self.features) if self.features else most(mean, self.k)
+            self.memory.update(mean=mean.clone(), shown=chosen.to(mean.device))
+        shown = self.memory["shown"]
+        drift = mean - self.memory["mean"]
+        labels = {"feature": [str(i) for i in shown.tolist()]}
+
+        yield from shown_readings(self.name, seen, shown, batch, rows, self.tokens)
+        yield Reading(
+            key=f"{self.name}/drift",
+            values=drift[shown].cpu().numpy(),
+            axes=("feature",),
+            unit="activation",
+            labels=labels,
+        )
+        moved = most(drift.abs(), self.k)
+        for measure, values, unit in (
+            ("drifting", moved, "index"),
+            ("drifting_change", drift[moved], "activation"),
+        ):
+            yield Reading(
+                key=f"{self.name}/{measure}", values=values.cpu().numpy(), axes=("rank",), unit=unit
+            )
+        dead = float((seen.features > 0).any(0).logical_not().double().mean())
+        yield scalar(self.name, "dead", dead, "fraction", (0.0, 1.0))
+        yield from fit_readings(self.name, seen)
+
+    @property
+    def _at(self) -> str:
+        hook = self.hook or self.sae.hook
+        assert hook is not None
+        return hook
+
+
+def text_rows(
+    batch: ProbeBatch, name: str
+) -> tuple[list[int], Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
+    """The rows that are no repeated blocks, their tokens and which of them count.
+
+    Raises:
+        ValueError: where they have too few tokens to have a variance or a prediction.
+    """
+    rows = plain_rows(batch)
+    if max((batch.lengths[row] for row in rows), default=0) < 3:
+        raise ValueError(
+            f"{name} needs text among the probes, of three tokens at least, since the first is "
+            f"left out; add a Probe with a sentence or two."
+        )
+    width = max(batch.lengths[row] for row in rows)
+    tokens, counted = batch.tokens[rows, :width], counted_tokens(batch, rows)[:, :width]
+    return rows, tokens, counted
+
+
+def most(values: Float[Tensor, " feature"], k: int) -> Int[Tensor, " rank"]:
+    """The k of largest value, largest first, the lower number first among equals."""
+    return values.sort(descending=True, stable=True).indices[:k].clone()
+
+
+def shown_readings(
+    name: str,
+    seen: Spliced,
+    shown: Int[Tensor, " shown"],
+    batch: ProbeBatch,
+    rows: Sequence[int],
+    n_tokens: int,
+) -> Iterator[Reading]:
+    """What is said of each feature that is shown: frequency, mean, activation and top."""
+    labels = {"feature": [str(i) for i in shown.tolist()]}
+    chosen, counted = seen.features[:, shown].cpu(), seen.counted.cpu()  # [token, shown]
+    axes = ("feature",)
+    yield Reading(
+        key=f"{name}/frequency",
+        values=(chosen > 0).double().mean(0).numpy(),
+        axes=axes,
+        unit="fraction",
+        labels=labels,
+        limits=(0.0, 1.0),
+    )
+    yield Reading(
+        key=f"{name}/mean",
+        values=chosen.double().mean(0).numpy(),
+        axes=axes,
+        unit="activation",
+        labels=labels,
+    )
+    grid = torch.zeros(*counted.shape, len(shown))
+    grid[counted] = chosen
+    for at, row in enumerate(rows):
+        yield Reading(
+            key=f"{name}/activation/{batch.probes[row].name}",
+            values=grid[at, : batch.lengths[row]].T.numpy(),
+            axes=("feature", "pos"),
+            unit="activation",
+            labels={**labels, "pos": batch.labels[row]},
+        )
+    places = counted.nonzero().tolist()
+    peak = chosen.sort(dim=0, descending=True, stable=True)
+    texts = [
+        [
+            _in_context(batch.labels[rows[places[token][0]]], places[token][1]) if value > 0 else ""
+            for token, value in zip(tokens, values, strict=True)
+        ]
+        for tokens, values in zip(
+            peak.indices[:n_tokens].T.tolist(), peak.values[:n_tokens].T.tolist(), strict=True
+        )
+    ]
+    yield Reading(
+        key=f"{name}/top",
+        values=peak.values[:n_tokens].T.numpy(),
+        axes=("feature", "rank"),
+        unit="activation",
+        labels=labels,
+        texts=np.array(texts, dtype=np.str_),
+    )
+
+
+def fit_readings(name: str, seen: Spliced) -> Iterator[Reading]:
+    """How sparse the features are and how much of the model is in them."""
+    yield scalar(name, "l0", float((seen.features > 0).sum(1).double().mean()), "count")
+    yield scalar(name, "fvu", seen.fvu, "fraction")
+    yield scalar(name, "massive", seen.massive, "count")
+    yield scalar(name, "recovered", seen.recovered, "fraction")
+    for kind, value in seen.loss.items():
+        yield scalar(name, f"loss_{kind}", value, "nats")
+
+
+def scalar(
+    name: str,
+    measure: str,
+    value: float | int,
+    unit: str,
+    limits: tuple[float, float] | None = None,
+) -> Reading:
+    """A reading of one number."""
+    return Reading(key=f"{name}/{measure}", values=np.array(value), unit=unit, limits=limits)
+
+
+def check_counts(**settings: int) -> None:
+    """Raises ValueError for a setting that is no whole number of 1 or more."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}; it is a whole number, 1 or more.")
+
+
+def _in_context(names: Sequence[str], pos: int) -> str:
+    before, after = "".join(names[max(0, pos - 2) : pos]), "".join(names[pos + 1 : pos + 3])
+    return f"{before}[[{names[pos]}]]{after}"

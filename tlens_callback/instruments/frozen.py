@@ -1,0 +1,123 @@
+"""Whether what should not change has changed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+_STEP = -7046029254386353131
+"""2^64 divided by the golden ratio, as a signed number; odd."""
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class FrozenWeights:
+    """How many of the weights that training must not touch have other bits than at first.
+
+    Frozen are the live model's own parameters with requires_grad False: the base weights under
+    adapters, without the adapters themselves. Each is compared by a checksum of its bits with the
+    first observation at which it was frozen. With x[r, c] the bits of an entry of a weight's
+    matrix (leading dimensions flattened) as a signed integer, m_i = 1 + 2 i g mod 2^64 and g the
+    odd number nearest to 2^64 divided by the golden ratio, the checksum is the two numbers
+
+        sum_r m_r (sum_c x[r, c]),  sum_c m_c (sum_r x[r, c])  mod 2^64.
+
+    One changed entry always changes the first, since m_r is odd; two exchanged entries of up to 32
+    bits change the first, or within a row the second. Not seen is what leaves the sum of every row
+    and of every column as it was; other changes pass with a chance of about 2^-64. NaN and -0 are
+    bits like others.
+
+    Training with merge and unmerge (vLLM during GRPO) moves the base weights by rounding, and is
+    seen here. While adapters are merged into the base weights, those are seen as changed.
+
+    Args:
+        every: ask at every so manieth observation.
+
+    Keys:
+        frozen_weights/changed: [], count, 0..watched
+        frozen_weights/watched: [], count, 0..number of parameters
+        frozen_weights/first_changed: [rank], index, -1..number of parameters - 1; the first five
+            of the changed weights, in the order of the modules, -1 where there are fewer; the
+            texts are their names
+
+    Reads:
+        No activations: the live model's parameters.
+
+    Cost:
+        Every frozen weight is read twice; 2 integers of each leave the device.
+
+    Source:
+        This project.
+
+    Raises:
+        ValueError: every < 1.
+    """
+
+    every: int = 10
+    name: str = "frozen_weights"
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"FrozenWeights(every={self.every}): give every >= 1.")
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """None: it is of weights alone."""
+        return {}
+
+    @torch.no_grad()
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Two counts, and the names of the first that changed."""
+        weights = shadow.mirror.weights()
+        frozen = [i for i, weight in enumerate(weights) if not weight.live.requires_grad]
+        changed = []
+        if frozen:
+            sums = torch.stack([checksum(weights[i].live.detach()) for i in frozen])
+            for i, now in zip(frozen, sums.to(shadow.device), strict=True):
+                self.memory.setdefault(weights[i].name, now)
+            first = torch.stack([self.memory[weights[i].name] for i in frozen])
+            differ = (sums.to(first.device) != first).any(1).tolist()
+            changed = [i for i, other in zip(frozen, differ, strict=True) if other]
+        shown = [*changed[:5], *[-1] * (5 - len(changed))]
+        yield self._count("changed", len(changed))
+        yield self._count("watched", len(frozen))
+        yield Reading(
+            key=f"{self.name}/first_changed",
+            values=np.array(shown),
+            axes=("rank",),
+            unit="index",
+            texts=np.array(["" if i < 0 else weights[i].name for i in shown]),
+        )
+
+    def _count(self, measure: str, number: int) -> Reading:
+        return Reading(key=f"{self.name}/{measure}", values=np.array(number), unit="count")
+
+
+def checksum(weight: Float[Tensor, "..."]) -> Int[Tensor, "2"]:
+    """Two numbers in which every bit of the weight and its place have a part, on its device."""
+    bits = weight.contiguous().view(_BITS[weight.element_size()])
+    bits = bits.reshape(-1, bits.shape[-1]) if bits.ndim else bits.reshape(1, 1)
+    columns = torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
+    rows = []
+    # In pieces, because on the way to a sum in int64 all is copied to int64.
+    for piece in bits.split(max(1, 2**20 // bits.shape[1])):
+        rows.append(piece.sum(1, dtype=torch.int64))
+        columns += piece.sum(0, dtype=torch.int64)
+    return torch.stack([_hash(torch.cat(rows)), _hash(columns)])
+
+
+def _hash(x: Int[Tensor, " n"]) -> Int[Tensor, ""]:
+    """sum_i (1 + 2 i g) x_i; integers wrap around."""
+    at = torch.arange(len(x), device=x.device)
+    return (x * (1 + at * _STEP * 2)).sum()

@@ -1,0 +1,270 @@
+"""What the model would answer at each layer, were it the last."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tlens_callback.instruments.selection import picked, plain_rows, rows_named
+from tlens_callback.instruments.unembed import (
+    CHUNK,
+    demand_equal,
+    gap,
+    token_texts,
+    unembed,
+)
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+FINAL = "last_logits"
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """The model's final norm and unembedding applied to the residual stream after every layer.
+
+    With h_l the residual stream that leaves layer l at the probe's last token, and the final norm
+    dividing by the size of this h_l, each layer has logits of its own,
+    logit_l = scale(norm(h_l) @ W_U + b_U), scale with the family's logit factor and soft cap, and
+    p_l = softmax(logit_l). The last layer's logits are the model's output. Then
+
+    - token, top: the k tokens of largest p_l, largest first, and p_l of each.
+    - rank: number of tokens with a logit above the target's, so 0 is the top.
+    - probability: p_l[target].
+    - logit_diff: logit_l[target] - logit_l[foil].
+    - kl: KL(p_last || p_l) = sum_v p_last[v] (ln p_last[v] - ln p_l[v]); exactly 0 at the last.
+    - entropy: -sum_v p_l[v] ln p_l[v].
+    - first_layer: the smallest l such that rank is 0 at l and at every layer behind it; n_layers
+      where the target is not the top token of the model's output.
+
+    Early layers of many models do not write in the basis of the unembedding: there the lens shows
+    what is readable, not what is known.
+
+    Args:
+        k: tokens per layer.
+        probes: names of the probes to show. Default: every probe that is no repeated block.
+        every_token: also emit the `_by_pos` keys: top token, its probability, kl and entropy at
+            every token of the chosen probes. Keeps the residual stream at these tokens until the
+            end of the forward pass.
+        every: observations between two; for `every_token`, whose cost grows with the tokens.
+
+    Keys:
+        logit_lens/token/<probe>: [layer, rank], index, 0..vocab_size-1; with the tokens as texts
+        logit_lens/top/<probe>: [layer, rank], probability, 0..1
+        logit_lens/rank/<probe>: [layer], rank, 0..vocab_size-1; for a probe with a target
+        logit_lens/probability/<probe>: [layer], probability, 0..1; for a probe with a target
+        logit_lens/logit_diff/<probe>: [layer], logit, -inf..inf; for a probe with a foil
+        logit_lens/kl/<probe>: [layer], nats, 0..inf; rounding below 0 is shown as 0
+        logit_lens/entropy/<probe>: [layer], nats, 0..ln vocab_size
+        logit_lens/first_layer/<probe>: [], index, 0..n_layers; for a probe with a target
+        logit_lens/token_by_pos/<probe>: [layer, pos], index, 0..vocab_size-1; the top token, with
+            its text; if every_token
+        logit_lens/top_by_pos/<probe>: [layer, pos], probability, 0..1; if every_token
+        logit_lens/kl_by_pos/<probe>: [layer, pos], nats, 0..inf; if every_token
+        logit_lens/entropy_by_pos/<probe>: [layer, pos], nats, 0..ln vocab_size; if every_token
+
+    Reads:
+        blocks.{layer}.hook_resid_post, last_logits
+
+    Cost:
+        layers * (2 * k + 5) per probe; one unembedding of layers * probes rows, and with
+        every_token of layers * tokens rows more. Logits are made 2^23 at a time.
+
+    Source:
+        nostalgebraist 2020 (interpreting GPT: the logit lens); Belrose et al. 2023 (KL to the
+        output, entropy, and where the lens misleads).
+
+    Raises:
+        ValueError: k or every < 1; an empty or repeated selection; from `taps`, a probe that is
+            not there or k above the vocabulary; from `read`, a family whose output is not made as
+            the formula says.
+    """
+
+    k: int = 5
+    probes: Sequence[str] | None = None
+    every_token: bool = False
+    every: int = 1
+    name: str = "logit_lens"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"LogitLens(k={self.k}) shows no token; give k >= 1.")
+        if self.every < 1:
+            raise ValueError(f"LogitLens(every={self.every}): give every >= 1, in observations.")
+        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """The layers' residual streams are kept until the model's output is there to compare."""
+        rows = self._rows(batch)
+        if not rows:
+            return {}
+        if self.k > shadow.vocab_size:
+            raise ValueError(
+                f"LogitLens(k={self.k}): the vocabulary has {shadow.vocab_size} tokens."
+            )
+        device = batch.tokens.device
+        row = torch.tensor(rows, device=device)
+        last = batch.last[row]
+        # Without a target or foil the numbers are not read; token 0 fills the place.
+        target = torch.tensor([batch.targets[i] or 0 for i in rows], device=device)
+        foil = torch.tensor([batch.foils[i] or 0 for i in rows], device=device)
+        at = batch.mask[row].nonzero()  # the tokens of the first row, those of the second, ...
+        kept: list[Tensor] = []
+        everywhere: list[Tensor] = []
+
+        def keep(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " 0"]:
+            kept.append(resid[row, last])
+            if self.every_token:
+                everywhere.append(resid[row[at[:, 0]], at[:, 1]])
+            return resid.new_empty(0)
+
+        def read(logits: Float[Tensor, "probe vocab"]) -> tuple[Tensor, ...]:
+            resid, final = torch.stack(kept), logits[row].float()
+            taken = _lens(shadow, resid, final, self.k, target, foil)
+            kept.clear()
+            if not self.every_token:
+                return taken
+            parts = []
+            for part in torch.stack(everywhere).split(max(1, CHUNK // shadow.vocab_size), dim=1):
+                none = torch.zeros(part.shape[1], dtype=torch.long, device=device)
+                final = unembed(shadow, part[-1])
+                parts.append(_lens(shadow, part, final, 1, none, none)[1:])
+            everywhere.clear()
+            return *taken, *(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
+
+        return {f"blocks.{i}.hook_resid_post": keep for i in range(shadow.n_layers)} | {FINAL: read}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Per probe, one reading of each kind."""
+        rows = self._rows(batch)
+        if not rows:
+            return
+        off, token, top, numbers, *everywhere = taken[FINAL]
+        demand_equal(off, shadow, type(self).__name__)
+        lengths = [batch.lengths[row] for row in rows]
+        by_pos = zip(*(part.split(lengths, dim=1) for part in everywhere), strict=True)
+        for at, row in enumerate(rows):
+            yield from self._probe(token[:, at], top[:, at], numbers[:, at], shadow, batch, row)
+            if self.every_token:
+                best, p_best, more = next(by_pos)
+                yield from self._by_pos(best, p_best, more, batch, row)
+
+    def _probe(
+        self,
+        token: Int[Tensor, "layer rank"],
+        top: Float[Tensor, "layer rank"],
+        numbers: Float[Tensor, "layer measure"],
+        shadow: Shadow,
+        batch: ProbeBatch,
+        row: int,
+    ) -> Iterator[Reading]:
+        """What is read at the last token of the probe in one row of the batch."""
+        rank, probability, ahead, kl, entropy = numbers.T.numpy()
+        widest = (0.0, float(np.log(shadow.vocab_size)))
+        axes, ranked = ("layer",), ("layer", "rank")
+        made = [
+            ("token", token.numpy(), ranked, "index", None),
+            ("top", top.numpy(), ranked, "probability", (0.0, 1.0)),
+            ("kl", kl, axes, "nats", None),
+            ("entropy", entropy, axes, "nats", widest),
+        ]
+        if batch.targets[row] is not None:
+            below = np.flatnonzero(rank > 0)
+            first = np.array(below[-1] + 1 if len(below) else 0)
+            made += [
+                ("rank", rank, axes, "rank", None),
+                ("probability", probability, axes, "probability", (0.0, 1.0)),
+                ("first_layer", first, (), "index", (0.0, float(shadow.n_layers))),
+            ]
+        if batch.foils[row] is not None:
+            made.append(("logit_diff", ahead, axes, "logit", None))
+        yield from self._readings(made, batch, row)
+
+    def _by_pos(
+        self,
+        token: Int[Tensor, "layer pos 1"],
+        top: Float[Tensor, "layer pos 1"],
+        numbers: Float[Tensor, "layer pos measure"],
+        batch: ProbeBatch,
+        row: int,
+    ) -> Iterator[Reading]:
+        """What is read at every token of the probe in one row of the batch."""
+        kl, entropy = numbers[..., 3].numpy(), numbers[..., 4].numpy()
+        axes = ("layer", "pos")
+        made = [
+            ("token_by_pos", token[..., 0].numpy(), axes, "index", None),
+            ("top_by_pos", top[..., 0].numpy(), axes, "probability", (0.0, 1.0)),
+            ("kl_by_pos", kl, axes, "nats", None),
+            ("entropy_by_pos", entropy, axes, "nats", (0.0, float(np.log(batch.vocab_size)))),
+        ]
+        yield from self._readings(made, batch, row)
+
+    def _readings(self, made: Sequence[tuple], batch: ProbeBatch, row: int) -> Iterator[Reading]:
+        for measure, values, axes, unit, limits in made:
+            named = measure.startswith("token")
+            yield Reading(
+                key=f"{self.name}/{measure}/{batch.probes[row].name}",
+                values=values,
+                axes=axes,
+                unit=unit,
+                labels={"pos": batch.labels[row]} if "pos" in axes else {},
+                limits=limits,
+                texts=token_texts(values, batch) if named else None,
+            )
+
+    def _rows(self, batch: ProbeBatch) -> list[int]:
+        return plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
+
+
+def _lens(
+    shadow: Shadow,
+    resid: Float[Tensor, "layer place d_model"],
+    final: Float[Tensor, "place vocab"],
+    k: int,
+    target: Int[Tensor, " place"],
+    foil: Int[Tensor, " place"],
+) -> tuple[
+    Float[Tensor, ""],
+    Int[Tensor, "layer place rank"],
+    Float[Tensor, "layer place rank"],
+    Float[Tensor, "layer place 5"],
+]:
+    """The `gap`; top tokens, their probabilities, and rank, probability, difference, KL, entropy.
+
+    `final` holds the model's logits, and is in the place of the last layer's.
+    """
+    last = final.log_softmax(-1)
+    p_last = last.exp()
+    off = torch.zeros(())
+    seen = []
+
+    def pick(of: Tensor, token: Tensor) -> Tensor:
+        return of.gather(-1, token.expand(of.shape[0], -1)[..., None])
+
+    groups = resid.split(max(1, CHUNK // final.numel()))
+    for group in groups:
+        logits = unembed(shadow, group)
+        log_p = logits.log_softmax(-1)
+        if group is groups[-1]:
+            off = gap(logits[-1], final)
+            logits[-1], log_p[-1] = final, last
+        token = logits.topk(k).indices
+        at_target = pick(logits, target)
+        numbers = [
+            (logits > at_target).float().sum(-1),
+            pick(log_p, target)[..., 0].exp(),
+            (at_target - pick(logits, foil))[..., 0],
+            # The difference first: it is exactly 0 where the two are one.
+            ((last - log_p) * p_last).sum(-1).clamp(min=0),
+            -(log_p * log_p.exp()).sum(-1),
+        ]
+        seen.append((token, log_p.gather(-1, token).exp(), torch.stack(numbers, dim=-1)))
+    token, top, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return off, token, top, numbers

@@ -1,0 +1,224 @@
+"""The loss of each token, and what it says of learning in context."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlens_callback.instruments.selection import block_rows, picked, plain_rows, rows_named
+from tlens_callback.instruments.unembed import CHUNK, demand_equal, gap, unembed
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import LAST_LOGITS, Shadow
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of every token of a probe, and its change since the first observation.
+
+    - loss[t] = -ln p(token t | tokens 0..t-1), for t = 1..length-1; the first token has none.
+    - change[t] = loss[t] - loss[t] at the first observation of the run; exactly 0 there.
+    - mean: over t.
+
+    Nothing is emitted for a probe of one token.
+
+    Args:
+        probes: names of the probes. Default: every probe that is no repeated block.
+
+    Keys:
+        token_loss/loss/<probe>: [token], nats, 0..inf; labelled with the tokens from the second on
+        token_loss/change/<probe>: [token], nats, -inf..inf; labelled likewise
+        token_loss/mean/<probe>: [], nats, 0..inf
+
+    Reads:
+        blocks.{layer}.hook_resid_post of the last layer, last_logits
+
+    Cost:
+        length - 1 per probe; unembeds as many positions. Keeps as many numbers of the first
+        observation.
+
+    Source:
+        Shannon 1951 (the loss of each symbol); Olsson et al. 2022 (followed over training).
+
+    Raises:
+        ValueError: an empty or repeated selection; from `taps`, a probe that is not there; from
+            `read`, a family whose output is not its unembedded final norm.
+    """
+
+    probes: Sequence[str] | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    name: str = "token_loss"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """One reduction of the last layer: the losses of one probe after the other."""
+        spans = [(row, 1, batch.lengths[row]) for row in self._rows(batch)]
+        return _taps(shadow, batch, spans) if spans else {}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Per probe a line of losses, one of changes, and a number."""
+        rows = self._rows(batch)
+        if not rows:
+            return
+        losses = _losses(taken, shadow, type(self).__name__)
+        each = losses.split([batch.lengths[row] - 1 for row in rows])
+        for row, loss in zip(rows, each, strict=True):
+            probe = batch.probes[row].name
+            if probe not in self.memory:
+                self.memory[probe] = loss.to(shadow.device, copy=True)
+            for measure, values in (("loss", loss), ("change", loss - self.memory[probe].cpu())):
+                yield Reading(
+                    key=f"{self.name}/{measure}/{probe}",
+                    values=values.numpy(),
+                    axes=("token",),
+                    unit="nats",
+                    labels={"token": batch.labels[row][1:]},
+                )
+            yield Reading(key=f"{self.name}/mean/{probe}", values=loss.mean().numpy(), unit="nats")
+
+    def _rows(self, batch: ProbeBatch) -> list[int]:
+        rows = plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
+        return [row for row in rows if batch.lengths[row] > 1]
+
+
+@dataclass(frozen=True)
+class RepeatLoss:
+    """In-context learning: how much easier a random block is when it comes for the second time.
+
+    On `[BOS, r_1..r_S, r_1..r_S, ...]`, S the block length, with loss(t) = -ln p(token t | tokens
+    before it), t = 0 the BOS:
+
+    - first: mean of loss(t) over t = 2..S, which are r_2..r_S in the first block.
+    - second: mean of loss(t) over t = S+2..2S, the same tokens in the second block.
+    - difference = second - first: negative where the model makes use of the repetition.
+
+    r_1 is left out of both: in the first block it follows BOS, and in the second it follows r_S,
+    which nothing has followed so far, so that no induction can foresee it. Blocks after the second
+    are not looked at.
+
+    Each is a mean over the sequences of one block length. A model that copies from a fixed
+    distance learns at one length and not at the others, which shows in `max_difference`.
+
+    Keys:
+        repeat_loss/first: [block], nats, 0..inf; labelled with the block lengths S, ascending
+        repeat_loss/second: [block], nats, 0..inf; labelled likewise
+        repeat_loss/difference: [block], nats, -inf..inf; labelled likewise
+        repeat_loss/spread: [block], nats, 0..inf; standard deviation (divisor n) of the difference
+            over the sequences of one length
+        repeat_loss/mean: [], nats, -inf..inf; mean of the difference over the block lengths
+        repeat_loss/max_difference: [], nats, -inf..inf; maximum of the difference over the block
+            lengths, the one with least in-context learning
+
+    Reads:
+        blocks.{layer}.hook_resid_post of the last layer, rows of repeated blocks only; last_logits
+
+    Cost:
+        2 * (S-1) per sequence; unembeds as many positions.
+
+    Source:
+        Olsson et al. 2022 (in-context learning score, there between the 50th and the 500th token).
+
+    Raises:
+        ValueError: from `taps`, when no probe is a repeated block; from `read`, a family whose
+            output is not its unembedded final norm.
+    """
+
+    name: str = "repeat_loss"
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """One reduction of the last layer: both blocks' losses of one sequence after the other."""
+        blocks = block_rows(batch)
+        if not blocks:
+            raise ValueError(
+                f"{type(self).__name__} needs repeated random blocks and there are none among the "
+                f"probes. Add some of several lengths, such as Probe.repeated('repeat-8', block=8, "
+                f"times=6) and Probe.repeated('repeat-24', block=24)."
+            )
+        spans = [
+            (row, start + 1, start + block)
+            for block, rows in blocks.items()
+            for row in rows
+            for start in (1, block + 1)
+        ]
+        return _taps(shadow, batch, spans)
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Lines over the block lengths, and two numbers."""
+        blocks = block_rows(batch)
+        losses = _losses(taken, shadow, type(self).__name__)
+        sizes = [2 * (block - 1) * len(rows) for block, rows in blocks.items()]
+        means = [
+            part.reshape(len(rows), 2, block - 1).mean(2).numpy()
+            for part, (block, rows) in zip(losses.split(sizes), blocks.items(), strict=True)
+        ]  # per block length, [sequence, which block]
+        gains = [mean[:, 1] - mean[:, 0] for mean in means]
+        difference = np.array([gain.mean() for gain in gains])
+        for measure, values in (
+            ("first", np.array([mean[:, 0].mean() for mean in means])),
+            ("second", np.array([mean[:, 1].mean() for mean in means])),
+            ("difference", difference),
+            ("spread", np.array([gain.std() for gain in gains])),
+        ):
+            yield Reading(
+                key=f"{self.name}/{measure}",
+                values=values,
+                axes=("block",),
+                unit="nats",
+                labels={"block": [str(block) for block in blocks]},
+            )
+        yield Reading(key=f"{self.name}/mean", values=difference.mean(), unit="nats")
+        yield Reading(key=f"{self.name}/max_difference", values=difference.max(), unit="nats")
+
+
+Span = tuple[int, int, int]
+"""(row, start, stop): the tokens start..stop-1 of a row."""
+
+
+def _taps(shadow: Shadow, batch: ProbeBatch, spans: Sequence[Span]) -> Mapping[str, Reduce]:
+    """Reductions to the losses of the tokens in `spans`, laid end to end, and to what shows that
+    they are the model's own.
+
+    The positions that count are unembedded from the last layer's residual stream, so that the
+    logits of the others are never made.
+    """
+    places = [(row, at) for row, start, stop in spans for at in range(start, stop)]
+    row, at = torch.tensor(places, device=batch.tokens.device).T
+    last: list[Tensor] = []
+
+    def losses(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " loss"]:
+        last.append(resid[row[:1], batch.last[row[:1]]])
+        # Many at a time, because each piece reads all of W_U.
+        at_once = max(1, CHUNK // shadow.vocab_size)
+        parts = []
+        for some, true in zip(
+            resid[row, at - 1].split(at_once), batch.tokens[row, at].split(at_once), strict=True
+        ):
+            logits = unembed(shadow, some)
+            parts.append(logits.logsumexp(1) - logits.gather(1, true[:, None])[:, 0])
+        return torch.cat(parts)
+
+    def check(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, ""]:
+        return gap(unembed(shadow, last.pop()), logits[row[:1]])
+
+    return {_resid(shadow): losses, LAST_LOGITS: check}
+
+
+def _losses(taken: Mapping[str, Taken], shadow: Shadow, name: str) -> Float[Tensor, " loss"]:
+    losses, off = taken[_resid(shadow)], taken[LAST_LOGITS]
+    assert isinstance(losses, Tensor) and isinstance(off, Tensor)
+    demand_equal(off, shadow, name)
+    return losses
+
+
+def _resid(shadow: Shadow) -> str:
+    return f"blocks.{shadow.n_layers - 1}.hook_resid_post"

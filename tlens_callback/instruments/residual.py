@@ -1,0 +1,80 @@
+"""How large the residual stream is."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlens_callback.instruments.selection import plain_rows
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+
+@dataclass(frozen=True)
+class ResidualNorms:
+    """The residual stream's Euclidean norm after each layer, as it is for the usual token.
+
+    Over all tokens of all probes that are no repeated blocks, without each probe's first token,
+    often an attention sink with a norm that is a hundred times the others':
+
+    - median, and spread: the median and the interquartile range (third quartile minus first) of
+      |resid_post|; quantiles are interpolated linearly.
+    - ratio: the median over that of the first observation of the run; exactly 1 there.
+
+    Nothing is emitted where no such probe has a second token.
+
+    Keys:
+        residual_norms/median: [layer], activation, 0..inf
+        residual_norms/spread: [layer], activation, 0..inf
+        residual_norms/ratio: [layer], ratio, 0..inf
+
+    Reads:
+        blocks.{layer}.hook_resid_post, rows of plain probes only
+
+    Cost:
+        layers * 3. Keeps a number a layer of the first observation.
+
+    Source:
+        Heimersheim & Turner 2023 (norms grow exponentially over the layers); Sun et al. 2024
+        (massive activations on the first token).
+    """
+
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    name: str = "residual_norms"
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """One reduction a layer: the three quartiles."""
+        places = [(row, pos) for row in plain_rows(batch) for pos in range(1, batch.lengths[row])]
+        if not places:
+            return {}
+        device = batch.tokens.device
+        row, pos = torch.tensor(places, device=device).unbind(1)
+        at = torch.tensor([0.25, 0.5, 0.75], device=device)
+
+        def quartiles(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, "3"]:
+            norms = torch.linalg.vector_norm(resid[row, pos].float(), dim=1)
+            return norms.quantile(at)
+
+        return {f"blocks.{i}.hook_resid_post": quartiles for i in range(shadow.n_layers)}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Three lines over the layers."""
+        if not taken:
+            return
+        lower, median, upper = torch.stack(list(taken.values())).unbind(1)  # type: ignore[arg-type]
+        if "median" not in self.memory:
+            self.memory["median"] = median.to(shadow.device, copy=True)
+        for measure, values, unit in (
+            ("median", median, "activation"),
+            ("spread", upper - lower, "activation"),
+            ("ratio", median / self.memory["median"].cpu(), "ratio"),
+        ):
+            yield Reading(
+                key=f"{self.name}/{measure}", values=values.numpy(), axes=("layer",), unit=unit
+            )

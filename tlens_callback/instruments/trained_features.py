@@ -1,0 +1,198 @@
+"""Features of a small sparse autoencoder that is trained while the model is."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tlens_callback.instruments.features import (
+    check_counts,
+    fit_readings,
+    most,
+    scalar,
+    shown_readings,
+    text_rows,
+)
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.sae.autoencoder import fvu
+from tlens_callback.sae.splice import activations, ordinary, splice, training_activations
+from tlens_callback.sae.training import Training, appended, autoencoder
+from tlens_callback.shadow import Shadow
+
+
+@dataclass(frozen=True)
+class TrainedFeatures:
+    """A sparse autoencoder of the model as it is, trained a little at each observation.
+
+    Each time, the activations at the hook point of the probes that are no repeated blocks and of
+    the next `rows` rows of the training data, without the first token of each and without massive
+    activations (of a norm above 10 times the median norm), go to the end of a buffer of the last
+    `buffer` of them; then the autoencoder takes `steps` steps on tokens drawn
+    from it. How, and what the loss is: with x = scale * activation, scale such that the mean norm
+    of x - mean of x is sqrt(d_in) over the first observation's activations,
+
+        f = relu((x - b_dec) W_enc + b_enc), x' = f W_dec + b_dec,
+        loss = (|x - x'|^2 + l1 sqrt(d_in) sum_n f_n) / d_in, mean over `batch` tokens,
+
+    by Adam (0.9, 0.999). Rows of W_dec have norm 1: the part of their gradient along the row is
+    taken out before the step, and they are scaled to norm 1 after it. Features that fired on
+    none of the tokens of the last observation's steps are then pointed at tokens that are rebuilt
+    badly: drawn with probability in proportion to |x - x'|^4, decoder row (x - b_dec) at norm 1,
+    encoder column 0.2 times the living ones' mean norm. The model's own gradients and the global
+    random state are not touched. A resumed run goes on with the autoencoder, the optimizer's
+    moments and the buffer.
+
+    Measured after the steps, on the probes, which are in the buffer and so not held out: frequency,
+    mean, activation, top, l0, fvu, massive, loss_clean, loss_zero, loss_sae and recovered, which
+    are those of `SparseFeatures`. Besides:
+
+    - fvu_before: before the steps, on the new rows of training data, which the autoencoder has not
+      seen; on the probes where there are none. At the first observation that of the random start.
+    - dead: share of features that fired on none of the tokens of this observation's steps.
+    - resampled: number of features pointed elsewhere before the steps.
+    - cosine: of a feature's decoder row with its row after the first observation's steps; a
+      feature that has become another one falls.
+
+    The features shown are the k of largest mean after the first observation's steps.
+
+    Args:
+        hook: the hook point to read: "blocks.5.hook_resid_post".
+        n_features: default: 4 * d_in.
+        k: how many features to show.
+        tokens: how many top tokens a feature.
+        steps: steps an observation.
+        rows, length: rows of training data an observation, cut to so many tokens.
+        buffer: activations kept.
+        l1: larger is sparser; takes about l1 / 2 of an activation's norm, counted from the mean,
+            off every feature.
+        lr, batch, seed: see above; tokens a step.
+        resample: False leaves dead features dead.
+        every: observes at every so manieth observation.
+
+    Keys:
+        trained_features/frequency: [feature], fraction, 0..1
+        trained_features/mean: [feature], activation, 0..inf
+        trained_features/cosine: [feature], cosine, -1..1
+        trained_features/activation/<probe>: [feature, pos], activation, 0..inf
+        trained_features/top: [feature, rank], activation, 0..inf; with the tokens as texts
+        trained_features/l0: [], count, 0..n_features
+        trained_features/dead: [], fraction, 0..1
+        trained_features/resampled: [], count, 0..n_features
+        trained_features/fvu: [], fraction, 0..inf
+        trained_features/fvu_before: [], fraction, 0..inf
+        trained_features/massive: [], count, 0..inf
+        trained_features/recovered: [], fraction, -inf..inf
+        trained_features/loss_clean: [], nats, 0..inf
+        trained_features/loss_zero: [], nats, 0..inf
+        trained_features/loss_sae: [], nats, 0..inf
+
+    Reads:
+        nothing of the shared forward pass
+
+    Cost:
+        steps * batch * d_in * n_features * 12 operations; four forward passes of its own over the
+        probes that are no repeated blocks and one over the rows of training data; 24 * d_in *
+        n_features + 4 * buffer * d_in bytes on the device and in each checkpoint.
+
+    Source:
+        Bricken et al. 2023 (loss, unit rows, resampling); Templeton et al. 2024 (scaling to
+        sqrt(d)); Sun et al. 2024 (massive activations).
+
+    Raises:
+        ValueError: settings outside their range; at `taps`, a hook point the model does not
+            have, or too few tokens among the probes.
+    """
+
+    hook: str
+    n_features: int | None = None
+    k: int = 16
+    tokens: int = 8
+    steps: int = 100
+    rows: int = 8
+    length: int = 128
+    buffer: int = 8192
+    l1: float = Training.l1
+    lr: float = Training.lr
+    batch: int = Training.batch
+    seed: int = 0
+    resample: bool = True
+    every: int = 10
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    name: str = "trained_features"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.hook, str):
+            raise ValueError(
+                f"hook={self.hook!r}; it is the name of one hook point, such as "
+                f"'blocks.5.hook_resid_post'."
+            )
+        check_counts(
+            k=self.k,
+            tokens=self.tokens,
+            steps=self.steps,
+            length=self.length,
+            buffer=self.buffer,
+            every=self.every,
+            n_features=1 if self.n_features is None else self.n_features,
+            rows=self.rows + 1,
+        )
+        self._training()
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """None; checks what can be checked before the observation."""
+        shadow.hook(self.hook)
+        text_rows(batch, type(self).__name__)
+        return {}
+
+    @torch.no_grad()
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Its own forward passes and steps, and the readings."""
+        yield from list(self._read(shadow, batch))
+
+    def _read(self, shadow: Shadow, batch: ProbeBatch) -> Iterator[Reading]:
+        rows, tokens, counted = text_rows(batch, type(self).__name__)
+        training, state = self._training(), self.memory
+        on_probes = activations(shadow, self.hook, tokens, counted)
+        on_rows = training_activations(shadow, self.hook, batch, self.rows, self.length)
+        on_probes = on_probes[ordinary(on_probes)]
+        on_rows = None if on_rows is None else on_rows[ordinary(on_rows)]
+        fresh = on_probes if on_rows is None else on_rows
+        new = on_probes if on_rows is None else torch.cat([on_probes, on_rows])
+        d_in = new.shape[1]
+        n = self.n_features or 4 * d_in
+        if "W_enc" not in state or state["W_enc"].shape != (d_in, n):
+            state.clear()
+            state.update(training.begin(new, n))
+        before = fvu(fresh, autoencoder(state).reconstruct(fresh)[1])
+        state["buffer"] = appended(state.get("buffer"), new, self.buffer)
+        resampled = training.resample(state, state["buffer"]) if self.resample else 0
+        training.steps(state, state["buffer"], self.steps)
+
+        sae = autoencoder(state)
+        seen = splice(shadow, self.hook, tokens, counted, sae)
+        if "shown" not in state:
+            state["shown"] = most(seen.features.mean(0), self.k)
+            state["shown_rows"] = state["W_dec"][state["shown"]].clone()
+        shown = state["shown"]
+        yield from shown_readings(self.name, seen, shown, batch, rows, self.tokens)
+        yield Reading(
+            key=f"{self.name}/cosine",
+            values=(state["W_dec"][shown] * state["shown_rows"]).sum(1).cpu().numpy(),
+            axes=("feature",),
+            unit="cosine",
+            labels={"feature": [str(i) for i in shown.tolist()]},
+            limits=(-1.0, 1.0),
+        )
+        dead = float((~state["fired"]).double().mean())
+        yield scalar(self.name, "dead", dead, "fraction", (0.0, 1.0))
+        yield scalar(self.name, "resampled", resampled, "count")
+        yield scalar(self.name, "fvu_before", before, "fraction")
+        yield from fit_readings(self.name, seen)
+
+    def _training(self) -> Training:
+        return Training(l1=self.l1, lr=self.lr, batch=self.batch, seed=self.seed)

@@ -1,0 +1,319 @@
+"""Heads that two heads make together: a later one looks at what an earlier one has brought."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Real
+from torch import Tensor
+
+from tlens_callback.instruments.selection import attention_layers, block_rows, pattern_hook
+from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+
+@dataclass(frozen=True)
+class VirtualHeads:
+    """Where pairs of heads in different layers look together, on repeated random blocks.
+
+    A head of layer l2 that reads what a head of an earlier layer l1 has written looks, through
+    it, at C = A[l2,h2] @ A[l1,h1], C[q, k] = sum_m A[l2,h2][q, m] * A[l1,h1][m, k]. On
+    `[BOS, r_1..r_S, r_1..r_S, ...]`, BOS at position 0, S the block length and T the number of
+    tokens:
+
+    - lag: the d of the largest mean over q > d of C[q, q-d], and lag_mass: that mean. Key 0, the
+      sink, is left out, and so are lags that fewer than half of the queries 1..T-1 have
+      (d <= (T-1) // 2). Averaged over the sequences of one block length, that over the block
+      lengths, each over those that have the lag: as `HeadScores` does for A.
+    - induction: mean over q = S+1..2S of C[q, q-S+1], averaged over the sequences of one block
+      length; minimum over the block lengths.
+    - lag_gain, induction_gain: the control. The same minus what the better of the two heads has
+      alone: lag_mass minus the larger of both heads' mean at the pair's lag; induction minus the
+      larger of both heads' own, within each block length, before the minimum. An induction head
+      behind one that looks at its own token has a high composed score and no gain: no virtual
+      head.
+
+    The pairs are ranked by gain, twice: `lag*` are those of largest lag_gain, `induction*` those
+    of largest induction_gain. A pattern says where information could come from, not whether the
+    two heads' value circuits let it through.
+
+    Only the strongest heads of the model are composed, all of them where there are no more:
+    those of largest mean over q > S of max over 1 <= k < q of A[q, k], averaged over sequences
+    and lengths as above. That is attention to one place, when there is something to look back
+    to, that is not the sink and not the query itself. Where they make fewer than k pairs in
+    different layers, the ranks left over are 0 and have no name.
+
+    Args:
+        k: pairs in each list; fewer where the model has fewer.
+        strongest: heads to compose; time grows with its square, memory with itself.
+
+    Keys:
+        virtual_heads/lag_pair: [rank], index, 0..heads^2-1; later * heads + earlier, a head being
+            counted as layer * n_heads + head and heads = layers * n_heads; its texts are names
+            such as L1H2*L0H3, later head first
+        virtual_heads/lag: [rank], tokens, 0..(T-1)//2
+        virtual_heads/lag_mass: [rank], probability, 0..1
+        virtual_heads/lag_gain: [rank], probability, -1..1
+        virtual_heads/induction_pair: [rank], index, 0..heads^2-1; as lag_pair
+        virtual_heads/induction: [rank], probability, 0..1
+        virtual_heads/induction_gain: [rank], probability, -1..1
+        virtual_heads/max_lag_gain: [], probability, -1..1; maximum over all composed pairs
+        virtual_heads/max_induction: [], probability, 0..1; maximum over all composed pairs, virtual
+            or not
+        virtual_heads/max_induction_gain: [], probability, -1..1; maximum over all composed pairs
+
+    Reads:
+        blocks.{layer}.attn.hook_pattern, rows of repeated blocks only
+
+    Cost:
+        strongest * (1 + 5 * strongest). Until the last layer has run, the strongest heads' patterns
+        on the repeated blocks stay on the device, in float32 and at the end twice; the rest is
+        strongest^2 * sequences * 3/8 T^3 products, rounded to TF32 where a trainer has
+        switched float32 matmuls to it.
+
+    Source:
+        Elhage et al. 2021 (virtual attention heads); Olsson et al. 2022 (induction).
+
+    Raises:
+        ValueError: k < 1 or strongest < 2; from `taps`, when no probe is a repeated block, or
+            when fewer than two layers of the model have attention patterns.
+    """
+
+    k: int = 8
+    strongest: int = 32
+    name: str = "virtual_heads"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"VirtualHeads(k={self.k}) shows nothing; give k >= 1.")
+        if self.strongest < 2:
+            raise ValueError(
+                f"VirtualHeads(strongest={self.strongest}) has no two heads to compose; give at "
+                f"least 2, or 32."
+            )
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """One reduction a layer, empty until the last one composes what all have put aside."""
+        blocks = block_rows(batch)
+        if not blocks:
+            raise ValueError(
+                f"{type(self).__name__} needs repeated random blocks and there are none among the "
+                f"probes. Add some of several lengths, such as Probe.repeated('repeat-8', block=8, "
+                f"times=6) and Probe.repeated('repeat-24', block=24)."
+            )
+        layers = self._layers(shadow)
+        device = batch.tokens.device
+        lengths = _lengths(batch)
+        row = torch.tensor([i for rows in blocks.values() for i in rows], device=device)
+        heads = min(self.strongest, len(layers) * shadow.n_heads)
+        strongest = _Strongest(heads, _per_query(list(blocks), lengths).to(device))
+        real, per_lag = _real(lengths).to(device), _per_lag(lengths).to(device)
+        width = real.shape[1]
+
+        def put_aside(layer: int) -> Reduce:
+            def reduce(pattern: Float[Tensor, "probe head query key"]) -> tuple[Tensor, ...]:
+                a = pattern[:, :, :width, :width].index_select(0, row).float()
+                strongest.add(a, layer * shadow.n_heads)
+                if layer != layers[-1]:
+                    return ()
+                head, kept = strongest.taken(real)
+                return head, *_composed(kept, list(blocks), lengths, per_lag)
+
+            return reduce
+
+        return {pattern_hook(layer): put_aside(layer) for layer in layers}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """Two lists of pairs, and numbers over all pairs."""
+        layers, heads = self._layers(shadow), shadow.n_heads
+        head, lag, *scores = (np.asarray(part) for part in taken[pattern_hook(layers[-1])])
+        apart = np.subtract.outer(head // heads, head // heads) > 0  # [later, earlier]
+        later, earlier = (head[at] for at in np.nonzero(apart))
+        pair = later * (shadow.n_layers * heads) + earlier
+        names = np.array(
+            [
+                f"L{a // heads}H{a % heads}*L{b // heads}H{b % heads}"
+                for a, b in zip(later, earlier, strict=True)
+            ],
+            dtype=np.str_,
+        )
+        lag, mass, mass_gain, induction, gain = (score[apart] for score in (lag, *scores))
+        room = min(self.k, heads**2 * len(layers) * (len(layers) - 1) // 2)
+        for kind, by, columns in (
+            ("lag", mass_gain, {"lag": lag, "lag_mass": mass, "lag_gain": mass_gain}),
+            ("induction", gain, {"induction": induction, "induction_gain": gain}),
+        ):
+            first = np.lexsort((pair, -by))[:room]
+            left = (0, room - len(first))
+            yield Reading(
+                key=f"{self.name}/{kind}_pair",
+                values=np.pad(pair[first], left),
+                axes=("rank",),
+                unit="index",
+                texts=np.pad(names[first], left, constant_values=""),
+            )
+            for measure, values in columns.items():
+                yield Reading(
+                    key=f"{self.name}/{measure}",
+                    values=np.pad(values[first], left),
+                    axes=("rank",),
+                    unit="tokens" if measure == "lag" else "probability",
+                    limits=self._limits(measure, batch),
+                )
+        for measure, values in (
+            ("lag_gain", mass_gain),
+            ("induction", induction),
+            ("induction_gain", gain),
+        ):
+            yield Reading(
+                key=f"{self.name}/max_{measure}",
+                values=np.array(values.max() if len(values) else 0.0),
+                unit="probability",
+                limits=self._limits(measure, batch),
+            )
+
+    def _limits(self, measure: str, batch: ProbeBatch) -> tuple[float, float]:
+        if measure == "lag":
+            return 0.0, float(_longest_lag(_lengths(batch)))
+        return (-1.0 if measure.endswith("gain") else 0.0), 1.0
+
+    def _layers(self, shadow: Shadow) -> list[int]:
+        layers = attention_layers(shadow, type(self).__name__)
+        if len(layers) < 2:
+            raise ValueError(
+                f"{type(self).__name__} composes heads of different layers, and only one layer of "
+                f"this model has attention patterns; leave the instrument out."
+            )
+        return layers
+
+
+class _Strongest:
+    """The n heads of largest weight on one earlier place, among those added so far."""
+
+    def __init__(self, n: int, per_query: Float[Tensor, "row query"]) -> None:
+        width, device = per_query.shape[1], per_query.device
+        self._per_query = per_query
+        self._strength = torch.full((n + 1,), -1.0, device=device)
+        self._head = torch.zeros(n + 1, dtype=torch.long, device=device)
+        # The last place takes what is not kept, so that nobody has to wait for the comparison.
+        self._pattern = torch.zeros(len(per_query), n + 1, width, width, device=device)
+
+    def add(self, pattern: Float[Tensor, "row head query key"], first: int) -> None:
+        """A layer's heads, numbered from `first`."""
+        n = len(self._head) - 1
+        width = pattern.shape[3]
+        before = pattern.new_ones(width, width).tril(-1)
+        before[:, 0] = 0
+        peak = (pattern * before).amax(3)
+        strength = (peak * self._per_query[:, None]).sum((0, 2))
+        new = strength.topk(min(n, len(strength)))
+        old = self._strength[:n].topk(len(new.indices), largest=False)
+        # Not `new > old`: what is not a number has to come through.
+        at = torch.where(new.values <= old.values, n, old.indices)
+        self._strength[at] = new.values
+        self._head[at] = first + new.indices
+        self._pattern[:, at] = pattern[:, new.indices]
+
+    def taken(
+        self, real: Bool[Tensor, "row query"]
+    ) -> tuple[Int[Tensor, " head"], Float[Tensor, "row head1 query key"]]:
+        """The heads' numbers; and their patterns, with one more that is the identity. Where a
+        query is not real they are zero."""
+        self._pattern[:, -1] = torch.eye(real.shape[1], device=real.device)
+        return self._head[:-1], self._pattern.mul_(real[:, None, :, None])
+
+
+def _composed(
+    pattern: Float[Tensor, "row head1 query key"],
+    blocks: Sequence[int],
+    lengths: Sequence[Sequence[int]],
+    per_lag: Float[Tensor, "row lag"],
+) -> tuple[Real[Tensor, "later earlier"], ...]:
+    """Of each two heads: lag, its mass and gain, induction and its gain.
+
+    No composed pattern is made: its sum along a diagonal, sum_q C[q, q-d], is the inner product of
+    the later pattern with the earlier one, transposed and moved by d. The last pattern is the
+    identity: composed with it, a head is itself.
+    """
+    width = pattern.shape[3]
+    later = pattern.flatten(2)  # [row, head, query * middle]
+    earlier = pattern.mT.flatten(2)  # [row, head, key * middle]
+
+    def along(
+        lag: int, start: int, stop: int, of: slice = slice(None)
+    ) -> Float[Tensor, "row later earlier"]:
+        """Sum over the queries start..stop-1 of the composed pattern at this lag."""
+        return torch.bmm(
+            later[of, :, start * width : stop * width],
+            earlier[of, :, (start - lag) * width : (stop - lag) * width].mT,
+        )
+
+    by_lag = torch.stack(
+        [
+            (along(lag, lag + 1, width) * weight[:, None, None]).sum(0)
+            for lag, weight in enumerate(per_lag.unbind(1))
+        ]
+    )
+    both, own = _beside_own(by_lag)
+    mass, lag = both.max(0)
+    mass_gain = mass - own.gather(0, lag[None])[0]
+    stops = np.cumsum([len(of) for of in lengths]).tolist()
+    by_block = torch.stack(
+        [
+            along(block - 1, block + 1, 2 * block + 1, slice(stop - len(of), stop)).mean(0) / block
+            for block, of, stop in zip(blocks, lengths, stops, strict=True)
+        ]
+    )
+    both, own = _beside_own(by_block)
+    return lag, mass, mass_gain, both.amin(0), (both - own).amin(0)
+
+
+def _beside_own(
+    with_alone: Float[Tensor, "place later1 earlier1"],
+) -> tuple[Float[Tensor, "place later earlier"], Float[Tensor, "place later earlier"]]:
+    """What two heads have together, and the larger of what each has alone."""
+    together = with_alone[:, :-1, :-1]
+    return together, torch.maximum(with_alone[:, :-1, -1:], with_alone[:, -1:, :-1])
+
+
+def _lengths(batch: ProbeBatch) -> list[list[int]]:
+    """Per block length, the numbers of tokens of its sequences."""
+    return [[batch.lengths[i] for i in rows] for rows in block_rows(batch).values()]
+
+
+def _longest_lag(lengths: Sequence[Sequence[int]]) -> int:
+    return (max(map(max, lengths)) - 1) // 2
+
+
+def _real(lengths: Sequence[Sequence[int]]) -> Bool[Tensor, "row query"]:
+    """Which queries are no padding."""
+    each = torch.tensor([length for of in lengths for length in of])
+    return torch.arange(int(each.max())) < each[:, None]
+
+
+def _per_query(
+    blocks: Sequence[int], lengths: Sequence[Sequence[int]]
+) -> Float[Tensor, "row query"]:
+    """Weights of the mean over the queries q > S, the sequences of a length, and the lengths."""
+    each = [(block, len(of)) for block, of in zip(blocks, lengths, strict=True) for _ in of]
+    block, sequences = torch.tensor(each)[:, :, None].unbind(1)
+    real = _real(lengths)
+    counted = real & (torch.arange(real.shape[1]) > block)
+    return counted / counted.sum(1, keepdim=True) / sequences / len(blocks)
+
+
+def _per_lag(lengths: Sequence[Sequence[int]]) -> Float[Tensor, "row lag"]:
+    """Weights of the mean over the queries of each lag, the sequences of a length that have the
+    lag, and the lengths that have it."""
+    lags = torch.arange(_longest_lag(lengths) + 1)
+    blocks = []
+    for of in lengths:
+        length = torch.tensor(of)[:, None]
+        has = lags <= (length - 1) // 2
+        blocks.append(has / (length - 1 - lags).clamp(min=1) / has.sum(0).clamp(min=1))
+    return torch.cat(blocks) / torch.stack([block.sum(0) > 0 for block in blocks]).sum(0)

@@ -1,0 +1,75 @@
+"""What a run says on the terminal: when it begins, when something happens, when it ends."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+from tqdm import tqdm
+
+from tlens_callback.fidelity import Fidelity
+
+if TYPE_CHECKING:
+    from tlens_callback.observer import Observer
+
+
+def opening(observer: "Observer") -> list[str]:
+    """What is watched, and how near the shadow is to it."""
+    shadow, fidelity = observer.shadow, observer.checks[min(observer.checks)]
+    assert shadow is not None
+    return [
+        f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
+        f"{_asked(observer)}; {shadow.n_owned} weights have adapters, "
+        f"{shadow.extra_bytes / 2**20:.1f} MiB beside the model's; {fidelity}",
+        *_places(observer),
+    ]
+
+
+def summary(observer: "Observer") -> list[str]:
+    """What was seen, where to look, what it cost."""
+    if not observer.steps or observer.batch is None:
+        return []
+    lines = [
+        f"tlens: {len(observer.steps)} observations of {_asked(observer)} in "
+        f"{observer.seconds:.1f} s, {observer.share:.1%} of the run; "
+        f"{observer.extra_bytes / 2**20:.1f} MiB of weights beside the model's"
+    ]
+    if observer.checks:
+        worst = max(observer.checks.values(), key=lambda check: check.relative)
+        lines.append(f"tlens: shadow against live model, worst of {len(observer.checks)}: {worst}")
+    return lines + _places(observer)
+
+
+def _asked(observer: "Observer") -> str:
+    assert observer.batch is not None
+    blocks = sum(probe.block is not None for probe in observer.batch.probes)
+    return f"{len(observer.batch.probes) - blocks} probes and {blocks} repeated blocks"
+
+
+def _places(observer: "Observer") -> list[str]:
+    """A line for each sink; one that does not say where it writes is named by its class."""
+    named = [
+        type(sink).__name__ if type(sink).__str__ is object.__str__ else str(sink)
+        for sink in observer.sinks
+    ]
+    return [f"tlens: {name}" for name in named]
+
+
+def mismatch(model: nn.Module, fidelity: Fidelity, *, stale: bool = False) -> str:
+    """Why a shadow is not to be believed."""
+    if stale:
+        return (
+            f"the shadow of {type(model).__name__} did not follow the live model's update: it is "
+            f"{fidelity.gap:.1e} logits off where the live model moved {fidelity.moved:.1e}"
+        )
+    return (
+        f"the shadow of {type(model).__name__} is not the live model: {fidelity}; rounding allows "
+        f"{fidelity.tolerance[0]:.0e} of the largest logit and KL {fidelity.tolerance[1]:.0e}. "
+        f"Its pictures would be of another model. This family or this adapter may not be "
+        f"supported by TransformerLens's bridge"
+    )
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Prints beside a progress bar without breaking it."""
+    for line in lines:
+        tqdm.write(line)

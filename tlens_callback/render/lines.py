@@ -1,0 +1,224 @@
+"""All readings along the layers of one instrument as one interactive figure of lines."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tlens_callback.reading import Reading
+from tlens_callback.render.plain import cut, number, plain
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_COLUMNS = 3
+_GAP_X, _GAP_Y, _ROW = 0.075, 62, 210
+"""Between panels: a share of the width, pixels of height; height of a panel in a tall figure."""
+
+_COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #80864b #a53c3c #5a5a5a".split()
+_MOST_DECADES = 2
+
+
+def line_figure(
+    readings: Sequence[Reading], first: Sequence[Reading] = (), *, first_name: str = "first"
+) -> "Figure":
+    """A panel per measure, over the layers, and in it a line per probe, from one instrument's
+    ("layer",) readings.
+
+    Readings of other axes are left out, and token ids and the like: those of unit "index" that
+    have texts. A probe has one colour in all panels; a click on its name hides it everywhere.
+    Hovering says "L5 kl capital 0.93", and the text behind the value where there is one. A y axis
+    has the range of the reading's finite limits; else that of what is drawn, and it is logarithmic,
+    which its title says, where all values are positive and the largest is more than 100 times the
+    smallest. What is not finite is a gap.
+
+    Args:
+        first: the readings of an earlier observation, drawn dotted behind those of the same key.
+        first_name: what the legend calls these.
+
+    Raises:
+        ValueError: where no reading has this axis, or they are of several instruments.
+    """
+    curves = [r for r in readings if is_curve(r)]
+    if not curves:
+        raise ValueError(
+            f"line_figure needs at least one reading of axes ('layer',), got "
+            f"{[(r.key, r.axes) for r in readings]}."
+        )
+    if len(instruments := {r.instrument for r in curves}) > 1:
+        raise ValueError(f"One figure shows one instrument, got {sorted(instruments)}.")
+    earlier = {r.key: r for r in first if is_curve(r)}
+    panels = list(dict.fromkeys(r.measure for r in curves))
+    probes = list(dict.fromkeys(r.probe for r in curves))
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    inner = max(420, rows * _ROW)
+    across = (1 - _GAP_X * (columns - 1)) / columns
+    down = (1 - _GAP_Y / inner * (rows - 1)) / rows
+    layout: dict[str, Any] = {
+        "margin": {"l": 56, "r": 24, "t": 40, "b": 44},
+        "annotations": [],
+        "font": {"size": 11},
+        "template": "none",
+        "hovermode": "closest",
+        "legend": {"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top", "tracegroupgap": 2},
+    }
+    if rows > 2:
+        layout["height"] = inner + 84
+    names = _layer_names(curves)
+    data: list[dict[str, Any]] = []
+    for i, measure in enumerate(panels):
+        row, column = divmod(i, columns)
+        left, top = column * (across + _GAP_X), 1 - row * (down + _GAP_Y / inner)
+        axis = str(i + 1) if i else ""
+        shown = [r for r in curves if r.measure == measure]
+        behind = [earlier[r.key] for r in shown if r.key in earlier]
+        layout[f"xaxis{axis}"] = {
+            "domain": [left, min(1, left + across)],
+            "anchor": f"y{axis}",
+            "title": {"text": "layer" if i + columns >= len(panels) else "", "standoff": 4},
+            "gridcolor": "#eee",
+            "zeroline": False,
+            **_layer_axis(names),
+        }
+        layout[f"yaxis{axis}"] = {
+            "domain": [max(0, top - down), top],
+            "anchor": f"x{axis}",
+            "gridcolor": "#ddd",
+            "zerolinecolor": "#888",
+            **_value_axis(shown, behind),
+        }
+        layout["annotations"].append(
+            {
+                "text": plain(cut(measure, 34)),
+                "x": left,
+                "y": top,
+                "xref": "paper",
+                "yref": "paper",
+                "xanchor": "left",
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": 12},
+            }
+        )
+        lines = [(r, True) for r in behind] + [(r, False) for r in shown]
+        for reading, dotted in lines:
+            trace = _trace(reading, names, _COLOURS[probes.index(reading.probe) % len(_COLOURS)])
+            trace |= {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
+            if dotted:
+                trace |= {"mode": "lines", "line": {**trace["line"], "dash": "dot"}, "opacity": 0.5}
+                trace["hovertemplate"] += f" ({plain(first_name)})"
+            trace["hovertemplate"] += "<extra></extra>"
+            data.append(trace)
+    data += _legend(probes, first_name if any(r.key in earlier for r in curves) else None)
+    # The first figure loads modules of plotly that add warning filters (plotly 7.1).
+    with warnings.catch_warnings():
+        import plotly.graph_objects as go
+
+        return go.Figure({"data": data, "layout": layout})
+
+
+def is_curve(reading: Reading) -> bool:
+    """Whether `line_figure` shows this reading."""
+    stands_for_text = reading.unit == "index" and reading.texts is not None
+    return reading.axes == ("layer",) and reading.values.size > 0 and not stands_for_text
+
+
+def _trace(reading: Reading, names: list[str] | None, colour: str) -> dict[str, Any]:
+    labels = reading.labels.get("layer") or [str(i) for i in range(len(reading.values))]
+    about = " ".join(filter(None, (reading.measure, reading.probe)))
+    values = [number(value) for value in reading.values]
+    heights, shown, more = values, "%{y:.3g}", {}
+    if reading.unit == "rank":
+        heights = [None if value is None else value + 1 for value in values]
+        shown, more["customdata"] = "%{customdata}", values
+    if reading.texts is not None:
+        shown += " %{text}"
+        more["text"] = [plain(repr(text)) for text in reading.texts.tolist()]
+    return {
+        **more,
+        "type": "scatter",
+        "x": [plain(label) if names else int(label) for label in labels],
+        "y": heights,
+        "mode": "lines+markers",
+        "line": {"color": colour, "width": 1.5},
+        "marker": {"size": 4},
+        "showlegend": False,
+        "legendgroup": plain(reading.probe or ""),
+        "hovertemplate": f"L%{{x}} {plain(about)} {shown}",
+    }
+
+
+def _legend(probes: Sequence[str | None], first_name: str | None) -> list[dict[str, Any]]:
+    """Empty lines that carry the names: a probe's own may be missing from the first panel."""
+    entries = [
+        (plain(cut(probe, 28)), plain(probe), {"color": _COLOURS[i % len(_COLOURS)], "width": 1.5})
+        for i, probe in enumerate(probes)
+        if probe
+    ]
+    if first_name is not None:
+        entries.append((plain(first_name), "", {"color": "#999", "width": 1.5, "dash": "dot"}))
+    return [
+        {
+            "type": "scatter",
+            "x": [None],
+            "y": [None],
+            "mode": "lines",
+            "name": name,
+            "legendgroup": group,
+            "line": line,
+            "showlegend": True,
+        }
+        for name, group, line in entries
+    ]
+
+
+def _layer_names(readings: Sequence[Reading]) -> list[str] | None:
+    """The layers in order, if one of them has a name that is no number."""
+    names: list[str] = []
+    for reading in sorted(readings, key=lambda r: -len(r.values)):
+        labels = reading.labels.get("layer") or [str(i) for i in range(len(reading.values))]
+        names += [name for name in labels if name not in names]
+    return None if all(name.isascii() and name.isdecimal() for name in names) else names
+
+
+def _layer_axis(names: list[str] | None) -> dict[str, Any]:
+    """At most about eight ticks, on whole layers."""
+    if names is None:
+        return {"type": "linear", "tickformat": "d", "nticks": 8, "minallowed": -1}
+    shown = [plain(name) for name in names]
+    return {
+        "type": "category",
+        "categoryorder": "array",
+        "categoryarray": shown,
+        "tickvals": shown[:: math.ceil(len(shown) / 8)],
+    }
+
+
+def _value_axis(shown: Sequence[Reading], behind: Sequence[Reading]) -> dict[str, Any]:
+    unit = plain(", ".join(dict.fromkeys(r.unit for r in shown)))
+    if all(r.unit == "rank" for r in shown):
+        most = max(float(np.nanmax(r.values, initial=0)) for r in (*shown, *behind))
+        ticks = [0, *(10**i for i in range(most > 1000, 7))]
+        return {
+            "title": {"text": unit, "standoff": 4},
+            "type": "log",
+            "tickvals": [1 + tick for tick in ticks],
+            "ticktext": [str(tick) for tick in ticks],
+        }
+    limits = [r.limits for r in shown]
+    first = limits[0]
+    if first and all(each == first for each in limits) and all(map(math.isfinite, first)):
+        room = 0.03 * (first[1] - first[0])
+        return {
+            "title": {"text": unit, "standoff": 4},
+            "type": "linear",
+            "range": [first[0] - room, first[1] + room],
+        }
+    values = np.concatenate([r.values for r in (*shown, *behind)])
+    values = values[np.isfinite(values)]
+    if values.size and values.min() > 0 and values.max() > 10**_MOST_DECADES * values.min():
+        return {"title": {"text": f"{unit}, log", "standoff": 4}, "type": "log"}
+    return {"title": {"text": unit, "standoff": 4}, "type": "linear"}

@@ -1,0 +1,233 @@
+"""Published autoencoders from their files: the layouts of SAELens and of sparsify."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tlens_callback.sae.autoencoder import Autoencoder, Normalize
+
+_CONFIG = "cfg.json"
+_SAELENS = "sae_weights.safetensors"
+_SPARSIFY = "sae.safetensors"
+
+_NORMALIZE: dict[Any, Normalize] = {
+    None: "none",
+    False: "none",
+    "none": "none",
+    "constant_norm_rescale": "norm",
+    "layer_norm": "layer_norm",
+}
+
+_SPARSIFY_FIELDS = {
+    # What is known not to change what the autoencoder computes once it is trained; those that do
+    # are read, or refused, by name.
+    *("activation", "d_in", "expansion_factor", "normalize_decoder", "num_latents", "k"),
+    *("multi_topk", "signed", "transcode", "skip_connection"),
+}
+
+
+def load_sae(
+    path: str | os.PathLike[str], *, scale: float | None = None, centred: bool | None = None
+) -> Autoencoder:
+    """An autoencoder from a directory that SAELens or EleutherAI's sparsify has written.
+
+    Neither package is needed. SAELens: `cfg.json` and `sae_weights.safetensors`, of any version,
+    architectures standard, topk, jumprelu and gated (what SAELens trains as batch top-k or
+    Matryoshka it saves as one of them). sparsify: `cfg.json` and `sae.safetensors`, top-k. Weights
+    become float32, on the CPU.
+
+    The hook point is SAELens's `hook_name`; for sparsify it follows from the directory's name, a
+    module's path: `layers.10` is `blocks.10.hook_resid_post`, `layers.10.mlp` is
+    `blocks.10.mlp.hook_out`, `layers.10.self_attn` is `blocks.10.attn.hook_out`, `embed_tokens` is
+    `hook_embed`. A name that is none of these leaves it open.
+
+    Args:
+        path: the directory; from the Hub, what `huggingface_hub.snapshot_download` returned and the
+            autoencoder's folder in it.
+        scale: the factor on activations where the configuration has `normalize_activations:
+            expected_average_only_in`, whose factor is in no file.
+        centred: see `Autoencoder`. Default: the configuration's
+            `model_from_pretrained_kwargs.center_writing_weights`, False where there is none.
+
+    Raises:
+        ValueError: a directory of another layout, or a configuration or tensors that are not
+            understood; which, it says.
+    """
+    path = Path(path)
+    weights = [name for name in (_SAELENS, _SPARSIFY) if (path / name).is_file()]
+    if not (path / _CONFIG).is_file() or len(weights) != 1:
+        raise ValueError(
+            f"{path} is not the directory of one autoencoder: it has to hold {_CONFIG} and either "
+            f"{_SAELENS} (SAELens) or {_SPARSIFY} (sparsify). A release with many of them has a "
+            f"folder for each."
+        )
+    config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+    with safe_open(path / weights[0], "pt", device="cpu") as file:
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    if weights[0] == _SPARSIFY:
+        if scale is not None:
+            raise ValueError("scale is for SAELens's expected_average_only_in; this is sparsify's.")
+        return _sparsify(path, config, tensors, bool(centred))
+    return _saelens(path, config, tensors, scale, centred)
+
+
+def _saelens(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    scale: float | None,
+    centred: bool | None,
+) -> Autoencoder:
+    said: dict[str, Any] = {**config, **(config.get("metadata") or {})}
+    architecture = said.get("architecture") or "standard"
+    activation = said.get("activation_fn_str") or said.get("activation_fn") or "relu"
+    kwargs = said.get("activation_fn_kwargs") or {}
+    k = said.get("k", kwargs.get("k"))
+    if architecture == "standard" and activation == "topk":
+        architecture = "topk"
+    own = {
+        "standard": {"b_enc"},
+        "topk": {"b_enc"},
+        "jumprelu": {"b_enc", "threshold"},
+        "gated": {"b_gate", "r_mag", "b_mag"},
+    }
+    if architecture not in own:
+        raise _unknown(path, f"architecture {architecture!r}", f"one of {list(own)}")
+    known = ("relu", "topk") if architecture == "topk" else ("relu",)
+    if activation not in known or set(kwargs) - {"k"}:
+        raise _unknown(path, f"activation {activation!r} with {kwargs}", f"{' or '.join(known)}")
+    if architecture == "topk" and not isinstance(k, int):
+        raise _unknown(path, f"top-k with k={k!r}", "a whole number")
+    if said.get("hook_head_index", said.get("hook_point_head_index")) is not None:
+        raise _unknown(path, "a single head's activations (hook_head_index)", "all heads together")
+    if said.get("hook_name_out") not in (None, said.get("hook_name")):
+        raise _unknown(path, f"a transcoder to {said['hook_name_out']!r}", "an autoencoder")
+
+    if "log_threshold" in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    factors = [tensors.pop(name, None) for name in ("scaling_factor", "finetuning_scaling_factor")]
+    _hold(path, tensors, {"W_enc", "W_dec", "b_dec", *own[architecture]})
+    for factor in factors:
+        if factor is None or torch.equal(factor, torch.ones_like(factor)):
+            continue
+        if not said.get("finetuning_scaling_factor"):
+            raise _unknown(path, "a scaling_factor that the configuration does not use", "none")
+        tensors["W_dec"] = factor[:, None] * tensors["W_dec"]
+    for name, dim in (("d_in", 0), ("d_sae", 1)):
+        if said.get(name) not in (None, tensors["W_enc"].shape[dim]):
+            raise _unknown(path, f"{name} {said[name]}", f"W_enc's {tensors['W_enc'].shape[dim]}")
+    if said.get("rescale_acts_by_decoder_norm"):
+        # Top-k then chooses by what a feature writes, not by what it reads: the same as a decoder
+        # with rows of norm 1.
+        norm = tensors["W_dec"].norm(dim=1)
+        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm, tensors["b_enc"] * norm
+        tensors["W_dec"] = tensors["W_dec"] / norm[:, None]
+
+    normalize = said.get("normalize_activations")
+    if normalize in (True, "expected_average_only_in"):
+        if scale is None:
+            raise ValueError(
+                f"{path}: normalize_activations is 'expected_average_only_in', activations times a "
+                f"factor that makes their norm sqrt(d_in) on average, which is in no file. "
+                f"Give it: load_sae(path, scale=...)."
+            )
+        tensors["W_enc"] = tensors["W_enc"] * scale
+        tensors["W_dec"], tensors["b_dec"] = tensors["W_dec"] / scale, tensors["b_dec"] / scale
+        normalize = "none"
+    elif scale is not None:
+        raise ValueError(
+            f"{path}: normalize_activations is {normalize!r}, which takes no scale; leave it out."
+        )
+    if normalize not in _NORMALIZE:
+        raise _unknown(path, f"normalize_activations {normalize!r}", f"one of {list(_NORMALIZE)}")
+    if centred is None:
+        made = said.get("model_from_pretrained_kwargs") or {}
+        centred = bool(made.get("center_writing_weights"))
+    hook = said.get("hook_name") or said.get("hook_point")
+    if hook is not None:
+        hook = hook.replace("{layer}", str(said.get("hook_layer", said.get("hook_point_layer"))))
+    return Autoencoder(
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_gate" if architecture == "gated" else "b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        k=k if architecture == "topk" else None,
+        threshold=tensors.get("threshold"),
+        r_mag=tensors.get("r_mag"),
+        b_mag=tensors.get("b_mag"),
+        subtract_b_dec=bool(said.get("apply_b_dec_to_input", True)),
+        normalize=_NORMALIZE[normalize],
+        centred=centred,
+        hook=hook,
+    )
+
+
+def _sparsify(
+    path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], centred: bool
+) -> Autoencoder:
+    activation = config.get("activation", "topk")
+    if activation != "topk":
+        raise _unknown(path, f"activation {activation!r}", "topk")
+    for name, what in (
+        ("signed", "negative features"),
+        ("transcode", "a transcoder"),
+        ("skip_connection", "a skip connection"),
+    ):
+        if config.get(name):
+            raise _unknown(path, f"{what} ({name})", "an autoencoder with features >= 0")
+    ours = {key for key, value in config.items() if value} - _SPARSIFY_FIELDS
+    # A setting of something that is switched off says nothing.
+    if other := sorted(key for key in ours if not key.startswith(("lookup_", "gram_table_"))):
+        raise _unknown(path, f"the setting {other[0]}={config[other[0]]!r}", "left out or false")
+    _hold(path, tensors, {"encoder.weight", "encoder.bias", "W_dec", "b_dec"})
+    k = config.get("k", 32)
+    encoder = tensors["encoder.weight"]
+    if config.get("d_in") not in (None, encoder.shape[1]):
+        raise _unknown(path, f"d_in {config['d_in']}", f"the encoder's {encoder.shape[1]}")
+    return Autoencoder(
+        W_enc=encoder.T.contiguous(),
+        b_enc=tensors["encoder.bias"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        k=k,
+        centred=centred,
+        hook=_hook_of_module(path.resolve()),
+    )
+
+
+def _hook_of_module(path: Path) -> str | None:
+    """The hook point that the directory's name, a module's path in the base model, stands for."""
+    name = path.parent.name if re.fullmatch(r"seed\d+", path.name) else path.name
+    if name in ("embed_tokens", "embed_in", "wte"):
+        return "hook_embed"
+    found = re.fullmatch(r"(?:\w+\.)*(?:layers|h)\.(\d+)(?:\.(\w+))?", name)
+    if found is None:
+        return None
+    layer, module = found.groups()
+    if module is None:
+        return f"blocks.{layer}.hook_resid_post"
+    part = {"mlp": "mlp", "self_attn": "attn", "attn": "attn", "attention": "attn"}.get(module)
+    return None if part is None else f"blocks.{layer}.{part}.hook_out"
+
+
+def _hold(path: Path, tensors: Mapping[str, Tensor], names: set[str]) -> None:
+    if set(tensors) != names:
+        lacking, other = sorted(names - set(tensors)), sorted(set(tensors) - names)
+        raise ValueError(
+            f"{path}: the autoencoder that {_CONFIG} describes has the tensors {sorted(names)}; "
+            f"the file lacks {lacking} and has {other} beside them."
+        )
+
+
+def _unknown(path: Path, what: str, known: str) -> ValueError:
+    return ValueError(
+        f"{path}: {_CONFIG} says {what}; this package reads {known}. Build an Autoencoder from the "
+        f"tensors yourself if you know what they stand for."
+    )

@@ -1,0 +1,181 @@
+"""Activations at one hook point, and the model's loss with something else in their place."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tlens_callback.intervene import edited
+from tlens_callback.probes import Probe, ProbeBatch
+from tlens_callback.sae.autoencoder import Autoencoder, fvu
+from tlens_callback.shadow import Shadow
+
+_LOGITS = 2**26
+"""At most so many logits at once: 256 MiB in float32."""
+
+Replace = Callable[[Tensor], Tensor | None]
+"""[token, d_in] in; what shall stand in its place out, or None to leave it."""
+
+
+def counted_tokens(batch: ProbeBatch, rows: Sequence[int]) -> Bool[Tensor, "row pos"]:
+    """The real tokens of these rows but for each one's first: what stands at BOS is of another
+    size than all else."""
+    mask = batch.mask[list(rows)].clone()
+    mask[:, 0] = False
+    return mask
+
+
+def activations(
+    shadow: Shadow, hook: str, tokens: Int[Tensor, "row pos"], counted: Bool[Tensor, "row pos"]
+) -> Float[Tensor, "token d_in"]:
+    """What the hook point has at the counted tokens, on the shadow's device, in float32."""
+    kept: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        kept.append(_flat(hook, value, tokens)[counted].float())
+        return value
+
+    with torch.no_grad(), edited(shadow, {hook: keep}):
+        shadow.logits(tokens, torch.zeros(1, dtype=torch.long, device=tokens.device))
+    if not kept:
+        raise ValueError(f"The forward pass never reached the hook point {hook!r}.")
+    return kept[0]
+
+
+def training_activations(
+    shadow: Shadow, hook: str, batch: ProbeBatch, rows: int, length: int
+) -> Float[Tensor, "token d_in"] | None:
+    """The same for the next rows of the training data, cut to so many tokens; None where there
+    are none to read."""
+    given = batch.training(rows) if batch.training is not None and rows else []
+    limit = min(length, batch.context or length)
+    cut = [list(ids)[:limit] for ids in given]
+    probes = [Probe(f"row-{i}", ids) for i, ids in enumerate(cut) if len(ids) > 1]
+    if not probes:
+        return None
+    beside = batch.beside(probes)
+    counted = counted_tokens(beside, range(len(probes)))
+    return activations(shadow, hook, beside.tokens, counted)
+
+
+def loss_with(
+    shadow: Shadow,
+    hook: str,
+    tokens: Int[Tensor, "row pos"],
+    counted: Bool[Tensor, "row pos"],
+    replace: Replace,
+) -> float:
+    """Mean next-token loss in nats, the counted tokens' activations at the hook point replaced.
+
+    Over the predictions of a counted token from a counted one. The forward pass is the caller's
+    own; a few rows at a time, where the logits of all would be large.
+    """
+    said, told = counted[:, :-1], counted[:, 1:]
+    total, n = 0.0, 0
+    step = max(1, _LOGITS // (tokens.shape[1] * shadow.vocab_size))
+    for start in range(0, len(tokens), step):
+        part = slice(start, start + step)
+
+        def edit(value: Tensor, part: slice = part) -> Tensor:
+            flat = _flat(hook, value, tokens[part])
+            put = replace(flat[counted[part]].float())
+            if put is None:
+                return value
+            changed = flat.clone()
+            changed[counted[part]] = put.to(changed.dtype)
+            return changed.view(value.shape)
+
+        with torch.no_grad(), edited(shadow, {hook: edit}):
+            logits = shadow.logits(tokens[part])
+        at = said[part] & told[part]
+        target = tokens[part, 1:][at]
+        total += float(F.cross_entropy(logits[:, :-1][at].float(), target, reduction="sum"))
+        n += len(target)
+    return total / n
+
+
+@dataclass(frozen=True, eq=False)
+class Spliced:
+    """An autoencoder against the model.
+
+    Attributes:
+        features: [token, feature], at the counted tokens that are not massive.
+        counted: [row, pos], where those stand.
+        massive: number of the others.
+        fvu: over the same tokens.
+        loss: "clean", "zero" and "sae": as it is, with zeros, and with the reconstruction there.
+    """
+
+    features: Float[Tensor, "token feature"]
+    counted: Bool[Tensor, "row pos"]
+    massive: int
+    fvu: float
+    loss: dict[str, float]
+
+    @property
+    def recovered(self) -> float:
+        """(zero - sae) / (zero - clean); nan where zeros change the loss by less than 1e-4."""
+        span = self.loss["zero"] - self.loss["clean"]
+        missed = self.loss["zero"] - self.loss["sae"]
+        return missed / span if abs(span) >= 1e-4 else float("nan")
+
+
+def splice(
+    shadow: Shadow,
+    hook: str,
+    tokens: Int[Tensor, "row pos"],
+    counted: Bool[Tensor, "row pos"],
+    sae: Autoencoder,
+) -> Spliced:
+    """Three forward passes: to look, and with something else at the hook point, where massive
+    activations stay what they are.
+
+    Raises:
+        ValueError: where activations and autoencoder are not of one width.
+    """
+    kept: list[Tensor] = []
+    loss = {"clean": loss_with(shadow, hook, tokens, counted, lambda x: kept.append(x))}
+    x = torch.cat(kept)
+    if x.shape[1] != sae.d_in:
+        raise ValueError(
+            f"The autoencoder takes activations of width {sae.d_in} and {hook!r} has {x.shape[1]}. "
+            f"Is it for another model, or another hook point?"
+        )
+    features, rebuilt = sae.reconstruct(x)
+    small = ordinary(x)
+    for name, put in (("zero", torch.zeros_like(x)), ("sae", rebuilt)):
+        parts = iter(torch.where(small[:, None], put, x).split([len(part) for part in kept]))
+        loss[name] = loss_with(shadow, hook, tokens, counted, lambda _, parts=parts: next(parts))
+    where = counted.clone()
+    where[counted] = small
+    return Spliced(
+        features=features[small],
+        counted=where,
+        massive=len(x) - int(small.sum()),
+        fvu=fvu(x[small], rebuilt[small]),
+        loss=loss,
+    )
+
+
+def ordinary(x: Float[Tensor, "token d_in"]) -> Bool[Tensor, " token"]:
+    """Which activations are not massive: of norm up to 10 times the median norm.
+
+    Some tokens, a delimiter at the start of a text say, serve as a place to attend to when there
+    is nothing to attend to, and have norms a hundred times the others' (Sun et al. 2024). A single
+    one outweighs all else in a sum of squares.
+    """
+    norm = x.norm(dim=1)
+    return norm <= 10 * norm.median()
+
+
+def _flat(hook: str, value: Tensor, tokens: Tensor) -> Tensor:
+    """[row, pos, d_in]; heads are put side by side."""
+    if value.shape[:2] != tokens.shape or value.dim() < 3:
+        raise ValueError(
+            f"{hook!r} has shape {tuple(value.shape)}; an autoencoder needs [probe, pos, ...]. "
+            f"Take one such as 'blocks.0.hook_resid_post'."
+        )
+    return value.flatten(2)
