@@ -34,9 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from tlens_callback import (
     ActivationDrift,
     AdapterSpectrum,
-    DifferenceLens,
     HeadAblation,
-    HeadScores,
     LocalSink,
     LogitAttribution,
     LogitLens,
@@ -64,10 +62,8 @@ def train(path: Path, steps: int, every: int) -> None:
             TargetScores(),
             LogitLens(),
             LogitAttribution(),
-            HeadScores(),
             ActivationDrift(probes=ASKED, name="drift_asked"),
             ActivationDrift(probes=["control"], name="drift_control"),
-            DifferenceLens(probes=ASKED),
             AdapterSpectrum(),
             HeadAblation(probes=ASKED, every=10**6),  # at the first observation and the last
         ],
@@ -125,18 +121,30 @@ def answers(ax: plt.Axes, store: Store) -> None:
     )  # fmt: skip
     ax.set(title="What it answers", xlabel="training step", ylabel="probability of the target")
     ax.set_ylim(0, 1)
-    ax.legend(frameon=False, fontsize=9, title="countries not trained on", title_fontsize=9)
+    ax.legend(frameon=False, fontsize=9, title="countries not trained on", title_fontsize=9,
+              loc=(0.3, 0.1))  # fmt: skip
 
 
 def lens(ax: plt.Axes, store: Store) -> None:
-    steps, p = mean_over_asked(store, "logit_lens/probability")
-    image = heat(ax, steps, p, cmap="magma", vmin=0, vmax=max(0.1, p.max()))
-    ax.figure.colorbar(image, ax=ax, label="probability of the city, mean of 3")
-    first = [store.curve(f"logit_lens/first_layer/{name}")[1] for name in ASKED]
-    for layers, colour in zip(first, COLOURS, strict=True):
-        known = layers < p.shape[1]
-        ax.plot(np.flatnonzero(known), layers[known], "o", color=colour, markeredgecolor="white")
-    ax.set_title("Where the lens reads it; dots: on top from here on")
+    """The lead of the city over "The", were each layer the last; a dot where it leads for good."""
+    steps, lead = mean_over_asked(store, "logit_lens/logit_diff")
+    image = heat(ax, steps, lead, cmap="RdBu_r", vmin=-10, vmax=10)
+    ax.figure.colorbar(image, ax=ax, label="logit of city minus 'The', mean of 3", extend="both")
+    for offset, (name, colour) in enumerate(zip(ASKED, COLOURS, strict=True)):
+        layers = np.array(
+            [known_from(at) for at in store.curve(f"logit_lens/logit_diff/{name}")[1]]
+        )
+        leads = layers < lead.shape[1]
+        ax.plot(np.flatnonzero(leads) + 0.2 * (offset - 1), layers[leads], "o", color=colour,
+                markeredgecolor="white", label=name.capitalize())  # fmt: skip
+    ax.set_title("From which layer on the lens reads the city")
+    ax.legend(loc="lower right", fontsize=9, title="leads from here on", title_fontsize=9)
+
+
+def known_from(lead: np.ndarray) -> int:
+    """[layer] -> the layer from which on the city leads; the number of layers if it never does."""
+    behind = np.flatnonzero(lead <= 0)
+    return int(behind[-1]) + 1 if len(behind) else 0
 
 
 def drift(ax: plt.Axes, store: Store) -> None:
@@ -149,17 +157,20 @@ def drift(ax: plt.Axes, store: Store) -> None:
 
 
 def writers(ax: plt.Axes, store: Store) -> None:
-    _, change = mean_over_asked(store, "logit_attribution/head_change")
-    last = change[-1]
-    top = np.abs(last).max()
-    image = ax.imshow(last, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower")
-    ax.figure.colorbar(image, ax=ax, label="change in logits for city minus 'The', mean of 3")
-    for at in strongest(last, 6):
-        layer, head = np.unravel_index(at, last.shape)
-        ax.text(head, layer, f"L{layer}H{head}", size=7, ha="center", va="center",
-                color="white" if abs(last[layer, head]) > 0.6 * top else "black")  # fmt: skip
-    ax.set(title="Which heads write it (direct, change since step 0)", xlabel="head",
-           ylabel="layer", xticks=range(last.shape[1]))  # fmt: skip
+    """Change of each head's direct contribution since step 0, and in a last column each MLP's."""
+    _, heads = mean_over_asked(store, "logit_attribution/head_change")
+    _, mlps = mean_over_asked(store, "logit_attribution/mlp_change")
+    both = np.column_stack([heads[-1], mlps[-1]])
+    n_heads, top = heads.shape[2], np.abs(both).max()
+    image = ax.imshow(both, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower")
+    ax.figure.colorbar(image, ax=ax, label="change of logit of city minus 'The' since step 0")
+    ax.axvline(n_heads - 0.5, color=GREY, linewidth=0.8)
+    for at in strongest(heads[-1], 6):
+        layer, head = np.unravel_index(at, heads[-1].shape)
+        ax.text(head, layer, f"L{layer}H{head}", size=7, ha="center", va="center")
+    ax.set(title=f"What came to write it: heads {heads[-1].sum():+.1f}, MLPs {mlps[-1].sum():+.1f}",
+           xlabel="head", ylabel="layer", xticks=range(n_heads + 1),
+           xticklabels=[*range(n_heads), "MLP"])  # fmt: skip
 
 
 def effects(ax: plt.Axes, store: Store) -> None:
@@ -174,9 +185,10 @@ def effects(ax: plt.Axes, store: Store) -> None:
             label="is lost when it is ablated (exact)")  # fmt: skip
     ax.plot(write[0].ravel()[chosen], rows + 0.2, "|", color="black", label="wrote at step 0")
     ax.axvline(0, color=GREY, linewidth=0.8)
-    ax.set(title="Their direct and their whole effect", yticks=rows, yticklabels=names,
+    ax.set(title="Heads: direct and whole effect", yticks=rows, yticklabels=names,
            xlabel="logits for city minus 'The', last step, mean of 3")  # fmt: skip
-    ax.legend(frameon=False, fontsize=9)
+    ax.set_ylim(-0.8, len(chosen) + 2.3)
+    ax.legend(framealpha=1, edgecolor="none", fontsize=9, loc="upper right")
 
 
 def where(ax: plt.Axes, store: Store) -> None:
@@ -218,13 +230,15 @@ def tell(store: Store) -> None:
     _, change = mean_over_asked(store, "logit_attribution/head_change")
     heads = [np.unravel_index(at, change[-1].shape) for at in strongest(change[-1], 5)]
     named = ", ".join(f"L{i}H{j} {change[-1][i, j]:+.2f}" for i, j in heads)
-    print(f"heads whose direct contribution changed most, in logits: {named}")
+    _, mlps = mean_over_asked(store, "logit_attribution/mlp_change")
+    print(f"since step 0 all heads together write {change[-1].sum():+.1f} logits to city minus "
+          f"'The', all MLPs {mlps[-1].sum():+.1f}; most changed heads: {named}")  # fmt: skip
     for name in ASKED:
-        first = int(store.reading(f"logit_lens/first_layer/{name}", step).values)
-        print(f"{name}: the lens reads the city first from layer {first} on")
-    tokens = store.reading("difference_lens/token", step)
-    for layer in (len(tokens.values) // 2, len(tokens.values) - 1):
-        print(f"difference lens, layer {layer}: {' '.join(map(repr, tokens.texts[layer]))}")
+        lead = store.reading(f"logit_lens/logit_diff/{name}", step).values
+        tokens = store.reading(f"logit_lens/token/{name}", step).texts
+        late = ", ".join(repr(str(text)) for text in tokens[-4, :4])
+        print(f"{name}: the lens puts the city before 'The' from layer {known_from(lead)} on; at "
+              f"layer {len(lead) - 4} its top tokens are {late}")  # fmt: skip
 
 
 def main() -> None:

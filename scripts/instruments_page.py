@@ -1,7 +1,7 @@
 """Writes docs/instruments.md from the docstrings of the instruments.
 
-    python scripts/instruments_page.py
-    python scripts/instruments_page.py --check  # fails where the page is not what they say
+python scripts/instruments_page.py
+python scripts/instruments_page.py --check  # fails where the page is not what they say
 """
 
 import argparse
@@ -48,7 +48,8 @@ def _first(kind: type) -> str:
 
 def _entry(kind: type, when: str) -> str:
     sections = _sections(inspect.getdoc(kind) or "")
-    lines = [f"## {kind.__name__}", "", f"*{when}* · `{_signature(kind)}`", "", sections.pop(""), ""]
+    heading = [f"## {kind.__name__}", "", f"*{when}* · `{_signature(kind)}`", ""]
+    lines = [*heading, sections.pop(""), ""]
     for title, text in sections.items():
         if title == "Keys":
             lines += ["| key | axes | unit | range | |", "| --- | --- | --- | --- | --- |"]

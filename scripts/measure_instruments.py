@@ -114,9 +114,7 @@ def main() -> None:
     parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
     args = parser.parse_args()
     model = lora_model(args.shape, args.device, getattr(torch, args.dtype)).eval()
-    vocabulary, context = (
-        SHAPES[args.shape][k] for k in ("vocab_size", "max_position_embeddings")
-    )
+    vocabulary, context = (SHAPES[args.shape][k] for k in ("vocab_size", "max_position_embeddings"))
     probes = [
         Probe(f"text-{i}", ids, target=7 + i, foil=9)
         for i, ids in enumerate(texts(vocabulary, 4, min(48, context)))

@@ -50,7 +50,7 @@ def round_rotated(bridge: TransformerBridge, dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         for name, point in bridge.hook_dict.items():
             if name.endswith(("attn.hook_rot_q", "attn.hook_rot_k")):
-                point.add_hook(lambda value, hook: value.to(dtype), is_permanent=True)
+                point.add_hook(lambda tensor, hook: tensor.to(dtype), is_permanent=True)
 
 
 def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:
