@@ -241,7 +241,7 @@ def _lens(
     `final` holds the model's logits, and is in the place of the last layer's.
     """
     last = final.log_softmax(-1)
-    p_last = last.exp()
+    p_last = final.softmax(-1)
     off = torch.zeros(())
     seen = []
 
@@ -263,7 +263,7 @@ def _lens(
             (at_target - pick(logits, foil))[..., 0],
             # The difference first: it is exactly 0 where the two are one.
             ((last - log_p) * p_last).sum(-1).clamp(min=0),
-            -(log_p * log_p.exp()).sum(-1),
+            -(log_p * logits.softmax(-1)).sum(-1),
         ]
         seen.append((token, log_p.gather(-1, token).exp(), torch.stack(numbers, dim=-1)))
     token, top, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
