@@ -51,9 +51,8 @@ COLOURS = ("#c8472b", "#e0a030", "#7a3b69")
 GREY = "#4a4a4a"
 
 
-def train(path: Path, steps: int, every: int) -> None:
+def train(model: str, path: Path, steps: int, every: int) -> None:
     """Trains, watched by the instruments that the figure needs."""
-    model = str(smollm2())
     tokenizer = AutoTokenizer.from_pretrained(model)
     probes = [probe for probe in capital_probes(tokenizer) if probe.name in ASKED]
     callback = TLensCallback(
@@ -236,20 +235,22 @@ def tell(store: Store) -> None:
     for name in ASKED:
         lead = store.reading(f"logit_lens/logit_diff/{name}", step).values
         tokens = store.reading(f"logit_lens/token/{name}", step).texts
-        late = ", ".join(repr(str(text)) for text in tokens[-4, :4])
+        at = 7 * len(lead) // 8
+        late = ", ".join(repr(str(text)) for text in tokens[at, :4])
         print(f"{name}: the lens puts the city before 'The' from layer {known_from(lead)} on; at "
-              f"layer {len(lead) - 4} its top tokens are {late}")  # fmt: skip
+              f"layer {at} it reads {late}")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="hub name or path; SmolLM2-135M-Instruct by default")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=5, help="steps between two observations")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/anatomy"))
     parser.add_argument("--draw-only", action="store_true", help="draw the last run again")
     args = parser.parse_args()
     if not args.draw_only:
-        train(args.output_dir, args.steps, args.every)
+        train(args.model or str(smollm2()), args.output_dir, args.steps, args.every)
     newest = max(args.output_dir.glob("tlens*"), key=lambda store: store.stat().st_mtime)
     store = read_store(newest)
     tell(store)

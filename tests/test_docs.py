@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from datasets import Dataset
 
 import tlens_callback
 from tests import tiny
-from tlens_callback import ProbeBatch, Shadow, observe
+from tests.instruments.common import adapted
+from tlens_callback import ProbeBatch, instruments, observe
 from tlens_callback.builtin_probes import repeated_blocks
 from tlens_callback.instruments import fast
 
@@ -66,8 +68,8 @@ def test_the_readmes_instrument_is_the_examples():
 def test_the_readmes_keys_are_emitted():
     named = set(re.findall(r"`((?:\w+)/\w+(?:/<probe>)?)`", README))
     named = {key for key in named if key.split("/")[0] in {i.name for i in fast()}}
-    shadow = Shadow.of(tiny.model("llama"))
-    probes = [tlens_callback.Probe("p", "the cat", target="Paris", foil="Rome")]
+    shadow = adapted("llama")
+    probes = [tlens_callback.Probe("p", "the capital of France is", target=" Paris", foil=" Rome")]
     batch = ProbeBatch.encode(
         probes + repeated_blocks(64), tiny.tokenizer(), vocab_size=shadow.vocab_size
     )
@@ -76,6 +78,20 @@ def test_the_readmes_keys_are_emitted():
         for r in observe(shadow, batch, fast())
     }
     assert named and named <= emitted
+
+
+def test_the_readme_names_every_instrument():
+    for exported in instruments.__all__:
+        assert f"`{exported}(" in README or f"`{exported}`" in README, exported
+
+
+def test_the_instruments_page_is_what_the_docstrings_say():
+    """Their keys are held against what is emitted in tests/instruments/test_contract.py."""
+    made = runpy.run_path(str(ROOT / "scripts" / "instruments_page.py"))
+    assert made["PAGE"].read_text() == made["page"](), "run scripts/instruments_page.py"
+    for exported in instruments.__all__:
+        if exported != "fast":
+            assert f"\n## {exported}\n" in made["page"]()
 
 
 def test_the_readme_names_only_files_that_exist():
@@ -116,3 +132,18 @@ def test_the_readmes_cost_table_has_the_rows_of_the_script():
     rows = [line.split("|")[1].strip() for line in table.strip().splitlines()[2:]]
     assert len(rows) >= 12
     assert all(f'"{row}"' in script or f'    {row}"' in script for row in rows)
+
+
+def test_the_cost_of_every_fast_instrument_is_measured():
+    script = str(ROOT / "scripts" / "measure_instruments.py")
+    arguments = ["--shape", "tiny", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    cost = {row[0].removeprefix("| "): row[1:] for row in rows}
+    for instrument in fast():
+        assert float(cost[type(instrument).__name__][0]) >= 0
+        assert cost[type(instrument).__name__][2].startswith("0.00"), "no forward of its own"
+    assert not cost["HeadAblation"][2].startswith("0.00")
+    assert "times the bare forward" in done.stdout

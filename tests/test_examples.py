@@ -95,6 +95,18 @@ def test_sft_lora_with_wandb_as_the_demo_runs_it(small, tmp_path):
     assert list(tmp_path.glob("wandb/latest-run/files/media/images/**/*.png"))
 
 
+def test_anatomy_of_a_finetune(run, small, tmp_path, capsys):
+    run("anatomy_of_a_finetune", "--model", small, "--steps", "2", "--every", "1")
+    store = read_store(tmp_path / "runs" / "anatomy" / "tlens")
+    assert store.steps == (0, 1, 2)
+    assert store.curve("head_ablation/loss/france")[0].tolist() == [0, 2]
+    assert (tmp_path / "runs" / "anatomy" / "anatomy.png").stat().st_size > 50_000
+    said = capsys.readouterr().out
+    assert "france: the lens puts the city" in said
+    run("anatomy_of_a_finetune", "--draw-only")
+    assert said.splitlines()[-5:] == capsys.readouterr().out.splitlines()[-5:]
+
+
 def test_grpo_lora(run, small, tmp_path):
     run("grpo_lora", "--model", small, "--steps", "2", "--every", "1")
     store = read_store(tmp_path / "runs" / "grpo_lora" / "tlens")
