@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from tests import tiny
+from tests.instruments.common import encoded
 from tests.test_no_trace import differences, grpo, sft, state_of, watcher
+from tests.test_no_trace_instruments import every_instrument, everything
 from tests.test_shadow import batch_for, gap, lora, train
-from tlens_callback import MemorySink, Shadow, observe
+from tlens_callback import MemorySink, ProbeBatch, Shadow, observe
 from tlens_callback.fidelity import compare
 from tlens_callback.instruments import fast
 
@@ -115,3 +118,42 @@ def test_readings_come_over_together_and_equal_the_cpus():
         assert one.key == other.key
         if one.unit != "index":
             assert abs(one.values - other.values).max() < 1e-4
+
+
+def two_looks(device: str, family: str) -> list:
+    """Every instrument, at a first observation and after the model has moved."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = lora(tiny.model(family), lora_dropout=0.0).to(device)
+    shadow = Shadow.of(model)
+    on_cpu = encoded()
+    batch = ProbeBatch.encode(
+        on_cpu.probes, on_cpu.tokenizer, vocab_size=tiny.VOCAB, context=tiny.CONTEXT, device=device
+    )
+    instruments = every_instrument()
+    observe(shadow, batch, instruments)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    shadow.sync()
+    return observe(shadow, batch, instruments)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_every_instrument_reads_what_it_reads_on_the_cpu(family):
+    cpu, gpu = two_looks("cpu", family), two_looks("cuda", family)
+    assert [reading.key for reading in cpu] == [reading.key for reading in gpu]
+    for one, other in zip(cpu, gpu, strict=True):
+        # A trained autoencoder amplifies rounding, and so do ranks and indices.
+        if not one.instrument.startswith("trainedfeatures") and one.unit not in ("index", "rank"):
+            np.testing.assert_allclose(
+                other.values, one.values, rtol=2e-3, atol=2e-4, err_msg=one.key
+            )
+
+
+def test_every_instrument_leaves_no_trace(tmp_path):
+    without = cuda_state(sft(tmp_path / "a", [], use_cpu=False))
+    sink = MemorySink()
+    watched = cuda_state(sft(tmp_path / "b", [everything(sink)], use_cpu=False))
+    assert differences(without, watched) == [] and sink.steps == (0, 1, 2, 3, 4, 5)

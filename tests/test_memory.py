@@ -2,10 +2,13 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from tests import tiny
 from tests.training import CAPITAL, trainer
 from tlens_callback import MemorySink, Probe, Reading, TLensCallback
 
@@ -149,3 +152,44 @@ def test_a_memory_lives_where_the_shadow_does(tmp_path):
     run = trainer(tmp_path, callback)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert instrument.memory["first"].device == torch.device("cpu")
+
+
+def adapted():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(tiny.model("llama"), LoraConfig(r=4, target_modules="all-linear"))
+
+
+def test_every_fast_instrument_goes_on_where_it_stopped(tmp_path):
+    """What a resumed run reads is what the whole run read, changes since step 0 included."""
+
+    def run(resume=None) -> MemorySink:
+        sink = MemorySink()
+        callback = TLensCallback(
+            [CAPITAL], sinks=[sink], watch=False, every_n_steps=1, on_error="raise"
+        )
+        settings = dict(save_strategy="steps", save_steps=3)
+        run = trainer(tmp_path, callback, model=adapted(), **settings)
+        run.train(resume_from_checkpoint=resume)
+        return sink
+
+    whole, resumed = run(), run(str(tmp_path / "checkpoint-3"))
+    changes = {
+        "adapter_spectrum/rotation",
+        "activation_drift/relative",
+        "attention_drift/js",
+        "difference_lens/norm",
+        "logit_attribution/head_change/capital",
+        "residual_norms/ratio",
+        "token_loss/change/capital",
+        "update_sparsity/all",
+    }
+    assert changes <= whole.readings.keys()
+    for key in whole.readings:
+        if key.startswith(("cost/", "fidelity/", "frozen_weights/")):
+            continue
+        for step in (4, 5, 6):
+            one, other = (sink.readings[key][step].values for sink in (whole, resumed))
+            np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5, err_msg=key)
+    for key in changes - {"adapter_spectrum/rotation"}:
+        assert not np.array_equal(whole.readings[key][6].values, whole.readings[key][0].values)
