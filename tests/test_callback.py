@@ -16,6 +16,7 @@ from tlens_callback import (
     Probe,
     TargetScores,
     TLensCallback,
+    Watch,
 )
 
 
@@ -91,6 +92,12 @@ def test_the_end_says_where_to_look_and_what_it_cost(tmp_path, capsys):
     assert "MiB" in said
 
 
+def with_(**attributes) -> Constant:
+    instrument = Constant()
+    vars(instrument).update(attributes)
+    return instrument
+
+
 BAD_SETTINGS = [
     (dict(every_n_steps=0), "every_n_steps is a whole number from 1"),
     (dict(every_n_steps=2.5), "every_n_steps is a whole number"),
@@ -103,6 +110,13 @@ BAD_SETTINGS = [
         "AttentionPatterns is a class; write AttentionPatterns",
     ),
     (dict(instruments=[HeadScores(), HeadScores()]), "Two instruments are named 'head_scores'"),
+    (dict(instruments=[Constant("watch")]), "are named 'watch'.*watch's name are taken"),
+    (dict(instruments=[Constant("cost")]), "are named 'cost'"),
+    (dict(instruments=[with_(every=0)]), "every of 'constant' is a whole number from 1 on, got 0"),
+    (dict(instruments=[with_(every=2.5)]), "every of 'constant' is a whole number"),
+    (dict(instruments=[with_(every="3")]), "every of 'constant' is a whole number"),
+    (dict(instruments=[with_(memory=None)]), "memory of 'constant' is a dict of tensors, got None"),
+    (dict(name="a/b"), "name is made of letters"),
     (dict(sinks=[object()]), "is no Sink"),
     (dict(sinks=MemorySink()), "sinks is a list"),
     (dict(instruments=HeadScores()), "instruments is a list"),
@@ -129,6 +143,7 @@ BAD_RUNS = [
     (dict(probes=[CAPITAL, CAPITAL]), "Two probes are named 'capital'"),
     (dict(instruments=[UnknownHook()]), "no hook point 'blocks.0.hook_resid_pots'"),
     (dict(instruments=[AttentionPatterns(layers=[7])]), "7"),
+    (dict(watch=Watch(scores="mine")), r"no HeadScores 'mine' is .*there are \['head_scores'\]"),
     (dict(repeats=False, instruments=[HeadScores()]), "Probe.repeated"),
 ]
 

@@ -154,7 +154,7 @@ def test_a_stale_shadow_is_found_after_the_first_update_and_ends_the_watching(
         "watch/count",
         "watch/events",
     ]
-    (event,) = memory.readings["watch/events"][1].labels["event"]
+    (event,) = memory.readings["watch/events"][1].texts
     assert event in said[0]
 
 

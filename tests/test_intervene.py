@@ -9,6 +9,7 @@ import torch
 from tests import tiny
 from tests.instruments.common import encoded, hugging_face, shadow
 from tests.instruments.surgery import OUTPUT, module
+from tlens_callback import intervene
 from tlens_callback.intervene import Variants, captured, edited, effects, starting_at
 
 
@@ -145,6 +146,42 @@ def test_effects_are_those_of_one_edited_pass_each(family, rows):
                 expected = of.logits(tokens[None])[0, positions] - whole[0]
             torch.testing.assert_close(moved, expected, rtol=1e-4, atol=2e-5)
     assert found[1].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("tokens, sizes", [(48, [7]), (24, [4, 4]), (1, [2] * 6)])
+def test_a_long_text_goes_through_with_few_others(tokens, sizes, monkeypatch):
+    """By the tokens of a batch, the text itself included; with the same result."""
+    of, text = shadow("llama"), encoded().tokens[0, :6]
+    asked = [Variants(0, "blocks.0.hook_mlp_out", torch.arange(6), doubled)]
+    _, (expected,) = effects(of, text, asked, lambda x: x, rows=64)
+    monkeypatch.setattr(intervene, "TOKENS", tokens)
+    seen = []
+
+    def score(logits):
+        seen.append(len(logits))
+        return logits
+
+    _, (found,) = effects(of, text, asked, score, rows=64)
+    assert seen == [*sizes, 1]  # the last is the text as it is
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_who_sees_an_edit():
+    """Who listened before sees the model's own activation, who comes inside the `with` the new."""
+    of, batch, seen = shadow("llama"), encoded(), []
+    point: Any = of.hooks["blocks.0.attn.hook_z"]
+
+    def listens(z, hook):
+        seen.append(bool(z.any()))
+
+    handles = [point.add_hook(listens)]
+    with edited(of, {"blocks.0.attn.hook_z": torch.zeros_like}):
+        handles.append(point.add_hook(listens))
+        of.logits(batch.tokens)
+    for handle in handles:
+        handle.hook.remove()
+        point.fwd_hooks.remove(handle)
+    assert seen == [True, False]
 
 
 def test_only_the_layers_behind_an_effect_run():

@@ -36,11 +36,13 @@ def every_instrument() -> list[Instrument]:
 
 
 def everything(sink: MemorySink) -> TLensCallback:
+    made = every_instrument()
+    scores = next(one.name for one in made if isinstance(one, instruments.TargetScores))
     return TLensCallback(
         [CAPITAL, Probe("story", "John gave Mary a book and went to the", target=" store")],
-        instruments=every_instrument(),
+        instruments=made,
         sinks=[sink],
-        watch=Watch([Rule("targetscores/loss/capital", jump=0.1)]),
+        watch=Watch([Rule(f"{scores}/loss/capital", jump=0.1)]),
         every_n_steps=1,
         on_error="raise",
     )
@@ -57,7 +59,7 @@ def test_sft_with_every_instrument(tmp_path, family):
     assert sink.steps == (0, 1, 2, 3, 4, 5)
     measured = {key.partition("/")[0] for key in sink.readings}
     assert {i.name for i in every_instrument()} <= measured
-    assert list((tmp_path / "watched").glob("checkpoint-*/tlens.safetensors"))
+    assert list((tmp_path / "watched").glob("checkpoint-*/tlens.memory"))
 
 
 def test_grpo_with_every_instrument(tmp_path):

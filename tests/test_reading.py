@@ -65,3 +65,14 @@ def test_what_does_not_fit_raises(change, text):
     Reading(**good)
     with pytest.raises(ValueError, match=text):
         Reading(**{**good, **change})
+
+
+def test_what_no_file_can_hold_becomes_its_escape():
+    half = "\ud83d"
+    reading = Reading(
+        key=f"lens/token/{half}", values=[1.0, 2.0], axes=("rank",), unit="index",
+        labels={"rank": [half, "😀"]}, texts=np.array([half, "😀"]),
+    )  # fmt: skip
+    assert reading.key == "lens/token/\\ud83d"
+    assert reading.labels["rank"] == ("\\ud83d", "😀")
+    assert reading.texts is not None and reading.texts.tolist() == ["\\ud83d", "😀"]

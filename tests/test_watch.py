@@ -1,9 +1,16 @@
 """Events: raised when something happens, once, and not otherwise."""
 
+import re
+
 import numpy as np
 import pytest
 
-from tlens_callback import Reading, Rule, Watch
+from tests import tiny
+from tests.instruments.test_contract import documented
+from tlens_callback import HeadScores, ProbeBatch, Reading, Rule, Shadow, Watch, observe
+from tlens_callback.builtin_probes import repeated_blocks
+
+R = "(previous|duplicate|induction)"
 
 
 def scores(induction=(), previous=(), entropy=0.5, layers=None) -> list[Reading]:
@@ -48,7 +55,7 @@ def number(key: str, value: float) -> Reading:
 def sentences(watch: Watch, readings) -> list[str]:
     got = {reading.key: reading for reading in watch.look(readings)}
     events = got.get("watch/events")
-    found = [] if events is None else list(events.labels["event"])
+    found = [] if events is None else list(events.texts)
     assert got["watch/count"].values == len(found)
     if events is not None:
         assert events.values.shape == (len(found),)
@@ -115,6 +122,70 @@ def test_the_same_event_waits_for_the_cooldown():
     ]
     # Taken at 1, lost at 2, then quiet until both have waited for more than five observations.
     assert (1 + np.flatnonzero(raised)).tolist() == [1, 2, 7, 8, 13]
+
+
+def test_what_waits_for_the_cooldown_is_told_in_the_end():
+    """Otherwise the last that was said of a head would not be what it is."""
+    watch = Watch(cooldown=3)
+    sentences(watch, scores())
+    said = [
+        sentences(watch, scores(induction=[(1, 0, s, s)]))
+        for s in (0.9, 0.05, 0.8, 0.8, 0.8, 0.8, 0.8)
+    ]
+    assert said[:2] == [
+        ["new induction head: L1H0 (0.02 -> 0.90)"],
+        ["no induction head any more: L1H0 (0.90 -> 0.05); best is L1H0 0.05"],
+    ]
+    assert said[2:] == [[], [], ["new induction head: L1H0 (0.05 -> 0.80)"], [], []]
+
+
+def test_scores_that_are_no_numbers_change_nothing():
+    watch = Watch()
+    sentences(watch, scores(induction=[(1, 0, 0.9, 0.9)]))
+    assert sentences(watch, scores(induction=[(1, 0, np.nan, 0.9)], entropy=np.nan)) == []
+    assert sentences(watch, scores(induction=[(1, 0, 0.9, 0.9)])) == []
+    two = [(1, 0, 0.01, 0.9), (0, 0, np.nan, np.nan)]
+    assert sentences(watch, scores(induction=two)) == [
+        "no induction head any more: L1H0 (0.90 -> 0.01); best is L0H1 0.02"
+    ]
+
+
+@pytest.mark.parametrize("scores_", [HeadScores(name="mine"), HeadScores(strict=False)])
+def test_any_head_scores_are_followed(scores_):
+    live = tiny.model("llama")
+    batch = ProbeBatch.encode(repeated_blocks(64), vocab_size=tiny.VOCAB)
+    readings = observe(Shadow(live), batch, [scores_])
+    kind = "" if scores_.strict else "_diagonal"
+    by_block = {r.measure: r for r in readings}[f"induction{kind}_by_block"]
+    (curve,) = [r for r in Watch().look(readings) if r.measure.startswith("induction_L")]
+    assert curve.values == by_block.values.min(0).max()
+
+
+@pytest.mark.parametrize("watch", [Watch(heads=[(0, 0)]), Watch(scores="head_scores")])
+def test_heads_without_scores_are_refused(watch):
+    with pytest.raises(ValueError, match="follows heads, and no HeadScores"):
+        watch.look([number("a/b", 1)])
+
+
+def test_documented_keys_are_the_emitted_ones():
+    found: dict[str, list[Reading]] = {match["key"]: [] for match in documented(Watch)}
+    lines = {match["key"]: match for match in documented(Watch)}
+    watch = Watch()
+    looks = [scores(induction=[(1, 0, s, s)]) for s in (0.0, 0.9)]
+    for reading in [r for readings in looks for r in watch.look(readings)]:
+        (key,) = [
+            key
+            for key in found
+            if re.fullmatch(
+                re.sub(r"<(layer|head)>", r"\\d+", key.replace("<role>", R)), reading.key
+            )
+        ]
+        found[key].append(reading)
+        assert list(reading.axes) == [a for a in lines[key]["axes"].split(", ") if a]
+        assert reading.unit == lines[key]["unit"]
+        low, high = (float(end) for end in lines[key]["range"].split(".."))
+        assert (low <= reading.values).all() and (reading.values <= high).all()
+    assert all(found.values())
 
 
 def test_only_named_heads():
@@ -186,49 +257,19 @@ def test_other_features_are_no_change_of_these():
     assert sentences(watch, frequency(["8", "91"], [0.0, 0.4])) == []
 
 
+def test_features_that_are_chosen_anew_leave_nothing_behind():
+    watch = Watch()
+    for i in range(5):
+        sentences(watch, frequency([str(i), str(i + 1)], [0.4, 0.0]))
+        sentences(watch, frequency([str(i), str(i + 1)], [0.0, 0.4]))
+    assert len([key for key in watch.memory if "features" in key]) == 5
+
+
 def test_a_changed_frozen_weight():
     watch = Watch()
     assert sentences(watch, [number("frozen_weights/changed", 0)]) == []
     (said,) = sentences(watch, [number("frozen_weights/changed", 2)])
     assert said.startswith("2 frozen weights")
-
-
-def test_a_rule_on_a_crossing():
-    watch = Watch([Rule("target_scores/probability/x", above=0.5, below=0.1)])
-    values = (0.2, 0.4, 0.6, 0.7, 0.05, 0.03)
-    raised = [sentences(watch, [number("target_scores/probability/x", v)]) for v in values]
-    assert [bool(found) for found in raised] == [False, False, True, False, True, False]
-    assert raised[2] == ["target_scores/probability/x above 0.5: (0.4 -> 0.6), 1"]
-
-
-def test_a_rule_on_a_jump_against_its_own_history():
-    """A noisy curve has to move further than a still one."""
-    rng = np.random.default_rng(0)
-    for noise, raised in ((0.001, True), (0.2, False)):
-        watch = Watch([Rule("loss/mean", jump=0.1)])
-        for _ in range(20):
-            assert sentences(watch, [number("loss/mean", 1 + noise * rng.uniform(-1, 1))]) == []
-        assert bool(sentences(watch, [number("loss/mean", 1.4)])) is raised
-
-
-def test_a_rule_on_an_entry_names_it():
-    def matrix(value):
-        values = np.zeros((2, 3))
-        values[1, 2] = value
-        return [
-            Reading(
-                key="attention_drift/js",
-                values=values,
-                axes=("layer", "head"),
-                unit="bits",
-                labels={"layer": ["4", "9"]},
-            )
-        ]
-
-    watch = Watch([Rule("attention_drift/js", above=0.5)])
-    assert sentences(watch, matrix(0.1)) == []
-    (said,) = sentences(watch, matrix(0.9))
-    assert said == "attention_drift/js above 0.5: layer 9 head 2 (0.1 -> 0.9), bits"
 
 
 def test_memory_goes_on_where_another_watch_stopped():

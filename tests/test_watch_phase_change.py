@@ -29,7 +29,8 @@ def watched(*, layers: int, seed: int, steps: int) -> tuple[list[int], list[floa
 
     def look():
         for reading in watch.look(observe(shadow, batch, [HeadScores()])):
-            if any("new induction head" in said for said in reading.labels.get("event", ())):
+            events = reading.texts if reading.measure == "events" else ()
+            if any("new induction head" in event for event in events):
                 announced.append(len(losses))
         losses.append(second_block_loss(live, batch))
 

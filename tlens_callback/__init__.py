@@ -33,6 +33,7 @@ from tlens_callback.observe import observe as observe
 from tlens_callback.probes import Probe as Probe
 from tlens_callback.probes import ProbeBatch as ProbeBatch
 from tlens_callback.reading import Reading as Reading
+from tlens_callback.rules import Rule as Rule
 from tlens_callback.sae import Autoencoder as Autoencoder
 from tlens_callback.sae import load_sae as load_sae
 from tlens_callback.shadow import Shadow as Shadow
@@ -41,7 +42,6 @@ from tlens_callback.sinks import MemorySink as MemorySink
 from tlens_callback.sinks import Store as Store
 from tlens_callback.sinks import WandbSink as WandbSink
 from tlens_callback.sinks import read_store as read_store
-from tlens_callback.watch import Rule as Rule
 from tlens_callback.watch import Watch as Watch
 
 __version__ = "0.1.0"

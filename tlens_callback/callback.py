@@ -1,9 +1,12 @@
 """`TLensCallback`: decides when to look, and hands the trainer's objects to the observer."""
 
+import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
@@ -14,12 +17,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tlens_callback.builtin_probes import first_rows, repeated_blocks, training_rows
 from tlens_callback.instruments import HeadScores, RepeatLoss, VirtualHeads, fast
 from tlens_callback.interfaces import Instrument, Sink
-from tlens_callback.lines import opening, print_lines, summary
-from tlens_callback.memory import FILE
 from tlens_callback.observer import Observer, OnError
 from tlens_callback.probes import Probe
 from tlens_callback.shadow import Shadow
 from tlens_callback.sinks import LocalSink, WandbSink
+from tlens_callback.terminal import opening, print_lines, summary
 from tlens_callback.watch import Watch
 
 logger = logging.getLogger("tlens_callback")
@@ -37,7 +39,7 @@ class TLensCallback(TrainerCallback):
         instruments: what to measure. None: the fast ones, `tlens_callback.instruments.fast()`,
             as far as the model has what they read.
         sinks: where readings go. None: the active W&B run if there is one, and a local store
-            `<output_dir>/tlens`.
+            `<output_dir>/<name>`.
         watch: what to raise events about: heads that take or lose a role, collapsing entropy, and
             rules of your own. None: `Watch()`. False: nothing.
         every_n_steps: optimizer steps between two observations.
@@ -50,6 +52,9 @@ class TLensCallback(TrainerCallback):
             shows changes below bfloat16's rounding, at 4 bytes for every parameter.
         on_error: "warn": an instrument or sink that fails during training is reported once and
             set aside. "raise": it raises.
+        name: of this callback, where a trainer has several: of the default local store's
+            directory, of the section in W&B, and of the file `<name>.memory` that is written into
+            each checkpoint, with what later observations of a resumed run are compared with.
 
     Raises:
         ValueError: here or when training begins, for what cannot work; the text says what to do.
@@ -74,15 +79,17 @@ class TLensCallback(TrainerCallback):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         on_error: OnError = "warn",
+        name: str = "tlens",
     ) -> None:
-        whole = isinstance(every_n_steps, SupportsIndex) and not isinstance(every_n_steps, bool)
-        if not whole or every_n_steps < 1:
+        if not _counts(every_n_steps):
             raise ValueError(f"every_n_steps is a whole number from 1 on, got {every_n_steps!r}.")
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error is 'warn' or 'raise', got {on_error!r}.")
-        for name, given in (("probes", probes), ("instruments", instruments), ("sinks", sinks)):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"name is made of letters, digits, - and _, got {name!r}.")
+        for what, given in (("probes", probes), ("instruments", instruments), ("sinks", sinks)):
             if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
-                raise ValueError(f"{name} is a list, got {type(given).__name__}: {name}=[...].")
+                raise ValueError(f"{what} is a list, got {type(given).__name__}: {what}=[...].")
         for probe in probes or ():
             if not isinstance(probe, Probe):
                 raise ValueError(
@@ -99,13 +106,24 @@ class TLensCallback(TrainerCallback):
                     f"{thing!r} is no {kind.__name__}: it lacks the methods of "
                     f"tlens_callback.interfaces.{kind.__name__}."
                 )
-        names = [instrument.name for instrument in instruments]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(
-                f"Two instruments are named {min(twice)!r}; give one of them another name=."
-            )
+        for instrument in instruments:
+            if not _counts(every := getattr(instrument, "every", 1)):
+                raise ValueError(
+                    f"every of {instrument.name!r} is a whole number from 1 on, got {every!r}."
+                )
+            if not isinstance(memory := getattr(instrument, "memory", {}), dict):
+                raise ValueError(
+                    f"memory of {instrument.name!r} is a dict of tensors, got {memory!r}."
+                )
         if watch is not None and watch is not False and not isinstance(watch, Watch):
             raise ValueError(f"watch is a Watch, False or None, got {watch!r}.")
+        watch = Watch() if watch is None else watch or None
+        names = [thing.name for thing in (*instruments, *filter(None, [watch]))]
+        if twice := {one for one in names if [*names, "cost", "fidelity"].count(one) > 1}:
+            raise ValueError(
+                f"Two instruments are named {min(twice)!r}; give one of them another name=. "
+                f"cost, fidelity and the watch's name are taken."
+            )
         if device is not None:
             try:
                 device = torch.device(device)
@@ -113,6 +131,7 @@ class TLensCallback(TrainerCallback):
                 raise ValueError(f"device is one that torch knows: {error}") from error
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype is a floating point torch.dtype, got {dtype!r}.")
+        self.name = name
         self.probes = None if probes is None else list(probes)
         self.every_n_steps = every_n_steps
         on_blocks = HeadScores, VirtualHeads, RepeatLoss
@@ -121,7 +140,7 @@ class TLensCallback(TrainerCallback):
         self._given_sinks = sinks is not None
         self._settings: dict[str, Any] = dict(
             instruments=instruments,
-            watch=Watch() if watch is None else watch or None,
+            watch=watch,
             device=device,
             dtype=dtype,
             on_error=on_error,
@@ -141,6 +160,12 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
+        # Its trainer's callbacks see the same state; it is saved without this.
+        if vars(state).setdefault(f"_{self.name}_callback", id(self)) != id(self):
+            raise ValueError(
+                f"Two callbacks of one trainer are named {self.name!r} and would write the same "
+                f"files; give one of them another name=."
+            )
         # A trainer that searches for a batch size begins anew on the same model with a smaller one.
         # What else is left is of a run that was interrupted.
         size, before = state.train_batch_size or 0, self._batch_size
@@ -151,7 +176,7 @@ class TLensCallback(TrainerCallback):
             self.observer = None
         if self.observer is None:
             if not self._given_sinks:
-                self.sinks = [LocalSink(Path(args.output_dir or ".") / "tlens")]
+                self.sinks = [LocalSink(Path(args.output_dir or ".") / self.name)]
             self.observer = Observer(sinks=self.sinks, **self._settings)
         self._join_wandb()
 
@@ -176,7 +201,8 @@ class TLensCallback(TrainerCallback):
                 processing_class,
                 probes,
                 step=state.global_step,
-                memory=_memory_file(args, state) if state.global_step else None,
+                memory=self._recalled(args, state) if state.global_step else None,
+                run=_run(state),
                 training=training_rows(train_dataloader, processing_class),
             )
         except BaseException as error:
@@ -212,7 +238,7 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         self._end(state, control)
         if self.observer is not None:
-            self.observer.remember(_memory_file(args, state))
+            self.observer.remember(self._kept(args, state), step=state.global_step, run=_run(state))
 
     def _end(self, state: TrainerState, control: TrainerControl) -> None:
         """The last look, where the run was stopped after this step's `on_step_end`.
@@ -243,11 +269,27 @@ class TLensCallback(TrainerCallback):
         if wandb is None or wandb.run is None:
             return
         if not any(isinstance(sink, WandbSink) for sink in self.sinks):
-            self.sinks.append(WandbSink())
+            self.sinks.append(WandbSink(name=self.name))
             self.observer.sinks.append(self.sinks[-1])
 
+    def _kept(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """In the checkpoint of this step."""
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        return Path(args.output_dir or ".") / folder / f"{self.name}.memory"
 
-def _memory_file(args: TrainingArguments, state: TrainerState) -> Path:
-    """In the checkpoint of this step, the one that was just written or is being resumed from."""
-    folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    return Path(args.output_dir or ".") / folder / FILE
+    def _recalled(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """In the checkpoint that is being resumed from; `train` does not say which that is."""
+        usual = self._kept(args, state)
+        given = Path(str(args.resume_from_checkpoint or usual.parent)) / usual.name
+        return given if given.exists() else usual
+
+
+def _run(state: TrainerState) -> str:
+    """What tells a checkpoint from those of other runs: what was logged last."""
+    return json.dumps(state.log_history[-100:], sort_keys=True, default=str)
+
+
+def _counts(value: Any) -> bool:
+    """Whether it is a whole number from 1 on."""
+    whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
+    return whole and index(value) >= 1

@@ -24,11 +24,11 @@ class Instrument(Protocol):
 
     It may have three more attributes:
 
-    - `every: int`: it is asked at every so manieth observation, counted from the first of the run,
-      and at the last one. For what takes forward passes of its own.
+    - `every: int`: it is asked at every so manieth observation, counted from the first after the
+      run began or was resumed, and at the last one. For what takes forward passes of its own.
     - `memory: dict[str, Tensor]`: what it keeps from earlier observations to compare with, by any
       names. It is emptied when a run starts, saved with every checkpoint and back when a run is
-      resumed from one.
+      resumed from one, on the shadow's device.
     - `optional: bool`: where the first observation has nothing for it to measure (it raises
       `ValueError`), it is left out with a line that says why. Without it, that ends the training
       before it begins. Those of `fast()` are optional.

@@ -24,6 +24,10 @@ from torch import Tensor, nn
 
 from tlens_callback.shadow import Shadow
 
+TOKENS = 2048
+"""Tokens of one batch of variants, the text itself included; a long text goes through with one
+variant. Attention and logits grow with it."""
+
 Edit = Callable[[Tensor], Tensor]
 """An activation in, what shall stand in its place out; it must not write to what it is given."""
 
@@ -38,8 +42,8 @@ Score = Callable[[Tensor], Tensor]
 def edited(shadow: Shadow, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Replaces activations at hook points, for the forward passes inside the `with`.
 
-    What listens at an edited hook point, or is added to it inside the `with`, sees the new
-    activation.
+    What is added to an edited hook point inside the `with` sees the new activation, what listened
+    there before sees the old one.
 
     Raises:
         ValueError: for a name that is no hook point of this model.
@@ -147,14 +151,15 @@ def effects(
 ) -> tuple[Float[Tensor, "1 ..."], list[Float[Tensor, "variant ..."]]]:
     """A text's score, and for each of `variants` their scores minus the text's.
 
-    One batch takes up to `rows` variants, of as many layers as that fills, and begins at the first
-    of these layers. The text itself is a row of each: in half precision the rounding depends on
-    the size of a batch.
+    One batch takes up to `rows` variants, fewer of a long text (`TOKENS`), of as many layers as
+    that fills, and begins at the first of these layers. The text itself is a row of each: in half
+    precision the rounding depends on the size of a batch.
 
     Args:
         score: what is kept of a batch's logits.
         positions: where to take logits. Default: everywhere.
     """
+    rows = max(1, min(rows, TOKENS // len(tokens) - 1))
     batches = list(_batches(variants, rows))
     entry = [variants[batch[0][0]].layer for batch in batches]
     logits, resid = captured(shadow, tokens, [_resid(layer) for layer in entry], positions)
@@ -174,6 +179,22 @@ def effects(
         for (i, _), own in zip(batch, (scores - scores[:1]).split(sizes)[1:], strict=True):
             found[i].append(own)
     return score(logits), [torch.cat(parts) for parts in found]
+
+
+def demand_heads(z: Float[Tensor, "*batch head d_head"], shadow: Shadow, name: str) -> None:
+    """Refuses a model whose `hook_z` is not cut into its heads: with a latent for keys and values,
+    whose heads' outputs are of another width than its queries', it is cut across them
+    (DeepSeek; transformer-lens 4.3.0).
+
+    Raises:
+        ValueError: for such a model; `name` is the instrument that wants heads.
+    """
+    if z.shape[-2] != shadow.n_heads:
+        raise ValueError(
+            f"{name}: the bridge cuts the output of this model's {shadow.n_heads} heads into "
+            f"{z.shape[-2]} pieces, so that none of them is a head's. Leave the instrument out, or "
+            f"heads out of what it looks at."
+        )
 
 
 def _batches(variants: Sequence[Variants], rows: int) -> Iterator[list[tuple[int, Tensor]]]:

@@ -36,8 +36,9 @@ def low_rank_updates(shadow: Shadow) -> Iterator[LowRankUpdate]:
     """The low-rank updates of the live model that `shadow` follows, in the order of its modules.
 
     Plain LoRA on linear layers, Conv1D and embeddings, whatever its initialisation. Left out are
-    tuners whose effect on the weight is no such product (DoRA, LoHa, OFT, IA3 ...), adapters on
-    stacked experts, and adapters that are disabled or merged into the live weight at the moment.
+    tuners whose effect is no such product alone (DoRA, LoRA with a bias of its own, LoHa, OFT, IA3
+    ...), adapters on stacked experts, and adapters that are disabled or merged into the live weight
+    at the moment.
     """
     for path, module in shadow.mirror.live_modules():
         found = low_rank_update(module)

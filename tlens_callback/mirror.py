@@ -69,9 +69,7 @@ class Mirror:
         self, base: PreTrainedModel, *, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
         self.module = _skeleton(base)
-        here = next(base.parameters()).device
-        self.device = device or here
-        self._beside = self.device == here
+        self.device = device or next(base.parameters()).device
         by_design = {
             *(getattr(base, "_keep_in_fp32_modules", None) or ()),
             *(getattr(base, "_keep_in_fp32_modules_strict", None) or ()),
@@ -195,11 +193,12 @@ class Mirror:
                     source.stamps[name] = stamp
 
     def _merge(self, source: _Source) -> None:
-        if self._beside:
+        """Merges where the live tensors are: a live model may be spread over several devices."""
+        places = {name: leaf.device for name, leaf in live_leaves(source.live).items()}
+        if set(places.values()) == {self.device}:
             fill(source.live, source.own)
             return
-        leaves = live_leaves(source.live)
-        there = {name: own.to(leaves[name].device) for name, own in source.own.items()}
+        there = {n: torch.empty_like(own, device=places[n]) for n, own in source.own.items()}
         fill(source.live, there)
         for name, own in source.own.items():
             own.copy_(there[name])

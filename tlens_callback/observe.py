@@ -10,6 +10,9 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow, parts
 
+_SMALL = 2**18
+"""Elements of a tensor that is handed over beside others."""
+
 
 def observe(
     shadow: Shadow,
@@ -69,9 +72,9 @@ def observe(
 
 
 def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
-    """Everything to the CPU, floating point as float32."""
+    """Everything to the CPU, and there floating point to float32."""
     flat = [t for got in taken for value in got.values() for t in parts(value)]
-    there = iter(_to_cpu([t.float() if t.is_floating_point() else t for t in flat]))
+    there = iter([t.float() if t.is_floating_point() else t for t in _to_cpu(flat)])
     return [
         {
             name: tuple(next(there) for _ in value) if isinstance(value, tuple) else next(there)
@@ -82,17 +85,28 @@ def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
 
 
 def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
-    """From a GPU: side by side in one pinned buffer a dtype, and one wait for the device in all."""
+    """From a GPU through pinned memory, with one wait for the device in all.
+
+    Small tensors travel side by side, one copy a dtype; a large one by itself, since to lay it
+    beside others would take its size once more on the device.
+    """
     moved: list[Tensor] = [t.cpu() if t.device.type != "cuda" else t for t in tensors]
     far = [i for i, t in enumerate(moved) if t.device.type == "cuda"]
-    for dtype in {moved[i].dtype for i in far}:
-        which = [i for i in far if moved[i].dtype == dtype]
-        line = torch.cat([moved[i].flatten() for i in which])
-        pinned = torch.empty(line.shape, dtype=dtype, pin_memory=True)
-        pinned.copy_(line, non_blocking=True)
+    small = [i for i in far if moved[i].numel() <= _SMALL]
+    for dtype in {moved[i].dtype for i in small}:
+        which = [i for i in small if moved[i].dtype == dtype]
+        line = _pinned(torch.cat([moved[i].flatten() for i in which]))
         sizes = [moved[i].numel() for i in which]
-        for i, part in zip(which, pinned.split(sizes), strict=True):
+        for i, part in zip(which, line.split(sizes), strict=True):
             moved[i] = part.view(moved[i].shape)
+    for i in set(far).difference(small):
+        moved[i] = _pinned(moved[i])
     if far:
         torch.cuda.current_stream(tensors[far[0]].device).synchronize()
     return moved
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, there once the stream has been waited for."""
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return there.copy_(tensor, non_blocking=True)

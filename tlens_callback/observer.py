@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from tlens_callback.fidelity import Fidelity, FidelityError, compare
 from tlens_callback.interfaces import Instrument, Sink
-from tlens_callback.lines import mismatch, print_lines
-from tlens_callback.memory import keep, memories, recall
+from tlens_callback.memory import keep, marks, memories, recall
 from tlens_callback.observe import observe
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
+from tlens_callback.terminal import mismatch, print_lines
 from tlens_callback.watch import Watch
 
 logger = logging.getLogger("tlens_callback")
@@ -42,7 +42,7 @@ class Observer:
         fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement: where they were computed; see
             `Fidelity`.
         cost/seconds: [], seconds on the training thread since the reading before, with the
-            writing of that observation; they add up to all that was spent before this writing.
+            writing of that observation; they add up to all that was spent before this reading.
         cost/share: [], fraction of the time since the start that was spent here.
 
     Attributes:
@@ -80,6 +80,7 @@ class Observer:
         self._reference: Tensor | None = None
         self._next_check: int | None = None
         self._looks = 0
+        self._watched: tuple[int, dict[str, Tensor]] = (-1, {})
 
     @property
     def watching(self) -> bool:
@@ -94,6 +95,7 @@ class Observer:
         *,
         step: int,
         memory: Path | None = None,
+        run: str = "",
         training: Callable[[int], list[list[int]]] | None = None,
     ) -> None:
         """Builds the shadow, encodes the probes, checks fidelity and observes for the first time.
@@ -101,7 +103,8 @@ class Observer:
         Starting again on the same model (a batch size being searched for) keeps the shadow.
 
         Args:
-            memory: a file that `remember` wrote, where a run is resumed; None for a new one.
+            memory, run: a file that `remember` wrote, where a run is resumed, and what that was
+                given; None for a new one.
             training: see `ProbeBatch`.
 
         Raises:
@@ -128,8 +131,10 @@ class Observer:
             remembered = memories([*self.instruments, self.watch])
             for own in remembered.values():
                 own.clear()
+            recalled = frozenset()
             if memory is not None:
-                recall(memory, remembered, self.batch, self.shadow.device)
+                about = marks(self.batch, self.shadow.dtype, run)
+                recalled = recall(memory, remembered, about, self.shadow.device)
             fidelity, self._reference = self._first_comparison(model)
             if not math.isfinite(fidelity.scale):
                 raise ValueError(
@@ -141,15 +146,31 @@ class Observer:
             self._first, self._first_step, self._next_check = fidelity, step, step + 1
             self.checks[step] = fidelity
             self._look(step, fidelity, last=False)
+            for name, own in remembered.items():
+                if recalled and own and name not in recalled:
+                    logger.warning(
+                        "tlens: the run that is resumed kept nothing of %r, which measures changes "
+                        "from here on.",
+                        name,
+                    )
 
-    def remember(self, path: Path) -> None:
-        """Keeps in a file what the instruments compare later observations with."""
-        if self.batch is None or not self.watching:
+    def remember(self, path: Path, *, step: int, run: str = "") -> None:
+        """Keeps in a file what the instruments compare later observations with.
+
+        Args:
+            run: what tells this training run, as far as it has come, from others.
+        """
+        if self.batch is None or self.shadow is None:
             return
         with self._clock():
             try:
-                keep(path, memories([*self.instruments, self.watch]), self.batch)
-            except OSError as error:
+                about = marks(self.batch, self.shadow.dtype, run)
+                of = memories([*self.instruments, self.watch])
+                # Resuming observes this step anew, and the store writes it anew: with its events.
+                if self.watch is not None and self._watched[0] == step:
+                    of[self.watch.name] = self._watched[1]
+                keep(path, of, about)
+            except Exception as error:
                 if self.on_error == "raise":
                     raise
                 logger.warning("tlens: %s could not be written: %s", path, error)
@@ -247,13 +268,13 @@ class Observer:
         readings = observe(self.shadow, self.batch, due, on_error=failed)
         if fidelity is not None:
             readings += fidelity.readings()
-        readings += self._events(readings, step, strict=self.on_error == "raise" or first)
         spent = self.seconds + time.perf_counter() - self._entered
         since, self._accounted = spent - self._accounted, spent
         readings += [
             Reading(key="cost/seconds", values=np.asarray(since), unit="seconds"),
             Reading(key="cost/share", values=np.asarray(self._share(spent)), unit="fraction"),
         ]
+        readings += self._events(readings, step, strict=self.on_error == "raise" or first)
         if step not in self.steps:
             self.steps.append(step)
         self._write(readings, step)
@@ -262,6 +283,7 @@ class Observer:
         """What the watch makes of an observation; its events are printed."""
         if self.watch is None:
             return []
+        self._watched = step, dict(self.watch.memory)
         try:
             found = self.watch.look(readings)
         except Exception as error:
@@ -271,8 +293,8 @@ class Observer:
             self._report("the watch", error)
             return []
         for reading in found:
-            for sentence in reading.labels.get("event", ()):
-                print_lines([f"tlens: step {step}: {sentence}"])
+            if reading.texts is not None:
+                print_lines([f"tlens: step {step}: {event}" for event in reading.texts.tolist()])
         return found
 
     @property

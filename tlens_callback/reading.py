@@ -22,6 +22,8 @@ class Reading:
             something with a name: the tokens that a lens reads, behind their ids. numpy's strings
             lose a NUL at their end.
 
+    Half a surrogate pair in key, labels or texts, which no file can hold, becomes its escape.
+
     Raises:
         ValueError: where key, values, axes, labels and limits do not fit together.
     """
@@ -35,6 +37,7 @@ class Reading:
     texts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "key", _encodable(self.key))
         parts = self.key.split("/", 2)
         if len(parts) < 2 or not all(parts):
             raise ValueError(
@@ -51,7 +54,10 @@ class Reading:
             raise ValueError(f"Reading {self.key!r} names an axis twice: {self.axes}.")
         if not self.unit:
             raise ValueError(f"Reading {self.key!r} has no unit; say what one unit of it is.")
-        labels = {axis: tuple(str(name) for name in names) for axis, names in self.labels.items()}
+        labels = {
+            axis: tuple(_encodable(str(name)) for name in names)
+            for axis, names in self.labels.items()
+        }
         for axis, names in labels.items():
             if axis not in self.axes:
                 raise ValueError(
@@ -72,6 +78,8 @@ class Reading:
                 )
         if self.texts is not None:
             texts = np.array(self.texts, dtype=np.str_)
+            flat = [_encodable(text) for text in texts.ravel().tolist()]
+            texts = np.array(flat, dtype=np.str_).reshape(texts.shape)
             if texts.shape != values.shape:
                 raise ValueError(
                     f"Reading {self.key!r} has values of shape {values.shape} but texts of shape "
@@ -99,3 +107,7 @@ class Reading:
         """What follows the second slash, or None for a reading that belongs to no single probe."""
         parts = self.key.split("/", 2)
         return parts[2] if len(parts) == 3 else None
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

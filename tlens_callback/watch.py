@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tlens_callback.reading import Reading
+from tlens_callback.rules import HISTORY, Rule, entry
 
 ROLES = ("previous", "duplicate", "induction")
 """The scores of `HeadScores` that make a head a head of a kind."""
@@ -15,37 +17,10 @@ ROLES = ("previous", "duplicate", "induction")
 Event = tuple[float, str]
 """The number that it is about, and a sentence."""
 
-_HISTORY, _ENOUGH = 20, 3
 _SAID = 8
 """So many heads or entries are named in one sentence."""
 
-
-@dataclass(frozen=True)
-class Rule:
-    """When a number is worth an event.
-
-    Args:
-        key: of the reading to follow; if it has axes, each of its entries.
-        above, below: an event when an entry crosses this value upwards, or downwards. One that
-            is beyond it at the first observation has not crossed it.
-        jump: an event when an entry is further than this, and further than six standard deviations
-            (1.4826 times the median absolute deviation), from the median of its own last
-            observations, at most 20, once there are 3.
-
-    Raises:
-        ValueError: without any of the three, or for a jump that is not positive.
-    """
-
-    key: str
-    above: float | None = None
-    below: float | None = None
-    jump: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.above is None and self.below is None and self.jump is None:
-            raise ValueError(f"Rule({self.key!r}) asks for nothing; give above=, below= or jump=.")
-        if self.jump is not None and not self.jump > 0:
-            raise ValueError(f"Rule({self.key!r}): jump is more than 0, got {self.jump}.")
+_LONG_AGO = -(2**62)
 
 
 @dataclass(frozen=True)
@@ -54,9 +29,10 @@ class Watch:
 
     - Roles: a head's score in a role is the minimum over the block lengths of
       `head_scores/<role>_by_block`, for the roles previous, duplicate and induction (a positional
-      copy scores high at one length only). A head takes a role when its score reaches `takes`,
-      and loses it when it falls below `loses`; both are events, and what a head is at the first
-      observation is none.
+      copy scores high at one length only). Of a `HeadScores(strict=False)` it is
+      `induction_diagonal_by_block`. A head takes a role when its score reaches `takes`, and loses
+      it when it falls below `loses`; both are events, and what a head is at the first observation
+      is none.
     - Entropy collapse: a layer's mean of `head_scores/entropy` over its heads falls below
       `collapse` times that of the first observation.
     - Features: one that is shown by `<instrument>/frequency` begins to fire, on a share `fires` of
@@ -65,12 +41,13 @@ class Watch:
     - Fidelity is breached: the observer says so, and watching ends.
     - `rules`, for whatever else is read.
 
-    An event is a reading as others are, is printed once, and becomes an alert in W&B. The same
-    event about the same head or entry is raised at most once in `cooldown` observations. What
-    several heads do at one observation is one event.
+    An event is a reading as others are, is printed once, and becomes an alert in W&B. What several
+    heads do at one observation is one event. The same event about the same head or entry is raised
+    at most once in `cooldown` observations; a head or feature that is then still another than was
+    said last is told of then. A score that is not a number changes nothing.
 
     Args:
-        rules: further numbers to follow.
+        rules: further numbers to follow, of any instrument, or `fidelity/...` and `cost/...`.
         heads: follow only these heads, as (layer, head). None: all of them.
         pinned: without `heads`, this many heads of highest score in each role at the first
             observation have curves of their own; with `heads`, each of these.
@@ -78,12 +55,12 @@ class Watch:
         collapse: share of a layer's first mean entropy.
         fires: share of the tokens.
         cooldown: observations.
-        scores: name of the `HeadScores` whose readings are followed.
+        scores: name of the `HeadScores` whose readings are followed; None: the first there is.
 
     Keys:
         watch/count: [], count, 0..inf; events at this observation
         watch/events: [event], event, -inf..inf; the number that each is about, the sentences as
-            labels; only where there are events
+            texts; only where there are events
         watch/<role>_L<layer>H<head>: [], probability, 0..1; score in the role, of pinned heads
 
     Source:
@@ -101,7 +78,7 @@ class Watch:
     collapse: float = 0.25
     fires: float = 0.1
     cooldown: int = 10
-    scores: str = "head_scores"
+    scores: str | None = None
     name: str = "watch"
     memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -127,26 +104,30 @@ class Watch:
         """The readings of the watch, from those of one observation, in order of time.
 
         Raises:
-            ValueError: for a head that is not there.
+            ValueError: for a head, scores or a rule's key that are not there, and never were.
         """
         by_key = {reading.key: reading for reading in readings}
         now = int(self.memory["looks"]) + 1 if "looks" in self.memory else 0
         self.memory["looks"] = torch.tensor(now)
         found: list[Event] = []
         curves: list[Reading] = []
+        scores = self._scores(by_key)
         for role in ROLES:
-            reading = by_key.get(f"{self.scores}/{role}_by_block")
-            if reading is not None:
+            names = (f"{scores}/{role}{kind}_by_block" for kind in ("", "_diagonal"))
+            for reading in (by_key[name] for name in names if name in by_key):
                 score = reading.values.min(0)
                 layers = reading.labels.get("layer") or [str(i) for i in range(len(score))]
                 found += self._role(role, score, layers)
                 curves += self._curves(role, score, layers)
-        found += self._entropy(by_key.get(f"{self.scores}/entropy"))
+        found += self._entropy(by_key.get(f"{scores}/entropy"))
         found += self._frozen(by_key.get("frozen_weights/changed"))
         found += self._features(by_key.values())
         for rule in self.rules:
             if rule.key in by_key:
                 found += self._follow(rule, by_key[rule.key])
+            elif f"past {rule}" not in self.memory:
+                near = get_close_matches(rule.key, by_key, cutoff=0.3)
+                raise ValueError(f"Watch: nothing reads {rule.key!r}; the nearest are {near}.")
         return [*curves, *self._events(found)]
 
     def breach(self, error: Exception) -> list[Reading]:
@@ -162,22 +143,37 @@ class Watch:
             values=np.array([value for value, _ in events]),
             axes=("event",),
             unit="event",
-            labels={"event": [sentence for _, sentence in events]},
+            texts=np.array([sentence for _, sentence in events]),
         )
         return [count, about]
 
-    def _fresh(self, about: str) -> bool:
-        """Whether this was not raised a short while ago; from now on it was."""
-        now, raised = self.memory["looks"], self.memory.get(f"raised {about}")
-        if raised is not None and int(now) - int(raised) <= self.cooldown:
-            return False
-        self.memory[f"raised {about}"] = now
-        return True
+    def _scores(self, by_key: Mapping[str, Reading]) -> str | None:
+        """Name of the `HeadScores` to follow; None where there is none, and none was asked for."""
+        there = [r.instrument for r in by_key.values() if r.measure == "previous_by_block"]
+        asked = self.scores is not None or self.heads is not None
+        known = there if self.scores is None else [name for name in there if name == self.scores]
+        if asked and not known and "previous head held" not in self.memory:
+            raise ValueError(
+                f"Watch follows heads, and no HeadScores{f' {self.scores!r}' * bool(self.scores)} "
+                f"is among the instruments; there are {there}."
+            )
+        return known[0] if known else None
+
+    def _fresh(self, about: str, where: np.ndarray) -> np.ndarray:
+        """Which of these were not raised a short while ago; from now on they were."""
+        now, raised = int(self.memory["looks"]), self._old(f"{about} raised")
+        if raised is None or raised.shape != where.shape:
+            raised = np.full(where.shape, _LONG_AGO)
+        fresh = where & (now - raised > self.cooldown)
+        if fresh.any():
+            self._keep(f"{about} raised", np.where(fresh, now, raised))
+        return fresh
 
     def _role(self, role: str, score: np.ndarray, layers: Sequence[str]) -> Iterator[Event]:
         """From scores [layer, head]: heads that take the role, and those that lose it."""
         names = np.array([[f"L{i}H{j}" for j in range(score.shape[1])] for i in layers])
-        best = f"; best is {names.flat[score.argmax()]} {score.max():.2f}"
+        at = np.where(np.isfinite(score), score, -np.inf).argmax()
+        best = f"; best is {names.flat[at]} {score.flat[at]:.2f}"
         yield from self._holders(
             f"{role} head",
             (score, self.takes, self.loses),
@@ -191,10 +187,15 @@ class Watch:
         """Features of sparse autoencoders that begin to fire, and those that fall silent."""
         for reading in readings:
             if reading.axes == ("feature",) and reading.measure == "frequency":
-                often = reading.values
+                often, key = reading.values, f"{reading.instrument} features"
                 names = reading.labels.get("feature") or [str(i) for i in range(len(often))]
+                shown = np.frombuffer("\n".join(names).encode(), np.uint8)
+                if not np.array_equal(self.memory.get(f"{key} names", ()), shown):
+                    for of_others in [name for name in self.memory if name.startswith(f"{key} ")]:
+                        del self.memory[of_others]
+                    self._keep(f"{key} names", shown)
                 yield from self._holders(
-                    f"{reading.instrument} {' '.join(names)}",
+                    key,
                     (often, self.fires, float(np.finfo(np.float32).tiny)),
                     np.array(names),
                     np.full(often.shape, True),
@@ -222,19 +223,22 @@ class Watch:
         held, before = self._old(f"{key} held"), self._old(f"{key} score")
         holds = values >= takes
         if held is not None and before is not None:
-            held = held.astype(bool)
-            holds |= held & (values >= loses)
+            holds |= held & ~(values < loses)
+            told = held.copy()
             for what, changed, tail in (
                 (said[0], holds & ~held, ""),
                 (said[1], held & ~holds, end),
             ):
-                parts = {
-                    f"{names[at]} ({before[at]:.2f} -> {values[at]:.2f})": float(values[at])
-                    for at in zip(*np.nonzero(followed & changed), strict=True)
-                    if self._fresh(f"{what} {names[at]}")
-                }
-                if parts:
-                    yield max(parts.values()), f"{what}: {_some(list(parts))}{tail}"
+                fresh = self._fresh(f"{key} {what}", followed & changed)
+                told ^= fresh | (changed & ~followed)
+                if fresh.any():
+                    parts = [
+                        f"{names[at]} ({before[at]:.2f} -> {values[at]:.2f})"
+                        for at in map(tuple, np.argwhere(fresh)[:_SAID])
+                    ]
+                    yield float(values[fresh].max()), f"{what}: {_some(parts, fresh)}{tail}"
+            # Who waits for the cool-down is told of with the score from before the change.
+            values, holds = np.where(told == holds, values, before), told
         self._keep(f"{key} held", holds)
         self._keep(f"{key} score", values)
 
@@ -252,13 +256,12 @@ class Watch:
 
     def _curves(self, role: str, score: np.ndarray, layers: Sequence[str]) -> Iterator[Reading]:
         pins = self._old(f"{role} pins")
-        if pins is None:
-            if self.heads is None:
-                pins = np.argsort(-score, axis=None, kind="stable")[: self.pinned]
-            else:
-                pins = np.flatnonzero(self._followed(score.shape, layers))
+        if self.heads is not None:
+            pins = np.flatnonzero(self._followed(score.shape, layers))
+        elif pins is None:
+            pins = np.argsort(-score, axis=None, kind="stable")[: self.pinned]
             self._keep(f"{role} pins", pins)
-        for at in zip(*np.unravel_index(pins.astype(int), score.shape), strict=True):
+        for at in zip(*np.unravel_index(pins, score.shape), strict=True):
             yield Reading(
                 key=f"{self.name}/{role}_L{layers[at[0]]}H{at[1]}",
                 values=score[at],
@@ -276,15 +279,14 @@ class Watch:
             return
         names = reading.labels.get("layer") or [str(i) for i in range(len(mean))]
         low, were = mean < self.collapse * first, self._old("entropy low")
-        new = low if were is None else low & ~were.astype(bool)
-        for i in np.flatnonzero(new).tolist():
-            if self._fresh(f"entropy {i}"):
-                said = f"attention entropy of layer {names[i]} collapsed: {first[i]:.2f} at first,"
-                yield float(mean[i]), f"{said} now {mean[i]:.2f} (1 is uniform attention)"
+        new = low if were is None else low & ~were
+        for i in np.flatnonzero(self._fresh("entropy", new)).tolist():
+            said = f"attention entropy of layer {names[i]} collapsed: {first[i]:.2f} at first,"
+            yield float(mean[i]), f"{said} now {mean[i]:.2f} (1 is uniform attention)"
         self._keep("entropy low", low)
 
     def _frozen(self, reading: Reading | None) -> Iterator[Event]:
-        if reading is not None and reading.values > 0 and self._fresh("frozen"):
+        if reading is not None and self._fresh("frozen", reading.values > 0):
             many = int(reading.values)
             said = f"{many} frozen weights of the base model are not what they were at first"
             yield float(many), f"{said}: something writes to what should not be trained"
@@ -293,26 +295,17 @@ class Watch:
         past, new = self._old(f"past {rule}"), reading.values
         if past is None or past.shape[1:] != new.shape:
             past = np.empty((0, *new.shape))
-        crossed: dict[str, np.ndarray] = {}
-        if len(past):
-            if rule.above is not None:
-                crossed[f"above {rule.above:g}"] = (new > rule.above) & (past[-1] <= rule.above)
-            if rule.below is not None:
-                crossed[f"below {rule.below:g}"] = (new < rule.below) & (past[-1] >= rule.below)
-        if rule.jump is not None and len(past) >= _ENOUGH:
-            median = np.median(past, axis=0)
-            spread = 6 * 1.4826 * np.median(np.abs(past - median), axis=0)
-            crossed["jumped"] = np.abs(new - median) > np.maximum(rule.jump, spread)
-        for what, where in crossed.items():
-            parts = {
-                f"{_entry(reading, at)}({past[-1][at]:.4g} -> {new[at]:.4g})": float(new[at])
-                for at in map(tuple, np.argwhere(where).tolist())
-                if self._fresh(f"{rule.key} {what} {at}")
-            }
-            if parts:
-                said = f"{reading.key} {what}: {_some(list(parts))}, {reading.unit}"
-                yield next(iter(parts.values())), said
-        self._keep(f"past {rule}", np.concatenate([past, new[None]])[-_HISTORY:])
+        for what, where in rule.crossed(past, new).items():
+            fresh = self._fresh(f"{rule.key} {what}", where)
+            if fresh.any():
+                first, *rest = map(tuple, np.argwhere(fresh)[:_SAID])
+                parts = [
+                    f"{entry(reading, at)}({past[-1][at]:.4g} -> {new[at]:.4g})"
+                    for at in (first, *rest)
+                ]
+                said = f"{reading.key} {what}: {_some(parts, fresh)}, {reading.unit}"
+                yield float(new[first]), said
+        self._keep(f"past {rule}", np.concatenate([past, new[None]])[-HISTORY:])
 
     def _old(self, key: str) -> np.ndarray | None:
         return self.memory[key].cpu().numpy() if key in self.memory else None
@@ -321,17 +314,7 @@ class Watch:
         self.memory[key] = torch.from_numpy(np.array(values))
 
 
-def _entry(reading: Reading, at: Sequence[int]) -> str:
-    """Which entry of a reading with axes: "layer 3 head 2 "; empty for a number."""
-    labels: Mapping[str, Sequence[str]] = reading.labels
-    names = [
-        f"{axis} {labels[axis][i] if axis in labels else i}"
-        for axis, i in zip(reading.axes, at, strict=True)
-    ]
-    return "".join(f"{name} " for name in names)
-
-
-def _some(parts: Sequence[str]) -> str:
-    """The parts in a row, the first few where there are many."""
-    left = len(parts) - _SAID
-    return ", ".join(parts[:_SAID]) + (f" and {left} more" if left > 0 else "")
+def _some(parts: Sequence[str], of: np.ndarray) -> str:
+    """The first parts in a row, and how many more there are."""
+    left = np.count_nonzero(of) - len(parts)
+    return ", ".join(parts) + (f" and {left} more" if left > 0 else "")

@@ -21,7 +21,8 @@ from tests.instruments.common import (
     shadow,
 )
 from tests.instruments.surgery import OUTPUT, kept, module, replaced
-from tlens_callback import HeadAblation, Probe
+from tlens_callback import HeadAblation, Probe, Shadow
+from tlens_callback.instruments.ablation import _errors
 
 LAYERS, HEADS = 2, 4
 TARGET, FOIL = (
@@ -173,6 +174,25 @@ def test_the_doubt_over_some_heads(checked):
             beyond = max(beyond, miss.max() - miss[chosen].max())
     assert different or checked == 6
     assert beyond > 1e-3 or checked == 6  # all heads would say something else
+
+
+def test_equal_effects_share_a_rank():
+    """As scipy has it; no correlation where all are equal, there is one head, or no number."""
+    rng = np.random.default_rng(0)
+    for estimate, exact in rng.integers(0, 4, (20, 2, 7, 1)).astype(np.float32):
+        expected = scipy.stats.spearmanr(estimate[:, 0], exact[:, 0])[0]
+        largest, correlation = _errors(estimate, exact)[0]
+        assert correlation == pytest.approx(expected, abs=1e-6)
+        assert largest == np.abs(estimate - exact).max()
+    some = np.arange(5, dtype=np.float32)[:, None]
+    assert np.isnan(_errors(some, np.zeros_like(some))[0, 1])
+    assert np.isnan(_errors(some, np.full_like(some, np.nan))).all()
+    alone = Shadow.of(
+        tiny.model("llama", num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    )
+    got = readings(HeadAblation(method="first_order"), alone)
+    assert np.isnan(got["head_ablation/loss_rank_correlation/capital"].values)
+    assert np.isfinite(got["head_ablation/loss_error/capital"].values)
 
 
 def reaches(family) -> list[float]:

@@ -196,7 +196,12 @@ def test_a_rotation_survives_the_checkpoint():
     shadow, instrument, resumed = Shadow.of(model), AdapterSpectrum(), AdapterSpectrum()
     train(model, batch_for(shadow), steps=1)
     look(instrument, shadow)
+    train(model, batch_for(shadow), steps=1)
+    last = look(instrument, shadow)["adapter_spectrum/rotation"].values
     resumed.memory.update({key: value.clone() for key, value in instrument.memory.items()})
+    # A resumed run begins where the checkpoint was written, often an observation.
+    again = look(resumed, shadow)["adapter_spectrum/rotation"].values
+    assert (last < 1).all() and np.array_equal(last, again)
     train(model, batch_for(shadow), steps=2)
     one, other = (look(each, shadow) for each in (instrument, resumed))
     for key, reading in one.items():

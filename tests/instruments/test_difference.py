@@ -207,7 +207,7 @@ def test_a_memory_that_comes_back_is_what_is_compared_with():
     of, instrument = Shadow.of(model), DifferenceLens()
     looks(instrument, of)
     kept = {key: tensor.clone() for key, tensor in instrument.memory.items()}
-    assert {key: tuple(t.shape) for key, t in kept.items()} == {"mean": (2, 32), "size": (2,)}
+    assert [tuple(tensor.shape) for tensor in kept.values()] == [(2, 32), (2,)]
     train(of, model)
     got = looks(instrument, of)
     resumed, fresh = DifferenceLens(), DifferenceLens()
@@ -218,6 +218,15 @@ def test_a_memory_that_comes_back_is_what_is_compared_with():
     assert got["norm"].values.min() > 0 and looks(fresh, of)["norm"].values.max() == 0
     for key, tensor in instrument.memory.items():
         assert torch.equal(tensor, kept[key])
+
+
+def test_another_choice_of_probes_has_its_own_first():
+    """As after resuming with other settings."""
+    of = Shadow.of(tiny.model("llama"))
+    one, two = DifferenceLens(probes=["story"]), DifferenceLens(probes=["capital"])
+    looks(one, of)
+    two.memory.update(one.memory)
+    assert not looks(two, of)["norm"].values.any()
 
 
 def test_padding_and_blocks_do_not_count():

@@ -131,8 +131,47 @@ def test_drift_is_from_the_first_observation():
 
 
 def test_features_that_are_asked_for():
-    got = look(SparseFeatures(random_sae(), features=[7, 3]), shadow("llama"))
-    assert got["mean"].labels["feature"] == ("7", "3")
+    instrument = SparseFeatures(random_sae(), k=3)
+    look(instrument, shadow("llama"))
+    asked = SparseFeatures(random_sae(), features=[np.int64(7), np.int64(3)])
+    asked.memory.update(instrument.memory)  # of a run that did not ask, resumed
+    for one in (SparseFeatures(random_sae(), features=[7, 3]), asked):
+        assert look(one, shadow("llama"))["mean"].labels["feature"] == ("7", "3")
+
+
+def test_an_autoencoder_of_another_size_begins_anew():
+    instrument = SparseFeatures(random_sae(n=40), k=3)
+    look(instrument, shadow("llama"))
+    other = SparseFeatures(random_sae(n=20), k=3)
+    other.memory.update(instrument.memory)
+    got = look(other, shadow("llama"))
+    assert (got["drift"].values == 0).all()
+    assert all(int(name) < 20 for name in got["drift"].labels["feature"])
+
+
+def test_the_shapes_stay_where_activations_become_massive_or_are_lost():
+    model = tiny.model("llama")
+    of = Shadow.of(model)
+    probes = [Probe("short", "Paris and London and Rome")]
+    seen = [SparseFeatures(random_sae(hook="blocks.0.hook_resid_pre"), tokens=5)]
+    seen += [TrainedFeatures("blocks.0.hook_resid_pre", n_features=40, steps=3, tokens=5)]
+    weight = model.get_input_embeddings().weight
+    token = tiny.tokenizer().convert_tokens_to_ids("\u0120and")
+    shapes = []
+    for factor in (1, 1000, torch.nan):
+        with torch.no_grad():
+            weight[token] *= factor
+        got = observe(of, encoded(probes), seen)
+        shapes.append({r.key: r.values.shape for r in got})
+        massive = [float(r.values) for r in got if r.measure == "massive"]
+        # Beside a norm that is no number none has a place.
+        assert massive == [{1: 0, 1000: 2}.get(factor, encoded(probes).lengths[0] - 1)] * 2
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert all(value.isfinite().all() for value in seen[1].memory.values())
+    with torch.no_grad():
+        weight[token] = 1
+    later = observe(of, encoded(probes), seen)
+    assert all(np.isfinite(r.values).all() for r in later), "training went on"
 
 
 def test_massive_activations_are_left_out_and_left_in_place():
@@ -167,6 +206,8 @@ def test_what_is_massive():
     x[3] *= 10.5
     x[4] *= 9.5
     assert ordinary(x).tolist() == [i != 3 for i in range(9)]
+    x[4:] = torch.inf
+    assert ordinary(x).tolist() == [i < 4 for i in range(9)]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -226,6 +267,8 @@ def test_a_path_is_not_yet_an_autoencoder():
         (SparseFeatures(random_sae(), hook="blocks.1.hook_resid_prae"), "hook_resid_pre"),
         (SparseFeatures(random_sae(d=20)), "width 20"),
         (SparseFeatures(random_sae(), hook="blocks.1.ln1.hook_scale"), "width 32"),
+        (SparseFeatures(random_sae(), hook="blocks.1.attn.hook_result"), "never reached"),
+        (TrainedFeatures("blocks.1.attn.hook_result"), "never reached"),
         (TrainedFeatures("blocks.9.hook_resid_pre"), "no hook point"),
     ],
 )

@@ -265,6 +265,24 @@ def test_a_family_that_makes_its_output_otherwise_is_refused():
         readings(LogitLens(), of, TEXTS[:1])
 
 
+def test_gemma_4():
+    """Its final norm has no scale to listen to; each layer multiplies its output by a scalar."""
+    settings: Any = {**tiny._IDS, **tiny._MODERN, "head_dim": 8, "final_logit_softcapping": 9.0}
+    config = transformers.Gemma4TextConfig(vocab_size=tiny.VOCAB, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = transformers.Gemma4ForCausalLM(config).eval()
+        tiny._randomise(model)
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.7)
+    got = readings(LogitLens(every_token=True), Shadow.of(model), TEXTS[:1])
+    with torch.no_grad():
+        p = model(ids(TEXTS[0])).logits[0].softmax(-1)
+    np.testing.assert_allclose(
+        got["logit_lens/top_by_pos/capital"].values[-1], p.amax(-1), rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_opt_with_a_projection(before):
     """OPT-350m's kind: no final norm, and a head narrower than the residual stream."""

@@ -14,6 +14,7 @@ from tlens_callback import Reading, Shadow, observe
 from tlens_callback.instruments.frozen import FrozenWeights, checksum
 from tlens_callback.instruments.places import Places
 from tlens_callback.instruments.sparsity import UpdateSparsity
+from tlens_callback.mirror import Weight
 
 
 def look(instrument: Any, shadow: Shadow) -> dict[str, Reading]:
@@ -167,6 +168,20 @@ def test_trained_elsewhere_than_in_the_base_weight():
     assert (rows - 2) / rows <= got["model.embed_tokens"] < 1
 
 
+def test_a_weight_that_is_a_single_number(monkeypatch):
+    """Some models scale a branch by one."""
+    of = Shadow.of(tiny.model("llama"))
+    number = torch.nn.Parameter(torch.tensor(1.0))
+    scale = Weight("model.layers.0.scale", number.detach(), number, True)
+    monkeypatch.setattr(of.mirror, "weights", lambda: [scale])
+    for sample in (None, 50):
+        instrument = UpdateSparsity(sample=sample)
+        for moved, share in ((0.0, 1), (1e-6, 1), (1e-3, 0)):
+            number.data += moved
+            got = next(iter(instrument.read({}, of, encoded())))
+            assert got.values.item() == share
+
+
 def test_another_models_memory_is_refused():
     for sample in (None, 50):
         instrument = UpdateSparsity(sample=sample)
@@ -291,6 +306,14 @@ def test_nothing_frozen_and_frozen_later():
     assert changed(instrument, shadow) == ["lm_head.weight"]
     with pytest.raises(ValueError, match="every"):
         FrozenWeights(every=0)
+
+
+def test_a_tied_weight_is_one_beneath_two_adapters():
+    config = LoraConfig(r=4, target_modules=["lm_head", "embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(tiny.model("llama", tie_word_embeddings=True), config)
+    shadow, instrument = watched(model)
+    model.get_input_embeddings().base_layer.weight.data[0] += 1
+    assert changed(instrument, shadow) == ["model.embed_tokens.weight"]
 
 
 def test_many_changes_are_counted_and_five_named():

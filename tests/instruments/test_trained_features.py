@@ -6,12 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from tests import tiny
 from tests.instruments.common import PROBES, TEXTS, encoded, shadow
 from tests.sae.by_hand import HOOK, D, by_hand, look, numbers, random_sae
 from tlens_callback import Probe, Shadow, SparseFeatures, TrainedFeatures, observe
-from tlens_callback.memory import keep, recall
 from tlens_callback.sae.splice import activations, counted_tokens
 from tlens_callback.sae.training import autoencoder
 
@@ -111,13 +111,12 @@ def test_dead_features_come_back(resample):
     )
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped():
     of, batch = shadow("llama"), encoded()
     one = TrainedFeatures(HOOK, n_features=64, steps=10)
     observe(of, batch, [one])
-    keep(tmp_path / "memory", {one.name: one.memory}, batch)
     other = TrainedFeatures(HOOK, n_features=64, steps=10)
-    recall(tmp_path / "memory", {other.name: other.memory}, batch, torch.device("cpu"))
+    other.memory.update(load(save(one.memory)))
     for a, b in zip(observe(of, batch, [one]), observe(of, batch, [other]), strict=True):
         np.testing.assert_array_equal(a.values, b.values)
     assert int(other.memory["steps"]) == 20

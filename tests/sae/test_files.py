@@ -228,6 +228,31 @@ def test_activations_without_their_mean(tmp_path, given):
     check(sae, x, features, decode(w, features) + mean)
 
 
+@pytest.mark.parametrize(
+    ("hook", "centred"),
+    [
+        ("blocks.1.hook_resid_mid", True),
+        ("blocks.1.hook_mlp_out", True),
+        ("hook_embed", True),
+        ("blocks.1.attn.hook_z", False),
+        ("blocks.1.ln1.hook_normalized", False),
+    ],
+)
+def test_only_writes_to_the_residual_stream_are_centred(tmp_path, hook, centred):
+    """Centring changes W_E, W_O and W_out: what is in heads and neurons keeps its mean."""
+    made = {"center_writing_weights": True}
+    config = {**MIDDLE, "hook_name": hook, "model_from_pretrained_kwargs": made}
+    path = saelens(tmp_path, config, weights())
+    assert load_sae(path).centred is centred
+    assert load_sae(path, centred=True).centred
+
+
+def test_the_metadata_of_a_release_candidate(tmp_path):
+    said = {"hook_name": HOOK, "model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    sae = load_sae(saelens(tmp_path, {**NEW, "metadata": None, "meta": said}, weights()))
+    assert sae.hook == HOOK and sae.centred
+
+
 def test_a_scaling_factor_of_fine_tuning(tmp_path):
     w, x = weights(), inputs()
     features = layouts.standard(w, x)

@@ -144,7 +144,7 @@ def test_what_taking_it_out_does(project, monkeypatch):
     Adam divides the gradient by its size elementwise, so that its step is not along it: hence the
     rows are scaled back as well. Here the step is a plain one."""
     _, x = superposition(512)
-    training = Training(lr=0.05, project=project)
+    training = Training(lr=0.05)
     state = training.begin(x, 100)
     drift = []
 
@@ -153,6 +153,8 @@ def test_what_taking_it_out_does(project, monkeypatch):
             state[name] -= training.lr * grad
         drift.append(float((state["W_dec"].norm(dim=1) - 1).abs().max()))
 
+    if not project:
+        monkeypatch.setattr("tlens_callback.sae.training.without_parallel", lambda grad, rows: grad)
     monkeypatch.setattr(Training, "_adam", lambda self, state, grads: plain(state, grads))
     training.steps(state, x, 5)
     assert (max(drift) < 2e-5) == project
@@ -248,6 +250,18 @@ def test_scale_makes_the_mean_norm_root_d():
     scaled, inside = autoencoder(state, scaled=True).reconstruct(x * 100 * state["scale"])
     torch.testing.assert_close(features, scaled, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rebuilt * state["scale"], inside, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("x", [torch.ones(5, D), torch.empty(0, D), torch.full((5, D), torch.nan)])
+def test_where_nothing_differs_there_is_no_scale(x):
+    with pytest.raises(ValueError, match="activations that differ"):
+        Training().begin(x, 50)
+
+
+def test_fvu_of_what_does_not_vary():
+    _, x = superposition(64)
+    assert fvu(x, x.mean(0).expand_as(x)) == pytest.approx(1)
+    assert np.isnan(fvu(x[:1], x[:1] + 1)) and np.isnan(fvu(x[:1], x[:1]))
 
 
 def test_the_buffer_keeps_the_last():

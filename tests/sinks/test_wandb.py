@@ -437,6 +437,21 @@ def test_says_what_is_missing(monkeypatch):
         WandbSink()
 
 
+def test_sinks_of_two_names_share_no_key(offline):
+    run = wandb.init(project="test")
+    for name, step in (("tlens", 1), ("slow", 2)):
+        WandbSink(name=name).write([scalar(step), *named(step)], step=step)
+    run.finish()
+    wandb.teardown()
+    path = run_file(offline)
+    first, second = history(path)
+    own = [{key for key in row if key[0] != "_" and key != STEP} for row in (first, second)]
+    assert {key.replace("tlens/", "slow/", 1) for key in own[0]} == own[1]
+    assert second["slow/head_scores/max_induction"] == 2
+    metrics = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in records(path)}
+    assert metrics["tlens/*"] == metrics["slow/*"] == STEP
+
+
 def test_small_readings_make_no_files(offline):
     sink = WandbSink()
     sink.write([r for r in small(0) if not r.axes], step=0)

@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from tlens_callback.instruments.selection import (
     attention_layers,
+    chosen_rows,
     layer_labels,
     picked,
     plain_rows,
-    rows_named,
+    z_hook,
 )
 from tlens_callback.interfaces import Reduce, Taken
-from tlens_callback.intervene import Score, Variants, captured, effects
+from tlens_callback.intervene import Score, Variants, captured, demand_heads, effects
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
@@ -63,9 +65,10 @@ class HeadAblation:
         probes: names of the probes to ablate on; repeated blocks may be among them. Default:
             those that are no repeated blocks and have something to measure.
         tokens: also measure token_loss, on probes without a target too. It takes the logits of
-            every token, `rows` * length * vocab_size of them at a time.
+            every token, those of a whole batch at a time.
         checked: heads to ablate exactly beside the first-order estimate.
-        rows: ablations computed side by side in one batch.
+        rows: ablations computed side by side in one batch; fewer of a text so long that the batch
+            would have more than 2048 tokens.
         every: ask at every so manieth observation.
 
     Keys:
@@ -78,14 +81,14 @@ class HeadAblation:
         head_ablation/logit_diff_error/<probe>: [], logit, 0..inf; the same of logit_diff
         head_ablation/token_loss_error/<probe>: [], nats, 0..inf; the same of token_loss
         head_ablation/loss_rank_correlation/<probe>: [], correlation, -1..1; if first_order:
-            Spearman's, of estimate and exact over the checked heads
+            Spearman's, of estimate and exact over the checked heads; NaN where either are all equal
         head_ablation/logit_diff_rank_correlation/<probe>: [], correlation, -1..1; the same of
             logit_diff
         head_ablation/token_loss_rank_correlation/<probe>: [], correlation, -1..1; the same of
             token_loss
 
     Reads:
-        blocks.{layer}.attn.hook_z, for the mean; in passes of its own also
+        blocks.{layer}.attn.hook_z, for what takes its place; in passes of its own also
         blocks.{layer}.hook_resid_pre, where the layers behind begin anew
 
     Cost:
@@ -93,7 +96,8 @@ class HeadAblation:
         and n_heads * layers through the unembedding; of the layers before the head only those run
         that others of its batch need. First order: one forward pass and one backward pass a
         measure per probe, and the `checked` heads exactly. In half precision, effects of the size
-        of its rounding are noise.
+        of its rounding are noise (bfloat16: 1/16 at logits of 8 to 16); the callback's
+        `dtype=torch.float32` avoids that.
 
     Source:
         Michel et al. 2019 (heads switched off one at a time, and the gradient's estimate); Olsson
@@ -102,7 +106,8 @@ class HeadAblation:
 
     Raises:
         ValueError: an unknown mode or method, checked < 3, rows < 1, every < 1, an empty or
-            repeated selection; from `taps`, a probe that is not there, or nothing to measure.
+            repeated selection; from `taps`, a probe that is not there, or nothing to measure; from
+            `read`, a model whose hook_z is not cut into heads.
     """
 
     mode: Mode = "mean"
@@ -128,7 +133,7 @@ class HeadAblation:
         object.__setattr__(self, "probes", picked(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """For the mean: [head, d_head] a layer, over the tokens of the plain probes."""
+        """What takes the place of z: [head, d_head] a layer."""
         layers = attention_layers(shadow, type(self).__name__)
         if not self._rows(batch):
             raise ValueError(
@@ -137,7 +142,7 @@ class HeadAblation:
                 "HeadAblation(tokens=True) for the loss of every token."
             )
         if self.mode == "zero":
-            return {}
+            return {z_hook(i): lambda z: z.new_zeros(z.shape[2:]) for i in layers}
         plain = plain_rows(batch)
         if not plain:
             raise ValueError(
@@ -150,15 +155,16 @@ class HeadAblation:
         def mean(z: Float[Tensor, "probe pos head d_head"]) -> Float[Tensor, "head d_head"]:
             return z[row].float().where(counted, 0).sum((0, 1)) / counted.sum()
 
-        return {_z(i): mean for i in layers}
+        return {z_hook(i): mean for i in layers}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """A matrix of each measure and probe, and its error where it is an estimate."""
         layers = attention_layers(shadow, type(self).__name__)
-        nothing = torch.zeros(shadow.n_heads, 1)
-        put = {i: torch.as_tensor(taken.get(_z(i), nothing)).to(shadow.device) for i in layers}
+        put = {i: torch.as_tensor(taken[z_hook(i)]).to(shadow.device) for i in layers}
+        for r in put.values():
+            demand_heads(r, shadow, type(self).__name__)
         every_head = [(i, head) for i in layers for head in range(shadow.n_heads)]
         for row in self._rows(batch):
             measures = self._measures(batch, row)
@@ -191,7 +197,7 @@ class HeadAblation:
                 )
 
     def _rows(self, batch: ProbeBatch) -> list[int]:
-        rows = plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
+        rows = chosen_rows(batch, self.probes)
         return [row for row in rows if self._measures(batch, row)]
 
     def _measures(self, batch: ProbeBatch, row: int) -> list[str]:
@@ -235,10 +241,9 @@ class _Text:
 
     def ablated(self, heads: Sequence[tuple[int, int]]) -> Float[np.ndarray, "head measure"]:
         """The effects of these heads, (layer, head), each computed from its layer on."""
-        device = self.tokens.device
+        each = torch.arange(self.shadow.n_heads, device=self.tokens.device).split(1)
         without = [
-            Variants(i, _z(i), torch.tensor([head], device=device), partial(_remove, self.put[i]))
-            for i, head in heads
+            Variants(i, z_hook(i), each[head], partial(_remove, self.put[i])) for i, head in heads
         ]
         _, found = effects(
             self.shadow,
@@ -254,17 +259,18 @@ class _Text:
         self,
     ) -> tuple[Float[np.ndarray, "head measure"], Float[np.ndarray, "head measure"]]:
         """First-order effects of all heads, layer by layer, and their reach."""
-        names = [_z(layer) for layer in self.put]
+        names = [z_hook(layer) for layer in self.put]
         logits, z = captured(self.shadow, self.tokens, names, self.positions, grad=True)
         with torch.enable_grad():
             (score,) = self.score(logits)
-        away = torch.cat([r - z[_z(i)].detach().float() for i, r in self.put.items()], dim=2)[0]
+        away = [(r - z[z_hook(i)].detach().float())[0] for i, r in self.put.items()]
         estimates, reaches = [], []
         for value in score:
             slopes = torch.autograd.grad(value, list(z.values()), retain_graph=True)
-            slope = torch.cat(slopes, dim=2)[0].float()  # [pos, layer and head, d_head]
-            estimates.append((away * slope).sum((0, 2)))
-            reaches.append((away.norm(dim=2) * slope.norm(dim=2)).sum(0))
+            # Layer by layer, [pos, head, d_head]: d_head may differ between layers.
+            pairs = [(a, slope[0].float()) for a, slope in zip(away, slopes, strict=True)]
+            estimates.append(torch.cat([(a * s).sum((0, 2)) for a, s in pairs]))
+            reaches.append(torch.cat([(a.norm(dim=2) * s.norm(dim=2)).sum(0) for a, s in pairs]))
         estimate, reach = (torch.stack(of, dim=1).cpu().numpy() for of in (estimates, reaches))
         return estimate, reach
 
@@ -288,9 +294,9 @@ def _text(
         if target is not None and foil is not None:
             values["logit_diff"] = last[:, target] - last[:, foil]
         if "token_loss" in measures:
-            read = logits[:, :-1].float()
-            at_next = read.gather(2, tokens[1:].expand(len(read), -1)[:, :, None])[:, :, 0]
-            values["token_loss"] = (read.logsumexp(2) - at_next).mean(1)
+            # One variant at a time: float32 copies of all would be several times the logits.
+            each = [F.cross_entropy(of[:-1].float(), tokens[1:]) for of in logits]
+            values["token_loss"] = torch.stack(each)
         return torch.stack([values[measure] for measure in measures], dim=1)
 
     last = torch.tensor([len(tokens) - 1], device=tokens.device)
@@ -308,10 +314,8 @@ def _errors(
 ) -> Float[np.ndarray, "measure 2"]:
     """Largest error and rank correlation of the estimates, per measure."""
     largest = np.abs(estimate - exact).max(0)
-    ranks = [np.argsort(np.argsort(e, axis=0), axis=0) for e in (estimate, exact)]
-    correlation = [np.corrcoef(a, b)[0, 1] for a, b in zip(*(r.T for r in ranks), strict=True)]
-    return np.stack([largest, correlation], axis=1)
-
-
-def _z(layer: int) -> str:
-    return f"blocks.{layer}.attn.hook_z"
+    # What is equal, as many effects in half precision are, shares a rank.
+    a, b = (np.sign(e[:, None] - e).sum(1) for e in (estimate, exact))
+    size = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    with np.errstate(invalid="ignore"):
+        return np.stack([largest, (a * b).sum(0) / size], axis=1)

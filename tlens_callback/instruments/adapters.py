@@ -32,17 +32,20 @@ class AdapterSpectrum:
     - singular_values: the first k; 0 beyond the rank, which is what they are.
     - rotation: the cosine of U and of the update U' at the observation before,
       <U, U'>_F / (||U||_F ||U'||_F): 1 for an update that keeps its direction. 1 at the first
-      observation, and where U or U' is zero and has no direction.
+      observation, and where U or U' is zero and has no direction. Where the adapter has the very
+      bits it had there, its rotation there: a resumed run begins with its checkpoint's update.
 
-    An update of zero, as LoRA starts with, has norm, ranks and singular values 0. All come from
+    An update of zero, as LoRA starts with, has norm, ranks and singular values 0. PiSSA and OLoRA
+    start with a part of the weight, taken out of W, as the update: there a change is a difference
+    from the first observation. All come from
     r x r matrices, r the rank: the singular values are those of R_B R_A^T, with R the triangles of
     the QR decompositions of B and A^T; <U, U'> = sum((B^T B') * (A A'^T)). In float64, or float32
     where the device has none. ||W|| is taken once where W is frozen.
 
     Where every adapted layer has an adapter on the module, it is a column of the matrices; the
     others (embeddings, a module adapted in some layers only) are under `_elsewhere`, by their
-    paths. Adapters whose update is no such product (DoRA, LoHa, OFT, IA3 ...) or that are on
-    stacked experts are left out.
+    paths. Adapters whose update is no such product alone (DoRA, LoRA with a bias of its own, LoHa,
+    OFT, IA3 ...) or that are on stacked experts are left out.
 
     Args:
         k: number of singular values to keep.
@@ -67,7 +70,7 @@ class AdapterSpectrum:
         No activations: the live model's adapters.
 
     Cost:
-        adapted weights * (7 + k). The last observation's A and B are kept, in memory and beside
+        adapted weights * (6 + k). The last observation's A and B are kept, in memory and beside
         checkpoints.
 
     Source:
@@ -153,8 +156,11 @@ class AdapterSpectrum:
             last_b, last_a, last = (self.memory[f"{part}/{key}"] for part in ("b", "a", "norm"))
             both = norm * last.to(norm.dtype)
             cosine = (inner(wide_b, wide_a, wide(last_b), wide(last_a)) / both).clamp(-1, 1)
+            same = (b == last_b).flatten(1).all(1) & (a == last_a).flatten(1).all(1)
             rotation = torch.where(both == 0, 1.0, cosine)
+            rotation = torch.where(same, self.memory[f"rotation/{key}"], rotation)
         kept |= {f"b/{key}": b, f"a/{key}": a, f"norm/{key}": norm, f"weight/{key}": sizes}
+        kept[f"rotation/{key}"] = rotation
         top = sigma[:, 0]
         share = sigma / sigma.sum(1, keepdim=True)
         effective = torch.special.entr(share).sum(1).exp()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.circuits import Circuits, circuits
+from tlens_callback.instruments.circuits import Circuits, circuits, demand_circuits
 from tlens_callback.instruments.direct import wide
 from tlens_callback.instruments.selection import attention_layers
 from tlens_callback.interfaces import Reduce, Taken
@@ -34,7 +34,7 @@ class Composition:
     with Frobenius norms. baseline: the mean of ||M N|| / (||M|| ||N||) over 32 pairs of products
     M and N of a [d_model, d_head] and a [d_head, d_model] matrix with standard normal entries; near
     1 / sqrt(d_model). The gain and the centring of the norms in front of the layers are folded
-    into W_Q, W_K and W_V, the gains of norms of queries and keys into W_Q and W_K, those of a norm
+    into W_Q, W_K and W_V, those of norms of queries and keys into W_Q and W_K, those of a norm
     behind the layer into W_O; the norms' scales drop out. Heads that share keys and values have
     W_K and W_V in common. Rotary embeddings turn queries and keys by their distance, which is not
     in QK: for those models q and k are the composition at distance 0, of content alone. A head of
@@ -59,14 +59,16 @@ class Composition:
     Cost:
         3 * (layers^2 + k). Per pair of layers, with n = heads * d_head: at most
         6 * n^2 * (d_model + d_head) operations, fewer where heads share keys and values, and
-        2 * n^2 numbers of memory; 3 * n * d_head numbers a layer are kept meanwhile.
+        2 * n^2 numbers of memory; 4 * n * d_head numbers a layer are kept meanwhile. All in
+        float64, for which consumer GPUs are slow: raise `every` there.
 
     Source:
         Elhage et al. 2021, "Path Expansion" and "Analyzing a Two-Layer Model" (composition, the
         baseline of random matrices).
 
     Raises:
-        ValueError: k < 1, every < 1; from `taps`, fewer than two layers of attention.
+        ValueError: k < 1, every < 1; from `taps`, fewer than two layers of attention, or attention
+            that has no such weights.
     """
 
     k: int = 10
@@ -80,11 +82,13 @@ class Composition:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """None: it is of weights alone."""
-        if len(attention_layers(shadow, type(self).__name__)) < 2:
+        layers = attention_layers(shadow, type(self).__name__)
+        if len(layers) < 2:
             raise ValueError(
                 f"{type(self).__name__}: heads compose across layers and this model has one layer "
                 f"of attention. Leave the instrument out."
             )
+        demand_circuits(shadow, layers, type(self).__name__)
         return {}
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tlens_callback.instruments.distance import cosine_distance
+from tlens_callback.instruments.first import first_seen
 from tlens_callback.instruments.selection import layer_labels, neuron_hook, neuron_layers
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import Probe, ProbeBatch, token_ids
@@ -138,7 +139,7 @@ class Contrast:
         fit = weight[:2].to(shadow.device)[:, None, :, None]  # [group, layer, text, d_model]
         direction = (fit[0] * resid).sum(1) - (fit[1] * resid).sum(1)  # [layer, d_model]
         texts = zlib.crc32(repr((self.having, self.without, self.held_out)).encode())
-        first = self.memory.setdefault(f"direction of {texts}", direction).to(direction.device)
+        first = first_seen(self.memory, f"direction of {texts}", direction)
         scale = (norm * fit[..., 0]).sum((0, 2)) / 2
         # Products and sums, not matmuls: a trainer may have switched those to TF32.
         along = (resid * direction[:, None]).sum(2)[:, torch.tensor(held, device=resid.device)]
@@ -191,12 +192,9 @@ class Contrast:
         k that differ most, by how much, and by how much on the held-out texts."""
         texts = self._encoded(batch)
         layers = neuron_layers(shadow)
-        resid = torch.empty(
-            *(shadow.n_layers, len(texts), shadow.d_model),
-            dtype=torch.float32,
-            device=weight.device,
-        )
-        norm = torch.empty(resid.shape[:2], device=resid.device)
+        shape = (shadow.n_layers, len(texts), shadow.d_model)
+        resid = torch.empty(shape, dtype=torch.float32, device=weight.device)
+        norm = torch.empty(shape[:2], dtype=torch.float32, device=weight.device)
         sums: dict[int, Tensor] = {}
         # Without a tokenizer, ids need none, and encoding does not copy it.
         bare = replace(batch, tokenizer=None)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.circuits import Circuits, circuits
+from tlens_callback.instruments.circuits import Circuits, circuits, demand_circuits
 from tlens_callback.instruments.direct import before_norm, wide
 from tlens_callback.instruments.selection import attention_layers, layer_labels, picked
 from tlens_callback.interfaces import Reduce, Taken
@@ -37,7 +37,8 @@ class CopyingScores:
 
     - eigenvalue: sum Re(lambda) / sum |lambda| over the eigenvalues of C, which are those of
       W_O W_U W_E W_V, [d_head, d_head], and zeros. 1 copies every direction, -1 suppresses, a head
-      with nothing to do with copying is near 0. 0 for a head that writes nothing.
+      with nothing to do with copying is near 0. 0 for a head that writes nothing, NaN for weights
+      that are not finite, as for all of these.
     - top5: share of tokens t with C[t, t] among the five largest of C[t, :], over the whole
       vocabulary; equals do not count for t.
     - eigenvalue_permuted, top5_permuted: the control. The same where the embedding of t belongs to
@@ -70,7 +71,8 @@ class CopyingScores:
     Cost:
         4 per head; 4 * vocab * d_model^2 operations for W_U W_E and its control, and at least
         2 * tokens * 2048 * d_model per head: a token that five of the vocabulary have overtaken is
-        dropped, so heads that copy cost more than others, up to the whole vocabulary.
+        dropped, so heads that copy cost more than others, up to the whole vocabulary. The
+        eigenvalues are computed on the CPU: seconds for a thousand heads of 128.
 
     Source:
         Elhage et al. 2021, "Summarizing OV/QK matrices" (eigenvalues); Wang et al. 2022, section
@@ -78,7 +80,8 @@ class CopyingScores:
 
     Raises:
         ValueError: fewer than 2 tokens, negative ids or an id twice, every < 1; from `taps`, an id
-            outside the vocabulary, no attention, or embeddings of another width than the stream.
+            outside the vocabulary, no attention or one that has no such weights, embeddings of
+            another width than the stream, or a norm of their own (BLOOM).
     """
 
     tokens: int | Sequence[int] = 64
@@ -106,7 +109,13 @@ class CopyingScores:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """None: it is of weights alone."""
-        attention_layers(shadow, type(self).__name__)
+        layers = attention_layers(shadow, type(self).__name__)
+        demand_circuits(shadow, layers, type(self).__name__)
+        if "embed_ln" in dict(shadow.bridge.named_children()):
+            raise ValueError(
+                f"{type(self).__name__}: this model has a norm between its embeddings and its "
+                f"residual stream, which is not in the formula. Leave the instrument out."
+            )
         w_e, w_u = shadow.bridge.W_E, shadow.bridge.W_U
         if not w_e.shape[1] == w_u.shape[0] == shadow.d_model:
             raise ValueError(
@@ -141,10 +150,10 @@ class CopyingScores:
         for layer in layers:
             of = circuits(shadow, layer)
             v = of.v.repeat_interleave(of.shared, 0)
-            cores.append((of.o @ through[:, None] @ v).cpu())  # [own or other, head, ., .]
+            # One after the other: batched, matmul would copy `through` once per head.
+            cores.append(torch.stack([of.o @ m @ v for m in through]).cpu())  # [own or other, head]
             tops.append(_in_top(shadow, of, w_e, w_u, token, other[token]).cpu())
-        eigenvalues = torch.linalg.eigvals(torch.stack(cores, 1).flatten(0, 2))
-        score = copying(eigenvalues).unflatten(0, (2, len(layers), -1))
+        score = copying(torch.stack(cores, 1))
         labels = layer_labels(layers, shadow)
         for i, which in enumerate(("", "_permuted")):
             yield Reading(
@@ -191,17 +200,25 @@ class CopyingScores:
         tokenizer = batch.tokenizer
         # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
         known = vocabulary if tokenizer is None else min(vocabulary, len(tokenizer))
-        special = set(getattr(tokenizer, "all_special_ids", None) or ())
+        special = {
+            *(getattr(tokenizer, "all_special_ids", None) or ()),
+            *getattr(tokenizer, "added_tokens_decoder", ()),
+        }
         usable = np.array([i for i in range(known) if i not in special])
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randperm(len(usable), generator=generator)[: self.tokens]  # type: ignore[misc]
         return torch.from_numpy(usable)[drawn]
 
 
-def copying(eigenvalues: Complex[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
-    """sum Re(lambda) / sum |lambda|; 0 where all are 0."""
+def copying(matrices: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
+    """sum Re(lambda) / sum |lambda| over the eigenvalues; 0 where all are 0, NaN where a matrix is
+    not finite."""
+    finite = matrices.isfinite().all(-1).all(-1)
+    # LAPACK complains of what is not finite.
+    eigenvalues = torch.linalg.eigvals(matrices.where(finite[..., None, None], 0.0))
     size = eigenvalues.abs().sum(-1)
-    return torch.where(size > 0, eigenvalues.real.sum(-1) / size, 0.0).clamp(-1, 1)
+    score = torch.where(size > 0, eigenvalues.real.sum(-1) / size, 0.0).clamp(-1, 1)
+    return score.where(finite, torch.nan)
 
 
 def _unembedding(
@@ -237,4 +254,6 @@ def _in_top(
         live = live[(ahead[:, live] < _TOP).any(0)]
         if not len(live):
             break
-    return (ahead < _TOP).unflatten(1, (len(of.o), -1)).float().mean(2)
+    # Nothing is ahead of what is no number.
+    among = (ahead < _TOP).float().where(at.isfinite(), torch.nan)
+    return among.unflatten(1, (len(of.o), -1)).mean(2)

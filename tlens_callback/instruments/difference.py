@@ -8,14 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.selection import picked, plain_rows, rows_named
+from tlens_callback.instruments.first import first_seen, of_probes
+from tlens_callback.instruments.selection import (
+    after_first,
+    chosen_rows,
+    picked,
+)
 from tlens_callback.instruments.unembed import CHUNK, demand_equal, gap, token_texts, unembed
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
-
-FINAL = "last_logits"
+from tlens_callback.shadow import LAST_LOGITS, Shadow
 
 
 @dataclass(frozen=True)
@@ -81,45 +84,45 @@ class DifferenceLens:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """The layers' means stay on the device until all are there to be unembedded together."""
-        rows = self._rows(batch)
+        rows = chosen_rows(batch, self.probes)
         if not rows:
             return {}
         if self.k > shadow.vocab_size:
             raise ValueError(
                 f"DifferenceLens(k={self.k}): the vocabulary has {shadow.vocab_size} tokens."
             )
-        row = torch.tensor(rows, device=batch.tokens.device)
-        at = batch.mask[row].nonzero()
-        at = at[at[:, 1] > 0]
-        if len(at) == 0:
+        row, pos = after_first(batch, rows)
+        if len(row) == 0:
             raise ValueError(
                 "DifferenceLens leaves out the first token of each probe, and the probes have no "
                 "other. Give probes of at least two tokens."
             )
-        last = batch.last[row]
+        chosen = torch.tensor(rows, device=batch.tokens.device)
+        last, names = batch.last[chosen], of_probes(batch, rows)
         means: list[Tensor] = []
         sizes: list[Tensor] = []
         ends: list[Tensor] = []
 
         def keep(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " 0"]:
-            h = resid[row[at[:, 0]], at[:, 1]].float()
+            h = resid[row, pos].float()
             means.append(h.mean(0))
             sizes.append(h.norm(dim=1).quantile(0.5))
-            ends[:] = [resid[row, last]]  # of the last layer, when all have been here
+            ends[:] = [resid[chosen, last]]  # of the last layer, when all have been here
             return resid.new_empty(0)
 
         def read(logits: Float[Tensor, "probe vocab"]) -> tuple[Tensor, ...]:
             mean, size, end = torch.stack(means), torch.stack(sizes), ends[0]
             for kept in (means, sizes, ends):
                 kept.clear()
-            difference = mean - self.memory.setdefault("mean", mean)
-            norm = difference.norm(dim=1) / self.memory.setdefault("size", size)
+            difference = mean - first_seen(self.memory, "mean" + names, mean)
+            norm = difference.norm(dim=1) / first_seen(self.memory, "size" + names, size)
             # Zero and the last layer in one unembedding, which costs as much as one row.
             bias, *made = unembed(shadow, torch.cat([torch.zeros_like(end[:1]), end]))
-            off = gap(torch.stack(made), logits[row])
+            off = gap(torch.stack(made), logits[chosen])
             return off, norm, *_read(shadow, difference, bias, end.dtype, self.k)
 
-        return {f"blocks.{i}.hook_resid_post": keep for i in range(shadow.n_layers)} | {FINAL: read}
+        layers = range(shadow.n_layers)
+        return {f"blocks.{i}.hook_resid_post": keep for i in layers} | {LAST_LOGITS: read}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
@@ -127,7 +130,7 @@ class DifferenceLens:
         """Tokens, their probabilities and the size of the change, per layer."""
         if not taken:
             return
-        off, norm, token, probability = taken[FINAL]
+        off, norm, token, probability = taken[LAST_LOGITS]
         demand_equal(off, shadow, type(self).__name__)
         texts = np.where(norm.numpy()[:, None] > 0, token_texts(token.numpy(), batch), "")
         ranked = ("layer", "rank")
@@ -144,9 +147,6 @@ class DifferenceLens:
         yield Reading(
             key=f"{self.name}/norm", values=norm.numpy(), axes=("layer",), unit="fraction"
         )
-
-    def _rows(self, batch: ProbeBatch) -> list[int]:
-        return plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
 
 
 def _read(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tlens_callback.shadow import Shadow
 
-_RESCALED = ("logit_scale", "logits_scaling", "residual_multiplier")
+_RESCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier", "residual_multiplier")
 """Configuration fields of families that scale what a block writes, or the logits (Granite,
-Cohere): there the formulas of this file leave a factor out."""
+Cohere, Falcon-H1): there the formulas of this file leave a factor out."""
 
 
 def has_direct_path(shadow: Shadow) -> bool:
@@ -19,7 +19,7 @@ def has_direct_path(shadow: Shadow) -> bool:
 
     A soft cap on the logits is allowed: a direct contribution is one to the logits before it.
     """
-    config = _config(shadow)
+    config = text_config(shadow)
     return (
         "ln_final.hook_scale" in shadow.hooks
         and shadow.bridge.W_U.shape[0] == shadow.d_model
@@ -89,8 +89,8 @@ def uncapped(
     Undoing it magnifies their rounding by cosh(logit / cap) squared.
     """
     logits = logits.float()
-    cap = getattr(_config(shadow), "final_logit_softcapping", None)
-    if not cap:
+    cap = soft_cap(shadow)
+    if cap is None:
         return logits
     below_one = 1 - torch.finfo(torch.float32).eps / 2
     return cap * (logits / cap).clamp(-below_one, below_one).atanh()
@@ -115,5 +115,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def _config(shadow: Shadow) -> Any:
+def soft_cap(shadow: Shadow) -> float | None:
+    """The bound that the family's soft cap sets to logits, or None."""
+    return getattr(text_config(shadow), "final_logit_softcapping", None)
+
+
+def text_config(shadow: Shadow) -> Any:
+    """The configuration of the language model, also where it is part of another."""
     return shadow.bridge.original_model.config.get_text_config()  # type: ignore[operator, union-attr]

@@ -35,8 +35,10 @@ def cosine_distance(a: Float[Tensor, "... d"], b: Float[Tensor, "... d"]) -> Flo
     return (unit(a, -1) - unit(b, -1)).square().sum(-1) / 2
 
 
-def relative_distance(now: Float[Tensor, "token d"], first: Float[Tensor, "token d"]) -> Tensor:
-    """[token]: |now - first| / |first|; exactly 0 for equal vectors, also for zero ones."""
+def relative_distance(
+    now: Float[Tensor, "token d"], first: Float[Tensor, "token d"]
+) -> Float[Tensor, " token"]:
+    """|now - first| / |first|; exactly 0 for equal vectors, also for zero ones."""
     moved = (now - first).norm(dim=-1)
     return torch.where(moved > 0, moved / first.norm(dim=-1), 0)
 

@@ -17,7 +17,9 @@ from tlens_callback.instruments.distance import (
     relative_distance,
     with_sink,
 )
+from tlens_callback.instruments.first import first_seen, of_probes
 from tlens_callback.instruments.selection import (
+    after_first,
     attention_layers,
     layer_labels,
     pattern_hook,
@@ -91,7 +93,7 @@ class AttentionDrift:
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """One reduction a layer: [probe, head]."""
         rows = [(row, batch.lengths[row]) for row in _rows(self, batch)]
-        names = _names(batch, [row for row, _ in rows])
+        names = of_probes(batch, [row for row, _ in rows])
 
         def drift(hook: str) -> Reduce:
             sinks = _has_sinks(shadow, hook)
@@ -101,7 +103,7 @@ class AttentionDrift:
                 if sinks:
                     cut = [with_sink(p.float()) for p in cut]
                 now = torch.cat([p.flatten(1) for p in cut], 1)
-                first = _first(self.memory, f"{hook} of {names}", now)
+                first = first_seen(self.memory, hook + names, now)
                 shares = js_terms(now.float(), first.float()).split([p[0].numel() for p in cut], 1)
                 # Query 0 is cut off; a probe has length - 1 others.
                 means = [share.sum(1) / (n - 1) for share, (_, n) in zip(shares, rows, strict=True)]
@@ -153,7 +155,8 @@ class ActivationDrift:
       u0 / |u0|. Blind to rotations, to shifts and to one common scale of all tokens; about 1 for
       unrelated activations. The biased estimator would show the less drift the fewer the tokens:
       with fewer than d_model its CKA is near 1 for unrelated ones too. Of more than 64 tokens,
-      64 evenly spaced ones.
+      64 evenly spaced ones. Where all tokens have one activation (one token over and over, in a
+      model without learned positions) it compares nothing but their rounding.
 
     The parts: "resid" is the residual stream behind the layer, "attn" and "mlp" what its attention
     and its MLP add to it. All are exactly 0 at the first observation.
@@ -196,16 +199,14 @@ class ActivationDrift:
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """One reduction a layer and part: [measure]."""
         rows = _rows(self, batch)
-        names = _names(batch, rows)
-        chosen = torch.tensor(rows, device=batch.tokens.device)
-        at, pos = batch.mask[chosen, 1:].nonzero(as_tuple=True)
-        row, pos = chosen[at], pos + 1
+        names = of_probes(batch, rows)
+        row, pos = after_first(batch, rows)
         some = torch.linspace(0, len(row) - 1, min(len(row), MOST)).round().long().to(row.device)
 
         def drift(hook: str) -> Reduce:
             def measures(h: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " measure"]:
                 now = h[row, pos]
-                first = _first(self.memory, f"{hook} of {names}", now).float()
+                first = first_seen(self.memory, hook + names, now).float()
                 now = now.float()
                 far = [cosine_distance(now, first).mean(), relative_distance(now, first).mean()]
                 if len(now) > 3:
@@ -273,14 +274,14 @@ class PatternChange(AttentionPatterns):
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """One reduction a layer: the chosen rows, cropped to their tokens and laid end to end."""
-        names = _names(batch, self._rows(batch))
+        names = of_probes(batch, self._rows(batch))
 
         def change(hook: str, crop: Callable[[Tensor], Any]) -> Reduce:
             def minus_first(
                 pattern: Float[Tensor, "probe head query key"],
             ) -> Float[Tensor, " entry"]:
                 now = crop(pattern)
-                return now.float() - _first(self.memory, f"{hook} of {names}", now).float()
+                return now.float() - first_seen(self.memory, hook + names, now).float()
 
             return minus_first
 
@@ -313,17 +314,6 @@ def _rows(drift: AttentionDrift | ActivationDrift, batch: ProbeBatch) -> list[in
             f"{repr(short[0]) if short else 'each of them'} has no other. Give a longer one."
         )
     return rows
-
-
-def _names(batch: ProbeBatch, rows: Sequence[int]) -> str:
-    """What a memory's names end in: another choice of probes is compared with its own first."""
-    return "/".join(batch.probes[row].name for row in rows)
-
-
-def _first(memory: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
-    """What was seen first under this name: the same thing, if nothing was. `now` is kept, so it
-    has to have storage of its own."""
-    return memory.setdefault(key, now).to(now.device)
 
 
 def _has_sinks(shadow: Shadow, hook: str) -> bool:

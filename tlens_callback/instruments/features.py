@@ -42,10 +42,11 @@ class SparseFeatures:
     - loss_clean, loss_zero, loss_sae: mean next-token loss, over the predictions of a token from
       one that is not the first, as it is, with a := 0, and with a := a' at the counted tokens.
     - recovered: (loss_zero - loss_sae) / (loss_zero - loss_clean); 1 where a' does what a does, 0
-      where it is no better than zeros; nan where zeros change the loss by less than 1e-4 nats.
+      where it is no better than zeros; nan where zeros change the loss by less than 1e-4 nats. It
+      says nothing where zeros lower the loss, as they may in a model that is not trained.
 
     The features shown are those asked for, or the k of largest mean at the first observation, the
-    same ever after.
+    same ever after. A run that is resumed with an autoencoder of another size begins anew.
 
     Args:
         sae: from `load_sae("path/to/sae")`, or an `Autoencoder` of your own.
@@ -77,8 +78,8 @@ class SparseFeatures:
 
     Cost:
         three forward passes of its own over the probes that are no repeated blocks, with all their
-        logits; tokens * d_in * n_features * 8 operations and tokens * n_features * 4 bytes on the
-        device for the while; 8 * n_features bytes of memory between observations, and on a GPU the
+        logits; tokens * d_in * n_features * 4 operations and tokens * n_features * 8 bytes on the
+        device for the while; 4 * n_features bytes of memory between observations, and on a GPU the
         weights are copied there each time. With TF32 switched on, a feature near its threshold may
         round to the other side.
 
@@ -93,7 +94,7 @@ class SparseFeatures:
 
     sae: Autoencoder
     hook: str | None = None
-    features: Sequence[int] | None = None
+    features: Sequence[int | np.integer] | None = None
     k: int = 16
     tokens: int = 8
     every: int = 10
@@ -115,7 +116,7 @@ class SparseFeatures:
         chosen = picked(self.features, "features")
         n = self.sae.n_features
         for feature in chosen or ():
-            if not isinstance(feature, int) or not 0 <= feature < n:
+            if not isinstance(feature, int | np.integer) or not 0 <= feature < n:
                 raise ValueError(f"features={list(chosen or ())}; they are numbered 0 to {n - 1}.")
         object.__setattr__(self, "features", chosen)
 
@@ -133,11 +134,14 @@ class SparseFeatures:
         rows, tokens, counted = text_rows(batch, type(self).__name__)
         seen = splice(shadow, self._at, tokens, counted, sae)
         mean = seen.features.mean(0)
-        if "mean" not in self.memory:
-            chosen = torch.tensor(self.features) if self.features else most(mean, self.k)
-            self.memory.update(mean=mean.clone(), shown=chosen.to(mean.device))
+        first = self.memory.get("mean")
+        if first is None or first.shape != mean.shape:
+            first = mean
+            self.memory.update(mean=mean.clone(), shown=most(mean, self.k))
+        drift = mean - first
         shown = self.memory["shown"]
-        drift = mean - self.memory["mean"]
+        if self.features is not None:
+            shown = torch.tensor(self.features, device=mean.device)
         labels = {"feature": [str(i) for i in shown.tolist()]}
 
         yield from shown_readings(self.name, seen, shown, batch, rows, self.tokens)
@@ -228,20 +232,20 @@ def shown_readings(
             unit="activation",
             labels={**labels, "pos": batch.labels[row]},
         )
-    places = counted.nonzero().tolist()
-    peak = chosen.sort(dim=0, descending=True, stable=True)
+    # Of all places, counted or not: which are massive may change, and the shape must not.
+    peak = grid.flatten(0, 1).sort(dim=0, descending=True, stable=True)
+    values, places = peak.values[:n_tokens].T, peak.indices[:n_tokens].T
+    width = grid.shape[1]
     texts = [
         [
-            _in_context(batch.labels[rows[places[token][0]]], places[token][1]) if value > 0 else ""
-            for token, value in zip(tokens, values, strict=True)
+            _in_context(batch.labels[rows[at // width]], at % width) if value > 0 else ""
+            for at, value in zip(*of_one, strict=True)
         ]
-        for tokens, values in zip(
-            peak.indices[:n_tokens].T.tolist(), peak.values[:n_tokens].T.tolist(), strict=True
-        )
+        for of_one in zip(places.tolist(), values.tolist(), strict=True)
     ]
     yield Reading(
         key=f"{name}/top",
-        values=peak.values[:n_tokens].T.numpy(),
+        values=values.numpy(),
         axes=("feature", "rank"),
         unit="activation",
         labels=labels,

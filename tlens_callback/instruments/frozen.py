@@ -80,11 +80,16 @@ class FrozenWeights:
     ) -> Iterator[Reading]:
         """Two counts, and the names of the first that changed."""
         weights = shadow.mirror.weights()
-        frozen = [i for i, weight in enumerate(weights) if not weight.live.requires_grad]
+        # Adapters part what is tied in the model itself; there it is one parameter.
+        first_at: dict[int, int] = {}
+        for i, weight in enumerate(weights):
+            first_at.setdefault(id(weight.live), i)
+        frozen = [i for i in first_at.values() if not weights[i].live.requires_grad]
         changed = []
         if frozen:
-            sums = torch.stack([checksum(weights[i].live.detach()) for i in frozen])
-            for i, now in zip(frozen, sums.to(shadow.device), strict=True):
+            here = shadow.device  # The live model may be spread over several.
+            sums = torch.stack([checksum(weights[i].live.detach()).to(here) for i in frozen])
+            for i, now in zip(frozen, sums, strict=True):
                 self.memory.setdefault(weights[i].name, now)
             first = torch.stack([self.memory[weights[i].name] for i in frozen])
             differ = (sums.to(first.device) != first).any(1).tolist()

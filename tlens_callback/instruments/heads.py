@@ -11,6 +11,7 @@ from torch import Tensor
 from tlens_callback.instruments.selection import (
     attention_layers,
     block_rows,
+    demand_blocks,
     layer_labels,
     pattern_hook,
 )
@@ -93,13 +94,7 @@ class HeadScores:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """One reduction a layer: [sequence, head, measure], the lags' means behind the measures."""
-        blocks = block_rows(batch)
-        if not blocks:
-            raise ValueError(
-                f"{type(self).__name__} needs repeated random blocks and there are none among the "
-                f"probes. Add some of several lengths, such as Probe.repeated('repeat-8', block=8, "
-                f"times=6) and Probe.repeated('repeat-24', block=24)."
-            )
+        blocks = demand_blocks(batch, type(self).__name__)
         device = batch.tokens.device
         rows = [row for block in blocks.values() for row in block]
         row = torch.tensor(rows, device=device)

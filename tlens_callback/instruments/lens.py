@@ -8,7 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.selection import picked, plain_rows, rows_named
+from tlens_callback.instruments.selection import (
+    chosen_rows,
+    picked,
+)
 from tlens_callback.instruments.unembed import (
     CHUNK,
     demand_equal,
@@ -19,9 +22,7 @@ from tlens_callback.instruments.unembed import (
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
-
-FINAL = "last_logits"
+from tlens_callback.shadow import LAST_LOGITS, Shadow
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class LogitLens:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """The layers' residual streams are kept until the model's output is there to compare."""
-        rows = self._rows(batch)
+        rows = chosen_rows(batch, self.probes)
         if not rows:
             return {}
         if self.k > shadow.vocab_size:
@@ -137,21 +138,22 @@ class LogitLens:
             everywhere.clear()
             return *taken, *(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
 
-        return {f"blocks.{i}.hook_resid_post": keep for i in range(shadow.n_layers)} | {FINAL: read}
+        layers = range(shadow.n_layers)
+        return {f"blocks.{i}.hook_resid_post": keep for i in layers} | {LAST_LOGITS: read}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Per probe, one reading of each kind."""
-        rows = self._rows(batch)
+        rows = chosen_rows(batch, self.probes)
         if not rows:
             return
-        off, token, top, numbers, *everywhere = taken[FINAL]
+        off, token, top, numbers, *everywhere = taken[LAST_LOGITS]
         demand_equal(off, shadow, type(self).__name__)
         lengths = [batch.lengths[row] for row in rows]
         by_pos = zip(*(part.split(lengths, dim=1) for part in everywhere), strict=True)
         for at, row in enumerate(rows):
-            yield from self._probe(token[:, at], top[:, at], numbers[:, at], shadow, batch, row)
+            yield from self._probe(token[:, at], top[:, at], numbers[:, at], batch, row)
             if self.every_token:
                 best, p_best, more = next(by_pos)
                 yield from self._by_pos(best, p_best, more, batch, row)
@@ -161,19 +163,17 @@ class LogitLens:
         token: Int[Tensor, "layer rank"],
         top: Float[Tensor, "layer rank"],
         numbers: Float[Tensor, "layer measure"],
-        shadow: Shadow,
         batch: ProbeBatch,
         row: int,
     ) -> Iterator[Reading]:
         """What is read at the last token of the probe in one row of the batch."""
         rank, probability, ahead, kl, entropy = numbers.T.numpy()
-        widest = (0.0, float(np.log(shadow.vocab_size)))
         axes, ranked = ("layer",), ("layer", "rank")
         made = [
             ("token", token.numpy(), ranked, "index", None),
             ("top", top.numpy(), ranked, "probability", (0.0, 1.0)),
             ("kl", kl, axes, "nats", None),
-            ("entropy", entropy, axes, "nats", widest),
+            ("entropy", entropy, axes, "nats", _widest(batch)),
         ]
         if batch.targets[row] is not None:
             below = np.flatnonzero(rank > 0)
@@ -181,7 +181,7 @@ class LogitLens:
             made += [
                 ("rank", rank, axes, "rank", None),
                 ("probability", probability, axes, "probability", (0.0, 1.0)),
-                ("first_layer", first, (), "index", (0.0, float(shadow.n_layers))),
+                ("first_layer", first, (), "index", (0.0, float(len(rank)))),
             ]
         if batch.foils[row] is not None:
             made.append(("logit_diff", ahead, axes, "logit", None))
@@ -202,7 +202,7 @@ class LogitLens:
             ("token_by_pos", token[..., 0].numpy(), axes, "index", None),
             ("top_by_pos", top[..., 0].numpy(), axes, "probability", (0.0, 1.0)),
             ("kl_by_pos", kl, axes, "nats", None),
-            ("entropy_by_pos", entropy, axes, "nats", (0.0, float(np.log(batch.vocab_size)))),
+            ("entropy_by_pos", entropy, axes, "nats", _widest(batch)),
         ]
         yield from self._readings(made, batch, row)
 
@@ -219,8 +219,10 @@ class LogitLens:
                 texts=token_texts(values, batch) if named else None,
             )
 
-    def _rows(self, batch: ProbeBatch) -> list[int]:
-        return plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
+
+def _widest(batch: ProbeBatch) -> tuple[float, float]:
+    """What an entropy over the vocabulary can be."""
+    return 0.0, float(np.log(batch.vocab_size))
 
 
 def _lens(

@@ -9,7 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlens_callback.instruments.selection import block_rows, picked, plain_rows, rows_named
+from tlens_callback.instruments.first import first_seen
+from tlens_callback.instruments.selection import (
+    block_rows,
+    chosen_rows,
+    demand_blocks,
+    picked,
+)
 from tlens_callback.instruments.unembed import CHUNK, demand_equal, gap, unembed
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
@@ -73,9 +79,8 @@ class TokenLoss:
         each = losses.split([batch.lengths[row] - 1 for row in rows])
         for row, loss in zip(rows, each, strict=True):
             probe = batch.probes[row].name
-            if probe not in self.memory:
-                self.memory[probe] = loss.to(shadow.device, copy=True)
-            for measure, values in (("loss", loss), ("change", loss - self.memory[probe].cpu())):
+            change = loss - first_seen(self.memory, probe, loss)
+            for measure, values in (("loss", loss), ("change", change)):
                 yield Reading(
                     key=f"{self.name}/{measure}/{probe}",
                     values=values.numpy(),
@@ -86,7 +91,7 @@ class TokenLoss:
             yield Reading(key=f"{self.name}/mean/{probe}", values=loss.mean().numpy(), unit="nats")
 
     def _rows(self, batch: ProbeBatch) -> list[int]:
-        rows = plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
+        rows = chosen_rows(batch, self.probes)
         return [row for row in rows if batch.lengths[row] > 1]
 
 
@@ -136,13 +141,7 @@ class RepeatLoss:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """One reduction of the last layer: both blocks' losses of one sequence after the other."""
-        blocks = block_rows(batch)
-        if not blocks:
-            raise ValueError(
-                f"{type(self).__name__} needs repeated random blocks and there are none among the "
-                f"probes. Add some of several lengths, such as Probe.repeated('repeat-8', block=8, "
-                f"times=6) and Probe.repeated('repeat-24', block=24)."
-            )
+        blocks = demand_blocks(batch, type(self).__name__)
         spans = [
             (row, start + 1, start + block)
             for block, rows in blocks.items()

@@ -10,12 +10,12 @@ from torch import Tensor
 from tlens_callback.instruments.direct import before_norm, has_direct_path, towards
 from tlens_callback.instruments.experts import expert_taps, routed_hook, router_hook
 from tlens_callback.instruments.selection import (
+    chosen_rows,
     layer_labels,
+    mlp_norm_hook,
     neuron_hook,
     neuron_layers,
     picked,
-    plain_rows,
-    rows_named,
 )
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
@@ -92,7 +92,7 @@ class TopNeurons:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """The neurons or the router of each layer, and the norm scales of the direct path."""
-        rows = self._rows(batch)
+        rows = chosen_rows(batch, self.probes)
         if not rows:
             return {}
         row = torch.tensor(rows, device=batch.tokens.device)
@@ -110,9 +110,9 @@ class TopNeurons:
                     f"TopNeurons(k={self.k}): layer {i} has {mlp.W_out.shape[0]} neurons."
                 )
             through = worth
-            if worth is not None and _post_norm(i) in shadow.hooks:
+            if worth is not None and mlp_norm_hook(i) in shadow.hooks:
                 through = before_norm(shadow.bridge.blocks[i].ln2_post, worth)
-                taps[_post_norm(i)] = at_last
+                taps[mlp_norm_hook(i)] = at_last
             taps[neuron_hook(i)] = _top(self.k, row, last, counted, mlp.W_out, through)
         if worth is not None and taps:
             taps[FINAL] = at_last
@@ -122,7 +122,7 @@ class TopNeurons:
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Per probe, one reading of each kind."""
-        rows = self._rows(batch)
+        rows = chosen_rows(batch, self.probes)
         neurons, experts = neuron_layers(shadow), _expert_layers(shadow)
         for at, row in enumerate(rows):
             if neurons:
@@ -182,7 +182,9 @@ class TopNeurons:
         if not write or batch.targets[row] is None:
             return
         none = torch.ones(len(batch.probes))
-        scales = torch.stack([torch.as_tensor(taken.get(_post_norm(i), none))[at] for i in layers])
+        scales = torch.stack(
+            [torch.as_tensor(taken.get(mlp_norm_hook(i), none))[at] for i in layers]
+        )
         yield Reading(
             key=f"{self.name}/write/{probe}",
             values=(write[0][:, at] / scales[:, None] / taken[FINAL][at]).numpy(),
@@ -190,9 +192,6 @@ class TopNeurons:
             unit="logit",
             labels=labels,
         )
-
-    def _rows(self, batch: ProbeBatch) -> list[int]:
-        return plain_rows(batch) if self.probes is None else rows_named(batch, self.probes)
 
     def _counted(self, batch: ProbeBatch, row: Int[Tensor, " row"]) -> Bool[Tensor, "row pos"]:
         counted = batch.mask[row].clone()
@@ -221,10 +220,10 @@ def _top(
     """The k neurons of each row, what they fire, and write before the norms divide."""
 
     def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, ...]:
-        a = post[row].float()
+        a = post[row]
         peak = a.abs().masked_fill(~counted[:, :, None], -1).amax(1)
         index = peak.topk(k, dim=1).indices  # [row, rank]
-        fired = a.gather(2, index[:, None].expand(-1, a.shape[1], -1)).transpose(1, 2)
+        fired = a.gather(2, index[:, None].expand(-1, a.shape[1], -1)).transpose(1, 2).float()
         if worth is None:
             return index, fired
         at_last = fired[torch.arange(len(last), device=last.device), :, last]
@@ -232,10 +231,6 @@ def _top(
         return index, fired, at_last * (w_out[index].float() * worth[:, None]).sum(2)
 
     return top
-
-
-def _post_norm(layer: int) -> str:
-    return f"blocks.{layer}.ln2_post.hook_scale"
 
 
 def _expert_layers(shadow: Shadow) -> list[int]:

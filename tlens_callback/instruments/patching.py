@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tlens_callback.instruments.selection import layer_labels, picked, rows_named
 from tlens_callback.interfaces import Reduce, Taken
-from tlens_callback.intervene import Variants, captured, effects
+from tlens_callback.intervene import Variants, captured, demand_heads, effects
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
@@ -53,7 +53,8 @@ class ActivationPatching:
         corrupt: name of another probe, or a `Probe` that no other instrument is shown. As many
             tokens as the clean one.
         parts: what to replace.
-        rows: patched runs computed side by side in one batch.
+        rows: patched runs computed side by side in one batch; fewer of prompts so long that the
+            batch would have more than 2048 tokens.
         every: ask at every so manieth observation.
 
     Keys:
@@ -81,10 +82,10 @@ class ActivationPatching:
         metric, and what to patch).
 
     Raises:
-        ValueError: no or unknown parts, rows < 1, every < 1, clean and corrupt the same; from
-            `taps`, a probe that is not there, no target or no foil, prompts of different
-            lengths or of the same tokens; from the first `read`, D(clean) = D(corrupt) to
-            rounding.
+        ValueError: no, unknown or repeated parts, rows < 1, every < 1; from `taps`, a part that
+            no layer has, a probe that is not there, no target or no foil, prompts of different
+            lengths or of the same tokens; from `read`, for heads, a model whose hook_z is not cut
+            into heads; from the first `read`, D(clean) = D(corrupt) to rounding.
     """
 
     clean: str
@@ -110,8 +111,14 @@ class ActivationPatching:
         object.__setattr__(self, "parts", parts)
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """Nothing of the shared pass; the pair is checked."""
+        """Nothing of the shared pass; the pair and the parts are checked."""
         self._pair(batch)
+        for part, by_layer in self._hooks(shadow).items():
+            if not by_layer:
+                raise ValueError(
+                    f"ActivationPatching: no layer of this model has the hook point "
+                    f"{HOOKS[part].format('{layer}')!r}. Leave {part!r} out of parts."
+                )
         return {}
 
     def read(
@@ -119,21 +126,17 @@ class ActivationPatching:
     ) -> Iterator[Reading]:
         """A matrix of each part, and the two logit differences that they lie between."""
         pair = self._pair(batch)
-        hooks = {
-            part: {i: HOOKS[part].format(i) for i in range(shadow.n_layers)} for part in self.parts
-        }
-        hooks = {
-            part: {i: hook for i, hook in by_layer.items() if hook in shadow.hooks}
-            for part, by_layer in hooks.items()
-        }
+        hooks = self._hooks(shadow)
         names = [hook for by_layer in hooks.values() for hook in by_layer.values()]
         last = torch.tensor([len(pair.clean) - 1], device=pair.clean.device)
         logits, source = captured(shadow, pair.clean, names, last)
-        heads = torch.arange(shadow.n_heads, device=last.device)
+        for hook in hooks.get("head", {}).values():
+            demand_heads(source[hook], shadow, type(self).__name__)
+        heads, positions = torch.arange(shadow.n_heads, device=last.device), pair.positions
         patches = [
             Variants(i, hook, heads, partial(_put_heads, source[hook]))
             if part == "head"
-            else Variants(i, hook, pair.positions, partial(_put_positions, source[hook]))
+            else Variants(i, hook, positions, partial(_put_positions, source[hook]))
             for part, by_layer in hooks.items()
             for i, hook in by_layer.items()
         ]
@@ -175,6 +178,17 @@ class ActivationPatching:
             yield Reading(
                 key=f"{self.name}/{measure}/{self.clean}", values=np.asarray(value), unit="logit"
             )
+
+    def _hooks(self, shadow: Shadow) -> dict[str, dict[int, str]]:
+        """Part -> layer -> hook point, of the layers that have it."""
+        return {
+            part: {
+                i: HOOKS[part].format(i)
+                for i in range(shadow.n_layers)
+                if HOOKS[part].format(i) in shadow.hooks
+            }
+            for part in self.parts
+        }
 
     def _pair(self, batch: ProbeBatch) -> "_Pair":
         beside = batch.beside([self.corrupt]) if isinstance(self.corrupt, Probe) else batch

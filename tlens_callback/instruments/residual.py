@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.selection import plain_rows
+from tlens_callback.instruments.first import first_seen
+from tlens_callback.instruments.selection import after_first, plain_rows
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -48,12 +49,10 @@ class ResidualNorms:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """One reduction a layer: the three quartiles."""
-        places = [(row, pos) for row in plain_rows(batch) for pos in range(1, batch.lengths[row])]
-        if not places:
+        row, pos = after_first(batch, plain_rows(batch))
+        if len(row) == 0:
             return {}
-        device = batch.tokens.device
-        row, pos = torch.tensor(places, device=device).unbind(1)
-        at = torch.tensor([0.25, 0.5, 0.75], device=device)
+        at = torch.tensor([0.25, 0.5, 0.75], device=row.device)
 
         def quartiles(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, "3"]:
             norms = torch.linalg.vector_norm(resid[row, pos].float(), dim=1)
@@ -68,12 +67,10 @@ class ResidualNorms:
         if not taken:
             return
         lower, median, upper = torch.stack(list(taken.values())).unbind(1)  # type: ignore[arg-type]
-        if "median" not in self.memory:
-            self.memory["median"] = median.to(shadow.device, copy=True)
         for measure, values, unit in (
             ("median", median, "activation"),
             ("spread", upper - lower, "activation"),
-            ("ratio", median / self.memory["median"].cpu(), "ratio"),
+            ("ratio", median / first_seen(self.memory, "median", median), "ratio"),
         ):
             yield Reading(
                 key=f"{self.name}/{measure}", values=values.numpy(), axes=("layer",), unit=unit

@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import Shadow
 
@@ -37,6 +41,15 @@ def rows_named(batch: ProbeBatch, names: Iterable[str]) -> list[int]:
     return [row[name] for name in names]
 
 
+def chosen_rows(batch: ProbeBatch, names: Iterable[str] | None) -> list[int]:
+    """The rows of the probes of these names; with None, those that are no repeated blocks.
+
+    Raises:
+        ValueError: for a name that no probe has.
+    """
+    return plain_rows(batch) if names is None else rows_named(batch, names)
+
+
 def plain_rows(batch: ProbeBatch) -> list[int]:
     """The rows that are no repeated blocks."""
     return [i for i, probe in enumerate(batch.probes) if probe.block is None]
@@ -49,6 +62,31 @@ def block_rows(batch: ProbeBatch) -> dict[int, list[int]]:
         if probe.block is not None:
             rows.setdefault(probe.block, []).append(i)
     return dict(sorted(rows.items()))
+
+
+def demand_blocks(batch: ProbeBatch, name: str) -> dict[int, list[int]]:
+    """`block_rows`, of which there have to be some.
+
+    Raises:
+        ValueError: without any; `name` is the instrument that wants them.
+    """
+    blocks = block_rows(batch)
+    if not blocks:
+        raise ValueError(
+            f"{name} needs repeated random blocks and there are none among the probes. Add some "
+            f"of several lengths, such as Probe.repeated('repeat-8', block=8, times=6) and "
+            f"Probe.repeated('repeat-24', block=24)."
+        )
+    return blocks
+
+
+def after_first(
+    batch: ProbeBatch, rows: Sequence[int]
+) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
+    """Row and position of every token of these rows but the first of each, row by row."""
+    row = torch.tensor(rows, dtype=torch.long, device=batch.tokens.device)
+    at, pos = batch.mask[row, 1:].nonzero(as_tuple=True)
+    return row[at], pos + 1
 
 
 def attention_layers(shadow: Shadow, name: str) -> list[int]:
@@ -68,6 +106,16 @@ def attention_layers(shadow: Shadow, name: str) -> list[int]:
 def pattern_hook(layer: int) -> str:
     """[probe, head, query, key]"""
     return f"blocks.{layer}.attn.hook_pattern"
+
+
+def z_hook(layer: int) -> str:
+    """[probe, pos, head, d_head], what each head hands to its output matrix"""
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def mlp_norm_hook(layer: int) -> str:
+    """[probe, pos, 1], scale of the norm behind the MLP, in families that have one"""
+    return f"blocks.{layer}.ln2_post.hook_scale"
 
 
 def neuron_layers(shadow: Shadow) -> list[int]:

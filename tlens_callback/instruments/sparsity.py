@@ -22,11 +22,13 @@ class UpdateSparsity:
 
     share = #{i : |w_i - w_i(first observation)| < tolerance} / #{i}, in float32, of the effective
     weights: under an adapter those with the adapter merged in. all is the same share over all
-    entries of all those weights. Both are 1 at the first observation. In bfloat16 a step smaller
-    than half the distance of neighbouring numbers (0.4 % of the weight) moves nothing.
+    entries of all those weights. Both are 1 at the first observation. The weights are the
+    shadow's, in its precision: in bfloat16 a step smaller than half the distance of neighbouring
+    numbers (0.4 % of the weight) moves nothing, one of an adapter in float32 no more than others.
 
     Weights that training cannot change, frozen and without a trained adapter, are left out: they
-    would only dilute the share. A tied weight counts once.
+    would only dilute the share. Under another tuner than plain LoRA a layer's bias is taken to
+    change with its weight. A tied weight counts once.
 
     By default of each weight a sample of entries is followed, the same at every observation,
     drawn evenly and with replacement: the standard error of a share p is
@@ -111,8 +113,7 @@ class UpdateSparsity:
         if first.shape != now.shape:
             raise ValueError(_other_model(weight.name))
         # In pieces, so that the differences take little memory beside the weight.
-        size = max(1, 2**24 // max(1, now[0].numel()))
-        pieces = zip(now.split(size), first.split(size), strict=True)
+        pieces = zip(now.flatten().split(2**24), first.flatten().split(2**24), strict=True)
         still = [((a.float() - b.float()).abs() < self.tolerance).sum() for a, b in pieces]
         return torch.stack(still).sum() / now.numel()
 

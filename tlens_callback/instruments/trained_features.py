@@ -30,9 +30,9 @@ class TrainedFeatures:
     Each time, the activations at the hook point of the probes that are no repeated blocks and of
     the next `rows` rows of the training data, without the first token of each and without massive
     activations (of a norm above 10 times the median norm), go to the end of a buffer of the last
-    `buffer` of them; then the autoencoder takes `steps` steps on tokens drawn
-    from it. How, and what the loss is: with x = scale * activation, scale such that the mean norm
-    of x - mean of x is sqrt(d_in) over the first observation's activations,
+    `buffer` of them; then the autoencoder takes `steps` steps on tokens drawn from it.
+    How, and what the loss is: with x = scale * activation, scale such that the mean norm of x -
+    mean of x is sqrt(d_in) over the first observation's activations,
 
         f = relu((x - b_dec) W_enc + b_enc), x' = f W_dec + b_dec,
         loss = (|x - x'|^2 + l1 sqrt(d_in) sum_n f_n) / d_in, mean over `batch` tokens,
@@ -43,14 +43,16 @@ class TrainedFeatures:
     badly: drawn with probability in proportion to |x - x'|^4, decoder row (x - b_dec) at norm 1,
     encoder column 0.2 times the living ones' mean norm. The model's own gradients and the global
     random state are not touched. A resumed run goes on with the autoencoder, the optimizer's
-    moments and the buffer.
+    moments and the buffer; but it observes its checkpoint once more, which is `steps` steps more,
+    and reads the training data from the beginning.
 
     Measured after the steps, on the probes, which are in the buffer and so not held out: frequency,
     mean, activation, top, l0, fvu, massive, loss_clean, loss_zero, loss_sae and recovered, which
     are those of `SparseFeatures`. Besides:
 
     - fvu_before: before the steps, on the new rows of training data, which the autoencoder has not
-      seen; on the probes where there are none. At the first observation that of the random start.
+      seen unless they have begun again; on the probes where there are none. At the first
+      observation that of the random start.
     - dead: share of features that fired on none of the tokens of this observation's steps.
     - resampled: number of features pointed elsewhere before the steps.
     - cosine: of a feature's decoder row with its row after the first observation's steps; a
@@ -103,7 +105,8 @@ class TrainedFeatures:
 
     Raises:
         ValueError: settings outside their range; at `taps`, a hook point the model does not
-            have, or too few tokens among the probes.
+            have, or too few tokens among the probes; at `read`, first activations that are all
+            one.
     """
 
     hook: str
@@ -152,9 +155,6 @@ class TrainedFeatures:
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Its own forward passes and steps, and the readings."""
-        yield from list(self._read(shadow, batch))
-
-    def _read(self, shadow: Shadow, batch: ProbeBatch) -> Iterator[Reading]:
         rows, tokens, counted = text_rows(batch, type(self).__name__)
         training, state = self._training(), self.memory
         on_probes = activations(shadow, self.hook, tokens, counted)

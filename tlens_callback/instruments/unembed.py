@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlens_callback.instruments.direct import soft_cap, text_config
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import Shadow
 
@@ -27,8 +28,7 @@ def unembed(
     soft cap (Gemma 2). Norm and head compute in the precision of `resid`: give it the residual
     stream's own, as the model does. No hook point fires.
     """
-    model: Any = shadow.bridge.original_model
-    config = model.config.get_text_config()
+    config, cap = text_config(shadow), soft_cap(shadow)
     norm, project = _before_head(shadow)
     with torch.autocast(shadow.device.type, enabled=False):
         hidden = resid if norm is None else norm(resid)
@@ -37,7 +37,6 @@ def unembed(
         logits = head.original_component(hidden).float()
     logits = logits * (getattr(config, "logit_scale", None) or 1)
     logits = logits / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -51,17 +50,17 @@ def gap(
     return (made - logits).abs().amax() / largest
 
 
-def demand_equal(gap: Tensor, shadow: Shadow, name: str) -> None:
+def demand_equal(off: Tensor, shadow: Shadow, name: str) -> None:
     """Refuses a family whose output is made in another way than `unembed` knows.
 
     Raises:
-        ValueError: where `gap` is more than rounding; `name` is the instrument that wants it. Not
-            where it is NaN: then the model's own output is.
+        ValueError: where `off`, a `gap`, is more than rounding; `name` is the instrument that
+            wants it. Not where it is NaN: then the model's own output is.
     """
     allowed = 1e-3 if shadow.dtype.itemsize >= 4 else 2e-2
-    if float(gap) > allowed:
+    if float(off) > allowed:
         raise ValueError(
-            f"{name}: norm and unembedding of the last layer are {float(gap):.1e} of the largest "
+            f"{name}: norm and unembedding of the last layer are {float(off):.1e} of the largest "
             f"logit away from this {type(shadow.bridge.original_model).__name__}'s output, and "
             f"rounding allows {allowed:.0e}. This family computes its logits in a way that the "
             f"lens does not know; leave the instrument out."
@@ -80,7 +79,7 @@ def _before_head(shadow: Shadow) -> tuple[Any, Any]:
 
     Not the bridge's own norm: that one's hook points would fire, and others listen there.
     """
-    if "ln_final.hook_scale" in shadow.hooks:
+    if "ln_final.hook_out" in shadow.hooks:
         norm: Any = shadow.bridge.ln_final
         return norm.original_component, None
     # OPT with word_embed_proj_dim has a projection, which the bridge leaves inside the model

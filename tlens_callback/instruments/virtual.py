@@ -8,7 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from tlens_callback.instruments.selection import attention_layers, block_rows, pattern_hook
+from tlens_callback.instruments.selection import (
+    attention_layers,
+    block_rows,
+    demand_blocks,
+    pattern_hook,
+)
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -53,7 +58,8 @@ class VirtualHeads:
     Keys:
         virtual_heads/lag_pair: [rank], index, 0..heads^2-1; later * heads + earlier, a head being
             counted as layer * n_heads + head and heads = layers * n_heads; its texts are names
-            such as L1H2*L0H3, later head first
+            such as L1H2*L0H3, later head first, and tell the pair where there are more than 4096
+            heads, whose pairs float32 does not number
         virtual_heads/lag: [rank], tokens, 0..(T-1)//2
         virtual_heads/lag_mass: [rank], probability, 0..1
         virtual_heads/lag_gain: [rank], probability, -1..1
@@ -97,13 +103,7 @@ class VirtualHeads:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """One reduction a layer, empty until the last one composes what all have put aside."""
-        blocks = block_rows(batch)
-        if not blocks:
-            raise ValueError(
-                f"{type(self).__name__} needs repeated random blocks and there are none among the "
-                f"probes. Add some of several lengths, such as Probe.repeated('repeat-8', block=8, "
-                f"times=6) and Probe.repeated('repeat-24', block=24)."
-            )
+        blocks = demand_blocks(batch, type(self).__name__)
         layers = self._layers(shadow)
         device = batch.tokens.device
         lengths = _lengths(batch)

@@ -169,4 +169,5 @@ def fvu(x: Float[Tensor, "token d_in"], rebuilt: Float[Tensor, "token d_in"]) ->
     """
     x = x.double()
     missed = (x - rebuilt.double()).square().sum()
-    return float(missed / (x - x.mean(0)).square().sum())
+    variance = (x - x.mean(0)).square().sum()
+    return float(missed / variance) if variance > 0 else float("nan")

@@ -25,12 +25,11 @@ _NORMALIZE: dict[Any, Normalize] = {
     "layer_norm": "layer_norm",
 }
 
-_SPARSIFY_FIELDS = {
-    # What is known not to change what the autoencoder computes once it is trained; those that do
-    # are read, or refused, by name.
-    *("activation", "d_in", "expansion_factor", "normalize_decoder", "num_latents", "k"),
-    *("multi_topk", "signed", "transcode", "skip_connection"),
-}
+_SPARSIFY_FIELDS = frozenset(
+    "activation d_in expansion_factor k multi_topk normalize_decoder num_latents signed "
+    "skip_connection transcode".split()
+)
+"""Those that are read, or refused by name, and those that matter only while it is trained."""
 
 
 def load_sae(
@@ -54,7 +53,11 @@ def load_sae(
         scale: the factor on activations where the configuration has `normalize_activations:
             expected_average_only_in`, whose factor is in no file.
         centred: see `Autoencoder`. Default: the configuration's
-            `model_from_pretrained_kwargs.center_writing_weights`, False where there is none.
+            `model_from_pretrained_kwargs.center_writing_weights`, False where there is none, and
+            where the hook point is none of a write to the residual stream, whose mean no centring
+            takes out. Of some releases SAELens keeps this in its own list and not in their files:
+            gpt2-small-res-jb needs True. TransformerLens centres no model with RMSNorm, whatever
+            the configuration says: there it is False.
 
     Raises:
         ValueError: a directory of another layout, or a configuration or tensors that are not
@@ -85,7 +88,8 @@ def _saelens(
     scale: float | None,
     centred: bool | None,
 ) -> Autoencoder:
-    said: dict[str, Any] = {**config, **(config.get("metadata") or {})}
+    # Version 6 was released with "metadata"; before that it was "meta".
+    said = {**config, **(config.get("meta") or {}), **(config.get("metadata") or {})}
     architecture = said.get("architecture") or "standard"
     activation = said.get("activation_fn_str") or said.get("activation_fn") or "relu"
     kwargs = said.get("activation_fn_kwargs") or {}
@@ -123,8 +127,8 @@ def _saelens(
     for name, dim in (("d_in", 0), ("d_sae", 1)):
         if said.get(name) not in (None, tensors["W_enc"].shape[dim]):
             raise _unknown(path, f"{name} {said[name]}", f"W_enc's {tensors['W_enc'].shape[dim]}")
-    if said.get("rescale_acts_by_decoder_norm"):
-        # Top-k then chooses by what a feature writes, not by what it reads: the same as a decoder
+    if architecture == "topk" and said.get("rescale_acts_by_decoder_norm"):
+        # It then chooses by what a feature writes, not by what it reads: the same as a decoder
         # with rows of norm 1.
         norm = tensors["W_dec"].norm(dim=1)
         tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm, tensors["b_enc"] * norm
@@ -147,12 +151,13 @@ def _saelens(
         )
     if normalize not in _NORMALIZE:
         raise _unknown(path, f"normalize_activations {normalize!r}", f"one of {list(_NORMALIZE)}")
-    if centred is None:
-        made = said.get("model_from_pretrained_kwargs") or {}
-        centred = bool(made.get("center_writing_weights"))
     hook = said.get("hook_name") or said.get("hook_point")
     if hook is not None:
         hook = hook.replace("{layer}", str(said.get("hook_layer", said.get("hook_point_layer"))))
+    if centred is None:
+        made = said.get("model_from_pretrained_kwargs") or {}
+        writes = hook is None or "resid" in hook or hook.endswith(("_out", "_embed"))
+        centred = writes and bool(made.get("center_writing_weights"))
     return Autoencoder(
         W_enc=tensors["W_enc"],
         b_enc=tensors["b_gate" if architecture == "gated" else "b_enc"],

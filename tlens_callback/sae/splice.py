@@ -41,7 +41,7 @@ def activations(
     with torch.no_grad(), edited(shadow, {hook: keep}):
         shadow.logits(tokens, torch.zeros(1, dtype=torch.long, device=tokens.device))
     if not kept:
-        raise ValueError(f"The forward pass never reached the hook point {hook!r}.")
+        raise _unreached(hook)
     return kept[0]
 
 
@@ -134,10 +134,13 @@ def splice(
     activations stay what they are.
 
     Raises:
-        ValueError: where activations and autoencoder are not of one width.
+        ValueError: where activations and autoencoder are not of one width, or the hook point is
+            not reached.
     """
     kept: list[Tensor] = []
     loss = {"clean": loss_with(shadow, hook, tokens, counted, lambda x: kept.append(x))}
+    if not kept:
+        raise _unreached(hook)
     x = torch.cat(kept)
     if x.shape[1] != sae.d_in:
         raise ValueError(
@@ -161,14 +164,18 @@ def splice(
 
 
 def ordinary(x: Float[Tensor, "token d_in"]) -> Bool[Tensor, " token"]:
-    """Which activations are not massive: of norm up to 10 times the median norm.
+    """Which activations are not massive: of finite norm, up to 10 times the median norm.
 
     Some tokens, a delimiter at the start of a text say, serve as a place to attend to when there
     is nothing to attend to, and have norms a hundred times the others' (Sun et al. 2024). A single
     one outweighs all else in a sum of squares.
     """
     norm = x.norm(dim=1)
-    return norm <= 10 * norm.median()
+    return (norm <= 10 * norm.median()) & norm.isfinite()
+
+
+def _unreached(hook: str) -> ValueError:
+    return ValueError(f"The forward pass never reached the hook point {hook!r}.")
 
 
 def _flat(hook: str, value: Tensor, tokens: Tensor) -> Tensor:

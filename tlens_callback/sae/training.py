@@ -39,7 +39,6 @@ class Training:
         lr: the learning rate.
         batch: tokens a step, drawn from the buffer with replacement.
         seed: of the first decoder, of the draws and of the resampling.
-        project: False leaves the parallel part in; to see what it does.
 
     Raises:
         ValueError: for settings outside their range.
@@ -49,7 +48,6 @@ class Training:
     lr: float = 1e-3
     batch: int = 256
     seed: int = 0
-    project: bool = True
 
     def __post_init__(self) -> None:
         if self.l1 < 0 or not self.lr > 0 or self.batch < 1:
@@ -60,10 +58,20 @@ class Training:
 
     def begin(self, a: Float[Tensor, "token d_in"], n_features: int) -> State:
         """Random decoder rows of norm 1, the encoder their transpose, b_dec the mean of x; `scale`
-        so that the mean norm of x - mean of x is sqrt(d_in) over these tokens; it stays."""
+        so that the mean norm of x - mean of x is sqrt(d_in) over these tokens; it stays.
+
+        Raises:
+            ValueError: where the activations have no finite spread.
+        """
         d_in = a.shape[1]
         a = a.float()
-        scale = math.sqrt(d_in) / (a - a.mean(0)).norm(dim=1).mean().clamp(min=1e-30)
+        spread = (a - a.mean(0)).norm(dim=1).mean()
+        if not 0 < float(spread) < math.inf:
+            raise ValueError(
+                f"An autoencoder needs activations that differ to begin with; these {len(a)} are "
+                f"at distance {float(spread)} from their mean. Give more probes, or training rows."
+            )
+        scale = math.sqrt(d_in) / spread
         draw = torch.randn(n_features, d_in, generator=self._generator(0)).to(a.device)
         decoder = draw / draw.norm(dim=1, keepdim=True)
         parameters = {
@@ -93,7 +101,7 @@ class Training:
         fired = torch.zeros_like(state["fired"])
         for index in draw:
             fired |= self._step(state, a[index].float() * state["scale"])
-        state["fired"].copy_(fired if n else state["fired"])
+        state["fired"] = fired
 
     def _step(self, state: State, x: Float[Tensor, "token d_in"]) -> Tensor:
         with torch.enable_grad():
@@ -105,8 +113,7 @@ class Training:
             found = torch.autograd.grad(loss, list(leaves.values()))
         grads = dict(zip(leaves, found, strict=True))
         with torch.no_grad():
-            if self.project:
-                grads["W_dec"] = without_parallel(grads["W_dec"], state["W_dec"])
+            grads["W_dec"] = without_parallel(grads["W_dec"], state["W_dec"])
             state["steps"] += 1
             self._adam(state, grads)
             state["W_dec"] /= state["W_dec"].norm(dim=1, keepdim=True)

@@ -1,7 +1,6 @@
 """`LocalSink`: every reading in one directory, readable with pandas and safetensors."""
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tlens_callback.atomic import write_whole
 from tlens_callback.reading import Reading
 from tlens_callback.render.table import NAMES, long_frame
 from tlens_callback.sinks.store import (
@@ -84,7 +84,7 @@ class LocalSink:
             self._enter(step)
         elif step <= self._last:
             self._drop(step)
-        _replace(arrays_file(self.path, step), pack(readings, exact=self.exact))
+        write_whole(arrays_file(self.path, step), pack(readings, exact=self.exact))
         self._write_scores(readings, step)
         self._last = step
 
@@ -114,7 +114,7 @@ class LocalSink:
                 "python": platform.python_version(),
                 "packages": {name: _version(name) for name in _PACKAGES},
             }
-            _replace(self.path / MANIFEST, json.dumps(about, indent=1).encode())
+            write_whole(self.path / MANIFEST, json.dumps(about, indent=1).encode())
 
     def _newest(self) -> tuple[int, Path]:
         """Number and path of the last run that this directory or one beside it holds."""
@@ -151,9 +151,9 @@ class LocalSink:
             if not set(wanted) <= set(known):
                 table = pq.read_table(first)
                 columns = {name: table[name] for name in table.column_names}
-                _replace(first, _parquet(columns, [*known, *wanted]))
+                write_whole(first, _parquet(columns, [*known, *wanted]))
         columns = {str(name): _arrow(column) for name, column in frame.items()}
-        _replace(scores_file(self.path, step), _parquet(columns, wanted))
+        write_whole(scores_file(self.path, step), _parquet(columns, wanted))
 
 
 _NOT_AXES = {"step", *NAMES, "value", "text"}
@@ -194,17 +194,6 @@ def _schema(axes: tuple[str, ...]) -> pa.Schema:
     }
     empty = pd.DataFrame({name: pd.array([], dtype=type_) for name, type_ in types.items()})
     return pa.Schema.from_pandas(empty, preserve_index=False)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes the file whole or not at all. Readers of parquet folders skip names with a dot."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _version(package: str) -> str | None:

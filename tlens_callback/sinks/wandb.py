@@ -68,6 +68,7 @@ class WandbSink:
     keys. Readings of other axes fit no picture and are left to the local store.
 
     Args:
+        name: the first segment of its keys, in the place of "tlens".
         run: the run to log to. None: the one that is active at the first write (the trainer's,
             with `report_to="wandb"`), or else one that this sink starts, in the project
             WANDB_PROJECT or "tlens_callback". Only a run started here is finished here.
@@ -77,7 +78,7 @@ class WandbSink:
         ValueError: if `run` is no run.
     """
 
-    def __init__(self, run: Any = None) -> None:
+    def __init__(self, run: Any = None, *, name: str = "tlens") -> None:
         try:
             import wandb
         except ImportError as error:
@@ -85,6 +86,7 @@ class WandbSink:
         if run is not None and not callable(getattr(run, "define_metric", None)):
             raise ValueError(f"run is what wandb.init() returns, got {run!r}.")
         self._wandb: Any = wandb
+        self._name = name
         self._given = run
         self._run: Any = None
         self._started_here = False
@@ -132,7 +134,7 @@ class WandbSink:
         self._place = f"W&B run {run.name or run.id}: {run.url or Path(run.dir).parent}"
         try:
             run.define_metric(STEP)
-            run.define_metric("tlens/*", step_metric=STEP)
+            run.define_metric(f"{self._name}/*", step_metric=STEP)
         except self._wandb.errors.UsageError as error:
             raise RuntimeError(_finished(run)) from error
         return run
@@ -191,10 +193,12 @@ class WandbSink:
         return table
 
     def _key(self, key: str) -> str:
-        """The key under "tlens/", as W&B and a file system can take it."""
+        """The key under the sink's name, as W&B and a file system can take it."""
         if key not in self._keys:
             parts = [re.sub(r"[^\w +=-]", "_", part).encode()[:160] for part in key.split("/")]
-            safe = base = "tlens/" + "/".join(part.decode(errors="ignore") for part in parts)
+            safe = base = f"{self._name}/" + "/".join(
+                part.decode(errors="ignore") for part in parts
+            )
             number = 2
             while safe in self._keys.values():
                 safe, number = f"{base}_{number}", number + 1

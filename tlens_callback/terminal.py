@@ -1,5 +1,6 @@
 """What a run says on the terminal: when it begins, when something happens, when it ends."""
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,8 @@ def mismatch(model: nn.Module, fidelity: Fidelity, *, stale: bool = False) -> st
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Prints beside a progress bar without breaking it."""
+    """Prints beside a progress bar without breaking it; what the terminal has no letter for, as its
+    escape."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in lines:
-        tqdm.write(line)
+        tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
