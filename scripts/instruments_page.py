@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from tlens_callback import Watch, instruments
+from tlens_callback import Rule, Watch, instruments
 
 PAGE = Path(__file__).parents[1] / "docs" / "instruments.md"
 SECTIONS = ("Args", "Keys", "Reads", "Cost", "Source", "Raises")
@@ -24,7 +24,8 @@ Axis words are TransformerLens's. A key is `<instrument>/<measure>` or
 `<instrument>/<measure>/<probe>`; its first segment is the instrument's `name=`, so that two of a
 kind can work side by side. Instruments marked *fast* share one forward pass and are what
 `fast()` returns; the others are named in `instruments=[*fast(), ...]`, and those with `every=`
-are asked at every so manieth observation.
+are asked at every n-th observation. A cost is in numbers that leave the device at an
+observation, where it says no more.
 """
 
 
@@ -36,9 +37,12 @@ def page() -> str:
     classes.sort(key=lambda kind: (fast.index(kind) if kind in fast else len(fast), kind.__name__))
     parts = [INTRODUCTION]
     parts += [f"- [{kind.__name__}](#{kind.__name__.lower()}): {_first(kind)}" for kind in classes]
-    parts += [f"- [Watch](#watch): {_first(Watch)}", ""]
+    parts += [
+        f"- [{kind.__name__}](#{kind.__name__.lower()}): {_first(kind)}" for kind in (Watch, Rule)
+    ]
+    parts += [""]
     parts += [_entry(kind, "fast" if kind in fast else "by name") for kind in classes]
-    parts += [_entry(Watch, "on by default, `watch=`")]
+    parts += [_entry(Watch, "on by default, `watch=`"), _entry(Rule, "`Watch([Rule(...)])`")]
     return "\n".join(parts)
 
 

@@ -23,6 +23,9 @@ def main(folder: str, watched: str) -> None:
     if watched == "1" and rank == 0:
         found["worst"] = float(max(memory.curve("fidelity/max_abs_diff")[1]))
     (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(found))
+    # A process that ends with gloo's threads at work may be aborted.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

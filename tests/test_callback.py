@@ -17,6 +17,7 @@ from tlens_callback import (
     TargetScores,
     TLensCallback,
     Watch,
+    fast,
 )
 
 
@@ -117,7 +118,10 @@ BAD_SETTINGS = [
     (dict(instruments=[with_(every="3")]), "every of 'constant' is a whole number"),
     (dict(instruments=[with_(memory=None)]), "memory of 'constant' is a dict of tensors, got None"),
     (dict(name="a/b"), "name is made of letters"),
-    (dict(sinks=[object()]), "is no Sink"),
+    (dict(sinks=[object()]), "is not a Sink"),
+    (dict(instruments=[object()]), "is not an Instrument"),
+    (dict(instruments=[fast]), r"write \[\*fast"),
+    (dict(instruments=[fast()]), r"write \[\*fast"),
     (dict(sinks=MemorySink()), "sinks is a list"),
     (dict(instruments=HeadScores()), "instruments is a list"),
     (dict(device="nonsense"), "device is one that torch knows"),

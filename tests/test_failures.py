@@ -63,8 +63,9 @@ def test_on_error_raise_raises(tmp_path):
     callback = TLensCallback(
         [CAPITAL], instruments=[Constant(fail_at=3)], sinks=[], every_n_steps=1, on_error="raise"
     )
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RuntimeError, match="broken") as raised:
         trainer(tmp_path, callback).train()
+    assert raised.value.__notes__ == ["(raised by the instrument 'constant')"]
 
 
 def test_a_full_disk_sets_the_sink_aside_and_what_was_stored_stays(tmp_path, caplog):

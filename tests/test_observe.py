@@ -102,3 +102,13 @@ def test_an_optional_instrument_that_fits_nothing_is_left_out_and_another_raises
     assert "repeat_loss" not in {r.instrument for r in observe(shadow, batch, fast())}
     with pytest.raises(ValueError, match="needs repeated random blocks"):
         observe(shadow, batch, [RepeatLoss()])
+
+
+def test_a_key_that_is_another_instruments_is_refused(shadow):
+    class Other(Mean):
+        def read(self, taken, shadow, batch):
+            yield Reading(key="other/mean", values=taken[self.hook], unit="1")
+
+    batch = batch_for(shadow)
+    with pytest.raises(ValueError, match="'other/mean' is not named after its instrument"):
+        observe(shadow, batch, [Other("mine")])

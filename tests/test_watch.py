@@ -113,6 +113,15 @@ def test_between_the_thresholds_nothing_changes():
     assert np.flatnonzero(raised).tolist() == [1, 6, 9]
 
 
+def test_a_head_that_was_nearly_there_has_to_move():
+    watch = Watch()
+    sentences(watch, scores(induction=[(1, 0, 0.298, 0.298)]))
+    assert sentences(watch, scores(induction=[(1, 0, 0.301, 0.301)])) == []
+    assert sentences(watch, scores(induction=[(1, 0, 0.36, 0.36)])) == [
+        "new induction head: L1H0 (0.30 -> 0.36)"
+    ]
+
+
 def test_the_same_event_waits_for_the_cooldown():
     watch = Watch(cooldown=5)
     sentences(watch, scores())
@@ -245,8 +254,8 @@ def test_a_feature_begins_to_fire_and_another_falls_silent():
     assert sentences(watch, frequency(["7", "90"], [0.4, 0.0])) == []
     assert sentences(watch, frequency(["7", "90"], [0.05, 0.05])) == []
     assert sentences(watch, frequency(["7", "90"], [0.0, 0.2])) == [
-        "sparse_features: new feature: 90 (0.05 -> 0.20)",
-        "sparse_features: silent feature: 7 (0.05 -> 0.00)",
+        "sparse_features: new feature: 90 (0.00 -> 0.20)",
+        "sparse_features: silent feature: 7 (0.40 -> 0.00)",
     ]
 
 

@@ -101,10 +101,12 @@ class TLensCallback(TrainerCallback):
         ]:
             if isinstance(thing, type):
                 raise ValueError(f"{thing.__name__} is a class; write {thing.__name__}().")
+            if thing is fast or isinstance(thing, list):
+                raise ValueError("A list stands in the list; write [*fast(), ...] with its star.")
             if not isinstance(thing, kind):
                 raise ValueError(
-                    f"{thing!r} is no {kind.__name__}: it lacks the methods of "
-                    f"tlens_callback.interfaces.{kind.__name__}."
+                    f"{thing!r} is not {'an' if kind is Instrument else 'a'} {kind.__name__}: it "
+                    f"lacks the methods of tlens_callback.interfaces.{kind.__name__}."
                 )
         for instrument in instruments:
             if not _counts(every := getattr(instrument, "every", 1)):

@@ -24,7 +24,7 @@ class Instrument(Protocol):
 
     It may have three more attributes:
 
-    - `every: int`: it is asked at every so manieth observation, counted from the first after the
+    - `every: int`: it is asked at every n-th observation, counted from the first after the
       run began or was resumed, and at the last one. For what takes forward passes of its own.
     - `memory: dict[str, Tensor]`: what it keeps from earlier observations to compare with, by any
       names. It is emptied when a run starts, saved with every checkpoint and back when a run is

@@ -43,14 +43,10 @@ def marks(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:
     }
 
 
-def keep(path: Path, of: Memories, about: Mapping[str, str]) -> None:
-    """Writes the memories to a file, whole or not at all; none where nobody remembers a thing.
-
-    Args:
-        about: `marks`.
+def check(of: Memories) -> None:
+    """A memory holds tensors, so that it can be kept.
 
     Raises:
-        OSError: a full disk, say.
         ValueError: where an instrument remembers something else than tensors.
     """
     for name, memory in of.items():
@@ -59,6 +55,19 @@ def keep(path: Path, of: Memories, about: Mapping[str, str]) -> None:
                 f"{name!r} has a {type(memory[wrong[0]]).__name__} in its memory, as {wrong[0]!r}; "
                 f"a memory holds tensors."
             )
+
+
+def keep(path: Path, of: Memories, about: Mapping[str, str]) -> None:
+    """Writes the memories to a file, whole or not at all; none where nobody remembers a thing.
+
+    Args:
+        about: `marks`.
+
+    Raises:
+        OSError: a full disk, say.
+        ValueError: as `check`.
+    """
+    check(of)
     # Copied: safetensors refuses tensors that share storage.
     tensors = {
         f"{name}/{key}": tensor.detach().to("cpu", copy=True).contiguous()

@@ -58,6 +58,11 @@ def observe(
         try:
             fresh = list(instrument.read(got, shadow, batch))
             keys = [reading.key for reading in fresh]
+            if other := [key for key in keys if not key.startswith(f"{instrument.name}/")]:
+                raise ValueError(
+                    f"The reading {other[0]!r} is not named after its instrument; its key begins "
+                    f"with '{instrument.name}/'."
+                )
             if twice := [key for n, key in enumerate(keys) if key in seen or key in keys[:n]]:
                 raise ValueError(
                     f"Two readings have the key {twice[0]!r}; give the instruments or their "

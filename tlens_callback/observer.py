@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tlens_callback.fidelity import Fidelity, FidelityError, compare
 from tlens_callback.interfaces import Instrument, Sink
-from tlens_callback.memory import keep, marks, memories, recall
+from tlens_callback.memory import check, keep, marks, memories, recall
 from tlens_callback.observe import observe
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
@@ -146,6 +146,7 @@ class Observer:
             self._first, self._first_step, self._next_check = fidelity, step, step + 1
             self.checks[step] = fidelity
             self._look(step, fidelity, last=False)
+            check(remembered)
             for name, own in remembered.items():
                 if recalled and own and name not in recalled:
                     logger.warning(
@@ -258,6 +259,7 @@ class Observer:
             unfit = optional and isinstance(error, ValueError)
             # At the start an instrument's failure is the user's to mend: a hook that is not there.
             if not unfit and (self.on_error == "raise" or (first and not optional)):
+                error.add_note(f"(raised by the instrument {instrument.name!r})")
                 raise error
             self.instruments = [i for i in self.instruments if i is not instrument]
             if unfit:

@@ -31,8 +31,8 @@ class Watch:
       `head_scores/<role>_by_block`, for the roles previous, duplicate and induction (a positional
       copy scores high at one length only). Of a `HeadScores(strict=False)` it is
       `induction_diagonal_by_block`. A head takes a role when its score reaches `takes`, and loses
-      it when it falls below `loses`; both are events, and what a head is at the first observation
-      is none.
+      it when it falls below `loses`, if that is `moves` above the lowest, or below the highest,
+      since it last changed; both are events, and what a head is at the first observation is none.
     - Entropy collapse: a layer's mean of `head_scores/entropy` over its heads falls below
       `collapse` times that of the first observation.
     - Features: one that is shown by `<instrument>/frequency` begins to fire, on a share `fires` of
@@ -52,6 +52,7 @@ class Watch:
         pinned: without `heads`, this many heads of highest score in each role at the first
             observation have curves of their own; with `heads`, each of these.
         takes, loses: scores at which a head takes and loses a role.
+        moves: least change of a score, or of a feature's frequency, that is one.
         collapse: share of a layer's first mean entropy.
         fires: share of the tokens.
         cooldown: observations.
@@ -75,6 +76,7 @@ class Watch:
     pinned: int = 1
     takes: float = 0.3
     loses: float = 0.15
+    moves: float = 0.05
     collapse: float = 0.25
     fires: float = 0.1
     cooldown: int = 10
@@ -88,6 +90,8 @@ class Watch:
                 f"A head loses a role below the score at which it takes one: 0 < loses <= takes, "
                 f"got loses={self.loses}, takes={self.takes}."
             )
+        if not self.moves >= 0:
+            raise ValueError(f"moves is 0 or more, got {self.moves}.")
         if not 0 <= self.collapse < 1:
             raise ValueError(f"collapse is a share of 1, got {self.collapse}.")
         if not 0 < self.fires <= 1:
@@ -220,27 +224,29 @@ class Watch:
             said: what is said of the former, and of the latter; `end` is added to that.
         """
         values, takes, loses = measured
-        held, before = self._old(f"{key} held"), self._old(f"{key} score")
-        holds = values >= takes
-        if held is not None and before is not None:
-            holds |= held & ~(values < loses)
-            told = held.copy()
-            for what, changed, tail in (
-                (said[0], holds & ~held, ""),
-                (said[1], held & ~holds, end),
-            ):
+        held, since = self._old(f"{key} held"), self._old(f"{key} since")
+        if held is None or since is None:
+            held, since = values >= takes, values
+        else:
+            since = np.where(np.isfinite(since), since, values)
+            changes = (
+                (said[0], ~held & (values >= takes) & (values - since >= self.moves), ""),
+                (said[1], held & (values < loses) & (since - values >= self.moves), end),
+            )
+            for what, changed, tail in changes:
                 fresh = self._fresh(f"{key} {what}", followed & changed)
-                told ^= fresh | (changed & ~followed)
                 if fresh.any():
                     parts = [
-                        f"{names[at]} ({before[at]:.2f} -> {values[at]:.2f})"
+                        f"{names[at]} ({since[at]:.2f} -> {values[at]:.2f})"
                         for at in map(tuple, np.argwhere(fresh)[:_SAID])
                     ]
                     yield float(values[fresh].max()), f"{what}: {_some(parts, fresh)}{tail}"
-            # Who waits for the cool-down is told of with the score from before the change.
-            values, holds = np.where(told == holds, values, before), told
-        self._keep(f"{key} held", holds)
-        self._keep(f"{key} score", values)
+                # Who waits for the cool-down has not changed yet.
+                done = fresh | (changed & ~followed)
+                held, since = held ^ done, np.where(done, values, since)
+            since = np.where(held, np.fmax(since, values), np.fmin(since, values))
+        self._keep(f"{key} held", held)
+        self._keep(f"{key} since", since)
 
     def _followed(self, shape: tuple[int, ...], layers: Sequence[str]) -> np.ndarray:
         """[layer, head], which heads can be the subject of an event."""

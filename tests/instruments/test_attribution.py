@@ -243,7 +243,8 @@ def test_a_wide_weight_is_taken_in_pieces():
 def test_selection():
     got = readings(LogitAttribution(probes=["story"]), shadow("llama"), PROBES)
     assert {reading.probe for reading in got.values()} == {"story"}
-    assert readings(LogitAttribution(), shadow("llama"), [BARE]) == {}
+    with pytest.raises(ValueError, match="none of the probes has a target"):
+        readings(LogitAttribution(), shadow("llama"), [BARE])
     with pytest.raises(ValueError, match="probe 'bare' has no target"):
         readings(LogitAttribution(probes=["capital", "bare"]), shadow("llama"), PROBES)
     with pytest.raises(ValueError, match="no probe 'nobody'"):

@@ -85,9 +85,9 @@ def test_half_precision_logits_are_widened_first():
     assert abs(float(narrow) - float(wide[0, 2])) > 1e-3
 
 
-def test_no_targets_no_taps_no_readings():
-    assert TargetScores().taps(shadow("llama"), encoded(PROBES[1:3])) == {}
-    assert readings(TargetScores(), shadow("llama"), PROBES[1:3]) == {}
+def test_without_any_target_it_says_so():
+    with pytest.raises(ValueError, match="none of the probes has a target"):
+        readings(TargetScores(), shadow("llama"), PROBES[1:3])
 
 
 def test_padding_and_company_do_not_matter():

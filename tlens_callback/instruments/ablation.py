@@ -69,7 +69,7 @@ class HeadAblation:
         checked: heads to ablate exactly beside the first-order estimate.
         rows: ablations computed side by side in one batch; fewer of a text so long that the batch
             would have more than 2048 tokens.
-        every: ask at every so manieth observation.
+        every: ask at every n-th observation.
 
     Keys:
         head_ablation/loss/<probe>: [layer, head], nats, -inf..inf; for a probe with a target

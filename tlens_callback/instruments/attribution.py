@@ -102,12 +102,12 @@ class LogitAttribution:
         difference).
 
     Raises:
-        ValueError: neurons < 0; an empty or repeated selection; from `taps`, a probe that is not
-            there or has no target, more neurons asked for than a layer has, a family that is known
-            to rescale its logits or what its layers write, a final norm whose scale cannot be
-            listened to, or a layer without attention heads; from `read`, a family that leaves a
-            remainder beyond rounding (not told where logits have a soft cap, which magnifies
-            rounding without limit).
+        ValueError: neurons < 0; an empty or repeated selection; from `taps`, no probe with a
+            target, a probe that is not there or has none, more neurons asked for than a layer has,
+            a family that is known to rescale its logits or what its layers write, a final norm
+            whose scale cannot be listened to, or a layer without attention heads; from `read`, a
+            family that leaves a remainder beyond rounding (not told where logits have a soft cap,
+            which magnifies rounding without limit).
     """
 
     probes: Sequence[str] | None = None
@@ -127,7 +127,10 @@ class LogitAttribution:
         """Per component one number a row, before the norms divide; the scales of the norms."""
         rows = self._rows(batch)
         if not rows:
-            return {}
+            raise ValueError(
+                f"{type(self).__name__}: none of the probes has a target; give one "
+                f"Probe(..., target=' Paris')."
+            )
         _check(shadow)
         bridge: Any = shadow.bridge
         targets, foils = [batch.targets[i] for i in rows], [batch.foils[i] for i in rows]
@@ -181,8 +184,6 @@ class LogitAttribution:
     ) -> Iterator[Reading]:
         """Per probe the parts, their sum and what it misses, and the changes."""
         got: Any = taken
-        if not got:
-            return
         final, constant = (part.double() for part in got[FINAL])  # [row]
         layers = range(shadow.n_layers)
 

@@ -42,7 +42,7 @@ class Composition:
 
     Args:
         k: number of pairs to name, of each kind.
-        every: ask at every so manieth observation.
+        every: ask at every n-th observation.
 
     Keys:
         composition/q: [layer, source], score, -1..1; the maximum over the pairs of a head in the

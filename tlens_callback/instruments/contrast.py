@@ -31,7 +31,7 @@ class Contrast:
 
     For each text and layer, h is the mean of the residual stream behind the layer over the text's
     tokens without the first, which often has massive activations; a is the mean of the MLP's
-    neurons over the same tokens. Of each set, every so manieth text is held out; the others fit.
+    neurons over the same tokens. Of each set, every n-th text is held out; the others fit.
 
     - direction d: mean of h over the fitting texts having the feature, minus the mean over those
       without.
@@ -58,7 +58,7 @@ class Contrast:
         without: texts without it; best alike in everything else, and in length.
         held_out: share of each set that is held out, spread evenly over its order.
         k: neurons per layer.
-        every: asked at every so manieth observation.
+        every: asked at every n-th observation.
 
     Keys:
         contrast/auroc: [layer], probability, 0..1

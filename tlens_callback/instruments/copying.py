@@ -57,7 +57,7 @@ class CopyingScores:
             and the same at every observation (standard error at most 0.5 / sqrt(tokens)); or their
             ids.
         centred: False takes the eigenvalues of C as it is. top5 is the same either way.
-        every: ask at every so manieth observation.
+        every: ask at every n-th observation.
 
     Keys:
         copying_scores/eigenvalue: [layer, head], fraction, -1..1

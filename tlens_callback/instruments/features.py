@@ -54,7 +54,7 @@ class SparseFeatures:
         features: which to show.
         k: how many to show where `features` is left out; also the length of `drifting`.
         tokens: how many top tokens a feature.
-        every: observes at every so manieth observation.
+        every: observes at every n-th observation.
 
     Keys:
         sparse_features/frequency: [feature], fraction, 0..1

@@ -40,7 +40,7 @@ class FrozenWeights:
     seen here. While adapters are merged into the base weights, those are seen as changed.
 
     Args:
-        every: ask at every so manieth observation.
+        every: ask at every n-th observation.
 
     Keys:
         frozen_weights/changed: [], count, 0..watched

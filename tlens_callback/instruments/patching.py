@@ -55,7 +55,7 @@ class ActivationPatching:
         parts: what to replace.
         rows: patched runs computed side by side in one batch; fewer of prompts so long that the
             batch would have more than 2048 tokens.
-        every: ask at every so manieth observation.
+        every: ask at every n-th observation.
 
     Keys:
         activation_patching/resid/<probe>: [layer, pos], fraction, -inf..inf; under the clean

@@ -36,6 +36,9 @@ class TargetScores:
 
     Source:
         Wang et al. 2022 (logit difference), section 2.
+
+    Raises:
+        ValueError: from `taps`, if no probe has a target.
     """
 
     name: str = "target_scores"
@@ -44,7 +47,10 @@ class TargetScores:
         """One reduction of the last logits: [probe with a target, measure]."""
         rows = _rows(batch)
         if not rows:
-            return {}
+            raise ValueError(
+                f"{type(self).__name__}: none of the probes has a target; give one "
+                f"Probe(..., target=' Paris')."
+            )
         device = batch.tokens.device
         row = torch.tensor(rows, device=device)
         target = torch.tensor([batch.targets[i] for i in rows], device=device)
@@ -67,8 +73,6 @@ class TargetScores:
     ) -> Iterable[Reading]:
         """Numbers, one of each kind a probe."""
         rows = _rows(batch)
-        if not rows:
-            return
         scores = taken["last_logits"]
         assert isinstance(scores, Tensor)
         for row, score in zip(rows, scores, strict=True):

@@ -72,7 +72,7 @@ class TrainedFeatures:
             off every feature.
         lr, batch, seed: see above; tokens a step.
         resample: False leaves dead features dead.
-        every: observes at every so manieth observation.
+        every: observes at every n-th observation.
 
     Keys:
         trained_features/frequency: [feature], fraction, 0..1
