@@ -7,7 +7,8 @@
 
     python examples/custom_instrument.py --model openai-community/gpt2 --text "Once upon a time"
 
-In a training it goes into the list: `TLensCallback(probes, instruments=[*fast(), AttentionEntropy()])`.
+In a training it goes into the list:
+`TLensCallback(probes, instruments=[*fast(), AttentionEntropy()])`.
 """
 
 import argparse
