@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from measure_overhead import SHAPES, lora_model
+from measure_overhead import SHAPES, lora_model, take_turns
 from transformers import LlamaForCausalLM
 
 from tlens_callback import Instrument, Probe, ProbeBatch, Shadow, observe
@@ -161,18 +161,8 @@ def together(model: Any, shadow: Shadow, batch: ProbeBatch, rounds: int) -> None
         "shadow": lambda: shadow.run(batch, [{"logits": lambda t: t[:1, :1]}]),
         "fast": lambda: observe(shadow, batch, instruments),
     }
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 1):
-        for name, act in work.items():
-            if shadow.device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            act()
-            if shadow.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    found = take_turns(work, rounds, shadow.device.type)
+    ms = {name: 1e3 * seconds for name, seconds in found.items()}
     print(f"\nall fast instruments in one observation {ms['fast']:,.1f} ms, bare Hugging Face "
           f"forward {ms['bare']:,.1f} ms, shadow's forward {ms['shadow']:,.1f} ms: "
           f"{ms['fast'] / ms['bare']:.2f} times the bare forward")  # fmt: skip

@@ -23,7 +23,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,26 @@ def by_hand(model: PeftModel, tokens: torch.Tensor, pictured: list[int]) -> int:
     return figures
 
 
+def take_turns(
+    work: dict[str, Callable[[], object]], rounds: int, device: str, seldom: Collection[str] = ()
+) -> dict[str, float]:
+    """Median seconds of each, all of them taking turns; `seldom`: in a third of the rounds."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name, act in work.items():
+            if name in seldom and turn > max(3, rounds // 3):
+                continue
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            act()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first turn warms up
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def measure(
     shape: str, device: str, dtype: torch.dtype, rounds: int, out: Path
 ) -> dict[str, float]:
@@ -138,21 +158,8 @@ def measure(
         "shadow forward": lambda: shadow.run(watcher.batch, [{"last_logits": lambda t: t}]),
         "with reductions": lambda: shadow.run(watcher.batch, taps),
     }
-    times: dict[str, list[float]] = {name: [] for name in work}
     model.eval()
-    for turn in range(rounds + 1):
-        for name, act in work.items():
-            if name == "d" and turn > max(3, rounds // 3):
-                continue
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            act()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first turn warms up
-                times[name].append(time.perf_counter() - began)
-    found = {name: statistics.median(values) for name, values in times.items()}
+    found = take_turns(work, rounds, device, seldom={"d"})
     found["adapted bytes"] = sum(w.numel() * w.element_size() for w in adapted)
     found["extra bytes"] = shadow.extra_bytes
     found["start"] = start_seconds

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 import wandb
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +22,12 @@ def offline(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path))
     yield tmp_path
     wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices this small are slower on several threads; and several processes may be testing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ import inspect
 import pytest
 
 from tests.instruments.settings import SETTINGS
-from tests.test_no_trace import CAPITAL, grpo, sft, state_of
+from tests.test_no_trace import CAPITAL, differences, grpo, sft, state_of
 from tlens_callback import (
     Instrument,
     MemorySink,
@@ -54,8 +54,7 @@ def test_sft_with_every_instrument(tmp_path, family):
     saving = dict(save_strategy="steps", save_steps=2, save_total_limit=1)
     plain = state_of(sft(tmp_path / "plain", [], family, **saving))
     seen = state_of(sft(tmp_path / "watched", [everything(sink)], family, **saving))
-    for name, value in plain.items():
-        assert seen[name] == value, name
+    assert differences(plain, seen) == []
     assert sink.steps == (0, 1, 2, 3, 4, 5)
     measured = {key.partition("/")[0] for key in sink.readings}
     assert {i.name for i in every_instrument()} <= measured
@@ -66,6 +65,5 @@ def test_grpo_with_every_instrument(tmp_path):
     sink = MemorySink()
     plain = state_of(grpo(tmp_path / "plain", []))
     seen = state_of(grpo(tmp_path / "watched", [everything(sink)]))
-    for name, value in plain.items():
-        assert seen[name] == value, name
+    assert differences(plain, seen) == []
     assert {i.name for i in every_instrument()} <= {key.partition("/")[0] for key in sink.readings}

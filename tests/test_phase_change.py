@@ -10,7 +10,7 @@ from examples.induction import BATCH, VOCAB, model, repeated_blocks
 from tlens_callback import HeadScores, Probe, ProbeBatch, Shadow, observe
 from tlens_callback.builtin_probes import repeated_blocks as several_lengths
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 ONE_LENGTH = [Probe.repeated(f"repeat-16-{seed}", block=16, seed=seed) for seed in range(8)]
 
 
@@ -39,15 +39,6 @@ def induction(shadow: Shadow, probes: Sequence[Probe] | None = None) -> float:
     batch = ProbeBatch.encode(probes or several_lengths(64), vocab_size=VOCAB)
     readings = {r.key: r.values for r in observe(shadow, batch, [HeadScores()])}
     return float(readings["head_scores/max_induction"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are slower on several threads; and several processes may be testing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from examples.induction import BATCH, VOCAB, model, repeated_blocks
 from tlens_callback import HeadScores, ProbeBatch, Shadow, Watch, observe
 from tlens_callback.builtin_probes import repeated_blocks as several_lengths
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 EVERY = 10
 
 
@@ -64,14 +64,6 @@ def turn(losses: list[float]) -> int | None:
     if not falls or max(falls) < 0.5:
         return None
     return 1 + falls.index(max(falls))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 5])

@@ -156,12 +156,25 @@ class ProbeBatch:
                 chat template, more tokens than `context`, ids outside the vocabulary, or a target
                 that is not one token.
         """
+        own = own_tokenizer(tokenizer)
+        return cls._encode(probes, own, vocab_size, context, device, training)
+
+    @classmethod
+    def _encode(
+        cls,
+        probes: Sequence[Probe],
+        tokenizer: Any,
+        vocab_size: int,
+        context: int | None,
+        device: torch.device | str,
+        training: Callable[[int], list[list[int]]] | None = None,
+    ) -> "ProbeBatch":
+        """`encode` with a tokenizer that is a copy already."""
         if not probes:
             raise ValueError("There are no probes; give at least one Probe.")
         names = [probe.name for probe in probes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"Two probes are named {twice[0]!r}; names become keys, so vary them.")
-        tokenizer = own_tokenizer(tokenizer)
         rows = [token_ids(probe, tokenizer, vocab_size) for probe in probes]
         for probe, row in zip(probes, rows, strict=True):
             if context is not None and len(row) > context:
@@ -207,12 +220,8 @@ class ProbeBatch:
         Raises:
             ValueError: as `encode`.
         """
-        return ProbeBatch.encode(
-            probes,
-            self.tokenizer,
-            vocab_size=self.vocab_size,
-            context=self.context,
-            device=self.tokens.device,
+        return ProbeBatch._encode(
+            probes, self.tokenizer, self.vocab_size, self.context, self.tokens.device
         )
 
     def token_text(self, token: int) -> str:

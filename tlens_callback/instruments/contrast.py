@@ -12,7 +12,12 @@ from torch import Tensor
 
 from tlens_callback.instruments.distance import cosine_distance
 from tlens_callback.instruments.first import first_seen
-from tlens_callback.instruments.selection import layer_labels, neuron_hook, neuron_layers
+from tlens_callback.instruments.selection import (
+    layer_labels,
+    neuron_hook,
+    neuron_layers,
+    resid_hook,
+)
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import Probe, ProbeBatch, token_ids
 from tlens_callback.reading import Reading
@@ -204,12 +209,12 @@ class Contrast:
             counted = some.mask.clone()
             counted[:, 0] = False
             taps: dict[str, Reduce] = {
-                _resid(i): _mean_and_norm(counted) for i in range(shadow.n_layers)
+                resid_hook(i): _mean_and_norm(counted) for i in range(shadow.n_layers)
             }
             taps |= {neuron_hook(i): _group_sums(counted, weight[:, at]) for i in layers}
             got: dict[str, Any] = shadow.run(some, [taps])[0]
             for i in range(shadow.n_layers):
-                resid[i, at], norm[i, at] = got[_resid(i)]
+                resid[i, at], norm[i, at] = got[resid_hook(i)]
             for i in layers:
                 sums[i] = sums[i] + got[neuron_hook(i)] if i in sums else got[neuron_hook(i)]
         return resid, norm, {i: self._top(i, of_layer) for i, of_layer in sums.items()}
@@ -299,7 +304,3 @@ def _mean(
 
 def _numbers(values: Tensor) -> np.ndarray:
     return values.float().cpu().numpy()
-
-
-def _resid(layer: int) -> str:
-    return f"blocks.{layer}.hook_resid_post"

@@ -13,6 +13,7 @@ from tlens_callback.instruments.selection import (
     after_first,
     chosen_rows,
     picked,
+    resid_hook,
 )
 from tlens_callback.instruments.unembed import CHUNK, demand_equal, gap, token_texts, unembed
 from tlens_callback.interfaces import Reduce, Taken
@@ -122,7 +123,7 @@ class DifferenceLens:
             return off, norm, *_read(shadow, difference, bias, end.dtype, self.k)
 
         layers = range(shadow.n_layers)
-        return {f"blocks.{i}.hook_resid_post": keep for i in layers} | {LAST_LOGITS: read}
+        return {resid_hook(i): keep for i in layers} | {LAST_LOGITS: read}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch

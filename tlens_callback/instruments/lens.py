@@ -11,6 +11,7 @@ from torch import Tensor
 from tlens_callback.instruments.selection import (
     chosen_rows,
     picked,
+    resid_hook,
 )
 from tlens_callback.instruments.unembed import (
     CHUNK,
@@ -139,7 +140,7 @@ class LogitLens:
             return *taken, *(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
 
         layers = range(shadow.n_layers)
-        return {f"blocks.{i}.hook_resid_post": keep for i in layers} | {LAST_LOGITS: read}
+        return {resid_hook(i): keep for i in layers} | {LAST_LOGITS: read}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch

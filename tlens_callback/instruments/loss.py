@@ -15,6 +15,7 @@ from tlens_callback.instruments.selection import (
     chosen_rows,
     demand_blocks,
     picked,
+    resid_hook,
 )
 from tlens_callback.instruments.unembed import CHUNK, demand_equal, gap, unembed
 from tlens_callback.interfaces import Reduce, Taken
@@ -203,22 +204,17 @@ def _taps(shadow: Shadow, batch: ProbeBatch, spans: Sequence[Span]) -> Mapping[s
         for some, true in zip(
             resid[row, at - 1].split(at_once), batch.tokens[row, at].split(at_once), strict=True
         ):
-            # Several times as fast as logsumexp on the CPU, whose exp is slow there.
             parts.append(F.cross_entropy(unembed(shadow, some), true, reduction="none"))
         return torch.cat(parts)
 
     def check(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, ""]:
         return gap(unembed(shadow, last.pop()), logits[row[:1]])
 
-    return {_resid(shadow): losses, LAST_LOGITS: check}
+    return {resid_hook(shadow.n_layers - 1): losses, LAST_LOGITS: check}
 
 
 def _losses(taken: Mapping[str, Taken], shadow: Shadow, name: str) -> Float[Tensor, " loss"]:
-    losses, off = taken[_resid(shadow)], taken[LAST_LOGITS]
+    losses, off = taken[resid_hook(shadow.n_layers - 1)], taken[LAST_LOGITS]
     assert isinstance(losses, Tensor) and isinstance(off, Tensor)
     demand_equal(off, shadow, name)
     return losses
-
-
-def _resid(shadow: Shadow) -> str:
-    return f"blocks.{shadow.n_layers - 1}.hook_resid_post"

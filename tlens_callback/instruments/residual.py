@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlens_callback.instruments.first import first_seen
-from tlens_callback.instruments.selection import after_first, plain_rows
+from tlens_callback.instruments.selection import after_first, plain_rows, resid_hook
 from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -58,7 +58,7 @@ class ResidualNorms:
             norms = torch.linalg.vector_norm(resid[row, pos].float(), dim=1)
             return norms.quantile(at)
 
-        return {f"blocks.{i}.hook_resid_post": quartiles for i in range(shadow.n_layers)}
+        return {resid_hook(i): quartiles for i in range(shadow.n_layers)}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch

@@ -108,6 +108,11 @@ def pattern_hook(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
 
 
+def resid_hook(layer: int) -> str:
+    """[probe, pos, d_model], the residual stream behind the layer"""
+    return f"blocks.{layer}.hook_resid_post"
+
+
 def z_hook(layer: int) -> str:
     """[probe, pos, head, d_head], what each head hands to its output matrix"""
     return f"blocks.{layer}.attn.hook_z"

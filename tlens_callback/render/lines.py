@@ -1,13 +1,13 @@
 """All readings along the layers of one instrument as one interactive figure of lines."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tlens_callback.reading import Reading
+from tlens_callback.render.panels import figure, panel_title
 from tlens_callback.render.plain import cut, number, plain
 
 if TYPE_CHECKING:
@@ -90,19 +90,7 @@ def line_figure(
             "zerolinecolor": "#888",
             **_value_axis(shown, behind),
         }
-        layout["annotations"].append(
-            {
-                "text": plain(cut(measure, 34)),
-                "x": left,
-                "y": top,
-                "xref": "paper",
-                "yref": "paper",
-                "xanchor": "left",
-                "yanchor": "bottom",
-                "showarrow": False,
-                "font": {"size": 12},
-            }
-        )
+        layout["annotations"].append(panel_title(measure, left, top))
         lines = [(r, True) for r in behind] + [(r, False) for r in shown]
         for reading, dotted in lines:
             trace = _trace(reading, names, _COLOURS[probes.index(reading.probe) % len(_COLOURS)])
@@ -113,11 +101,7 @@ def line_figure(
             trace["hovertemplate"] += "<extra></extra>"
             data.append(trace)
     data += _legend(probes, first_name if any(r.key in earlier for r in curves) else None)
-    # The first figure loads modules of plotly that add warning filters (plotly 7.1).
-    with warnings.catch_warnings():
-        import plotly.graph_objects as go
-
-        return go.Figure({"data": data, "layout": layout})
+    return figure(data, layout)
 
 
 def is_curve(reading: Reading) -> bool:

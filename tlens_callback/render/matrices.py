@@ -1,13 +1,13 @@
 """All matrices of one instrument, layer x head or the like, as one interactive figure."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tlens_callback.reading import Reading
+from tlens_callback.render.panels import figure, panel_title
 from tlens_callback.render.plain import cut, number, plain
 
 if TYPE_CHECKING:
@@ -99,19 +99,7 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
             **_ticks(reading, down_axis),
         }
         name = " ".join(filter(None, (reading.measure, reading.probe)))
-        layout["annotations"].append(
-            {
-                "text": plain(cut(name, 34)),
-                "x": left,
-                "y": top,
-                "xref": "paper",
-                "yref": "paper",
-                "xanchor": "left",
-                "yanchor": "bottom",
-                "showarrow": False,
-                "font": {"size": 12},
-            }
-        )
+        layout["annotations"].append(panel_title(name, left, top))
         number_of_scale = scales.index((reading.unit, reading.limits))
         value = "%{z:.3g}"
         more: dict[str, Any] = {}
@@ -136,11 +124,7 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
                 "hovertemplate": f"{place} {plain(name)} {value}<extra></extra>",
             }
         )
-    # The first figure loads modules of plotly that add warning filters (plotly 7.1).
-    with warnings.catch_warnings():
-        import plotly.graph_objects as go
-
-        return go.Figure({"data": data, "layout": layout})
+    return figure(data, layout)
 
 
 def is_matrix(reading: Reading) -> bool:
