@@ -1,8 +1,9 @@
 """`LocalSink`: every reading in one directory, readable with pandas and safetensors."""
 
 import json
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from tlens_callback.atomic import write_whole
 from tlens_callback.reading import Reading
+from tlens_callback.render.page import PageFolder, page
 from tlens_callback.render.table import NAMES, long_frame
 from tlens_callback.sinks.store import (
     FORMAT,
@@ -22,12 +24,18 @@ from tlens_callback.sinks.store import (
     arrays_file,
     is_store,
     pack,
+    read_store,
     scores_file,
     steps_in,
 )
 
+logger = logging.getLogger("tlens_callback")
+
 _PACKAGES = "tlens-callback torch transformers peft trl transformer-lens numpy safetensors".split()
 _MOST_AXES, _MOST_VALUES = 3, 100_000
+
+PAGE = "page.html"
+"""The page of a run in one file, in its directory."""
 
 
 class LocalSink:
@@ -45,9 +53,15 @@ class LocalSink:
     begins a new run, in `<path>-2`, `<path>-3`, ... if `path` holds one already; a later step
     goes on with the last of these, from that step.
 
+    With `page`, the directory also has the page of the run, to look at: page/index.html, which
+    picks up each step by itself while the run goes on, and page.html, one file of at most 15 MB,
+    which is made by `close`. If the live page fails, that is logged and it stays as it is; the
+    store goes on, and so does the page of a later run that resumes it.
+
     Args:
         path: the directory; made at the first write.
         exact: keep attention patterns in float32, at twice the size.
+        page: keep the page too. About as much disk again, and 30 ms a step.
 
     Attributes:
         path: where this run is written; known after the first write.
@@ -56,10 +70,13 @@ class LocalSink:
         ValueError: if `path` is a file, or holds a `manifest.json` of something else.
     """
 
-    def __init__(self, path: str | Path, *, exact: bool = False) -> None:
+    def __init__(self, path: str | Path, *, exact: bool = False, page: bool = True) -> None:
         self._base = Path(path).expanduser().absolute()
         self.path, self.exact = self._base, exact
         self._last: int | None = None
+        self._entered = False
+        self._with_page = page
+        self._folder: PageFolder | None = None
         if self._base.exists() and not self._base.is_dir():
             raise ValueError(f"{self._base} is a file; LocalSink needs a directory.")
         if (self._base / MANIFEST).exists() and not is_store(self._base):
@@ -87,16 +104,64 @@ class LocalSink:
         write_whole(arrays_file(self.path, step), pack(readings, exact=self.exact))
         self._write_scores(readings, step)
         self._last = step
+        # After the step is complete, so that the store is never behind.
+        self._on_page(lambda folder: folder.write(readings, step))
+
+    def page(self) -> Path:
+        """Packs what is there into one HTML file, unless the file has all of it, and says where.
+
+        Raises:
+            ValueError: where nothing was written yet.
+            OSError: a full disk, say.
+        """
+        path = self.path if self._entered else self._newest()[1]
+        if not is_store(path):
+            raise ValueError(f"{path} is no store yet: the first write makes it.")
+        if not _is_packed(path):
+            text = page(read_store(path))
+            write_whole(path / PAGE, text.encode())
+        return path / PAGE
 
     def close(self) -> None:
-        """Writes nothing more; a `write` after it looks at the directory anew."""
-        self._last = None
+        """Packs the page; a `write` after it looks at the directory anew.
+
+        Raises:
+            OSError: if the page does not fit on the disk, say. All steps are written by then.
+        """
+        wrote, self._last = self._last is not None, None
+        if wrote and self._with_page:
+            self._on_page(PageFolder.finish)
+            self._folder = None
+            self.page()
 
     def __str__(self) -> str:
-        return f"local store {self.path}, for tlens_callback.read_store"
+        text = f"local store {self.path}, for tlens_callback.read_store"
+        if not self._with_page:
+            return text
+        packed = self._last is None and _is_packed(self.path)
+        return f"{text}; page {self.path / PAGE if packed else self.path / 'page' / 'index.html'}"
+
+    def _on_page(self, act: Callable[[PageFolder], None]) -> None:
+        """Does something to the live page, and gives it up with a word if it fails: the readings
+        are what must not be lost, and whatever a sink raises sets it aside."""
+        if self._folder is None:
+            return
+        try:
+            act(self._folder)
+        except Exception as error:
+            logger.warning(
+                "tlens: the page %s failed (%s: %s) and stays as it is. The store goes on; "
+                "LocalSink(page=False) does without.",
+                self._folder.path,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
+            self._folder = None
 
     def _enter(self, step: int) -> None:
         """Chooses the directory, clears what an interrupted run left, and writes the manifest."""
+        self._entered = True
         number, self.path = self._newest()
         if step == 0 and steps_in(self.path / "scores"):
             while self.path.exists():
@@ -106,6 +171,7 @@ class LocalSink:
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
             left.unlink()
+        self._folder = PageFolder(self.path / "page") if self._with_page else None
         self._drop(step)
         if not is_store(self.path):
             about = {
@@ -115,6 +181,14 @@ class LocalSink:
                 "packages": {name: _version(name) for name in _PACKAGES},
             }
             write_whole(self.path / MANIFEST, json.dumps(about, indent=1).encode())
+        self._on_page(self._catch_up)
+
+    def _catch_up(self, folder: PageFolder) -> None:
+        """Gives the page the steps of the store: a run may have gone on without it."""
+        store = read_store(self.path)
+        folder.keep(store.steps)
+        for step in sorted(set(store.steps) - set(folder.steps)):
+            folder.write(store.readings(step), step)
 
     def _newest(self) -> tuple[int, Path]:
         """Number and path of the last run that this directory or one beside it holds."""
@@ -133,6 +207,7 @@ class LocalSink:
 
     def _drop(self, first: int) -> None:
         """Removes the steps from `first` on; scores first, so that no half is taken for a whole."""
+        self._on_page(lambda folder: folder.drop(first))
         for folder, file in (("scores", scores_file), ("arrays", arrays_file)):
             for step in steps_in(self.path / folder):
                 if step >= first:
@@ -154,6 +229,14 @@ class LocalSink:
                 write_whole(first, _parquet(columns, [*known, *wanted]))
         columns = {str(name): _arrow(column) for name, column in frame.items()}
         write_whole(scores_file(self.path, step), _parquet(columns, wanted))
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether the packed page is younger than the last step that came or went."""
+    try:
+        return (path / PAGE).stat().st_mtime_ns > (path / "scores").stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 _NOT_AXES = {"step", *NAMES, "value", "text"}

@@ -3,6 +3,7 @@
     manifest.json                    format, creation time, package versions
     arrays/step-00000100.safetensors every reading of the step, a tensor per key
     scores/step-00000100.parquet     its small readings as a long table, for pandas
+    page/index.html, page.html       the page to look at, live and in one file; no reader needs them
 
 `pandas.read_parquet(run / "scores")` reads all steps. In a safetensors file the metadata entry
 "readings" is JSON: key -> axes, unit, labels, limits, shape, packing. With packing "tril" a tensor
@@ -14,9 +15,9 @@ A step is complete if and only if its scores file exists; it is written last.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from tlens_callback.reading import Reading
+from tlens_callback.triangle import lower_triangle
+
+if TYPE_CHECKING:
+    from tlens_callback.render.page.notebook import PageView
 
 FORMAT = 1
 """Goes up when a reader would take something in a store for what it is not. An entry that older
@@ -63,7 +68,9 @@ def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
     # Beside "readings", which is parsed whole for every question about a step.
     texts: dict[str, str] = {}
     for reading in readings:
-        values, packing = _triangle(reading)
+        lower = lower_triangle(reading.values, reading.axes)
+        packing = None if lower is None else "tril"
+        values = reading.values if lower is None else lower
         if packing and not exact and np.abs(values).max(initial=0) <= 1:
             # numpy converts what is below 2**-14 in software, ten times slower than torch.
             values = torch.from_numpy(values).half().numpy()
@@ -84,19 +91,6 @@ def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
 def _texts_of(key: str) -> str:
     """The metadata entry with a reading's texts."""
     return f"texts/{key}"
-
-
-def _triangle(reading: Reading) -> tuple[np.ndarray, str | None]:
-    """The lower triangle of an attention pattern, where all the rest is exactly zero."""
-    values = reading.values
-    if reading.axes[-2:] != ("query", "key") or values.shape[-1] != values.shape[-2]:
-        return values, None
-    n = values.shape[-1]
-    rows, columns = np.tril_indices(n)
-    lower = values.reshape(*values.shape[:-2], n * n).take(rows * n + columns, axis=-1)
-    if np.count_nonzero(lower) != np.count_nonzero(values):
-        return values, None
-    return lower, "tril"
 
 
 def _unpack(key: str, values: np.ndarray, about: Mapping[str, Any], texts: str | None) -> Reading:
@@ -181,13 +175,41 @@ class Store:
             raise ValueError(f"Step {step} of {self.path} has no {key!r}; it has {sorted(about)}.")
         return self._load(step, {key: about[key]})[0]
 
-    def readings(self, step: int) -> list[Reading]:
-        """All readings of a step, in the order in which they were written.
+    def readings(self, step: int, keys: Collection[str] | None = None) -> list[Reading]:
+        """The readings of a step, or those of these keys among them, as they were written.
 
         Raises:
             ValueError: for a step that is not there.
         """
-        return self._load(step, self._complete(step))
+        about = self._complete(step)
+        return self._load(step, {key: about[key] for key in about if keys is None or key in keys})
+
+    def about(self, step: int) -> dict[str, dict[str, Any]]:
+        """Key -> axes, unit, labels, limits, shape, packing of a step's readings, in the order in
+        which they were written; reads no values.
+
+        Raises:
+            ValueError: for a step that is not there.
+        """
+        return self._complete(step)
+
+    def stored(
+        self, step: int, keys: Collection[str]
+    ) -> Iterator[tuple[str, dict[str, Any], np.ndarray | None]]:
+        """Of these readings of a step: key, what `about` says, and [..., n (n + 1) / 2] as it is in
+        the file, float16 or float32, where that is lower triangles without texts; else None."""
+        about = self._complete(step)
+        with safe_open(arrays_file(self.path, step), "np") as file:
+            others = file.metadata()
+            for key in (key for key in about if key in keys):
+                lower = about[key]["packing"] == "tril" and _texts_of(key) not in others
+                yield key, about[key], file.get_tensor(key) if lower else None
+
+    @property
+    def torn(self) -> tuple[int, ...]:
+        """The steps that were written and are complete no more: a copy cut short, say."""
+        steps = steps_in(self.path / "scores")
+        return tuple(step for step in steps if self._about(step) is None)
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [step] and values [step, *axes] of one reading, at the steps that have it.
@@ -214,6 +236,21 @@ class Store:
         if not tables:
             return pd.DataFrame({"step": [], "key": [], "value": []})
         return pa.concat_tables(tables, promote_options="default").to_pandas()
+
+    def page(self, *, most_bytes: int = 15_000_000) -> "PageView":
+        """The interactive page of the steps so far, which Jupyter shows as the last line of a cell;
+        its `save(path)` writes it as one HTML file.
+
+        Args:
+            most_bytes: of that file; see `tlens_callback.render.page.page`.
+
+        Raises:
+            ValueError: for a store without a complete step, or too few bytes.
+        """
+        from tlens_callback.render.page import page
+        from tlens_callback.render.page.notebook import PageView
+
+        return PageView(page(self, most_bytes=most_bytes))
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}: {len(self.steps)} steps, {len(self.keys)} keys)"
