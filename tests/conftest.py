@@ -6,6 +6,8 @@ import pytest
 import torch
 import wandb
 
+from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, before TRL imports it
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")

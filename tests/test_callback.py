@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from tests import tiny
@@ -83,14 +84,25 @@ def test_the_end_says_where_to_look_and_what_it_cost(tmp_path, capsys):
     trainer(tmp_path, callback).train()
     said = capsys.readouterr().out
     assert re.search(
-        r"watching 2 layers x 4 heads with 1 probes and 0 repeated blocks; 0 weights have adapters",
+        r"watching 2 layers x 4 heads with 1 probes and 0 repeated blocks; all weights are the "
+        r"model's own, none is copied; max logit difference",
         said,
     )
-    assert said.count(str(tmp_path / "tlens")) == 2, "at the start and at the end"
+    assert said.count(f"local store {tmp_path / 'tlens'}") == 2, "at the start and at the end"
+    assert said.splitlines()[-1].endswith(f"page {tmp_path / 'tlens' / 'page.html'}")
     assert re.search(
         r"3 observations of 1 probes and 0 repeated blocks in [\d.]+ s, [\d.]+% of the run", said
     )
     assert "MiB" in said
+
+
+def test_adapters_and_copies_are_said(tmp_path, capsys):
+    adapted = get_peft_model(tiny.model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    trainer(tmp_path, TLensCallback([CAPITAL], sinks=[]), model=adapted, max_steps=1).train()
+    assert re.search(r"; 2 weights have adapters, [\d.]+ MiB beside", capsys.readouterr().out)
+    split = tiny.model("gpt_neox")
+    trainer(tmp_path, TLensCallback([CAPITAL], sinks=[]), model=split, max_steps=1).train()
+    assert re.search(r"repeated blocks; [\d.]+ MiB beside", capsys.readouterr().out)
 
 
 def with_(**attributes) -> Constant:
@@ -113,6 +125,8 @@ BAD_SETTINGS = [
     (dict(instruments=[HeadScores(), HeadScores()]), "Two instruments are named 'head_scores'"),
     (dict(instruments=[Constant("watch")]), "are named 'watch'.*watch's name are taken"),
     (dict(instruments=[Constant("cost")]), "are named 'cost'"),
+    (dict(instruments=[Constant("trainer")]), "are named 'trainer'.*cost, fidelity, trainer"),
+    (dict(writing="later"), "writing is 'wait', 'drop_old' or 'inline', got 'later'"),
     (dict(instruments=[with_(every=0)]), "every of 'constant' is a whole number from 1 on, got 0"),
     (dict(instruments=[with_(every=2.5)]), "every of 'constant' is a whole number"),
     (dict(instruments=[with_(every="3")]), "every of 'constant' is a whole number"),

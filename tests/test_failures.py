@@ -105,7 +105,9 @@ def test_ctrl_c_stops_training_as_asked_and_the_store_is_readable(tmp_path):
     run.add_callback(Interrupts(at=4))
     with pytest.raises(KeyboardInterrupt):
         run.train()
+    callback.observer.writer.drain()
     assert list(read_store(tmp_path / "tlens").steps) == [0, 1, 2, 3, 4]
+    callback.observer.close()
 
 
 def test_ctrl_c_inside_an_observation_leaves_the_model_as_it_was(tmp_path):

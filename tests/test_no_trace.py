@@ -4,6 +4,8 @@ import copy
 import hashlib
 import logging
 import random
+import threading
+import time
 import warnings
 from typing import Any
 
@@ -18,16 +20,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from tests import tiny
-from tlens_callback import MemorySink, Probe, TLensCallback
-
-SENTENCES = [
-    "the capital of France is Paris",
-    "the capital of Italy is Rome",
-    "John gave Mary a book and went to the store",
-    "the cat sat on the mat and the dog sat on the cat",
-] * 6
-
-CAPITAL = Probe("capital", "the capital of France is", target=" Paris", foil=" London")
+from tests.training import CAPITAL, SENTENCES
+from tlens_callback import LocalSink, MemorySink, TLensCallback, read_store
 
 
 def fingerprint(value: Any) -> Any:
@@ -195,20 +189,42 @@ def test_grpo_leaves_no_trace(tmp_path):
     assert list(memory.steps) == [0, 1, 2, 3, 4]
 
 
-def test_default_probes_and_sinks_leave_no_trace(tmp_path):
+@pytest.mark.parametrize("writing", ["wait", "drop_old", "inline"])
+def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
     """The first rows of the training data are read, the local store is written."""
+    callback = TLensCallback(every_n_steps=1, on_error="raise", writing=writing)
     without = state_of(sft(tmp_path / "a", []))
-    watched = state_of(sft(tmp_path / "b", [TLensCallback(every_n_steps=1, on_error="raise")]))
+    watched = state_of(sft(tmp_path / "b", [callback]))
     assert differences(without, watched) == []
     assert (tmp_path / "b" / "tlens").is_dir()
 
 
-def test_pictures_and_tables_in_wandb_leave_no_trace(offline):
+@pytest.mark.parametrize("writing", ["wait", "drop_old"])
+def test_sinks_that_are_slower_than_training_leave_no_trace(tmp_path, writing):
+    """They write while batches are loaded, evaluated and trained on, and on workers forked."""
+
+    class Slow(LocalSink):
+        def write(self, readings, *, step):
+            time.sleep(0.2 if writing == "wait" else 0.9)
+            super().write(readings, step=step)
+
+    args = dict(dataloader_num_workers=1)
+    without = state_of(sft(tmp_path / "a", [], **args))
+    sink = Slow(tmp_path / "store")
+    callback = watcher(sinks=[sink], writing=writing)
+    watched = state_of(sft(tmp_path / "b", [callback], **args))
+    assert differences(without, watched) == []
+    steps = list(read_store(tmp_path / "store").steps)
+    assert steps[-1] == 5 and (steps == [0, 1, 2, 3, 4, 5]) == (writing == "wait")
+
+
+@pytest.mark.parametrize("writing", ["wait", "drop_old"])
+def test_pictures_and_tables_in_wandb_leave_no_trace(offline, writing):
     """W&B, plotly and the rest may draw random numbers of their own; the run's stay its own."""
     states = []
     for folder, callbacks in (
         ("a", []),
-        ("b", [TLensCallback([CAPITAL], every_n_steps=1, on_error="raise")]),
+        ("b", [TLensCallback([CAPITAL], every_n_steps=1, on_error="raise", writing=writing)]),
     ):
         trainer = sft(offline / folder, callbacks, report_to="wandb")
         states.append(state_of(trainer))
@@ -220,6 +236,15 @@ def test_pictures_and_tables_in_wandb_leave_no_trace(offline):
 class Draws(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         torch.rand(1)
+
+
+class DrawsOnAThread(TrainerCallback):
+    """What a sink would do that draws from the run's random numbers."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        thread = threading.Thread(target=torch.rand, args=(1,))
+        thread.start()
+        thread.join()
 
 
 class LeavesEval(TrainerCallback):
@@ -253,6 +278,7 @@ class Merges(TrainerCallback):
     [
         (Draws, "parameters"),
         (Draws, "torch"),
+        (DrawsOnAThread, "torch"),
         (LeavesEval, "history"),
         (SwitchesAttention, "attention"),
         (Pads, "tokenizer"),

@@ -55,14 +55,19 @@ def test_the_active_wandb_run_is_joined_and_rows_land_on_their_steps(offline):
     wandb.finish()
     wandb.teardown()
     rows = history(run_file(offline))
-    assert steps(rows, "tlens/target_scores/loss/capital") == [0, 2, 4, 6]
+    assert steps(rows, "tlens/target_scores/probability/capital") == [0, 2, 4, 6]
     assert steps(rows, "tlens/fidelity/kl") == [0, 1, 6]
     assert steps(rows, "tlens/attention_patterns/pattern/capital") == [0, 2, 4, 6]
+    assert steps(rows, "tlens/page") == [6]
     assert steps(rows, "train/loss") == [1, 2, 3, 4, 5, 6] and steps(rows, "eval/loss") == [3, 6]
+    assert not [key for row in rows for key in row if key.startswith("tlens/trainer/")]
     kept = read_store(offline / "out" / "tlens")
-    logged = [row for row in rows if "tlens/target_scores/loss/capital" in row]
-    _, losses = kept.curve("target_scores/loss/capital")
-    assert [row["tlens/target_scores/loss/capital"] for row in logged] == pytest.approx(losses)
+    logged = [row for row in rows if "tlens/target_scores/probability/capital" in row]
+    _, values = kept.curve("target_scores/probability/capital")
+    assert [row["tlens/target_scores/probability/capital"] for row in logged] == pytest.approx(
+        values
+    )
+    assert kept.reading("trainer/eval_loss", 6).labels["update"] == ("6",)
 
 
 def test_costs_add_up_to_what_was_spent(tmp_path):
@@ -78,8 +83,8 @@ def test_costs_add_up_to_what_was_spent(tmp_path):
     run.add_callback(Keeps())
     run.train()
     logged = float(memory.curve("cost/seconds")[1].sum())
-    spent = observers[0].seconds
-    assert 0.5 * spent < logged <= spent, "all but the last observation's writing"
+    spent = observers[0].cost.seconds
+    assert 0.5 * spent < logged <= spent, "all but the end of the last observation"
     shares = memory.curve("cost/share")[1]
     assert (shares > 0).all() and (shares <= 1).all()
 

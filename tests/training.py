@@ -4,11 +4,14 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests import tiny
-from tests.test_no_trace import SENTENCES
-from tlens_callback import (
-    Probe,
-    Reading,
-)
+from tlens_callback import Probe, Reading
+
+SENTENCES = [
+    "the capital of France is Paris",
+    "the capital of Italy is Rome",
+    "John gave Mary a book and went to the store",
+    "the cat sat on the mat and the dog sat on the cat",
+] * 6
 
 CAPITAL = Probe("capital", "the capital of France is", target=" Paris", foil=" London")
 

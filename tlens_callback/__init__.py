@@ -40,6 +40,8 @@ from tlens_callback.shadow import Shadow as Shadow
 from tlens_callback.sinks import LocalSink as LocalSink
 from tlens_callback.sinks import MemorySink as MemorySink
 from tlens_callback.sinks import Store as Store
+from tlens_callback.sinks import TensorBoardSink as TensorBoardSink
+from tlens_callback.sinks import TrackioSink as TrackioSink
 from tlens_callback.sinks import WandbSink as WandbSink
 from tlens_callback.sinks import read_store as read_store
 from tlens_callback.watch import Watch as Watch

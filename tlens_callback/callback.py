@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from operator import index
@@ -15,14 +14,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tlens_callback.builtin_probes import first_rows, repeated_blocks, training_rows
+from tlens_callback.default_sinks import active_wandb, default_sinks
 from tlens_callback.instruments import HeadScores, RepeatLoss, VirtualHeads, fast
 from tlens_callback.interfaces import Instrument, Sink
-from tlens_callback.observer import Observer, OnError
+from tlens_callback.observer import Observer
 from tlens_callback.probes import Probe
 from tlens_callback.shadow import Shadow
-from tlens_callback.sinks import LocalSink, WandbSink
 from tlens_callback.terminal import opening, print_lines, summary
+from tlens_callback.trainer_logs import SUMMARY
 from tlens_callback.watch import Watch
+from tlens_callback.writer import OnError, Writing
 
 logger = logging.getLogger("tlens_callback")
 
@@ -38,8 +39,9 @@ class TLensCallback(TrainerCallback):
         probes: what to ask. None: the first rows of the training data.
         instruments: what to measure. None: the fast ones, `tlens_callback.instruments.fast()`,
             as far as the model has what they read.
-        sinks: where readings go. None: the active W&B run if there is one, and a local store
-            `<output_dir>/<name>`.
+        sinks: where readings go, in this order. None: a local store `<output_dir>/<name>`, the
+            active W&B run if there is one, and trackio and TensorBoard where `report_to` has them;
+            for TensorBoard `<name>` in the folder of the trainer's own events.
         watch: what to raise events about: heads that take or lose a role, collapsing entropy, and
             rules of your own. None: `Watch()`. False: nothing.
         every_n_steps: optimizer steps between two observations.
@@ -52,15 +54,24 @@ class TLensCallback(TrainerCallback):
             shows changes below bfloat16's rounding, at 4 bytes for every parameter.
         on_error: "warn": an instrument or sink that fails during training is reported once and
             set aside. "raise": it raises.
+        writing: "wait": the sinks write on a thread of their own, and training waits for them only
+            where two observations wait already. "drop_old": it never waits, and the older of the
+            two is dropped and counted. "inline": the sinks write on the training thread.
         name: of this callback, where a trainer has several: of the default local store's
-            directory, of the section in W&B, and of the file `<name>.memory` that is written into
-            each checkpoint, with what later observations of a resumed run are compared with.
+            directory, of the section in W&B and the others, and of the file `<name>.memory` that is
+            written into each checkpoint, with what later observations of a resumed run are compared
+            with.
 
     Raises:
         ValueError: here or when training begins, for what cannot work; the text says what to do.
         FidelityError: when training begins, if the shadow does not compute what the model does.
 
     On a run of several processes rank 0 observes; the others do nothing.
+
+    Keys:
+        cost/<what>, fidelity/<what>: see `Observer`.
+        trainer/<name>: [update], as logged; what the trainer itself logged since the observation
+            before, that of the observed step included.
 
     Attributes:
         sinks: where the readings of the run go, or went, also those that were set aside; the
@@ -79,12 +90,15 @@ class TLensCallback(TrainerCallback):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         on_error: OnError = "warn",
+        writing: Writing = "wait",
         name: str = "tlens",
     ) -> None:
         if not _counts(every_n_steps):
             raise ValueError(f"every_n_steps is a whole number from 1 on, got {every_n_steps!r}.")
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error is 'warn' or 'raise', got {on_error!r}.")
+        if writing not in ("wait", "drop_old", "inline"):
+            raise ValueError(f"writing is 'wait', 'drop_old' or 'inline', got {writing!r}.")
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"name is made of letters, digits, - and _, got {name!r}.")
         for what, given in (("probes", probes), ("instruments", instruments), ("sinks", sinks)):
@@ -121,10 +135,11 @@ class TLensCallback(TrainerCallback):
             raise ValueError(f"watch is a Watch, False or None, got {watch!r}.")
         watch = Watch() if watch is None else watch or None
         names = [thing.name for thing in (*instruments, *filter(None, [watch]))]
-        if twice := {one for one in names if [*names, "cost", "fidelity"].count(one) > 1}:
+        taken = "cost", "fidelity", "trainer"
+        if twice := {one for one in names if [*names, *taken].count(one) > 1}:
             raise ValueError(
                 f"Two instruments are named {min(twice)!r}; give one of them another name=. "
-                f"cost, fidelity and the watch's name are taken."
+                f"{', '.join(taken)} and the watch's name are taken."
             )
         if device is not None:
             try:
@@ -146,6 +161,7 @@ class TLensCallback(TrainerCallback):
             device=device,
             dtype=dtype,
             on_error=on_error,
+            writing=writing,
         )
         self.observer: Observer | None = None
         self._batch_size = 0
@@ -178,7 +194,7 @@ class TLensCallback(TrainerCallback):
             self.observer = None
         if self.observer is None:
             if not self._given_sinks:
-                self.sinks = [LocalSink(Path(args.output_dir or ".") / self.name)]
+                self.sinks = default_sinks(args, self.name)
             self.observer = Observer(sinks=self.sinks, **self._settings)
         self._join_wandb()
 
@@ -206,6 +222,7 @@ class TLensCallback(TrainerCallback):
                 memory=self._recalled(args, state) if state.global_step else None,
                 run=_run(state),
                 training=training_rows(train_dataloader, processing_class),
+                logged=state.log_history,
             )
         except BaseException as error:
             self.observer = None
@@ -228,12 +245,42 @@ class TLensCallback(TrainerCallback):
         self._join_wandb()
         step = state.global_step
         last = control.should_training_stop or step >= state.max_steps
-        self.observer.after_update(step, observe=step % self.every_n_steps == 0, last=last)
+        by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)
+        # What is logged of this step is known later, and belongs to its observation.
+        hold = control.should_log or control.should_evaluate or by_epoch
+        self.observer.after_update(
+            step, observe=step % self.every_n_steps == 0, last=last, hold=hold
+        )
+        if last and not hold:
+            self.observer.finish()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.observer is not None:
+            self.observer.hand_over()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._end(state, control)
+        if self.observer and control.should_training_stop:
+            if not (control.should_log or control.should_evaluate):
+                self.observer.finish()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The summary of the run: before other callbacks' `on_train_end` and before the best
+        # checkpoint's weights are loaded.
+        if self.observer and SUMMARY in (logs or ()):
+            self._end(state, control)
+            self.observer.finish()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -250,7 +297,7 @@ class TLensCallback(TrainerCallback):
         """
         observer = self.observer
         if observer and control.should_training_stop and state.global_step not in observer.steps:
-            observer.after_update(state.global_step, observe=True, last=True)
+            observer.after_update(state.global_step, observe=True, last=True, hold=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -267,12 +314,9 @@ class TLensCallback(TrainerCallback):
         """Adds the active W&B run to the default sinks; it may begin after this callback does."""
         if self._given_sinks or self.observer is None:
             return
-        wandb = sys.modules.get("wandb")
-        if wandb is None or wandb.run is None:
-            return
-        if not any(isinstance(sink, WandbSink) for sink in self.sinks):
-            self.sinks.append(WandbSink(name=self.name))
-            self.observer.sinks.append(self.sinks[-1])
+        if (sink := active_wandb(self.sinks, self.name)) is not None:
+            self.sinks.append(sink)
+            self.observer.writer.add(sink)
 
     def _kept(self, args: TrainingArguments, state: TrainerState) -> Path:
         """In the checkpoint of this step."""

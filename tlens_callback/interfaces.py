@@ -60,7 +60,19 @@ class Instrument(Protocol):
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes the readings of each observation somewhere."""
+    """Takes the readings of each observation somewhere.
+
+    Its methods are called one at a time from one thread, which is not the training's unless
+    `writing="inline"`, in the contextvars context that the training thread had; what a call sets
+    there is gone at the next. A call of more than a minute, when others wait, is the last.
+
+    It may have one more method:
+
+    - `before_finish(wait: Callable[[], None])`: called on the training thread, before anything is
+      written. `wait` returns once everything that was handed over is written; it is to be called
+      when somebody else is about to finish the run that this sink logs to. It may be called from
+      any thread and at any time, does nothing on the thread of the sinks, and raises nothing.
+    """
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:
         """Stores or shows one observation; `step` is the trainer's global step."""

@@ -2,16 +2,15 @@
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tlens_callback.cost import Cost
 from tlens_callback.fidelity import Fidelity, FidelityError, compare
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.memory import check, keep, marks, memories, recall
@@ -20,11 +19,11 @@ from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
 from tlens_callback.terminal import mismatch, print_lines
+from tlens_callback.trainer_logs import TrainerLogs
 from tlens_callback.watch import Watch
+from tlens_callback.writer import OnError, Writer, Writing, report
 
 logger = logging.getLogger("tlens_callback")
-
-OnError = Literal["warn", "raise"]
 
 
 class Observer:
@@ -37,18 +36,20 @@ class Observer:
 
     Args:
         watch: what raises events; None: nothing does.
+        writing: how readings get to the sinks; see `Writer`.
 
     Keys:
         fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement: where they were computed; see
             `Fidelity`.
-        cost/seconds: [], seconds on the training thread since the reading before, with the
-            writing of that observation; they add up to all that was spent before this reading.
-        cost/share: [], fraction of the time since the start that was spent here.
+        cost/seconds, cost/share: [], seconds, fraction; of the training thread, see `Cost`.
+        cost/dropped: [], count; observations dropped so far, with `writing="drop_old"`.
+        trainer/<name>: [update], as logged; see `TrainerLogs`.
 
     Attributes:
+        writer: has the sinks.
         model, shadow: what is watched, and how; None before `start` and after the end.
         batch: the encoded probes.
-        seconds: spent on the training thread so far, everything included.
+        cost: the time spent on the training thread so far.
         steps: the observed steps.
         checks: step -> fidelity, where it was computed.
     """
@@ -62,8 +63,11 @@ class Observer:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         on_error: OnError = "warn",
+        writing: Writing = "wait",
     ) -> None:
-        self.instruments, self.sinks = list(instruments), list(sinks)
+        self.instruments = list(instruments)
+        self.writer = Writer(sinks, writing=writing, on_error=on_error)
+        self.logs = TrainerLogs()
         self.watch = watch
         self.device, self.dtype, self.on_error = device, dtype, on_error
         self.shadow: Shadow | None = None
@@ -71,10 +75,8 @@ class Observer:
         self.batch: ProbeBatch | None = None
         self.steps: list[int] = []
         self.checks: dict[int, Fidelity] = {}
-        self.seconds = 0.0
+        self.cost = Cost()
         self.extra_bytes = 0
-        self._accounted = 0.0
-        self._began = self._entered = time.perf_counter()
         self._first: Fidelity | None = None
         self._first_step = 0
         self._reference: Tensor | None = None
@@ -87,6 +89,11 @@ class Observer:
         """Whether there is a shadow and nothing has ended the watching."""
         return self.shadow is not None
 
+    @property
+    def sinks(self) -> list[Sink]:
+        """Those that are not set aside."""
+        return self.writer.sinks
+
     def start(
         self,
         model: nn.Module,
@@ -97,8 +104,10 @@ class Observer:
         memory: Path | None = None,
         run: str = "",
         training: Callable[[int], list[list[int]]] | None = None,
+        logged: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Builds the shadow, encodes the probes, checks fidelity and observes for the first time.
+        """Builds the shadow, encodes the probes, checks fidelity, observes for the first time and
+        writes that.
 
         Starting again on the same model (a batch size being searched for) keeps the shadow.
 
@@ -106,16 +115,17 @@ class Observer:
             memory, run: a file that `remember` wrote, where a run is resumed, and what that was
                 given; None for a new one.
             training: see `ProbeBatch`.
+            logged: what the trainer logs, a list that grows.
 
         Raises:
             ValueError: for a model, probe, instrument or hook that cannot work.
             FidelityError: where the shadow is not the model.
         """
-        with self._clock():
+        with self.cost.spending():
             if self.shadow is not None and self.model is model:
                 self.shadow.sync()
             else:
-                self._began = self._entered
+                self.cost.begin()
                 self.shadow = Shadow(model, device=self.device, dtype=self.dtype)
                 self.model = model
                 self.batch = ProbeBatch.encode(
@@ -129,12 +139,15 @@ class Observer:
             assert self.batch is not None
             self._looks = 0
             remembered = memories([*self.instruments, self.watch])
-            for own in remembered.values():
+            if remembered:
+                remembered[self.logs.name] = self.logs.memory
+            for own in [*remembered.values(), self.logs.memory]:
                 own.clear()
             recalled = frozenset()
             if memory is not None:
                 about = marks(self.batch, self.shadow.dtype, run)
                 recalled = recall(memory, remembered, about, self.shadow.device)
+            self.logs.start(logged, step=step)
             fidelity, self._reference = self._first_comparison(model)
             if not math.isfinite(fidelity.scale):
                 raise ValueError(
@@ -147,6 +160,7 @@ class Observer:
             self.checks[step] = fidelity
             self._look(step, fidelity, last=False)
             check(remembered)
+            self.writer.drain()
             for name, own in remembered.items():
                 if recalled and own and name not in recalled:
                     logger.warning(
@@ -163,13 +177,16 @@ class Observer:
         """
         if self.batch is None or self.shadow is None:
             return
-        with self._clock():
+        with self.cost.spending():
             try:
                 about = marks(self.batch, self.shadow.dtype, run)
                 of = memories([*self.instruments, self.watch])
                 # Resuming observes this step anew, and the store writes it anew: with its events.
                 if self.watch is not None and self._watched[0] == step:
                     of[self.watch.name] = self._watched[1]
+                if any(of.values()):
+                    self.logs.remember(step)
+                    of[self.logs.name] = self.logs.memory
                 keep(path, of, about)
             except Exception as error:
                 if self.on_error == "raise":
@@ -188,26 +205,30 @@ class Observer:
                 f"{error} TransformerLens's bridge may not support this kind of model."
             ) from error
 
-    def after_update(self, step: int, *, observe: bool, last: bool) -> None:
-        """After the optimizer's step number `step`: checks and observes, where it is time to."""
+    def after_update(self, step: int, *, observe: bool, last: bool, hold: bool = False) -> None:
+        """After the optimizer's step number `step`: checks and observes, where it is time to.
+
+        Args:
+            hold: the readings are handed over by `hand_over`, with what is logged until then.
+        """
         if self.shadow is None or self.model is None:
             return
         check = last or (self._next_check is not None and step >= self._next_check)
         if not (check or observe):
             return
-        with self._clock():
+        with self.cost.spending():
             try:
                 self.shadow.sync()
                 fidelity = self._check(step) if check else None
                 if observe or last:
-                    self._look(step, fidelity, last=last)
+                    self._look(step, fidelity, last=last, hold=hold)
                 elif fidelity is not None:
-                    self._write(fidelity.readings(), step)
+                    self.writer.put(fidelity.readings(), step=step)
             except Exception as error:
                 if self.on_error == "raise":
                     raise
                 if self.watch is not None and isinstance(error, FidelityError):
-                    self._write(self.watch.breach(error), step)
+                    self.writer.put(self.watch.breach(error), step=step)
                 self._let_go()
                 logger.warning(
                     "tlens: observing failed (%s: %s). Watching ends here; training goes on.",
@@ -216,14 +237,22 @@ class Observer:
                     exc_info=None if isinstance(error, FidelityError) else error,
                 )
 
+    def hand_over(self) -> None:
+        """Ends the holding of an observation."""
+        with self.cost.spending():
+            self.writer.release()
+
+    def finish(self) -> None:
+        """Waits until everything is written, and closes the sinks."""
+        with self.cost.spending():
+            self.writer.close()
+
     def close(self) -> None:
-        """Closes the sinks and frees the shadow. May be called twice."""
-        with self._clock():
-            try:
-                for sink in list(self.sinks):
-                    self._guard(sink, sink.close)
-            finally:
-                self._let_go()
+        """Writes everything, closes the sinks and frees the shadow. May be called twice."""
+        try:
+            self.finish()
+        finally:
+            self._let_go()
 
     def _let_go(self) -> None:
         if self.shadow is not None:
@@ -247,7 +276,9 @@ class Observer:
             raise FidelityError(mismatch(self.model, fidelity, stale=fidelity.close))
         return fidelity
 
-    def _look(self, step: int, fidelity: Fidelity | None, *, last: bool) -> None:
+    def _look(
+        self, step: int, fidelity: Fidelity | None, *, last: bool, hold: bool = False
+    ) -> None:
         assert self.shadow is not None and self.batch is not None
         due = [i for i in self.instruments if last or self._looks % getattr(i, "every", 1) == 0]
         self._looks += 1
@@ -265,21 +296,21 @@ class Observer:
             if unfit:
                 print_lines([f"tlens: without {instrument.name}: {error}"])
             else:
-                self._report(f"instrument {instrument.name!r}", error)
+                report(f"instrument {instrument.name!r}", error)
 
         readings = observe(self.shadow, self.batch, due, on_error=failed)
         if fidelity is not None:
             readings += fidelity.readings()
-        spent = self.seconds + time.perf_counter() - self._entered
-        since, self._accounted = spent - self._accounted, spent
-        readings += [
-            Reading(key="cost/seconds", values=np.asarray(since), unit="seconds"),
-            Reading(key="cost/share", values=np.asarray(self._share(spent)), unit="fraction"),
-        ]
+        readings += self.cost.readings()
+        if self.writer.writing == "drop_old":
+            dropped = np.asarray(self.writer.dropped)
+            readings.append(Reading(key="cost/dropped", values=dropped, unit="count"))
         readings += self._events(readings, step, strict=self.on_error == "raise" or first)
         if step not in self.steps:
             self.steps.append(step)
-        self._write(readings, step)
+        self.writer.hold(readings, step=step, more=lambda: self.logs.take(step))
+        if not hold:
+            self.writer.release()
 
     def _events(self, readings: Sequence[Reading], step: int, *, strict: bool) -> list[Reading]:
         """What the watch makes of an observation; its events are printed."""
@@ -292,47 +323,9 @@ class Observer:
             if strict:
                 raise
             self.watch = None
-            self._report("the watch", error)
+            report("the watch", error)
             return []
         for reading in found:
             if reading.texts is not None:
                 print_lines([f"tlens: step {step}: {event}" for event in reading.texts.tolist()])
         return found
-
-    @property
-    def share(self) -> float:
-        """`seconds` as a share of the time since the start."""
-        return self._share(self.seconds)
-
-    def _share(self, spent: float) -> float:
-        return min(1.0, spent / (time.perf_counter() - self._began))
-
-    def _write(self, readings: Sequence[Reading], step: int) -> None:
-        for sink in list(self.sinks):
-            self._guard(sink, lambda sink=sink: sink.write(readings, step=step))
-
-    def _guard(self, sink: Sink, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            self.sinks.remove(sink)
-            self._report(f"sink {type(sink).__name__}", error)
-
-    def _report(self, what: str, error: Exception) -> None:
-        logger.warning(
-            "tlens: %s raised %s: %s. It is set aside; training goes on.",
-            what,
-            type(error).__name__,
-            error,
-            exc_info=error,
-        )
-
-    @contextmanager
-    def _clock(self) -> Iterator[None]:
-        self._entered = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - self._entered

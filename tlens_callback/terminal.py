@@ -17,10 +17,14 @@ def opening(observer: "Observer") -> list[str]:
     """What is watched, and how near the shadow is to it."""
     shadow, fidelity = observer.shadow, observer.checks[min(observer.checks)]
     assert shadow is not None
+    held = f"{shadow.extra_bytes / 2**20:.1f} MiB beside the model's"
+    if shadow.n_owned:
+        held = f"{shadow.n_owned} weights have adapters, {held}"
+    elif not shadow.extra_bytes:
+        held = "all weights are the model's own, none is copied"
     return [
         f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
-        f"{_asked(observer)}; {shadow.n_owned} weights have adapters, "
-        f"{shadow.extra_bytes / 2**20:.1f} MiB beside the model's; {fidelity}",
+        f"{_asked(observer)}; {held}; {fidelity}",
         *_places(observer),
     ]
 
@@ -31,12 +35,17 @@ def summary(observer: "Observer") -> list[str]:
         return []
     lines = [
         f"tlens: {len(observer.steps)} observations of {_asked(observer)} in "
-        f"{observer.seconds:.1f} s, {observer.share:.1%} of the run; "
+        f"{observer.cost.seconds:.1f} s, {observer.cost.share:.1%} of the run; "
         f"{observer.extra_bytes / 2**20:.1f} MiB of weights beside the model's"
     ]
     if observer.checks:
         worst = max(observer.checks.values(), key=lambda check: check.relative)
         lines.append(f"tlens: shadow against live model, worst of {len(observer.checks)}: {worst}")
+    if dropped := observer.writer.dropped:
+        lines.append(
+            f"tlens: {dropped} observations were dropped, since the sinks were slower than "
+            f"training; writing='wait' or a larger every_n_steps keeps all"
+        )
     return lines + _places(observer)
 
 

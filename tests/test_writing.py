@@ -1,0 +1,203 @@
+"""A real trainer and the thread that writes: what is written when, and when training ends badly."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import wandb
+from transformers import TrainerCallback
+
+from tests.sinks.wandb_file import history
+from tests.training import CAPITAL, Constant, trainer
+from tlens_callback import MemorySink, TLensCallback, read_store
+
+ENDS = ["sigint", "raises", "raises, no exit", "wandb", "sigint, wandb", "wandb, no seam"]
+
+
+class Slow(MemorySink):
+    """Takes its time, and notes who asks."""
+
+    def __init__(self, takes=0.15):
+        super().__init__()
+        self.takes, self.closed, self.threads = takes, 0, set()
+
+    def write(self, readings, *, step):
+        time.sleep(self.takes)
+        self.threads.add(threading.current_thread().name)
+        super().write(readings, step=step)
+
+    def close(self):
+        self.closed += 1
+
+
+class Sees(TrainerCallback):
+    """What had been written by the end of the last `on_step_end`, and by `on_train_end`."""
+
+    def __init__(self, sink):
+        self.sink, self.seen = sink, {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen[state.global_step] = self.sink.steps, self.sink.closed
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seen["end"] = self.sink.steps, self.sink.closed
+
+
+def running() -> list[str]:
+    """Threads, without the one that tqdm starts with its first progress bar."""
+    return sorted(t.name for t in threading.enumerate() if t.name != "tqdm_monitor")
+
+
+@pytest.mark.parametrize("writing", ["wait", "drop_old", "inline"])
+def test_the_last_observation_is_written_and_the_sinks_closed_in_the_last_step(
+    tmp_path, capsys, writing
+):
+    before = running()
+    sink = Slow()
+    sees = Sees(sink)
+    callback = TLensCallback(
+        [CAPITAL], instruments=[Constant()], sinks=[sink], every_n_steps=1, on_error="raise",
+        writing=writing,
+    )  # fmt: skip
+    run = trainer(tmp_path, callback)
+    run.add_callback(sees)
+    run.train()
+    written, closed = sees.seen[6]
+    assert written[-1] == 6 and closed == 1 and sees.seen["end"] == (written, 1)
+    assert running() == before, "nothing is left running"
+    said = capsys.readouterr().out
+    if writing == "drop_old":
+        dropped = sink.curve("cost/dropped")[1]
+        assert len(written) < 7 and dropped[0] == 0 and list(dropped) == sorted(dropped)
+        assert f"tlens: {7 - len(written)} observations were dropped" in said
+    else:
+        assert written == (0, 1, 2, 3, 4, 5, 6)
+        assert "cost/dropped" not in sink.readings and "dropped" not in said
+    assert sink.threads == {"MainThread" if writing == "inline" else "tlens-writer"}
+
+
+def test_training_is_ahead_of_a_slow_sink(tmp_path):
+    """The control of the test above: without the thread each step is written when it is over."""
+    ahead = {}
+    for writing in ("wait", "inline"):
+        sink = Slow()
+        sees = Sees(sink)
+        callback = TLensCallback(
+            [CAPITAL], instruments=[Constant()], sinks=[sink], every_n_steps=1, writing=writing
+        )
+        run = trainer(tmp_path / writing, callback)
+        run.add_callback(sees)
+        run.train()
+        ahead[writing] = [step - max(sees.seen[step][0]) for step in range(1, 6)]
+    assert ahead["inline"] == [0, 0, 0, 0, 0]
+    assert max(ahead["wait"]) in (2, 3) and min(ahead["wait"]) >= 1
+
+
+def test_cost_is_that_of_the_training_thread(tmp_path):
+    spent = {}
+    for writing in ("drop_old", "inline"):
+        sink = Slow(0.3)
+        callback = TLensCallback(
+            [CAPITAL], instruments=[Constant()], sinks=[sink], every_n_steps=1, writing=writing
+        )
+        trainer(tmp_path / writing, callback).train()
+        # The first is written before training goes on; the last is not in its own reading.
+        spent[writing] = sum(sink.curve("cost/seconds")[1]) - float(
+            sink.readings["cost/seconds"][0].values
+        )
+    assert spent["inline"] > 6 * 0.3 > spent["drop_old"]
+
+
+def test_a_sink_that_hangs_does_not_end_the_training(tmp_path, caplog):
+    class Hangs(Slow):
+        def write(self, readings, *, step):
+            time.sleep(1.5 * (step == 2))
+            super().write(readings, step=step)
+
+    memory, hangs = MemorySink(), Hangs(0)
+    callback = TLensCallback(
+        [CAPITAL], instruments=[Constant()], sinks=[hangs, memory], every_n_steps=1
+    )
+
+    class Impatient(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            callback.observer.writer.patience = 0.3
+
+    run = trainer(tmp_path, callback)
+    run.add_callback(Impatient())
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        run.train()
+    assert memory.steps == (0, 1, 2, 3, 4, 5, 6) and 3 not in hangs.steps
+    assert caplog.text.count("sink Hangs is given up: writing step 2") == 1
+    for thread in threading.enumerate():
+        if thread.name == "tlens-writer":
+            thread.join(3)
+
+
+def test_a_wandb_run_that_is_finished_right_after_a_failure_has_the_last_observation(offline):
+    """In one process, as in a notebook: nothing ends, so nobody but the finishing can wait."""
+
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise RuntimeError("training failed")
+
+    wandb.init(project="test")
+    callback = TLensCallback([CAPITAL], instruments=[Constant()], every_n_steps=1)
+    run = trainer(offline / "out", callback)
+    run.add_callback(Breaks())
+    with pytest.raises(RuntimeError, match="training failed"):
+        try:
+            run.train()
+        finally:
+            wandb.finish()
+    wandb.teardown()
+    (file,) = offline.glob("wandb/offline-run-*/*.wandb")
+    rows = [row["train/global_step"] for row in history(file) if "tlens/constant/mean" in row]
+    assert rows == [0, 1, 2, 3, 4]
+    callback.observer.close()
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> Path:
+    """Trainings with slow sinks, each ended badly in a process of its own."""
+    folder = tmp_path_factory.mktemp("ended")
+    command = [sys.executable, "-m", "tests.stopped_script", str(folder), *ENDS]
+    root = Path(__file__).parent.parent
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+@pytest.mark.parametrize(("how", "error"), [("sigint", "KeyboardInterrupt"), ("raises", "failed")])
+def test_the_end_of_the_interpreter_writes_what_waits(ended, how, error):
+    assert list(read_store(ended / how / "tlens").steps) == [0, 1, 2, 3, 4]
+    assert (ended / how / "tlens" / "page.html").exists(), "the sinks are closed"
+    said = (ended / how / "stderr.txt").read_text()
+    assert error in said.splitlines()[-1] and (ended / how / "status").read_text() != "0"
+
+
+def test_without_a_word_at_the_end_it_would_be_lost(ended):
+    """The control of the test above, with the same slow sink."""
+    assert max(read_store(ended / "raises, no exit" / "tlens").steps) < 4
+
+
+def rows(folder) -> list[int]:
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return [row["train/global_step"] for row in history(file) if "tlens/constant/mean" in row]
+
+
+@pytest.mark.parametrize("how", ["wandb", "sigint, wandb"])
+def test_a_script_that_finishes_its_wandb_run_in_finally_loses_nothing(ended, how):
+    assert rows(ended / how) == [0, 1, 2, 3, 4]
+    assert list(read_store(ended / how / "out" / "tlens").steps) == [0, 1, 2, 3, 4]
+
+
+def test_without_the_sink_s_waiting_it_would_lose_it(ended):
+    """The control of the test above."""
+    assert max(rows(ended / "wandb, no seam")) < 4
+    said = (ended / "wandb, no seam" / "stderr.txt").read_text()
+    assert "was finished by whoever started it" in said

@@ -1,0 +1,58 @@
+"""`Cost`: the time that watching takes from the training thread."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from tlens_callback.reading import Reading
+
+
+class Cost:
+    """A stopwatch of the training thread.
+
+    Keys:
+        cost/seconds: [], seconds on the training thread since the reading before, with the
+            handing over of that observation and the waiting for room, without what the sinks do on
+            their own thread; they add up to all that was spent before this reading.
+        cost/share: [], fraction of the time since the start that was spent here.
+
+    Attributes:
+        seconds: spent so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._accounted = 0.0
+        self._began = self._entered = time.perf_counter()
+
+    def begin(self) -> None:
+        """The run begins where the spending did that is going on."""
+        self._began = self._entered
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Counts the time of its block."""
+        self._entered = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - self._entered
+
+    @property
+    def share(self) -> float:
+        """`seconds` as a share of the time since the start."""
+        return self._share(self.seconds)
+
+    def readings(self) -> list[Reading]:
+        """To be asked while spending."""
+        spent = self.seconds + time.perf_counter() - self._entered
+        since, self._accounted = spent - self._accounted, spent
+        return [
+            Reading(key="cost/seconds", values=np.asarray(since), unit="seconds"),
+            Reading(key="cost/share", values=np.asarray(self._share(spent)), unit="fraction"),
+        ]
+
+    def _share(self, spent: float) -> float:
+        return min(1.0, spent / (time.perf_counter() - self._began))

@@ -1,0 +1,217 @@
+"""All matrices of one instrument as one labelled PNG, where no interactive figure is to be had."""
+
+import io
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from tlens_callback.reading import Reading
+from tlens_callback.render.matrices import is_matrix
+from tlens_callback.render.mosaic import LEVELS, ZERO, palette
+from tlens_callback.render.plain import cut
+from tlens_callback.render.text import drawable, font, shorten
+
+_WIDEST, _EDGE, _GAP_X, _GAP_Y = 1200, 12, 26, 18
+_PANEL, _CELL, _LOWEST = 250, 32, 12
+"""Pixels: of a panel's cells across, of the widest cell, of the lowest row that has its name."""
+
+_BAR = (120, 9)
+_LONGEST = 12
+_GREY = (204, 204, 204)
+_NARROWEST = 200
+
+
+def score_picture(readings: Sequence[Reading], *, step: int | None = None) -> bytes:
+    """One PNG of readings of one instrument and two axes: a panel each, in a grid.
+
+    The first axis goes down, the second across; panels are titled by measure and probe. Below each
+    is its colour bar with the numbers at its ends and the unit. Panels of one unit and equal limits
+    share a range: the limits, or, where these are missing or infinite, that of their own values,
+    which the bar says as it changes from step to step; of both signs it is symmetric around zero.
+    Colours go from blue to red, near-white at zero, over a range that is symmetric around zero, and
+    are viridis elsewhere. Grey is no finite number. Numbers are written in cells that are wide
+    enough for them.
+
+    A measure `<other>_spread` beside `<other>` is left out, and so are ids that stand for texts (of
+    unit "index"): both need a pointer to be read.
+
+    Args:
+        step: written into the title.
+
+    Raises:
+        ValueError: where nothing is left to draw, or for readings of several instruments.
+    """
+    panels = pictured(readings)
+    if not panels:
+        raise ValueError(
+            f"score_picture needs readings of two axes that are no spread and no ids, got "
+            f"{[(r.key, r.axes) for r in readings]}."
+        )
+    if len(instruments := {r.instrument for r in panels}) > 1:
+        raise ValueError(f"One picture shows one instrument, got {sorted(instruments)}.")
+    drawn = [_panel(r, *_range(r, panels)) for r in panels]
+    widest = max(panel.width for panel in drawn)
+    columns = max(1, min(4, len(drawn), (_WIDEST - _EDGE) // (widest + _GAP_X)))
+    rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
+    heights = [max(panel.height for panel in row) for row in rows]
+    total = max(2 * _EDGE + columns * (widest + _GAP_X) - _GAP_X, 420)
+    page = Image.new("RGB", (total, 34 + sum(heights) + _GAP_Y * len(rows)), "white")
+    title = f"{panels[0].instrument}: {panels[0].axes[0]} down, {panels[0].axes[1]} across"
+    title = title if step is None else f"step {step} · {title}"
+    face = font(15)
+    ImageDraw.Draw(page).text((_EDGE, 8), shorten(title, total - 2 * _EDGE, face), "black", face)
+    top = 34
+    for row, height in zip(rows, heights, strict=True):
+        for i, panel in enumerate(row):
+            page.paste(panel, (_EDGE + i * (widest + _GAP_X), top))
+        top += height + _GAP_Y
+    out = io.BytesIO()
+    page.save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def pictured(readings: Sequence[Reading]) -> list[Reading]:
+    """Those that `score_picture` draws."""
+    two = [r for r in readings if is_matrix(r) or (len(r.axes) == 2 and r.axes[0] == "probe")]
+    names = {(r.instrument, f"{r.measure}_spread", r.probe) for r in two}
+    two = [r for r in two if (r.instrument, r.measure, r.probe) not in names]
+    return [r for r in two if r.values.size and not (r.unit == "index" and r.texts is not None)]
+
+
+def strips(curves: Sequence[Reading]) -> list[Reading]:
+    """("layer",) readings as ("probe", "layer") ones: those of one measure and unit together, a
+    row for each probe."""
+    groups: dict[tuple[object, ...], list[Reading]] = {}
+    for r in curves:
+        about = r.instrument, r.measure, r.unit, r.limits, r.values.shape, r.labels.get("layer")
+        groups.setdefault(about, []).append(r)
+    return [
+        Reading(
+            key=f"{first.instrument}/{first.measure}",
+            values=np.stack([r.values for r in group]),
+            axes=("probe", "layer"),
+            unit=first.unit,
+            labels={"probe": [r.probe or "" for r in group], **first.labels},
+            limits=first.limits,
+        )
+        for group in groups.values()
+        for first in group[:1]
+    ]
+
+
+def _range(reading: Reading, panels: Sequence[Reading]) -> tuple[float, float, bool]:
+    """Ends of the colour scale, and whether they are fixed."""
+    low, high = reading.limits or (-math.inf, math.inf)
+    if math.isfinite(low) and math.isfinite(high):
+        return low, high, True
+    alike = [r for r in panels if (r.unit, r.limits) == (reading.unit, reading.limits)]
+    shown = np.concatenate([r.values.ravel() for r in alike])
+    shown = shown[np.isfinite(shown)]
+    least, most = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
+    if reading.limits is None and least < 0 < most:
+        most = max(-least, most)
+        least = -most
+    low = least if math.isinf(low) else low
+    high = most if math.isinf(high) else high
+    return low, high if high > low else low + 1, False
+
+
+def _panel(reading: Reading, low: float, high: float, fixed: bool) -> Image.Image:
+    """Title, cells, names of rows and columns, colour bar."""
+    small = font(11)
+    down, across = reading.values.shape
+    wide = _CELL if across <= 8 or reading.axes[0] == "probe" else _PANEL // across
+    wide = max(1, wide if across * wide <= _WIDEST - 160 else (_WIDEST - 160) // across)
+    tall = max(_LOWEST if down <= 40 else 1, min(wide, 18, 240 // down))
+    rows, columns = _names(reading, reading.axes[0]), _names(reading, reading.axes[1])
+    numbered = all(name.isdecimal() for name in columns)
+    left = 6 + math.ceil(max(small.getlength(name) for name in rows))
+    room = 15 if numbered else 6 + math.ceil(max(small.getlength(name) for name in columns))
+    top, bottom = 19, 19 + down * tall
+    name = drawable(" ".join(filter(None, (reading.measure, reading.probe))), " ")
+    words = drawable(reading.unit if fixed else f"{reading.unit}, this step's range", " ")
+    # The number at the right end reaches beyond the bar.
+    under = left + _BAR[0] + 12 + max(30, math.ceil(small.getlength(words)))
+    width = max(left + across * wide, under, _NARROWEST)
+    picture = Image.new("RGB", (width, bottom + room + 28), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 2), shorten(name, width - left, font(12)), "black", font(12))
+    colours = _colours(reading.values, low, high)
+    grid = Image.fromarray(colours.repeat(tall, 0).repeat(wide, 1))
+    picture.paste(grid, (left, top))
+    every = math.ceil(_LOWEST / tall)
+    for i in range(0, down, every):
+        draw.text((left - 4, top + i * tall + tall / 2), rows[i], "black", small, anchor="rm")
+    widest = max(small.getlength(name) for name in columns) + 4 if numbered else _LOWEST
+    for i in range(0, across, math.ceil(widest / wide)):
+        middle = left + i * wide + wide / 2
+        if numbered:
+            draw.text((middle, bottom + 3), columns[i], "black", small, anchor="ma")
+        else:
+            upright = _upright(columns[i])
+            picture.paste(upright, (round(middle - upright.width / 2), bottom + 4))
+    if wide == _CELL and tall >= _LOWEST:
+        _write_numbers(draw, reading.values, colours, (left, top), (wide, tall))
+    y = bottom + room + 4
+    bar = np.linspace(low, high, _BAR[0], dtype=np.float32)[None].repeat(_BAR[1], 0)
+    picture.paste(Image.fromarray(_colours(bar, low, high)), (left, y))
+    draw.text((left, y + 10), f"{low:.3g}", "black", small)
+    if low == -high:
+        draw.text((left + _BAR[0] / 2, y + 10), "0", "black", small, anchor="ma")
+    draw.text((left + _BAR[0], y + 10), f"{high:.3g}", "black", small, anchor="ra")
+    draw.text((left + _BAR[0] + 6, y - 2), words, "black", small)
+    return picture
+
+
+def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """[row, column, rgb]."""
+    two_sided = low == -high
+    last = 2 * ZERO if two_sided else LEVELS - 1
+    # In float64: the width of a range of large float32 may be infinite.
+    share = (np.nan_to_num(values.astype(float)) - low) / (high - low)
+    index = np.rint(np.clip(share, 0, 1) * last).astype(np.uint8)
+    colours = _palette(two_sided)[index]
+    colours[~np.isfinite(values)] = _GREY
+    return colours
+
+
+_palette = lru_cache(lambda two_sided: palette(diverging=two_sided))
+
+
+def _write_numbers(
+    draw: ImageDraw.ImageDraw,
+    values: np.ndarray,
+    colours: np.ndarray,
+    corner: tuple[int, int],
+    cell: tuple[int, int],
+) -> None:
+    tiny = font(10)
+    for (i, j), value in np.ndenumerate(values):
+        text = f"{value:.2f}" if abs(value) < 9.995 else f"{value:.3g}"
+        if len(text) > 5 or not np.isfinite(value):
+            text = f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
+        light = colours[i, j] @ (0.299, 0.587, 0.114) > 130
+        x, y = corner[0] + (j + 0.5) * cell[0], corner[1] + (i + 0.5) * cell[1]
+        draw.text((x, y), text, "black" if light else "white", tiny, anchor="mm")
+
+
+@lru_cache(maxsize=1000)
+def _upright(name: str) -> Image.Image:
+    """A column's name, read from below."""
+    small = font(11)
+    strip = Image.new("RGB", (math.ceil(small.getlength(name)) + 1, 14), "white")
+    ImageDraw.Draw(strip).text((0, 0), name, "black", small)
+    return strip.transpose(Image.Transpose.ROTATE_90)
+
+
+def _names(reading: Reading, axis: str) -> list[str]:
+    """Labels of an axis, or numbers."""
+    names = reading.labels.get(axis)
+    if names is None:
+        return [str(i) for i in range(reading.values.shape[reading.axes.index(axis)])]
+    # Names of probes may be sentences; a token's space counts.
+    space = " " if axis == "probe" else "·"
+    return [cut(drawable(name, space), 24 if axis == "probe" else _LONGEST) for name in names]

@@ -1,0 +1,147 @@
+"""What the sinks beside a trainer's own logging show alike: of which readings, under which keys."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from tlens_callback.reading import Reading
+from tlens_callback.render import axis_table, is_curve, is_matrix, is_ranked, neuron_table
+from tlens_callback.render.plain import number
+
+_MOST_ENTRIES = 1_000
+
+
+class HasPage(Protocol):
+    """What a `LocalSink` is to the sinks that log its page."""
+
+    def page(self) -> Path:
+        """Packs the store's page into one HTML file, if it is not up to date."""
+        ...
+
+
+class Keys:
+    """Names under which a sink logs: `<name>/<key>`, no two keys of a run with one name.
+
+    What is not a letter, digit, space or `_ - + =` becomes "_", and what is longer than 160 bytes
+    between two slashes is cut there, so that every back end and file system takes it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._names: dict[str, str] = {}
+
+    def __call__(self, key: str) -> str:
+        if key not in self._names:
+            parts = [re.sub(r"[^\w +=-]", "_", part).encode()[:160] for part in key.split("/")]
+            named = base = f"{self._name}/" + "/".join(p.decode(errors="ignore") for p in parts)
+            more = 2
+            while named in self._names.values():
+                named, more = f"{base}_{more}", more + 1
+            self._names[key] = named
+        return self._names[key]
+
+
+def not_the_trainers(readings: Sequence[Reading]) -> list[Reading]:
+    """Without what the trainer logged, which its own reports show."""
+    return [reading for reading in readings if "update" not in reading.axes]
+
+
+def by_instrument(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
+    """Instrument -> its readings."""
+    found: dict[str, list[Reading]] = {}
+    for reading in readings:
+        found.setdefault(reading.instrument, []).append(reading)
+    return found
+
+
+def matrices(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
+    """Key and readings of each figure of matrices: one for each instrument and pair of axes.
+
+    <instrument>/heads of ("layer", "head"), <instrument>/experts of ("layer", "expert"),
+    <instrument>/by_<axis> of ("layer", <axis>), <instrument>/feature_by_<axis> of ("feature",
+    <axis>).
+    """
+    for instrument, own in by_instrument(readings).items():
+        found = [reading for reading in own if is_matrix(reading)]
+        for axes in dict.fromkeys(reading.axes for reading in found):
+            yield f"{instrument}/{_figure(*axes)}", [r for r in found if r.axes == axes]
+
+
+def curves(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
+    """<instrument>/by_layer and its ("layer",) readings, for each instrument."""
+    for instrument, own in by_instrument(readings).items():
+        if found := [reading for reading in own if is_curve(reading)]:
+            yield f"{instrument}/by_layer", found
+
+
+def tables(readings: Sequence[Reading]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Key and rows of each table.
+
+    <instrument>/table of its ("layer", "rank", ...) readings, <instrument>/<axis>_rank_table of
+    (<axis>, "rank", ...), any other, and <instrument>/<axis>_table of those of any single axis
+    that are no curve, with at most 1000 entries.
+    """
+    for instrument, own in by_instrument(readings).items():
+        for axis in dict.fromkeys(reading.axes[0] for reading in own if is_ranked(reading)):
+            name = "table" if axis == "layer" else f"{axis}_rank_table"
+            yield f"{instrument}/{name}", neuron_table(own, axis)
+        lists = [r for r in own if r.values.ndim == 1 and not is_curve(r)]
+        lists = [r for r in lists if 0 < r.values.size <= _MOST_ENTRIES]
+        for axis in dict.fromkeys(reading.axes[0] for reading in lists):
+            yield f"{instrument}/{axis}_table", axis_table(lists, axis)
+
+
+def top_rows(frame: pd.DataFrame, most: int) -> pd.DataFrame:
+    """The rows of the lowest ranks, at least of one, where a table has more rows than `most`; the
+    first rows of one without ranks."""
+    if len(frame) <= most:
+        return frame
+    if "rank" not in frame:
+        return frame.iloc[:most]
+    ranks = frame["rank"].nunique()
+    return frame.loc[frame["rank"] < max(1, most * ranks // len(frame))]
+
+
+def cells(frame: pd.DataFrame) -> dict[str, list[object]]:
+    """Column -> its values as Python's own: of float32 the shortest number that is read as the
+    same, None for what is missing and for numbers that JSON has no word for."""
+    found: dict[str, list[object]] = {}
+    for name in frame.columns:
+        column = frame[name]
+        if column.dtype.kind == "f":
+            found[str(name)] = [number(value) for value in column.to_numpy(np.float32)]
+        else:
+            gaps = column.isna().to_numpy(dtype=bool)
+            values = column.astype(object)
+            found[str(name)] = [None if gap else v for v, gap in zip(values, gaps, strict=True)]
+    return found
+
+
+def excerpt(frame: pd.DataFrame, most: int) -> dict[str, list[object]]:
+    """`cells` of the `top_rows`, without the column "probe" where it is empty."""
+    if frame["probe"].isna().to_numpy(dtype=bool).all():
+        frame = frame.drop(columns="probe")
+    return cells(top_rows(frame, most))
+
+
+def events(readings: Sequence[Reading]) -> Iterator[tuple[str, str]]:
+    """Every entry of the ("event",) readings: its sentence in one line, and its key and value."""
+    for reading in readings:
+        if reading.axes != ("event",):
+            continue
+        sentences = reading.labels.get("event")
+        if sentences is None:
+            sentences = () if reading.texts is None else reading.texts.tolist()
+        for sentence, value in zip(sentences, reading.values, strict=False):
+            about = f"{reading.key} {value:.4g}" if np.isfinite(value) else reading.key
+            yield " ".join(sentence.split()), about
+
+
+def _figure(down: str, across: str) -> str:
+    if down == "layer":
+        return f"{across}s" if across in ("head", "expert") else f"by_{across}"
+    return f"{down}_by_{across}"

@@ -1,0 +1,211 @@
+"""`TensorBoardSink`: readings as curves, pictures, histograms and tables in TensorBoard."""
+
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tlens_callback.reading import Reading
+from tlens_callback.render import is_mosaic, mosaic
+from tlens_callback.render.scores_png import pictured, score_picture, strips
+from tlens_callback.sinks.event_file import EventFile
+from tlens_callback.sinks.shown import (
+    HasPage,
+    Keys,
+    curves,
+    excerpt,
+    matrices,
+    not_the_trainers,
+    tables,
+)
+
+_MOST_ROWS = 100
+_FILES = "events.out.tfevents.*"
+
+
+class TensorBoardSink:
+    """Writes each observation into event files, at the trainer's step.
+
+    A process that is killed leaves every completed step readable. A step that is not greater than
+    the last one makes the run begin again from there: TensorBoard shows none of the steps from it
+    on. A sink that is new or was closed looks at what is there: step 0 begins a new run, in
+    `<path>-2`, `<path>-3`, ... if `path` holds one already; a later step goes on with the last of
+    these, from that step.
+
+    Keys:
+        tlens/<key>: a number, for each reading without axes; a histogram, for each ("layer",
+            "head") but the spreads; a picture, for each ("layer", "head", "query", "key").
+        tlens/<instrument>/heads: picture of its ("layer", "head") readings, a panel each.
+        tlens/<instrument>/experts, by_<axis>, feature_by_<axis>: the same of ("layer", "expert"),
+            ("layer", <axis>), ("feature", <axis>).
+        tlens/<instrument>/by_layer: picture of its ("layer",) readings, a panel per measure, a row
+            per probe.
+        tlens/<instrument>/table: text, a table of its ("layer", "rank", ...) readings.
+        tlens/<instrument>/<axis>_rank_table: the same of (<axis>, "rank", ...), any other.
+        tlens/<instrument>/<axis>_table: the same of its readings of any other single axis, events
+            ("event_table") among them.
+        tlens/page: text, where the page is, which TensorBoard cannot show.
+
+    A table has at most about 100 rows, those of the lowest ranks, and says how many it leaves out.
+    Other readings, and those of the axis "update", which the trainer's own curves show, are left to
+    the local store.
+
+    Args:
+        path: a directory of its own; made at the first write. Not the trainer's: TensorBoard takes
+            what is in one directory for one run, all of which begins again with a step of ours.
+        name: the first segment of its keys, in the place of "tlens".
+        store: the `LocalSink` of the same readings, whose page is named at the end. None: no word
+            about it.
+
+    Attributes:
+        path: where this run is written; known after the first write.
+
+    Raises:
+        ImportError: where tensorboard is not installed.
+        ValueError: if `path` is a file.
+    """
+
+    def __init__(
+        self, path: str | Path, *, name: str = "tlens", store: HasPage | None = None
+    ) -> None:
+        try:
+            # Not torch.utils.tensorboard, whose import takes seconds and whose add_image encodes
+            # each picture again.
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+            from tensorboard.plugins.text.summary_v2 import text_pb
+        except ImportError as error:
+            message = "TensorBoardSink needs tensorboard: pip install tensorboard"
+            raise ImportError(message) from error
+        self._base = Path(path).expanduser().absolute()
+        if self._base.exists() and not self._base.is_dir():
+            raise ValueError(f"{self._base} is a file; TensorBoardSink needs a directory.")
+        self.path = self._base
+        self._events, self._summaries = event_pb2, summary_pb2
+        self._histogram, self._text = histogram_pb, text_pb
+        self._keys = Keys(name)
+        self._store = store
+        self._file: EventFile | None = None
+        self._last: int | None = None
+
+    def write(self, readings: Sequence[Reading], *, step: int) -> None:
+        """Writes a step.
+
+        Raises:
+            ValueError: for a negative step.
+        """
+        if step < 0:
+            raise ValueError(f"A step is 0 or more, got {step}.")
+        summary = self._summary(not_the_trainers(readings), step)
+        events = [self._event(step, summary=summary)]
+        if self._file is None:
+            again = self._enter(step)
+            self._file = EventFile(self.path)
+            self._file.add([self._event(0, file_version="brain.Event:2")])
+        else:
+            again = self._last is not None and step <= self._last
+        if again:
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            events.insert(0, self._event(step, session_log=start))
+        self._file.add(events)
+        self._last = step
+
+    def close(self) -> None:
+        """Says where the page is; a `write` after it looks at the directory anew."""
+        file, step = self._file, self._last
+        if file is None or step is None:
+            return
+        try:
+            if self._store is not None:
+                said = f"Open in a browser: {_markdown(str(self._store.page()))}"
+                file.add([self._event(step, summary=self._text(self._keys("page"), said))])
+        finally:
+            self._file = self._last = None
+            file.close()
+
+    def __str__(self) -> str:
+        return f"tensorboard --logdir {self.path} --samples_per_plugin images=1000,text=1000"
+
+    def _enter(self, step: int) -> bool:
+        """Chooses the directory; whether it holds a run."""
+        names = [file.parent.name for file in self._base.parent.glob("*/" + _FILES)]
+        start = f"{self._base.name}-"
+        ends = [name.removeprefix(start) for name in names if name.startswith(start)]
+        number = max([int(end) for end in ends if end.isdecimal()], default=1)
+        self.path = self._sibling(number)
+        if step == 0 and _holds_run(self.path):
+            self.path = self._sibling(number + 1)
+        return _holds_run(self.path)
+
+    def _sibling(self, number: int) -> Path:
+        return self._base if number == 1 else self._base.with_name(f"{self._base.name}-{number}")
+
+    def _event(self, step: int, **what: Any) -> bytes:
+        event = self._events.Event(wall_time=time.time(), step=step, **what)
+        return event.SerializeToString()
+
+    def _summary(self, readings: Sequence[Reading], step: int) -> Any:
+        """All of an observation."""
+        summary = self._summaries.Summary()
+        for reading in readings:
+            key = self._keys(reading.key)
+            if not reading.axes:
+                summary.value.add(tag=key, simple_value=reading.values.item())
+            elif is_mosaic(reading):
+                self._add_picture(summary, key, mosaic(reading, step=step))
+        for key, own in matrices(readings):
+            for reading in pictured(own):
+                finite = reading.values[np.isfinite(reading.values)]
+                if reading.axes == ("layer", "head") and finite.size:
+                    summary.MergeFrom(self._histogram(self._keys(reading.key), finite))
+            if pictured(own):
+                self._add_picture(summary, self._keys(key), score_picture(own, step=step))
+        for key, own in curves(readings):
+            self._add_picture(summary, self._keys(key), score_picture(strips(own), step=step))
+        for key, frame in tables(readings):
+            summary.MergeFrom(self._text(self._keys(key), _markdown_table(frame)))
+        return summary
+
+    def _add_picture(self, summary: Any, key: str, png: bytes) -> None:
+        # A PNG has its size at a fixed place.
+        width, height = struct.unpack(">II", png[16:24])
+        picture = self._summaries.Summary.Image(
+            encoded_image_string=png, width=width, height=height, colorspace=3
+        )
+        summary.value.add(tag=key, image=picture)
+
+
+def _holds_run(path: Path) -> bool:
+    return any(path.glob(_FILES))
+
+
+def _markdown_table(frame: pd.DataFrame) -> str:
+    columns = excerpt(frame, _MOST_ROWS)
+    rows = list(zip(*columns.values(), strict=True))
+    lines = [[_markdown(name) for name in columns], ["---"] * len(columns)]
+    lines += [[_cell(cell) for cell in row] for row in rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if len(rows) < len(frame):
+        text += f"\n\nThe first {len(rows)} of {len(frame)} rows; the local store has all."
+    return text
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else _markdown(str(value))
+
+
+def _markdown(text: str) -> str:
+    """The text as TensorBoard's markdown shows it letter by letter: what has no shape as its
+    escape, a space at its ends as a dot, and no mark left that means something."""
+    seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    inner = seen.strip(" ")
+    before = len(seen) - len(seen.lstrip(" "))
+    after = len(seen) - len(inner) - before
+    whole = "·" * before + inner + "·" * after
+    return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in whole)

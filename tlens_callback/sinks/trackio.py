@@ -1,0 +1,217 @@
+"""`TrackioSink`: readings as curves, pictures and tables of a trackio run."""
+
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tlens_callback.reading import Reading
+from tlens_callback.render import is_mosaic, mosaic
+from tlens_callback.render.scores_png import pictured, score_picture, strips
+from tlens_callback.sinks.shown import (
+    HasPage,
+    Keys,
+    curves,
+    events,
+    excerpt,
+    matrices,
+    not_the_trainers,
+    tables,
+)
+
+logger = logging.getLogger("tlens_callback")
+
+STEP = "train/global_step"
+"""The key that the Hugging Face trainer logs its step under, in each of its rows."""
+
+_MOST_ROWS = 100
+
+
+class TrackioSink:
+    """Logs each observation as one row of a trackio run, at the trainer's step.
+
+    The run is the one that is active at the first write (the trainer's, with
+    `report_to="trackio"`), or else one that this sink starts, in the project TRACKIO_PROJECT or
+    "tlens_callback", and finishes in `close`. Once it has logged to a run of somebody else's it
+    starts none of its own: what comes after the end of that run is left out, with one warning.
+
+    trackio keeps the step of its rows as a count that goes on from the last: rows of the trainer,
+    which gives none, follow the step of ours. Choose `train/global_step` as the x axis; every row
+    has it.
+
+    Keys:
+        tlens/<key>: a number, for each reading without axes; a histogram, for each ("layer",
+            "head") but the spreads; a picture, for each ("layer", "head", "query", "key").
+        tlens/<instrument>/heads: picture of its ("layer", "head") readings, a panel each.
+        tlens/<instrument>/experts, by_<axis>, feature_by_<axis>: the same of ("layer", "expert"),
+            ("layer", <axis>), ("feature", <axis>).
+        tlens/<instrument>/by_layer: picture of its ("layer",) readings, a panel per measure, a row
+            per probe.
+        tlens/<instrument>/table: table of its ("layer", "rank", ...) readings.
+        tlens/<instrument>/<axis>_rank_table: the same of (<axis>, "rank", ...), any other.
+        tlens/<instrument>/<axis>_table: table of its readings of any other single axis.
+        tlens/page: the page of the store, once, at the end.
+
+    A table has at most about 100 rows, those of the lowest ranks, since the dashboard loads all
+    tables of all steps at once. Each entry of an ("event",) reading is an alert too, of level
+    WARN. Other readings, and those of the axis "update", which the trainer's own rows hold, are
+    left to the local store.
+
+    Args:
+        name: the first segment of its keys, in the place of "tlens".
+        store: the `LocalSink` of the same readings, whose page is logged at the end; it has to be
+            closed before this one. None: no page.
+
+    Raises:
+        ImportError: where trackio is not installed.
+    """
+
+    def __init__(self, *, name: str = "tlens", store: HasPage | None = None) -> None:
+        try:
+            import trackio
+        except ImportError as error:
+            raise ImportError("TrackioSink needs trackio: pip install trackio") from error
+        self._trackio: Any = trackio
+        self._keys = Keys(name)
+        self._store = store
+        self._run: Any = None
+        self._started_here = self._joined = self._told = False
+        self._last: int | None = None
+        self._wait: Callable[[], None] = lambda: None
+        self._hook: Any = None
+        self._place = "trackio, no run yet"
+
+    def before_finish(self, wait: Callable[[], None]) -> None:
+        """Keeps what waits for the writes under way, for when the run's owner finishes it."""
+        self._wait = wait
+
+    def write(self, readings: Sequence[Reading], *, step: int) -> None:
+        """Logs one row, and sends the alerts of its events."""
+        run = self._resolve()
+        if run is None:
+            self._tell("what comes now is not logged there")
+            return
+        with tempfile.TemporaryDirectory(prefix="tlens-", ignore_cleanup_errors=True) as folder:
+            row = self._row(not_the_trainers(readings), step, Path(folder))
+            # Copies the pictures, which can be removed then.
+            run.log({**row, STEP: step}, step=step)
+        for sentence, about in events(readings):
+            level = self._trackio.AlertLevel.WARN
+            run.alert(title=f"tlens: {sentence}", text=about, level=level, step=step)
+        self._last = step
+
+    def close(self) -> None:
+        """Logs the page, and finishes the run if this sink started it; the next `write` looks for
+        a run anew."""
+        run, started_here = self._run, self._started_here
+        if run is None:
+            return
+        try:
+            self._log_page()
+        finally:
+            self._run, self._started_here = None, False
+            self._unhook(run)
+            if started_here and not _finished(run):
+                run.finish()
+            if started_here and self._trackio.context_vars.current_run.get() is run:
+                self._trackio.context_vars.current_run.set(None)
+
+    def __str__(self) -> str:
+        return self._place
+
+    def _resolve(self) -> Any:
+        """The run to log to; None where that was finished."""
+        active = self._trackio.context_vars.current_run.get()
+        runs = [run for run in (self._run, active) if run is not None and not _finished(run)]
+        if not runs and (self._joined or self._run is not None):
+            return None
+        if runs and runs[0] is self._run:
+            return self._run
+        if runs:
+            self._run, self._started_here, self._joined = runs[0], False, True
+        else:
+            project = os.environ.get("TRACKIO_PROJECT") or "tlens_callback"
+            self._run = self._trackio.init(project=project, auto_log_cpu=False, auto_log_gpu=False)
+            self._started_here = True
+        run = self._run
+        self._place = f'trackio run {run.name}: trackio show --project "{run.project}"'
+        run.finish = self._hook = _before(run.finish, lambda: self._complete(run))
+        return run
+
+    def _complete(self, run: Any) -> None:
+        """Writes what is under way, and the page, if this sink still logs to the run."""
+        if self._run is not run:
+            return
+        try:
+            self._wait()
+            self._log_page()
+        except Exception as error:
+            logger.warning("tlens: the page could not be logged to trackio: %s", error)
+
+    def _unhook(self, run: Any) -> None:
+        # Where somebody else has hooked in since, it stays and does nothing.
+        if vars(run).get("finish") is self._hook:
+            run.finish = self._hook.__wrapped__
+
+    def _log_page(self) -> None:
+        if self._store is None or self._last is None:
+            return
+        if _finished(self._run):
+            self._tell("the page could not be logged there")
+            return
+        step, self._last = self._last, None
+        file = self._store.page()
+        page = self._trackio.Html(file, inject=False, caption=f"To see it larger: {file}")
+        self._run.log({self._keys("page"): page, STEP: step}, step=step)
+
+    def _tell(self, what: str) -> None:
+        if not self._told:
+            logger.warning("tlens: the trackio run was finished by whoever started it; %s.", what)
+        self._told = True
+
+    def _row(self, readings: Sequence[Reading], step: int, folder: Path) -> dict[str, Any]:
+        pictures: dict[str, bytes] = {}
+        row: dict[str, Any] = {}
+        for reading in readings:
+            if not reading.axes:
+                row[self._keys(reading.key)] = reading.values.item()
+            elif is_mosaic(reading):
+                pictures[reading.key] = mosaic(reading, step=step)
+        for key, own in matrices(readings):
+            for reading in pictured(own):
+                if reading.axes == ("layer", "head"):
+                    histogram = self._trackio.Histogram(reading.values, num_bins=32)
+                    row[self._keys(reading.key)] = histogram
+            if pictured(own):
+                pictures[key] = score_picture(own, step=step)
+        for key, own in curves(readings):
+            pictures[key] = score_picture(strips(own), step=step)
+        for number, (key, picture) in enumerate(pictures.items()):
+            file = folder / f"{number}.png"
+            file.write_bytes(picture)
+            row[self._keys(key)] = self._trackio.Image(file)
+        for key, frame in tables(readings):
+            columns = excerpt(frame, _MOST_ROWS)
+            data = [list(each) for each in zip(*columns.values(), strict=True)]
+            row[self._keys(key)] = self._trackio.Table(columns=list(columns), data=data)
+        return row
+
+
+def _before(finish: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
+    """`finish` with something to do first. trackio 0.43 has no hook at the end of a run, but
+    trackio.finish() and all else call the run's own `finish`."""
+
+    @functools.wraps(finish)
+    def both() -> None:
+        first()
+        finish()
+
+    return both
+
+
+def _finished(run: Any) -> bool:
+    # trackio 0.43 says so nowhere else; what is logged to a finished run may be lost.
+    return run._stop_flag.is_set()
