@@ -1,0 +1,79 @@
+"""The command line. What a command needs is imported when it runs."""
+
+import json
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tlens-callback")
+def main() -> None:
+    """Look at what TLensCallback saw.
+
+    \b
+    Example:
+      tlens-callback workspace my-team/my-project
+    """
+
+
+@main.command()
+@click.argument("project", metavar="ENTITY/PROJECT")
+@click.option("--name", default="tlens", show_default=True, help="name= of the callback.")
+@click.option("--title", default="Inside the model", show_default=True, help="Of the view.")
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    help="Whose attention to show; may be repeated. Without it, that of the latest run's probes.",
+)
+@click.option(
+    "--print", "printed", is_flag=True, help="Print the view as JSON; send nothing to W&B."
+)
+def workspace(project: str, name: str, title: str, probes: tuple[str, ...], printed: bool) -> None:
+    """Save a view of a W&B project with the panels of TLensCallback in order.
+
+    The loss of the run, events, head scores, pictures with a step slider, tables and the page.
+    The project must exist; no run is touched. With --print, or where there is no API key or
+    WANDB_MODE is offline, the view is printed as JSON.
+
+    \b
+    Example:
+      tlens-callback workspace my-team/my-project --probe capital
+    """
+    from tlens_callback.workspace import REPEATED, build, probes_of, split_project, unreachable
+
+    try:
+        entity, project = split_project(project)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="ENTITY/PROJECT") from error
+    why = None if printed else unreachable()
+    try:
+        found = list(probes)
+        if not found and not printed and not why:
+            found = probes_of(entity, project, name=name)
+        view = build(entity, project, name=name, title=title, probes=found or [REPEATED])
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+    except Exception as error:
+        raise click.ClickException(_refused(entity, project, error)) from error
+    if printed or why:
+        # The private half of the package's reports; it has no public way to its JSON.
+        click.echo(json.dumps(view._to_model().model_dump(by_alias=True, mode="json"), indent=1))
+        if why:
+            command = f"tlens-callback workspace {entity}/{project}"
+            click.echo(f"Nothing was saved: {why}. Then: {command}", err=True)
+        return
+    try:
+        view.save()
+    except Exception as error:
+        raise click.ClickException(_refused(entity, project, error)) from error
+    click.echo(f"Saved: {view.url}")
+
+
+def _refused(entity: str, project: str, error: Exception) -> str:
+    return (
+        f"W&B did not take the view of {entity}/{project}: {error} Does the project exist, and may "
+        f"this key write to it?"
+    )

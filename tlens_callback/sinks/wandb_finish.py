@@ -1,0 +1,45 @@
+"""Does something before a W&B run is finished, whoever finishes it."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+
+class BeforeFinish:
+    """Calls `act` when the run is about to be finished, while it still takes what is logged.
+
+    wandb 0.31 has no public way to ask for this. Its list of teardown hooks is also gone through by
+    `wandb.finish()` and at the end of `with wandb.init()`; without it the run's own `finish` is
+    wrapped, which those two pass by.
+    """
+
+    def __init__(self, run: Any, act: Callable[[], None]) -> None:
+        self._run, self._hook, self._wrapped = run, None, None
+        try:
+            from wandb.sdk.wandb_run import TeardownHook, TeardownStage
+
+            hook = TeardownHook(call=act, stage=TeardownStage.EARLY)
+            run._teardown_hooks.append(hook)
+            self._hook = hook
+        except (ImportError, AttributeError):
+            finish = getattr(run, "finish", None)
+            if finish is None:
+                return
+
+            def finish_after(*args: Any, **kwargs: Any) -> Any:
+                self.remove()
+                act()
+                return finish(*args, **kwargs)
+
+            run.finish = self._wrapped = finish_after
+
+    def remove(self) -> None:
+        """Leaves the run as it was. May be called twice."""
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            # By identity: two sinks may have put equal ones there.
+            self._run._teardown_hooks[:] = [h for h in self._run._teardown_hooks if h is not hook]
+        wrapped, self._wrapped = self._wrapped, None
+        if wrapped is not None and vars(self._run).get("finish") is wrapped:
+            with suppress(AttributeError):
+                del self._run.finish

@@ -1,0 +1,201 @@
+"""What W&B shows of an observation: which numbers, which pictures, which sentences."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from tlens_callback.reading import Reading
+from tlens_callback.render import (
+    axis_table,
+    is_curve,
+    is_mosaic,
+    is_ranked,
+    line_figure,
+    mosaic,
+    neuron_table,
+    score_figure,
+)
+from tlens_callback.render.plain import cut
+from tlens_callback.sinks.shown import by_instrument, cells, curves, events, matrices, top_rows
+
+NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "target_scores": ("probability", "rank", "logit_diff"),
+    "head_scores": (
+        "max_previous",
+        "max_induction",
+        "max_induction_diagonal",
+        "sink_share",
+        "mean_entropy",
+    ),
+    "virtual_heads": ("max_induction_gain",),
+    "logit_lens": ("first_layer",),
+    "logit_attribution": (),
+    "token_loss": ("mean",),
+    "repeat_loss": ("mean", "max_difference"),
+    "attention_drift": ("max", "mean"),
+    "frozen_weights": ("changed",),
+    "sparse_features": ("l0", "dead", "fvu", "recovered"),
+    "trained_features": ("l0", "dead", "resampled", "fvu", "recovered"),
+    "fidelity": ("kl",),
+    "cost": ("share",),
+}
+"""Instrument -> the measures whose numbers are curves by default; of others, `MOST_NUMBERS`."""
+
+MEDIA: Mapping[str, tuple[str, ...]] = {
+    "head_scores": ("heads",),
+    "virtual_heads": (),
+    "logit_attribution": ("heads",),
+    "repeat_loss": (),
+    "difference_lens": ("table",),
+    "residual_norms": (),
+    "update_sparsity": (),
+    "frozen_weights": (),
+}
+"""Instrument -> its figures and tables by default; of others, all."""
+
+MOST_NUMBERS = 8
+"""Of an instrument that `NUMBERS` does not know, for one probe. The watch has them all: they are
+the heads that its user named."""
+
+_MOST_ROWS, _MOST_ENTRIES = 10_000, 1_000
+
+_TITLE = 63
+"""Characters of an alert's title: W&B asks for less than 64."""
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A file that W&B shows: a PNG's bytes, a plotly figure or a pandas table, when it is made."""
+
+    name: str
+    kind: Literal["picture", "figure", "table"]
+    make: Callable[[], Any]
+
+
+def numbers(readings: Sequence[Reading], *, everything: bool) -> tuple[list[Reading], set[str]]:
+    """The readings that become curves, in their order; and the instruments that had more than
+    `MOST_NUMBERS`."""
+    scalars = [reading for reading in readings if not reading.axes]
+    if everything:
+        return scalars, set()
+    shown: list[Reading] = []
+    counts: dict[tuple[str, str | None], int] = {}
+    for reading in scalars:
+        known = NUMBERS.get(reading.instrument)
+        if known is not None:
+            if reading.measure in known:
+                shown.append(reading)
+            continue
+        group = reading.instrument, reading.probe
+        counts[group] = counts.get(group, 0) + 1
+        if counts[group] <= MOST_NUMBERS or reading.instrument == "watch":
+            shown.append(reading)
+    cut_short = {name for (name, _), count in counts.items() if count > MOST_NUMBERS}
+    return shown, cut_short - {"watch"}
+
+
+def head_numbers(readings: Sequence[Reading], wanted: Sequence[str]) -> dict[str, float]:
+    """`heads/<key>/L05H01` -> value, of the ("layer", "head") readings of these keys. Layers and
+    heads have as many digits as the last of them, so that names sort, and two at least."""
+    found: dict[str, float] = {}
+    for reading in readings:
+        if reading.key in wanted and reading.axes == ("layer", "head"):
+            layers, heads = (_padded(reading, axis) for axis in reading.axes)
+            for layer, row in zip(layers, reading.values.tolist(), strict=True):
+                for head, value in zip(heads, row, strict=True):
+                    found[f"heads/{reading.key}/L{layer}H{head}"] = value
+    return found
+
+
+def media(
+    readings: Sequence[Reading],
+    first: Mapping[str, tuple[int, Sequence[Reading]]],
+    *,
+    step: int,
+    everything: bool,
+) -> list[Medium]:
+    """The files of an observation, none of them made yet.
+
+    Args:
+        first: instrument -> step and lines of the first observation, to stand behind today's.
+    """
+
+    def lines(own: list[Reading]) -> Any:
+        at, behind = first.get(own[0].instrument, (step, ()))
+        return line_figure(own, behind if at < step else (), first_name=f"step {at}")
+
+    found = [
+        Medium(reading.key, "picture", lambda reading=reading: mosaic(reading, step=step))
+        for reading in readings
+        if is_mosaic(reading)
+    ]
+    for name, own in matrices(readings):
+        found.append(Medium(name, "figure", lambda own=own: score_figure(own)))
+    for name, own in curves(readings):
+        found.append(Medium(name, "figure", lambda own=own: lines(own)))
+    found += _tables(readings)
+    return found if everything else [medium for medium in found if _by_default(medium)]
+
+
+def _tables(readings: Sequence[Reading]) -> Iterator[Medium]:
+    for instrument, own in by_instrument(readings).items():
+        for axis in dict.fromkeys(r.axes[0] for r in own if is_ranked(r)):
+            name = f"{instrument}/{'table' if axis == 'layer' else f'{axis}_rank_table'}"
+            yield Medium(name, "table", lambda own=own, axis=axis: neuron_table(own, axis))
+        lists = [r for r in own if r.values.ndim == 1 and not is_curve(r)]
+        lists = [r for r in lists if 0 < r.values.size <= _MOST_ENTRIES]
+        for axis in dict.fromkeys(r.axes[0] for r in lists):
+            name = f"{instrument}/{axis}_table"
+            yield Medium(name, "table", lambda own=lists, axis=axis: axis_table(own, axis))
+
+
+def made(wandb: Any, medium: Medium, path: Path) -> Any:
+    """The file as what W&B logs; a picture goes through a PNG at this path."""
+    shown = medium.make()
+    if medium.kind == "figure":
+        return wandb.Plotly(shown)
+    if medium.kind == "table":
+        return _table(wandb, shown)
+    # Of an array wandb would make a PNG of its own, larger and ten times slower.
+    path.write_bytes(shown)
+    return wandb.Image(str(path), caption=medium.name)
+
+
+def _table(wandb: Any, frame: pd.DataFrame) -> Any:
+    frame = top_rows(frame, _MOST_ROWS)
+    numbers = frame.select_dtypes("number").columns
+    table = wandb.Table(
+        columns=list(frame.columns),
+        data=[],
+        dtype=[float if name in numbers else str for name in frame.columns],
+    )
+    # Not add_data, which infers types anew for every row: 75 ms for 1350 rows.
+    table.data = [list(row) for row in zip(*cells(frame).values(), strict=True)]
+    return table
+
+
+def _by_default(medium: Medium) -> bool:
+    instrument, name = medium.name.split("/", 1)
+    return instrument not in MEDIA or medium.kind == "picture" or name in MEDIA[instrument]
+
+
+def _padded(reading: Reading, axis: str) -> list[str]:
+    size = reading.values.shape[reading.axes.index(axis)]
+    names = reading.labels.get(axis) or [str(i) for i in range(size)]
+    digits = max([2, *(len(name) for name in names if name.isdecimal())])
+    return [name.zfill(digits) if name.isdecimal() else name for name in names]
+
+
+def alerts(readings: Sequence[Reading], step: int) -> Iterator[tuple[str, str]]:
+    """Title and text of every event, no title twice."""
+    titles: set[str] = set()
+    for sentence, about in events(readings):
+        title, number = cut(f"tlens: {sentence}", _TITLE), 2
+        while title in titles:
+            end = f" ({number})"
+            title, number = cut(f"tlens: {sentence}", _TITLE - len(end)) + end, number + 1
+        titles.add(title)
+        yield title, f"{sentence}\n{about}, step {step}"
