@@ -1,5 +1,8 @@
 """A reading checks itself when it is made."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +79,27 @@ def test_what_no_file_can_hold_becomes_its_escape():
     assert reading.key == "lens/token/\\ud83d"
     assert reading.labels["rank"] == ("\\ud83d", "😀")
     assert reading.texts is not None and reading.texts.tolist() == ["\\ud83d", "😀"]
+
+
+def test_shows_itself_in_a_notebook():
+    reading = Reading(
+        key="a/b", values=[[1.25, 2]], axes=("layer", "head"), unit="nats", labels={"head": "<i"}
+    )
+    html = reading._repr_html_()
+    assert "<b" in html and ">1.25<" in html and "&lt;" in html and "<i" not in html
+    figure = reading.to_plotly()
+    assert np.array_equal(figure.data[0].z, [[1.25, 2]])
+    assert np.array_equal(reading.to_plotly(head=1).data[0].y, [2])
+
+
+def test_a_reading_loads_no_plotting_package():
+    """Nor does the picture in a notebook need plotly."""
+    code = (
+        "import sys\n"
+        "from tlens_callback.reading import Reading\n"
+        "r = Reading(key='a/b', values=[1, 2], axes=('layer',), unit='nats')\n"
+        "assert 'svg' in r._repr_html_() and 'plotly' not in sys.modules, 'plotly'\n"
+        "r.to_plotly()\n"
+        "assert 'plotly' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -2,8 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,6 +111,25 @@ class Reading:
         """What follows the second slash, or None for a reading that belongs to no single probe."""
         parts = self.key.split("/", 2)
         return parts[2] if len(parts) == 3 else None
+
+    def to_plotly(self, /, **at: int) -> "Figure":
+        """An interactive figure: a number, a line or bars, a heat map of the last two axes with a
+        slider over the axes before them.
+
+        Args:
+            at: the index of an axis, to show only what is there: `to_plotly(layer=5)`.
+
+        Raises:
+            ValueError: for an axis or index that is not there, or more than a million values.
+        """
+        from tlens_callback.render.figure import to_plotly
+
+        return to_plotly(self, at)
+
+    def _repr_html_(self) -> str:
+        from tlens_callback.render.snippet import snippet
+
+        return snippet(self)
 
 
 def _encodable(text: str) -> str:

@@ -1,0 +1,260 @@
+"""One reading, of any axes, as an interactive figure."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tlens_callback.reading import Reading
+from tlens_callback.render.colours import colour_range, colour_scale, on_root_scale
+from tlens_callback.render.markup import decimal
+from tlens_callback.render.panels import figure
+from tlens_callback.render.plain import cut, number, plain
+from tlens_callback.render.slices import TOKENS, place, take
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+MOST_VALUES, MOST_SLICES = 1_000_000, 2_000
+"""What a figure takes: about ten bytes a value; slices are places of its slider."""
+
+_LINES = ("layer", "update")
+_MANY, _WRITTEN = 200, 24
+"""Above so many values bars become a line; up to so many cells in a row, or bars, have their text
+written on them."""
+
+_LONGEST = 14
+
+
+def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure":
+    """The figure of one reading: a number, a line or bars, or a heat map with its first axis down.
+
+    More than two axes: a heat map of the last two, and a slider over those before them. Colours
+    run over `colours.colour_range`; of attention (query down, key across) on a square-root scale,
+    while hovering says the values as they are. Values of unit "index" stand for something: they are
+    written in their cells, without a colour. What is not finite is left blank, and counted in the
+    title.
+
+    Args:
+        at: axis -> index, to show only what is there: `{"layer": 5}`.
+
+    Raises:
+        ValueError: for an axis or index that the reading lacks, or more than `MOST_VALUES` values
+            or `MOST_SLICES` places of the slider.
+    """
+    reading, where = _chosen(reading, at or {})
+    slices = math.prod(reading.values.shape[:-2])
+    if reading.values.size > MOST_VALUES or slices > MOST_SLICES:
+        sizes = dict(zip(reading.axes, reading.values.shape, strict=True))
+        raise ValueError(
+            f"{reading.key!r} has {reading.values.size:,} values in {slices:,} slices, {sizes}; a "
+            f"figure takes {MOST_VALUES:,} in {MOST_SLICES:,}. Choose an index of an axis: "
+            f"to_plotly({reading.axes[0]}=0)."
+        )
+    layout: dict[str, Any] = {
+        "title": {"text": _title(reading, where), "font": {"size": 14}},
+        "margin": {"l": 64, "r": 24, "t": 56, "b": 56},
+        "font": {"size": 11},
+        "template": "none",
+        "hovermode": "closest",
+    }
+    if reading.values.size == 0:
+        note = f"no values: shape {reading.values.shape}"
+        hidden = {"visible": False}
+        layout |= {"annotations": [{"text": note, "showarrow": False}]}
+        return figure([], layout | {"xaxis": hidden, "yaxis": hidden})
+    if not reading.axes:
+        return figure([_number(reading)], layout)
+    if len(reading.axes) == 1 and reading.unit == "index":
+        return _heat(_as_column(reading), layout)
+    if len(reading.axes) == 1:
+        return figure([_line(reading)], layout | _line_axes(reading))
+    return _heat(reading, layout)
+
+
+def _chosen(reading: Reading, at: Mapping[str, int]) -> tuple[Reading, str]:
+    """What is left of the reading, and where that is."""
+    for axis, i in at.items():
+        if axis not in reading.axes:
+            raise ValueError(f"{reading.key!r} has no axis {axis!r}; it has {reading.axes}.")
+        size = reading.values.shape[reading.axes.index(axis)]
+        if i not in range(size):
+            raise ValueError(
+                f"{reading.key!r}: {axis}={i!r} is no index of an axis of {size}; the first is 0."
+            )
+    return take(reading, at), place(reading, at)
+
+
+def _title(reading: Reading, where: str) -> str:
+    missing = int((~np.isfinite(reading.values)).sum())
+    note = f"{missing} of {reading.values.size} values not finite" if missing else ""
+    return " · ".join(plain(part) for part in (reading.key, where, note) if part)
+
+
+def _number(reading: Reading) -> dict[str, Any]:
+    text = "" if reading.texts is None else f" {reading.texts.item()!r}"
+    if not np.isfinite(reading.values):
+        text += f": {decimal(reading.values.item())}"
+    return {
+        "type": "indicator",
+        "mode": "number",
+        "value": _numbers(reading.values.reshape(1))[0],
+        "number": {"valueformat": ".6~g"},
+        "title": {"text": plain(reading.unit + text)},
+    }
+
+
+def _line(reading: Reading) -> dict[str, Any]:
+    (axis,) = reading.axes
+    trace: dict[str, Any] = {
+        "x": _numbers_of(reading, axis) or _names(reading, axis),
+        "y": _numbers(reading.values),
+        "hovertemplate": f"{plain(axis)} %{{x}} %{{y:.6~g}}",
+    }
+    if axis in _LINES or reading.values.size > _MANY:
+        trace |= {"type": "scatter", "mode": "lines+markers", "marker": {"size": 4}}
+    else:
+        trace |= {"type": "bar"}
+    if reading.texts is not None:
+        trace["text"] = _texts(reading.texts)
+        trace["hovertemplate"] += " %{text}"
+        if trace["type"] == "bar":
+            trace["textposition"] = "auto" if reading.values.size <= _WRITTEN else "none"
+    trace["hovertemplate"] += "<extra></extra>"
+    return trace
+
+
+def _line_axes(reading: Reading) -> dict[str, Any]:
+    (axis,) = reading.axes
+    unit: dict[str, Any] = {"title": {"text": plain(reading.unit)}, "gridcolor": "#ddd"}
+    if reading.limits and all(map(math.isfinite, reading.limits)):
+        low, high = reading.limits
+        room = 0.03 * (high - low)
+        unit["range"] = [low - room, high + room]
+    if _numbers_of(reading, axis):
+        along = {"title": {"text": plain(axis)}, "type": "linear", "tickformat": "d"}
+        along |= {"gridcolor": "#eee", "zeroline": False}
+    else:
+        along = _axis(reading, axis)
+    return {"xaxis": along, "yaxis": unit | {"zerolinecolor": "#888"}}
+
+
+def _numbers_of(reading: Reading, axis: str) -> list[int] | None:
+    """Layers and steps as numbers, where their labels are; of a line these need not be even."""
+    labels = reading.labels.get(axis, ("",))
+    whole = axis in _LINES and all(label.isascii() and label.isdecimal() for label in labels)
+    return [int(label) for label in labels] if whole else None
+
+
+def _as_column(reading: Reading) -> Reading:
+    """What is only a list of names, in cells."""
+    return replace(
+        reading,
+        values=reading.values[:, None],
+        axes=(*reading.axes, ""),
+        labels={**reading.labels, "": [""]},
+        texts=None if reading.texts is None else reading.texts[:, None],
+    )
+
+
+def _heat(reading: Reading, layout: dict[str, Any]) -> "Figure":
+    down, across = reading.axes[-2:]
+    leading = dict(zip(reading.axes[:-2], reading.values.shape[:-2], strict=True))
+    low, high = colour_range(reading)
+    first: dict[str, Any] = {
+        "type": "heatmap",
+        "x": _names(reading, across),
+        "y": _names(reading, down),
+        "zmin": low,
+        "zmax": high,
+        "colorbar": {"title": {"text": plain(reading.unit)}, "thickness": 14},
+        "colorscale": colour_scale(
+            diverging=low == -high, root=on_root_scale(reading, (low, high))
+        ),
+        "hovertemplate": f"{plain(down)} %{{y}}, {plain(across)} %{{x}}: %{{z:.6~g}}",
+    }
+    if reading.texts is not None:
+        first["hovertemplate"] += " %{text}"
+    first["hovertemplate"] += "<extra></extra>"
+    if reading.unit == "index":
+        first |= {"colorscale": [[0, "#eef1f6"], [1, "#eef1f6"]], "showscale": False}
+        first |= {"xgap": 1, "ygap": 1}
+        if reading.values.shape[-1] <= _WRITTEN:
+            first["texttemplate"] = "%{z}" if reading.texts is None else "%{text}"
+    layout |= {
+        "plot_bgcolor": "#ccc",
+        "xaxis": {**_axis(reading, across), "showgrid": False},
+        "yaxis": {**_axis(reading, down), "showgrid": False, "autorange": "reversed"},
+        "height": min(900, max(480, 15 * reading.values.shape[-2] + 160)),
+    }
+    if (down, across) == ("query", "key"):
+        layout["yaxis"] |= {"scaleanchor": "x", "constrain": "domain"}
+        layout["xaxis"] |= {"constrain": "domain"}
+    wheres = [
+        dict(zip(leading, indices, strict=True))
+        for indices in product(*(range(size) for size in leading.values()))
+    ]
+    cells = [_cells(take(reading, where)) for where in wheres]
+    if not leading:
+        return figure([first | cells[0]], layout)
+    places = [place(reading, where) for where in wheres]
+    layout["sliders"] = [_slider(" x ".join(leading), places, cells)]
+    return figure([first | cells[0]], layout)
+
+
+def _cells(matrix: Reading) -> dict[str, Any]:
+    values: dict[str, Any] = {"z": [_numbers(row) for row in matrix.values]}
+    if matrix.texts is not None:
+        values["text"] = [_texts(row) for row in matrix.texts]
+    return values
+
+
+def _slider(axes: str, places: list[str], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each place puts its cells into the heat map. Not frames: plotly plays these by itself."""
+    steps = [
+        {
+            "label": plain(name),
+            "method": "restyle",
+            "args": [{attribute: [rows] for attribute, rows in each.items()}],
+        }
+        for name, each in zip(places, cells, strict=True)
+    ]
+    shown = {"prefix": f"{plain(axes)}: ", "font": {"size": 13}}
+    return {"active": 0, "currentvalue": shown, "pad": {"t": 56}, "steps": steps}
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [number(value) for value in values]
+
+
+def _texts(texts: np.ndarray) -> list[str]:
+    return [plain(repr(text)) for text in texts.tolist()]
+
+
+def _names(reading: Reading, axis: str) -> list[str] | list[int]:
+    """One name per index; none twice, since cells of one name would cover each other."""
+    labels = reading.labels.get(axis)
+    if labels is None:
+        return list(range(reading.values.shape[reading.axes.index(axis)]))
+    if axis in TOKENS or len(set(labels)) < len(labels):
+        return [f"{i} {plain(label)}" for i, label in enumerate(labels)]
+    return [plain(label) for label in labels]
+
+
+def _axis(reading: Reading, axis: str) -> dict[str, Any]:
+    """At most eight numbers, or 48 names, cut to a length at which they can stand."""
+    names = _names(reading, axis)
+    shown: dict[str, Any] = {"title": {"text": plain(axis), "standoff": 6}, "automargin": True}
+    labels = reading.labels.get(axis)
+    if labels is None:
+        return shown | {"type": "linear", "tickvals": names[:: math.ceil(len(names) / 8)]}
+    brief = [
+        f"{i} {plain(cut(label, _LONGEST))}" if axis in TOKENS else plain(cut(label, _LONGEST))
+        for i, label in enumerate(labels)
+    ]
+    each = math.ceil(len(names) / 48)
+    shown |= {"type": "category", "categoryorder": "array", "categoryarray": names}
+    return shown | {"tickvals": names[::each], "ticktext": brief[::each]}

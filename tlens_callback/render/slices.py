@@ -1,0 +1,38 @@
+"""Parts of a reading, and what they are called."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from tlens_callback.reading import Reading
+
+TOKENS = ("pos", "token", "query", "key")
+"""Axes made of tokens."""
+
+_LETTERS = {"layer": "L", "head": "H"}
+
+
+def take(reading: Reading, at: Mapping[str, int]) -> Reading:
+    """The reading without these axes, at these indices of them."""
+    index = tuple(at.get(axis, slice(None)) for axis in reading.axes)
+    axes = tuple(axis for axis in reading.axes if axis not in at)
+    return replace(
+        reading,
+        values=reading.values[index],
+        axes=axes,
+        labels={axis: names for axis, names in reading.labels.items() if axis in axes},
+        texts=None if reading.texts is None else reading.texts[index],
+    )
+
+
+def place(reading: Reading, at: Mapping[str, int]) -> str:
+    """Where a value is: "L5H1", "layer 5, pos 3 ' the'"."""
+    if all(axis in _LETTERS and axis not in reading.labels for axis in at):
+        return "".join(f"{_LETTERS[axis]}{i}" for axis, i in at.items())
+    return ", ".join(f"{axis} {_name(reading, axis, i)}" for axis, i in at.items())
+
+
+def _name(reading: Reading, axis: str, i: int) -> str:
+    labels = reading.labels.get(axis)
+    if labels is None:
+        return str(i)
+    return f"{i} {labels[i]!r}" if axis in TOKENS else labels[i]
