@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--every", type=int, default=5, help="steps between two observations")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/grpo_lora"))
-    parser.add_argument("--report-to", default="none", choices=["none", "wandb"])
+    parser.add_argument(
+        "--report-to", default="none", choices=["none", "wandb", "trackio", "tensorboard"]
+    )
     args = parser.parse_args()
 
     model = args.model or str(smollm2())

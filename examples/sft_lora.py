@@ -96,7 +96,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=10, help="steps between two observations")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/sft_lora"))
-    parser.add_argument("--report-to", default="none", choices=["none", "wandb"])
+    homes = ["none", "wandb", "trackio", "tensorboard"]
+    parser.add_argument("--report-to", default="none", choices=homes)
     args = parser.parse_args()
 
     model = args.model or str(smollm2())
@@ -108,7 +109,7 @@ def main() -> None:
         dataset = training_data()
         probes = capital_probes(tokenizer)
 
-    # Goes to the W&B run that the trainer starts, if it does, and to <output-dir>/tlens.
+    # Goes to the run that the trainer starts, if it does, and to <output-dir>/tlens.
     callback = TLensCallback(probes, every_n_steps=args.every)
     gpu = torch.cuda.is_available()
     trainer = SFTTrainer(
