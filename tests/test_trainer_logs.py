@@ -40,6 +40,12 @@ def test_numbers_of_every_kind_and_nothing_else():
         "list": [6.0],
         "array": np.array([7.0]),
         "endless": 10**400,
+        "no number": np.array("none"),
+        "nothing alone": np.array(None),
+        "complex": torch.tensor(9j),
+        "complex alone": np.array(9j),
+        "time": np.timedelta64(3, "s"),
+        "nowhere": torch.tensor(1.0, device="meta"),
         "step": 1,
     }
     found = {key.removeprefix("trainer/"): r.values.tolist() for key, r in taken([row]).items()}
@@ -70,6 +76,42 @@ def test_nothing_is_taken_twice_and_a_step_s_last_value_counts():
     assert logs.take(2) == []
     rows.append({"loss": 3.0, "step": 2})
     assert logs.take(3)[0].values.tolist() == [3.0]
+
+
+def test_a_log_that_holds_no_number_ends_no_training(tmp_path):
+    class Notes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            state.log_history.append({"note": np.array("warm"), "step": state.global_step})
+
+    sink = MemorySink()
+    callback = TLensCallback([CAPITAL], instruments=[Constant()], sinks=[sink], every_n_steps=1)
+    run = trainer(tmp_path, callback, logging_steps=1)
+    run.add_callback(Notes())
+    run.train()
+    assert curve(sink)[0] == [1, 2, 3, 4, 5, 6] and "trainer/note" not in sink.readings
+
+
+def test_a_try_that_ran_out_of_memory_keeps_what_it_logged(tmp_path):
+    class OutOfMemoryOnce(TrainerCallback):
+        tries = 0
+
+        def on_log(self, args, state, control, **kwargs):
+            self.tries += 1
+            if self.tries == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    class Notes(MemorySink):
+        def write(self, readings, *, step):
+            found = [r for r in readings if r.key == "trainer/loss"]
+            wrote.append((step, [r.labels["update"] for r in found]))
+
+    wrote = []
+    callback = TLensCallback([CAPITAL], instruments=[Constant()], sinks=[Notes()], every_n_steps=2)
+    run = trainer(tmp_path, callback, auto_find_batch_size=True, logging_steps=1, max_steps=2)
+    run.add_callback(OutOfMemoryOnce())
+    run.train()
+    one_try = [(0, []), (1, []), (2, [("1", "2")])]
+    assert wrote == one_try + one_try
 
 
 def curve(sink, key="trainer/loss"):

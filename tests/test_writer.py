@@ -175,11 +175,26 @@ def test_with_raise_an_error_raises_on_the_training_thread(writing):
     with pytest.raises(OSError, match="no space") as raised:
         writer.put(one(), step=2)
         writer.drain()
+    writer.drain()
     assert raised.value.__notes__ == ["(raised by the sink Notes)"]
     assert good.wrote == [0, 2]
     writer.put(one(), step=3)
     writer.close()
     assert good.wrote == [0, 2, 3, "close"], "raised once"
+
+
+def test_with_raise_the_error_tells_of_the_others_too():
+    writer = Writer(
+        [Notes(error=OSError("no space")), Notes(error=KeyError("run"))], on_error="raise"
+    )
+    writer.hold(one(), step=2, more=list)
+    with pytest.raises(OSError, match="no space") as raised:
+        writer.drain()
+    assert raised.value.__notes__ == [
+        "(raised by the sink Notes)",
+        "(so did the sink Notes: KeyError: 'run')",
+    ]
+    writer.close()
 
 
 def test_what_would_end_a_thread_does_not_end_the_writing(caplog):
@@ -297,20 +312,3 @@ def test_waiting_on_the_thread_that_writes_is_no_deadlock():
     began = time.monotonic()
     writer.close()
     assert sink.wrote == [0, "close"] and time.monotonic() - began < 1
-
-
-def test_ctrl_c_while_training_waits_for_room_loses_nothing(monkeypatch):
-    sink = Notes(takes=0.1)
-    writer = Writer([sink])
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    for step in range(3):
-        writer.put(one(), step=step)
-    with monkeypatch.context() as patched:
-        patched.setattr(writer, "_wait_for", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            writer.put(one(), step=3)
-    writer.close()
-    assert sink.wrote == [0, 1, 2, 3, "close"]

@@ -1,9 +1,22 @@
 """A sink that does not come back is given up with a word, and the others complete."""
 
+import threading
 import time
 
+import pytest
+
 from tests.test_writer import Notes, handed, one
+from tlens_callback import writer as module
 from tlens_callback.writer import Writer
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """What hangs here comes back; the next test counts threads."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "tlens-writer":
+            thread.join(5)
 
 
 def test_a_sink_that_hangs_is_given_up_with_a_word_and_the_others_complete(caplog):
@@ -71,3 +84,28 @@ def test_closing_has_longer(caplog):
         "tlens: sink Uploads is given up: closing has taken more than 0.5 s. The others and "
         "training go on."
     ]
+
+
+def test_with_raise_the_error_says_who_hangs_in_what():
+    hangs = Notes(takes=0.3, slow=[1])
+    writer = Writer([hangs], patience=0.1, on_error="raise")
+    writer.put(one(), step=1)
+    with pytest.raises(TimeoutError, match="sink Notes is given up: writing step 1 has taken"):
+        writer.drain()
+    writer.close()
+
+
+@pytest.mark.parametrize("hangs_at", [0, None])
+def test_the_end_of_the_interpreter_is_not_held_up_by_one_that_hangs(monkeypatch, hangs_at):
+    """With all room taken and one observation held; None: the control, with none that hangs."""
+    monkeypatch.setattr(module, "_AT_EXIT", 0.6)
+    hangs, good = Notes(takes=1.5, slow=[hangs_at]), Notes()
+    writer = Writer([hangs, good], patience=60)
+    for step in range(3):
+        writer.put(one(), step=step)
+    writer.hold(one(), step=3, more=list)
+    began = time.monotonic()
+    writer._at_exit()
+    assert time.monotonic() - began < 0.7
+    assert good.wrote == [0, 1, 2, 3, "close"]
+    assert hangs.wrote == ([] if hangs_at == 0 else [0, 1, 2, 3, "close"])

@@ -1,16 +1,19 @@
 """A real trainer and the thread that writes: what is written when, and when training ends badly."""
 
+import gc
 import logging
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import wandb
 from transformers import TrainerCallback
 
+from tests import tiny
 from tests.sinks.wandb_file import history
 from tests.training import CAPITAL, Constant, trainer
 from tlens_callback import MemorySink, TLensCallback, read_store
@@ -160,6 +163,26 @@ def test_a_wandb_run_that_is_finished_right_after_a_failure_has_the_last_observa
     rows = [row["train/global_step"] for row in history(file) if "tlens/constant/mean" in row]
     assert rows == [0, 1, 2, 3, 4]
     callback.observer.close()
+
+
+def test_an_observation_that_waits_when_training_fails_keeps_no_model(tmp_path):
+    """As in a notebook: what was given up lives on until the end of the interpreter."""
+
+    class Breaks(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            raise RuntimeError("out of memory")
+
+    model = tiny.model("llama")
+    callback = TLensCallback([CAPITAL], instruments=[Constant()], sinks=[MemorySink()])
+    run = trainer(tmp_path, callback, model=model, eval_strategy="steps", eval_steps=6)
+    run.add_callback(Breaks())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train()
+    writer, model = callback.observer.writer, weakref.ref(model)
+    del run, callback
+    gc.collect()
+    assert model() is None
+    writer.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class Observer:
             FidelityError: where the shadow is not the model.
         """
         with self.cost.spending():
+            self.writer.release()  # an observation of the try before, with what was logged then
             if self.shadow is not None and self.model is model:
                 self.shadow.sync()
             else:
@@ -308,7 +310,7 @@ class Observer:
         readings += self._events(readings, step, strict=self.on_error == "raise" or first)
         if step not in self.steps:
             self.steps.append(step)
-        self.writer.hold(readings, step=step, more=lambda: self.logs.take(step))
+        self.writer.hold(readings, step=step, more=partial(self.logs.take, step))
         if not hold:
             self.writer.release()
 

@@ -96,5 +96,5 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:  # a whole number of more than 308 digits
-        return None
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        return None  # a whole number of 309 digits, a text or a complex number as an array

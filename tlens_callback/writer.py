@@ -3,12 +3,12 @@
 import atexit
 import contextvars
 import logging
+import math
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -27,30 +27,22 @@ _CLOSING = 5
 """Times the patience that closing a sink has."""
 
 _AT_EXIT = 30.0
-"""Seconds that the interpreter's end waits for what is not written yet."""
+"""Seconds that the interpreter's end waits for what is not written yet; a third of it for one
+call."""
 
 
-@dataclass
-class _Job:
+class SinkHangs(TimeoutError):
+    """A sink's call has taken longer than others can wait."""
+
+
+class _Job(NamedTuple):
     """Calls that are still to be made, in order, in the context of the thread that asked."""
 
-    about: str
+    step: int | None
+    """Of the observation; None: the sinks are closed."""
+
     calls: deque[tuple[Sink, Callable[[], None]]]
     context: contextvars.Context
-    patience: float
-
-
-class _Busy(NamedTuple):
-    """The call that is being made."""
-
-    sink: Sink
-    about: str
-    patience: float
-    until: float
-
-
-class _Hung(TimeoutError):
-    """A sink's call has taken longer than others can wait."""
 
 
 class Writer:
@@ -63,12 +55,13 @@ class Writer:
     may upload or make a page, has five times as long.
 
     At the interpreter's end, what was handed over is written and the sinks are closed, within 30
-    seconds.
+    seconds; one call may take 10 of them.
 
     Args:
         writing: "wait": at most two observations wait beside the one being written, and the caller
-            waits for room. "drop_old": the oldest that waits is dropped instead. "inline": all is
-            written on the caller's thread, before a call returns, and nothing is given up.
+            waits for room. "drop_old": the oldest that waits is dropped instead, with all that it
+            holds. "inline": all is written on the caller's thread, before a call returns, and
+            nothing is given up.
         on_error: "warn": a sink that fails is reported once. "raise": its error raises on the
             training thread, at its next call here.
         patience: seconds that one call of a sink may take.
@@ -92,11 +85,10 @@ class Writer:
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._current: _Job | None = None
-        self._busy: _Busy | None = None
+        self._busy: tuple[Sink, float] | None = None
         self._thread: threading.Thread | None = None
         self._held: tuple[Sequence[Reading], int, Callable[[], Sequence[Reading]]] | None = None
-        self._aside: list[Sink] = []
-        self._failures: list[tuple[Sink, BaseException]] = []
+        self._failures: list[tuple[str, BaseException]] = []
         self._closed = self._exiting = False
         self._local = threading.local()
         self._process = os.getpid()
@@ -105,24 +97,23 @@ class Writer:
 
     def add(self, sink: Sink) -> None:
         """One more sink, which gets what is handed over from now on."""
-        self.sinks.append(sink)
+        with self._changed:
+            self.sinks.append(sink)
         if (seam := getattr(sink, "before_finish", None)) is not None:
             seam(self._settle)
 
     def put(self, readings: Sequence[Reading], *, step: int) -> None:
         """Hands one observation over."""
-        self._report()
-        self._release()
-        self._put(readings, step)
-        if self.writing == "inline":
-            self._report()
+        self.hold(readings, step=step, more=tuple)
+        self.release()
 
     def hold(
         self, readings: Sequence[Reading], *, step: int, more: Callable[[], Sequence[Reading]]
     ) -> None:
         """Keeps one observation until `release`, which asks for `more` readings of it.
 
-        Every other call here releases it too, and so does the interpreter's end.
+        Every other call here releases it too, and so does the interpreter's end. Until then `more`
+        lives, with all that it refers to; it is not to raise.
         """
         self._report()
         self._release()
@@ -140,7 +131,9 @@ class Writer:
             held, self._held = self._held, None
         if held is not None:
             readings, step, more = held
-            self._put([*readings, *more()], step)
+            kept = (*readings, *more())
+            calls = [(sink, partial(sink.write, kept, step=step)) for sink in self.sinks]
+            self._submit(step, calls)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Waits until everything is written; False where `timeout` seconds were not enough."""
@@ -156,40 +149,29 @@ class Writer:
         self._close(None)
         self._report()
 
-    def _put(self, readings: Sequence[Reading], step: int) -> None:
-        if self._closed or self._thread is None:
-            self._watch_exit()
-        self._closed = False
-        kept = tuple(readings)
-        calls = [(sink, partial(sink.write, kept, step=step)) for sink in self.sinks]
-        self._submit(f"writing step {step}", calls, bounded=True)
-
-    def _submit(
-        self, about: str, calls: Sequence[tuple[Sink, Callable[[], None]]], *, bounded: bool
-    ) -> None:
-        patience = self.patience * (1 if bounded else _CLOSING)
-        job = _Job(about, deque(calls), contextvars.copy_context(), patience)
+    def _submit(self, step: int | None, calls: Sequence[tuple[Sink, Callable[[], None]]]) -> None:
         if self.writing == "inline":
-            for sink, act in job.calls:
+            for sink, act in calls:
                 try:
-                    if not self._is_aside(sink):
-                        act()
+                    act()
                 except Exception as error:
                     self._fail(sink, error)
             return
+        job = _Job(step, deque(calls), contextvars.copy_context())
         with self._changed:
             if self._thread is None:
                 self._start()
             if self._thread is None:
                 return
             try:
-                if bounded and self.writing == "wait":
+                # The interpreter's end has a limit of its own.
+                if step is not None and self.writing == "wait" and not self._exiting:
                     self._wait_for(lambda: len(self._waiting) < _ROOM)
             finally:  # Ctrl-C ends the waiting, not what waits
                 self._waiting.append(job)
                 self._changed.notify_all()
             self._give_up_hung()
-            while bounded and self.writing == "drop_old" and len(self._waiting) > _ROOM:
+            while step is not None and self.writing == "drop_old" and len(self._waiting) > _ROOM:
                 self._waiting.popleft()
                 self.dropped += 1
 
@@ -205,27 +187,42 @@ class Writer:
 
     def _wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
         """Waits with the lock held, and gives up a sink that hangs."""
-        end = float("inf") if timeout is None else time.monotonic() + timeout
+        end = math.inf if timeout is None else time.monotonic() + timeout
         while not done():
             self._give_up_hung()
-            until = min(end, self._busy.until if self._busy else end)
-            left = until - time.monotonic()
+            left = min(end, self._until()) - time.monotonic()
             if time.monotonic() >= end:
                 return False
-            self._changed.wait(None if left == float("inf") else max(0.0, left))
+            self._changed.wait(None if left == math.inf else max(0.0, left))
         return True
 
+    def _until(self) -> float:
+        """When the call that is being made is given up."""
+        if self._busy is None or self._current is None:
+            return math.inf
+        return self._busy[1] + self.patience * (_CLOSING if self._current.step is None else 1)
+
     def _give_up_hung(self) -> None:
-        if self._busy is None or time.monotonic() < self._busy.until:
+        if self._busy is None or self._current is None or time.monotonic() < self._until():
             return
-        busy, self._busy = self._busy, None
-        self._fail(busy.sink, _Hung(f"{busy.about} has taken more than {busy.patience:g} s"))
+        (sink, began), step = self._busy, self._current.step
+        about = "closing" if step is None else f"writing step {step}"
+        limit = f"{self._until() - began:.3g} s"
+        self._busy = None
+        self._fail(
+            sink,
+            SinkHangs(
+                f"sink {type(sink).__name__} is given up: {about} has taken more than {limit}"
+            ),
+        )
         self._start()
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._work, name="tlens-writer", daemon=True)
+        """With the lock held, which the thread waits for."""
+        thread = threading.Thread(target=self._work, name="tlens-writer", daemon=True)
         try:
-            self._thread.start()
+            thread.start()
+            self._thread = thread
         except RuntimeError:  # from Python 3.12 on none starts while the interpreter ends
             self._thread, self._current = None, None
             self._waiting.clear()
@@ -263,53 +260,47 @@ class Writer:
                     self._current = None
                 else:
                     sink, act = self._current.calls.popleft()
-                    if not self._is_aside(sink):
-                        about, patience = self._current.about, self._current.patience
-                        self._busy = _Busy(sink, about, patience, time.monotonic() + patience)
+                    if any(sink is other for other in self.sinks):
+                        self._busy = sink, time.monotonic()
                         self._changed.notify_all()
                         # A copy: who is given up is inside the context for ever.
                         return sink, act, self._current.context.copy()
                 self._changed.notify_all()
         return None
 
-    def _is_aside(self, sink: Sink) -> bool:
-        return any(sink is other for other in self._aside)
-
     def _fail(self, sink: Sink, error: BaseException) -> None:
-        self._aside.append(sink)
-        self._failures.append((sink, error))
+        with self._changed:
+            self.sinks = [other for other in self.sinks if other is not sink]
+            self._failures.append((type(sink).__name__, error))
 
     def _report(self) -> None:
         """On the training thread: what went wrong since the last call."""
         with self._changed:
             failures, self._failures = self._failures, []
-        for sink, error in failures:
-            self.sinks = [other for other in self.sinks if other is not sink]
-            name = type(sink).__name__
-            if self.on_error == "raise":
-                continue
-            if isinstance(error, _Hung):
-                logger.warning(
-                    "tlens: sink %s is given up: %s. The others and training go on.", name, error
-                )
+        if failures and self.on_error == "raise":
+            (name, first), *others = failures
+            if not isinstance(first, SinkHangs):
+                first.add_note(f"(raised by the sink {name})")
+            for name, error in others:
+                first.add_note(f"(so did the sink {name}: {type(error).__name__}: {error})")
+            raise first
+        for name, error in failures:
+            if isinstance(error, SinkHangs):
+                logger.warning("tlens: %s. The others and training go on.", error)
             else:
                 report(f"sink {name}", error)
-        if failures and self.on_error == "raise":
-            sink, error = failures[0]
-            error.add_note(f"(raised by the sink {type(sink).__name__})")
-            raise error
 
     def _close(self, timeout: float | None) -> bool:
         self._release()
         if self._closed:
             return True
-        self._submit("closing", [(sink, sink.close) for sink in self.sinks], bounded=False)
+        self._submit(None, [(sink, sink.close) for sink in self.sinks])
         done = self._settle(timeout)
         with self._changed:
             thread, self._thread = self._thread, None
             self._changed.notify_all()
         if thread is not None and done:
-            thread.join()
+            thread.join(1)  # a Ctrl-C may have left the lock with this thread
         self._closed = True
         atexit.unregister(self._at_exit)
         return done
@@ -324,6 +315,7 @@ class Writer:
         if os.getpid() != self._process:
             return
         self._exiting = True
+        self.patience = min(self.patience, _AT_EXIT / 3)
         if not self._close(_AT_EXIT):
             logger.warning(
                 "tlens: not everything was written %g s after the end of the program.", _AT_EXIT
