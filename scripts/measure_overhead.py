@@ -3,10 +3,12 @@
     python scripts/measure_overhead.py
     python scripts/measure_overhead.py --device cuda --dtype bfloat16 --rounds 20
 
-Four things take turns, so that a busy machine slows them alike:
+Five things take turns, so that a busy machine slows them alike:
 
-(a) a default observation of this callback: sync, forward pass, instruments, pictures, the local
-    store and an offline W&B run;
+(a) a default observation of this callback, as training sees it: sync, forward pass, instruments,
+    and the hand-over to the thread that writes; that thread then works while nothing is measured;
+(a') the same observation, written before training goes on: into the local store with its page,
+    and into an offline W&B run;
 (b) the bare Hugging Face forward pass, eager attention, of the same probe tokens, on a model
     without adapters (and, below it, with the logits of the last tokens only, as the shadow has);
 (c) a memory copy of the weights that the adapter changes;
@@ -22,8 +24,9 @@ import copy
 import os
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +34,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tlens_callback import LocalSink, Probe, WandbSink
+from tlens_callback import Instrument, LocalSink, Probe, Reading, Sink, WandbSink, Watch
 from tlens_callback import _bridge as bridge
 from tlens_callback.builtin_probes import repeated_blocks
 from tlens_callback.instruments import fast
 from tlens_callback.observer import Observer
 from tlens_callback.shadow import Shadow
+from tlens_callback.writer import Writer
 
 SHAPES = {
     "smollm2-135m": dict(
@@ -90,10 +94,59 @@ def by_hand(model: PeftModel, tokens: torch.Tensor, pictured: list[int]) -> int:
     return figures
 
 
+class Parts:
+    """Seconds of what happens inside observations."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, list[float]] = {}
+        self.reads = self.last_read = 0.0
+
+    def add(self, part: str, seconds: float) -> None:
+        self.spent.setdefault(part, []).append(seconds)
+
+
+class TimedInstrument:
+    def __init__(self, instrument: Instrument, parts: Parts) -> None:
+        self._instrument, self._parts = instrument, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._instrument, name)
+
+    def read(self, *args: Any) -> list[Reading]:
+        began = time.perf_counter()
+        readings = list(self._instrument.read(*args))
+        self._parts.last_read = time.perf_counter()
+        self._parts.reads += self._parts.last_read - began
+        return readings
+
+
+class TimedSink:
+    def __init__(self, sink: Sink, parts: Parts) -> None:
+        self._sink, self._parts = sink, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sink, name)
+
+    def write(self, readings: Sequence[Reading], *, step: int) -> None:
+        began = time.perf_counter()
+        self._sink.write(readings, step=step)
+        if threading.current_thread() is not threading.main_thread():
+            self._parts.add(type(self._sink).__name__, time.perf_counter() - began)
+
+
 def take_turns(
-    work: dict[str, Callable[[], object]], rounds: int, device: str, seldom: Collection[str] = ()
+    work: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    seldom: Collection[str] = (),
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Median seconds of each, all of them taking turns; `seldom`: in a third of the rounds."""
+    """Median seconds of each, all of them taking turns.
+
+    Args:
+        seldom: in a third of the rounds.
+        between: what is done after each, and not measured.
+    """
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
         for name, act in work.items():
@@ -107,6 +160,7 @@ def take_turns(
                 torch.cuda.synchronize()
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - began)
+            between()
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -123,7 +177,10 @@ def measure(
         for i in range(2)
     ]
     context = SHAPES[shape]["max_position_embeddings"]
-    watcher = Observer(fast(), [LocalSink(out / shape), WandbSink()], on_error="raise")
+    parts, store = Parts(), LocalSink(out / shape)
+    sinks = [TimedSink(sink, parts) for sink in (store, WandbSink(store=store))]
+    instruments = [TimedInstrument(instrument, parts) for instrument in fast()]
+    watcher = Observer(instruments, sinks, watch=Watch(), on_error="raise")
     began = time.perf_counter()
     watcher.start(model, None, lambda shadow: texts + repeated_blocks(context), step=0)
     start_seconds = time.perf_counter() - began
@@ -147,9 +204,22 @@ def measure(
             for own, weight in zip(copies, adapted, strict=True):
                 own.copy_(weight)
 
+    thread, inline = watcher.writer, Writer(sinks, writing="inline", on_error="raise")
+
+    def observation() -> None:
+        watcher.writer, parts.reads = thread, 0.0
+        watcher.after_update(next(step), observe=True, last=False)
+        parts.add("hand-over", time.perf_counter() - parts.last_read)
+        parts.add("reads", parts.reads)
+
+    def written_at_once() -> None:
+        watcher.writer = inline
+        watcher.after_update(next(step), observe=True, last=False)
+
     taps = [instrument.taps(shadow, watcher.batch) for instrument in watcher.instruments]
     work: dict[str, Callable[[], object]] = {
-        "a": lambda: watcher.after_update(next(step), observe=True, last=False),
+        "a": observation,
+        "a'": written_at_once,
         "b": forward,
         "b, last logits": lambda: forward(logits_to_keep=last),
         "c": memory_copy,
@@ -159,7 +229,10 @@ def measure(
         "with reductions": lambda: shadow.run(watcher.batch, taps),
     }
     model.eval()
-    found = take_turns(work, rounds, device, seldom={"d"})
+    found = take_turns(work, rounds, device, seldom={"d"}, between=thread.drain)
+    for part, seconds in parts.spent.items():
+        found[part] = statistics.median(seconds[1:])
+        found[f"{part}, 90 %"] = statistics.quantiles(seconds[1:], n=10, method="inclusive")[-1]
     found["adapted bytes"] = sum(w.numel() * w.element_size() for w in adapted)
     found["extra bytes"] = shadow.extra_bytes
     found["start"] = start_seconds
@@ -169,25 +242,34 @@ def measure(
         held = torch.cuda.memory_allocated()
         shadow.sync()
         found["sync peak bytes"] = torch.cuda.max_memory_allocated() - held
+    watcher.writer = thread
     watcher.close()
+    inline.close()
     return found
 
 
 def report(shape: str, found: dict[str, float]) -> None:
-    a, b, c, d = (found[name] for name in "abcd")
+    a, inline, b, c, d = (found[name] for name in ("a", "a'", "b", "c", "d"))
     ms = {name: f"{1e3 * found[name]:,.1f} ms" for name in found}
     rows = [
-        ("(a) a default observation, pictures and logging included", ms["a"]),
+        ("(a) a default observation, as training sees it", ms["a"]),
         ("    of which sync", ms["sync"]),
         ("    of which forward pass, without and with reductions",
          f"{ms['shadow forward']}, {ms['with reductions']}"),
+        ("    of which the reads of all instruments", ms["reads"]),
+        ("    of which the hand-over: median, 90th percentile",
+         f"{1e3 * found['hand-over']:.2f} ms, {1e3 * found['hand-over, 90 %']:.2f} ms"),
+        ("    beside it, the thread that writes: store with page, W&B",
+         f"{ms['LocalSink']}, {ms['WandbSink']}"),
+        ("(a') the same observation, written before training goes on", ms["a'"]),
         ("(b) bare Hugging Face forward of the same tokens", ms["b"]),
         ("    with the logits of the last tokens only", ms["b, last logits"]),
         ("(c) memory copy of the adapted weights", ms["c"]),
         ("(d) by hand: deepcopy, merge, cache everything, a figure a head", ms["d"]),
         ("once, when training begins: build, check, first observation", ms["start"]),
         ("sync / (c)", f"{found['sync'] / c:.2f}"),
-        ("(a) / ((b) + (c))", f"{a / (b + c):.2f}"),
+        ("(a) / ((b) + (c)), (a') / ((b) + (c))",
+         f"{a / (b + c):.2f}, {inline / (b + c):.2f}"),
         ("((d) - (b)) / ((a) - (b))", f"{(d - b) / (a - b):.1f}" if a > b else "(a) is below (b)"),
         ("extra memory / adapted weights",
          f"{found['extra bytes'] / found['adapted bytes']:.3f} "

@@ -85,7 +85,7 @@ def test_the_end_says_where_to_look_and_what_it_cost(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(
         r"watching 2 layers x 4 heads with 1 probes and 0 repeated blocks; all weights are the "
-        r"model's own, none is copied; max logit difference",
+        r"model's own, none is copied\n.*the shadow agrees with the model: max logit difference",
         said,
     )
     assert said.count(f"local store {tmp_path / 'tlens'}") == 2, "at the start and at the end"

@@ -83,8 +83,12 @@ def test_what_cannot_be_meant_is_said(arguments):
     assert "Traceback" not in result.output
 
 
-def test_says_how_to_install_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    result = run("workspace", "me/it", "--print")
+@pytest.mark.parametrize(
+    ("missing", "arguments"), [("wandb_workspaces.workspaces", ["--print"]), ("wandb", [])]
+)
+def test_says_how_to_install_what_is_missing(monkeypatch, missing, arguments):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    result = run("workspace", "me/it", *arguments)
     assert result.exit_code == 1
     assert "pip install 'tlens-callback[workspace]'" in result.stderr

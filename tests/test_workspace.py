@@ -1,11 +1,14 @@
 """The saved view: its panels are of keys that a run has."""
 
+import inspect
+import re
 import sys
 
 import pytest
+import wandb
 
-from tests.sinks.samples import everything
-from tlens_callback.sinks.wandb_rows import MEDIA, NUMBERS
+from tests.sinks.test_wandb_training import FILES, NUMBERS
+from tlens_callback.sinks.shown import Keys
 from tlens_callback.workspace import REPEATED, build, probes_of, split_project, unreachable
 
 # Of pydantic's, in wandb-workspaces 0.4.
@@ -18,7 +21,9 @@ def panels(view):
 
 
 def test_sections_are_in_an_order_to_look_through():
-    shown = panels(build("me", "it", probes=["capital", "b"]))
+    view = build("me", "it", probes=["capital", "b"])
+    assert view.auto_generate_panels is False, "no other panels beside these"
+    shown = panels(view)
     order = ["Training", "Events", "Heads", "Answers", "Pictures", "Tables", "Page"]
     assert list(shown) == order and all(shown.values())
     loss = shown["Training"][0]["config"]
@@ -40,16 +45,30 @@ def keys_of(shown):
 
 
 def test_every_key_is_one_that_the_sink_logs():
-    own = [key for key in keys_of(panels(build("me", "it"))) if key.startswith("tlens/")]
-    assert len(own) > 15
-    for key in own:
-        _, instrument, *rest = key.split("/")
-        if not rest or instrument == "watch":
-            continue
-        known = (*NUMBERS.get(instrument, rest[:1]), *MEDIA.get(instrument, rest[:1]))
-        assert rest[0] in known, key
-    assert f"tlens/attention_patterns/pattern/{REPEATED}" in own
-    assert "tlens/watch/event_table" in own and everything(0)
+    """In a real run, with nothing set: see `test_wandb_training`."""
+    logged = {f"tlens/{key}" for key in (*NUMBERS, *FILES, "page", "watch/event_table")}
+    # The heads that it pins are those of its model.
+    logged.add("tlens/watch/induction_L1H0")
+    shown = panels(build("me", "it", probes=["capital", REPEATED]))
+    own = {key for key in keys_of(shown) if key.startswith("tlens/")}
+    assert own <= logged
+    assert {f"tlens/{key}" for key in FILES} <= own, "every file has its panel"
+    patterns = [
+        panel["config"]["metricRegex"]
+        for section in shown.values()
+        for panel in section
+        if panel["config"].get("useMetricRegex")
+    ]
+    assert len(patterns) == 4
+    for pattern in patterns:
+        assert any(re.search(pattern, key) for key in logged), pattern
+
+
+def test_a_probe_has_the_key_that_the_sink_gives_it():
+    odd = "what is 2+2?"
+    (picture,) = panels(build("me", "it", probes=[odd]))["Pictures"]
+    key = Keys("tlens")(f"attention_patterns/pattern/{odd}")
+    assert "?" not in key and picture["config"]["mediaKeys"] == [key]
 
 
 def test_the_name_of_the_callback_is_in_every_key():
@@ -96,10 +115,15 @@ def test_the_probes_are_those_of_the_latest_run(monkeypatch):
                 "slow/attention_patterns/pattern/d": {},
             }
 
+    asked = inspect.signature(wandb.Api.runs)
+
     class Api:
-        def runs(self, path, per_page):
-            assert path == "me/it"
-            return iter([Run()])
+        def runs(self, *given, **more):
+            settings = asked.bind(self, *given, **more).arguments
+            assert settings["path"] == "me/it"
+            runs = [Run(), type("Older", (), {"summary": {}})]
+            # W&B's own default is the oldest first.
+            return iter(runs if settings.get("order") == "-created_at" else runs[::-1])
 
     monkeypatch.setattr("wandb.Api", Api)
     assert probes_of("me", "it", name="tlens") == ["a c", "b"]

@@ -46,8 +46,8 @@ def workspace(project: str, name: str, title: str, probes: tuple[str, ...], prin
         entity, project = split_project(project)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="ENTITY/PROJECT") from error
-    why = None if printed else unreachable()
     try:
+        why = None if printed else unreachable()
         found = list(probes)
         if not found and not printed and not why:
             found = probes_of(entity, project, name=name)

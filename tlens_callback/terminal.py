@@ -24,7 +24,8 @@ def opening(observer: "Observer") -> list[str]:
         held = "all weights are the model's own, none is copied"
     return [
         f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
-        f"{_asked(observer)}; {held}; {fidelity}",
+        f"{_asked(observer)}; {held}",
+        f"tlens: the shadow agrees with the model: {fidelity}",
         *_places(observer),
     ]
 
@@ -40,7 +41,8 @@ def summary(observer: "Observer") -> list[str]:
     ]
     if observer.checks:
         worst = max(observer.checks.values(), key=lambda check: check.relative)
-        lines.append(f"tlens: shadow against live model, worst of {len(observer.checks)}: {worst}")
+        count = len(observer.checks)
+        lines.append(f"tlens: shadow and model were compared {count} times; at worst: {worst}")
     if dropped := observer.writer.dropped:
         lines.append(
             f"tlens: {dropped} observations were dropped, since the sinks were slower than "

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-STEP = "train/global_step"
+from tlens_callback.sinks.shown import STEP, Keys
 
 REPEATED = "repeat-24-0"
 """The repeated block that `AttentionPatterns` shows unless told otherwise."""
@@ -26,6 +26,9 @@ _TABLES = (
 )
 
 
+_MISSING = "a workspace needs wandb-workspaces: pip install 'tlens-callback[workspace]'"
+
+
 def split_project(text: str) -> tuple[str, str]:
     """Entity and project of "ENTITY/PROJECT".
 
@@ -42,12 +45,18 @@ def split_project(text: str) -> tuple[str, str]:
 
 
 def unreachable() -> str | None:
-    """What keeps this machine from saving a view, and what to do about it; None if nothing does."""
+    """What keeps this machine from saving a view, and what to do about it; None if nothing does.
+
+    Raises:
+        ImportError: where wandb is not installed.
+    """
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("offline", "disabled", "dryrun"):
         return f"WANDB_MODE is {mode}; unset it on a machine with a network"
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
     try:
         known = wandb.login(prompt=False)
     except TypeError:  # wandb before 0.31 has no such argument
@@ -61,7 +70,7 @@ def probes_of(entity: str, project: str, *, name: str) -> list[str]:
     """The probes whose pictures the project's latest run has; none where it has none, or no run."""
     import wandb
 
-    for run in wandb.Api().runs(f"{entity}/{project}", per_page=1):
+    for run in wandb.Api().runs(f"{entity}/{project}", order="-created_at", per_page=1):
         start = f"{name}/attention_patterns/pattern/"
         return sorted(
             key.removeprefix(start) for key in run.summary.keys() if key.startswith(start)
@@ -95,14 +104,14 @@ def build(
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
-        raise ImportError(
-            "a workspace needs wandb-workspaces: pip install 'tlens-callback[workspace]'"
-        ) from error
+        raise ImportError(_MISSING) from error
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"name is made of letters, digits, - and _, got {name!r}.")
 
+    keys = Keys(name)
+
     def curves(*panels: tuple[str, Sequence[str]]) -> list[Any]:
-        return [reports.LinePlot(title=heading, x=STEP, y=list(keys)) for heading, keys in panels]
+        return [reports.LinePlot(title=heading, x=STEP, y=list(y)) for heading, y in panels]
 
     def searched(*panels: tuple[str, str]) -> list[Any]:
         """Curves of all keys that match a pattern: one for each probe, say."""
@@ -115,7 +124,7 @@ def build(
         return [
             reports.MediaBrowser(
                 title=heading,
-                media_keys=[f"{name}/{key}"],
+                media_keys=[keys(key)],
                 mode="gallery",
                 gallery_axis="step",
                 num_columns=1,

@@ -13,7 +13,8 @@ from tests.instruments import test_contract as contract
 from tests.instruments.common import encoded
 from tests.test_shadow import batch_for, train
 from tlens_callback import Reading, Shadow, observe
-from tlens_callback.instruments.adapters import AdapterSpectrum, singular_values
+from tlens_callback.instruments import adapters
+from tlens_callback.instruments.adapters import AdapterSpectrum, products
 
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -123,20 +124,65 @@ def test_modules_of_one_name_are_told_apart():
     assert names["adapter_spectrum/norm"].labels["module"] == LLAMA
 
 
+def factors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator).double() for shape in shapes]
+
+
 def test_singular_values_in_float64():
     """Small ones too: 1e-9 of the largest, where a Gram matrix has nothing left."""
-    generator = torch.Generator().manual_seed(0)
-    b, a = (torch.randn(*s, generator=generator).double() for s in ((3, 40, 5), (3, 5, 30)))
+    b, a = factors((3, 40, 5), (3, 5, 30))
     b[:, :, 1] *= 1e-4
     b[:, :, 2] *= 1e-9
-    got = singular_values(b, a)
+    got, _ = products(b, a)
     np.testing.assert_allclose(got, torch.linalg.svdvals(b @ a)[:, :5], rtol=1e-5, atol=1e-13)
     tall = torch.linalg.svdvals(b[:, :3] @ a[:, :, :2])
-    assert singular_values(b[:, :3], a[:, :, :2]).shape == (3, 2)
-    np.testing.assert_allclose(singular_values(b[:, :3], a[:, :, :2]), tall, rtol=1e-9)
+    few, _ = products(b[:, :3], a[:, :, :2])
+    assert few.shape == (3, 2)
+    np.testing.assert_allclose(few, tall, rtol=1e-9)
     b[1, 0, 0] = torch.nan
-    assert singular_values(b, a)[1].isnan().all()
-    torch.testing.assert_close(singular_values(b, a)[[0, 2]], got[[0, 2]])
+    with_nan, _ = products(b, a)
+    assert with_nan[1].isnan().all()
+    torch.testing.assert_close(with_nan[[0, 2]], got[[0, 2]])
+
+
+def test_columns_that_nearly_depend_are_not_lost_in_their_gram_matrix():
+    b, a = factors((3, 40, 5), (3, 5, 30))
+    b[1, :, 3] = b[1, :, 0] + 1e-9 * b[1, :, 3]
+    a[2, 4] = a[2, 0]
+    b[2, :, 2] = 0
+    true = torch.linalg.svdvals(b @ a)[:, :5]
+    np.testing.assert_allclose(products(b, a)[0], true, rtol=1e-5, atol=1e-13)
+    left, right = (torch.linalg.cholesky(x[1].mT @ x[1]) for x in (b, a.mT))
+    by_cholesky = torch.linalg.svdvals(left.mT @ right)
+    assert abs(by_cholesky[4] - true[1, 4]) > 0.01 * true[1, 4], "where it counts"
+
+
+def test_a_small_rotation_is_not_lost_in_float32():
+    """1 - cosine of 1e-11, from factors in float32."""
+    b, a, more = (x.float() for x in factors((4, 40, 5), (4, 5, 30), (4, 40, 5)))
+    for apart in (1e-5, 1e-2, 1.0):
+        other = b + apart * more
+        now, last = (x.double() @ a.double() for x in (b, other))
+        sigma, inner = products(b, a, other, a)
+        assert inner is not None and sigma.dtype == torch.float64
+        norms = now.flatten(1).norm(dim=1) * last.flatten(1).norm(dim=1)
+        true = (now * last).sum((1, 2)) / norms
+        off = 3e-7 * apart
+        np.testing.assert_allclose(inner / norms, true, rtol=0, atol=off)
+        np.testing.assert_allclose(sigma.square().sum(1), now.square().sum((1, 2)), rtol=1e-13)
+
+
+def test_pieces_are_as_the_whole(monkeypatch):
+    model = adapted()
+    shadow, whole, pieces = Shadow.of(model), AdapterSpectrum(), AdapterSpectrum()
+    train(model, batch_for(shadow), steps=1)
+    look(whole, shadow), look(pieces, shadow)
+    train(model, batch_for(shadow), steps=2)
+    one = look(whole, shadow)
+    monkeypatch.setattr(adapters, "_PIECE", 1)
+    for key, reading in look(pieces, shadow).items():
+        np.testing.assert_allclose(reading.values, one[key].values, rtol=1e-6, atol=1e-12)
 
 
 def test_at_the_start_everything_is_zero_and_finite():

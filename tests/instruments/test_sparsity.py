@@ -13,7 +13,7 @@ from tests.test_shadow import batch_for, train
 from tlens_callback import Reading, Shadow, observe
 from tlens_callback.instruments.frozen import FrozenWeights, checksum
 from tlens_callback.instruments.places import Places
-from tlens_callback.instruments.sparsity import UpdateSparsity
+from tlens_callback.instruments.sparsity import UpdateSparsity, _entries
 from tlens_callback.mirror import Weight
 
 
@@ -138,6 +138,15 @@ def test_a_sample_estimates_the_share():
             differ += part[name] != share
     assert differ > 5, "it is a sample"
     assert sum(t.numel() for t in few.memory.values()) <= 400 * len(whole)
+
+
+def test_the_entries_that_are_followed_are_drawn_in_logical_order():
+    """However a weight lies in storage, and without a copy of it."""
+    weight = torch.arange(12.0).reshape(3, 4)
+    drawn = torch.tensor([0, 5, 5, 11])
+    assert _entries(weight, drawn).tolist() == [0, 5, 5, 11]
+    assert _entries(weight.mT, drawn).tolist() == weight.mT.flatten()[drawn].tolist()
+    assert weight.mT.flatten()[drawn].tolist() != [0, 5, 5, 11]
 
 
 def test_weights_that_are_frozen_or_frozen_later():

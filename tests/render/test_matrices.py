@@ -83,6 +83,8 @@ def test_without_limits_the_scale_says_that_it_moves():
     assert (axis.cmin, axis.cmax) == (1, 3) and "this step" in axis.colorbar.title.text
     signed = score_figure([scores("a", np.array([[-1.0, 4.0]]), limits=None)]).layout.coloraxis
     assert (signed.cmin, signed.cmax) == (-4, 4)
+    mixed = score_figure([scores("a", limits=(-1, 2.5))]).layout.coloraxis
+    assert (mixed.cmin, mixed.cmax) == (-2.5, 2.5) and mixed.colorbar.title.text == "probability"
     half = score_figure([scores("b", second, limits=(0, np.inf))]).layout.coloraxis
     assert (half.cmin, half.cmax) == (0, 3) and "this step" in half.colorbar.title.text
     assert "this step" not in score_figure([scores("a")]).layout.coloraxis.colorbar.title.text
@@ -194,6 +196,10 @@ def test_names_are_no_markup():
     ).count("</script>")
     assert "<b>" not in figure.layout.annotations[0].text
     assert "%{z} " not in figure.data[0].hovertemplate
+    odd = Reading(key="a/b", values=[[1.0]], axes=("layer", "<b>%{z}"), unit="x")
+    figure = score_figure([odd])
+    assert "<b>" not in figure.data[0].hovertemplate + figure.layout.xaxis.title.text
+    assert figure.data[0].hovertemplate.count("%{z") == 1
 
 
 def test_refuses_what_is_no_figure():

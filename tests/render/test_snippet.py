@@ -276,3 +276,14 @@ def test_colours():
     other = reading([[0.25, 1.0]], ("layer", "pos"))
     assert (colours(attention, (0, 1))[0, 0] == palette()[120]).all()
     assert (colours(other, (0, 1))[0, 0] == palette()[60]).all()
+
+
+@pytest.mark.parametrize("large", [1e20, 3e38])
+def test_large_numbers(large):
+    """Where float32 has no number for the width of the range, or for one more."""
+    same, opposite = [large, large], [-large, large]
+    assert colour_range(reading(same, ("x",)))[1] > np.float32(large)
+    rgb = colours(reading([opposite], ("layer", "pos")), (-large, large))[0]
+    assert (rgb == palette(diverging=True)[[0, 238]]).all()
+    for values in (same, opposite):
+        assert "<circle" in snippet(reading(values, ("layer",)))

@@ -288,3 +288,21 @@ def test_axis_table_is_a_row_per_entry():
         [None, 0, "L1H0", 3, 0.5],
         [None, 1, "L0H1", 1, None],
     ]
+
+
+def test_numbers_that_stand_twice_are_names():
+    digits = listed("r/first", [1, 2], axes=("word",), labels={"word": ["7", "07"]})
+    assert cells(axis_table([digits], "word")) == [[None, 0, "7", 1], [None, 1, "07", 2]]
+    assert long_frame([digits])["word"].tolist() == [0, 1]
+
+
+def test_a_peak_that_is_no_index_is_a_measure():
+    axes = ("layer", "rank", "pos")
+    activation = Reading(key="n/activation/p", values=[[[1, 5, 2]]], axes=axes, unit="x")
+    height = Reading(key="n/peak/p", values=[[7.5]], axes=axes[:2], unit="x")
+    at = Reading(key="n/peak/p", values=[[2]], axes=axes[:2], unit="index")
+    assert neuron_table([activation, height])[["activation", "pos", "peak"]].values.tolist() == [
+        [5, 1, 7.5]
+    ]
+    pointed = neuron_table([activation, at])
+    assert pointed[["activation", "pos"]].values.tolist() == [[2, 2]] and "peak" not in pointed

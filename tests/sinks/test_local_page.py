@@ -36,7 +36,7 @@ def test_the_page_follows_the_store_and_is_packed_at_the_end(tmp_path):
     made = (sink.path / "page.html").stat().st_mtime_ns
     sink.close()
     assert (sink.path / "page.html").stat().st_mtime_ns == made
-    assert packed(sink.path).about["title"] == "run"
+    assert packed(sink.path).about["title"] == f"{tmp_path.name}/run"
 
 
 def test_a_run_that_begins_again_drops_steps_from_the_page(tmp_path):

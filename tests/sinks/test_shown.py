@@ -1,18 +1,22 @@
 """What the sinks beside a trainer's own logging have in common."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from tests.sinks.samples import EVENT, everything, small
 from tlens_callback.reading import Reading
+from tlens_callback.sinks import TensorBoardSink, TrackioSink, WandbSink
 from tlens_callback.sinks.shown import (
     Keys,
     cells,
     curves,
     events,
     excerpt,
+    histograms,
     matrices,
     not_the_trainers,
     tables,
@@ -61,6 +65,38 @@ def test_matrices_are_named_by_their_axes():
     }
 
 
+def test_what_is_of_many_readings_takes_the_key_of_none():
+    own = [
+        Reading(key="x/heads", values=np.ones((2, 2)), axes=("layer", "head"), unit="1"),
+        Reading(key="x/by_layer", values=[1], axes=("layer",), unit="1"),
+        Reading(key="x/table", values=[[1]], axes=("layer", "rank"), unit="1"),
+        Reading(key="x/rank_table", values=[1], axes=("rank",), unit="1"),
+    ]
+    other = [Reading(key="y/heads_", values=np.ones((2, 2)), axes=("layer", "head"), unit="1")]
+    for parts, names in (
+        (matrices([*own, *other]), ["x/heads_2", "y/heads"]),
+        (curves(own), ["x/by_layer_2"]),
+        (tables(own), ["x/table_2", "x/rank_table_2"]),
+    ):
+        assert [key for key, _ in parts] == names
+
+
+def test_histograms_have_what_is_finite():
+    values = np.array([[np.nan, 3e38], [-3e38, np.inf]])
+    odd = Reading(key="x/odd", values=values, axes=("layer", "head"), unit="1")
+    none = Reading(key="x/none", values=values[:, :1] * np.nan, axes=odd.axes, unit="1")
+    spread = Reading(key="x/odd_spread", values=values, axes=odd.axes, unit="1")
+    ((key, finite),) = histograms([odd, none, spread])
+    assert key == "x/odd" and finite.tolist() == [np.float32(3e38), np.float32(-3e38)]
+    assert np.isfinite(np.ptp(finite)), "float32 would overflow"
+
+
+@pytest.mark.parametrize("sink", [TrackioSink, partial(TensorBoardSink, "tb"), WandbSink])
+def test_a_store_has_a_page(sink):
+    with pytest.raises(ValueError, match="store is a LocalSink"):
+        sink(store="out/tlens")
+
+
 def test_what_the_trainer_logged_is_left_out():
     theirs = Reading(key="trainer/loss", values=[1], axes=("update",), unit="as logged")
     ours = small()
@@ -71,6 +107,10 @@ def test_a_long_table_keeps_its_lowest_ranks():
     frame = pd.DataFrame({"probe": None, "rank": [0, 1, 2] * 40, "x": range(120)})
     assert set(top_rows(frame, 90)["rank"]) == {0, 1}
     assert set(top_rows(frame, 1)["rank"]) == {0}
+    assert len(top_rows(frame, 1)) == 40, "one row of each"
+    long = pd.DataFrame({"rank": 0, "x": range(20_000)})
+    assert top_rows(long, 100)["x"].tolist() == list(range(1_000))
+    assert len(top_rows(long, 10_000)) == 10_000
     assert top_rows(frame, 120) is frame
     assert top_rows(frame.drop(columns="rank"), 7)["x"].tolist() == list(range(7))
     assert list(excerpt(frame, 90)) == ["rank", "x"]

@@ -20,6 +20,7 @@ from tlens_callback.reading import Reading
 from tlens_callback.render import mosaic
 from tlens_callback.render.scores_png import score_picture, strips
 from tlens_callback.sinks import TensorBoardSink
+from tlens_callback.sinks.event_file import EventFile
 
 pytest.importorskip("tensorboard")
 
@@ -188,6 +189,27 @@ def test_a_token_is_text_whatever_it_holds(tmp_path):
     assert {row[0] for row in table.rows[1:]} == {"a|b"}
 
 
+def test_a_tag_is_of_one_kind(tmp_path):
+    """What TensorBoard would otherwise take for one series of two kinds."""
+    matrix = ("layer", "head")
+    sink = TensorBoardSink(tmp_path)
+    sink.write(
+        [
+            Reading(key="mine/heads", values=np.ones((2, 2)), axes=matrix, unit="x"),
+            Reading(key="mine/table", values=1.0, unit="x"),
+            Reading(key="mine/list", values=[[1, 2]], axes=("layer", "rank"), unit="x"),
+        ],
+        step=0,
+    )
+    sink.close()
+    tags = read(tmp_path).Tags()
+    assert [tags[kind] for kind in ("images", "scalars")] == [
+        ["tlens/mine/heads_2"],
+        ["tlens/mine/table"],
+    ]
+    assert set(tags["tensors"]) == {"tlens/mine/heads", "tlens/mine/table_2"}
+
+
 def test_a_long_table_says_what_it_leaves_out(tmp_path):
     ranks = np.arange(500).reshape(10, 50)
     reading = Reading(key="n/activation", values=ranks, axes=("layer", "rank"), unit="activation")
@@ -222,42 +244,18 @@ def test_a_step_is_readable_once_it_is_written(tmp_path):
     sink.close()
 
 
-def test_a_step_again_begins_anew_from_there(tmp_path):
+def test_a_disk_that_is_full_leaves_no_file_open(tmp_path, monkeypatch):
+    def full(file, records):
+        opened_.append(file)
+        raise OSError("no space left")
+
+    opened_ = []
+    monkeypatch.setattr(EventFile, "add", full)
     sink = TensorBoardSink(tmp_path)
-    for step in (0, 10, 20, 30):
-        sink.write([scalar(step)], step=step)
-    changed = Reading(key="head_scores/max", values=np.array(-1.0), unit="probability")
-    sink.write([changed], step=20)
-    assert steps(tmp_path) == [(0, 0), (10, 10), (20, -1)]
+    with pytest.raises(OSError, match="no space"):
+        sink.write([scalar(0)], step=0)
     sink.close()
-
-
-def test_a_resumed_run_goes_on_where_it_was(tmp_path):
-    for first, last in ((0, 30), (20, 40)):
-        sink = TensorBoardSink(tmp_path / "tb")
-        for step in range(first, last + 1, 10):
-            sink.write([scalar(step + first)], step=step)
-        sink.close()
-    assert steps(tmp_path / "tb") == [(0, 0), (10, 10), (20, 40), (30, 50), (40, 60)]
-    again = TensorBoardSink(tmp_path / "tb")
-    again.write([scalar(0)], step=0)
-    again.close()
-    assert again.path == tmp_path / "tb-2"
-    assert len(steps(tmp_path / "tb")) == 5
-    resumed = TensorBoardSink(tmp_path / "tb")
-    resumed.write([scalar(1)], step=1)
-    resumed.close()
-    assert steps(tmp_path / "tb-2") == [(0, 0), (1, 1)]
-
-
-def test_without_the_mark_of_a_new_beginning_both_would_be_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(TensorBoardSink, "_enter", lambda self, step: False)
-    for first in (0, 20):
-        sink = TensorBoardSink(tmp_path)
-        for step in (first, first + 10, first + 20):
-            sink.write([scalar(step)], step=step)
-        sink.close()
-    assert [step for step, _ in steps(tmp_path)] == [0, 10, 20, 20, 30, 40]
+    assert [file._file.closed for file in opened_] == [True]
 
 
 def test_what_a_user_can_get_wrong(tmp_path):

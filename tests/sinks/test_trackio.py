@@ -144,6 +144,17 @@ def test_a_long_table_has_its_lowest_ranks(project):
     ]
 
 
+def test_a_histogram_of_numbers_that_are_almost_one(project):
+    """In float32 there is no room for 32 bins between them."""
+    values = np.array([[0.5, np.nextafter(np.float32(0.5), 1)]], np.float32)
+    with pytest.raises(ValueError, match="Too many bins"):
+        trackio.Histogram(values, num_bins=32)
+    sink = TrackioSink()
+    sink.write([Reading(key="x/y", values=values, axes=("layer", "head"), unit="1")], step=1)
+    sink.close()
+    assert sum(rows(project)[0][2]["tlens/x/y"]["values"]) == 2
+
+
 def test_what_the_trainer_logs_is_left_to_its_own_rows(project):
     sink = TrackioSink(name="mine")
     theirs = Reading(
@@ -235,6 +246,15 @@ def test_a_page_that_fails_does_not_keep_the_run_from_ending(project, caplog):
     trackio.finish()
     assert run._stop_flag.is_set()
     assert "no space left" in caplog.text
+
+
+def test_a_closed_sink_leaves_the_run_as_it_was(project):
+    run = begun(project)
+    sink = TrackioSink()
+    sink.write(small(1), step=1)
+    assert run.finish != type(run).finish.__get__(run)
+    sink.close()
+    assert run.finish == type(run).finish.__get__(run)
 
 
 def test_two_sinks_on_one_run(project, tmp_path):

@@ -12,6 +12,7 @@ import wandb
 from tests.sinks.samples import pattern
 from tests.sinks.wandb_file import history, run_file
 from tlens_callback import Reading, WandbSink
+from tlens_callback.sinks.file_budget import FileBudget
 
 # An artifact of wandb 0.31, which a table makes, leaves its directory to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
@@ -95,7 +96,7 @@ def test_a_setting_that_passes_a_thousand_is_told_of_at_once(offline, caplog, mo
     sink.close()
 
 
-@pytest.mark.parametrize("most", [None, 40, 4, 0])
+@pytest.mark.parametrize("most", [None, 40, 4, 3, 0])
 def test_a_bound_is_one(offline, tmp_path, most):
     sink = WandbSink(most_files=most, store=Paged(tmp_path))
     for step in range(30):
@@ -108,6 +109,31 @@ def test_a_bound_is_one(offline, tmp_path, most):
     assert sum("tlens/a/number" in row for row in rows) == 30
     assert [row[STEP] for row in rows if MOSAIC in row][-1:] == ([29] if most != 0 else [])
     assert sum("tlens/page" in row for row in rows) == (most != 0)
+
+
+def test_two_trainings_in_one_run_have_one_bound(offline):
+    run = wandb.init(project="test")
+    sink = WandbSink(most_files=12)
+    for step in range(20):
+        sink.write(observation(step), step=step)
+        if step == 9:
+            sink.close()
+    sink.close()
+    run.finish()
+    wandb.teardown()
+    assert 9 <= len([path for path in files_of(offline) if "media" in path.parts]) <= 12
+
+
+def test_what_was_held_back_is_not_logged_after_what_came_later(offline):
+    budget = FileBudget(40, page=0)
+    shown = [step for step in range(30) if budget.take(3)]
+    assert len(shown) <= shown[-1], "some were held back"
+    sink = WandbSink(most_files=40)
+    for step in range(shown[-1] + 1):
+        sink.write(observation(step), step=step)
+    sink.close()
+    wandb.teardown()
+    assert [row[STEP] for row in history(run_file(offline)) if MOSAIC in row] == shown
 
 
 def test_the_page_comes_once_and_last(offline, tmp_path):
@@ -217,6 +243,20 @@ def test_whoever_finishes_the_run_waits_for_what_is_not_written(offline, tmp_pat
         assert MOSAIC in rows[2] and MOSAIC not in rows[1], "files that had been held back"
     else:
         assert rows == []
+
+
+def test_the_run_that_waits_is_the_one_that_is_written_to(offline, tmp_path):
+    """Another was active when training began."""
+    before = wandb.init(project="before")
+    sink = WandbSink(store=Paged(tmp_path))
+    sink.before_finish(lambda: None)
+    before.finish()
+    run = wandb.init(project="test")
+    sink.write(observation(1), step=1)
+    run.finish()
+    wandb.teardown()
+    (path,) = offline.glob(f"wandb/offline-run-*/run-{run.id}.wandb")
+    assert ["tlens/page" in row for row in history(path)] == [False, True]
 
 
 def test_a_run_without_hooks_waits_too():

@@ -129,11 +129,15 @@ def test_the_first_observation_is_that_of_this_training(offline):
     run = wandb.init(project="test")
     sink = WandbSink(run)
 
-    def write(step):
-        kl = Reading(key="lens/kl/p", values=[step, 1.0], axes=("layer",), unit="nats")
+    def write(step, value=None):
+        values = [step if value is None else value, 1.0]
+        kl = Reading(key="lens/kl/p", values=values, axes=("layer",), unit="nats")
         sink.write([kl], step=step)
 
-    for step in (30, 40, 20, 50):
+    for step in (30, 40):
+        write(step)
+    write(20, value=19)
+    for step in (20, 50):
         write(step)
     sink.close()
     write(60)
@@ -290,6 +294,18 @@ def test_a_number_for_each_head_where_asked_for(offline, caplog):
     # By their whole names: where a second pattern matches, W&B takes either.
     assert hidden == set(expected) and metrics[STEP].options.hidden is False
     assert {metrics[name].step_metric for name in hidden} == {STEP}
+
+
+def test_each_run_is_told_which_numbers_to_hide(offline):
+    sink = WandbSink(heads=["head_scores/induction"])
+    for _ in range(2):
+        sink.write(small(3), step=3)
+        sink.close()
+    wandb.teardown()
+    paths = list(offline.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(paths) == 2
+    for path in paths:
+        assert sum(r.metric.options.hidden for r in records(path)) == 6
 
 
 def test_without_being_asked_no_head_has_a_number(offline):

@@ -16,6 +16,9 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
 
+_PIECE = 2**18
+"""Most entries of one factor that are worked on at once, unless one update has more."""
+
 
 @dataclass(frozen=True)
 class AdapterSpectrum:
@@ -40,7 +43,8 @@ class AdapterSpectrum:
     from the first observation. All come from
     r x r matrices, r the rank: the singular values are those of R_B R_A^T, with R the triangles of
     the QR decompositions of B and A^T; <U, U'> = sum((B^T B') * (A A'^T)). In float64, or float32
-    where the device has none. ||W|| is taken once where W is frozen.
+    where the device has none; of B' and A' what differs from B and A, in float32. ||W|| is taken
+    once where W is frozen.
 
     Where every adapted layer has an adapter on the module, it is a column of the matrices; the
     others (embeddings, a module adapted in some layers only) are under `_elsewhere`, by their
@@ -148,17 +152,19 @@ class AdapterSpectrum:
         sizes = self.memory.get(f"weight/{key}")
         if sizes is None or any(u.weight.requires_grad for u in updates):
             sizes = torch.stack([_norm(u.weight).to(device) for u in updates])
-        wide_b, wide_a = wide(b), wide(a)
-        sigma = singular_values(wide_b, wide_a)
+        last = [self.memory.get(f"{part}/{key}") for part in ("b", "a")]
+        sigma, product = _in_pieces(b, a, *last)
         norm = sigma.square().sum(1).sqrt()
         rotation = torch.ones_like(norm)
-        if f"b/{key}" in self.memory:
-            last_b, last_a, last = (self.memory[f"{part}/{key}"] for part in ("b", "a", "norm"))
-            both = norm * last.to(norm.dtype)
-            cosine = (inner(wide_b, wide_a, wide(last_b), wide(last_a)) / both).clamp(-1, 1)
-            same = (b == last_b).flatten(1).all(1) & (a == last_a).flatten(1).all(1)
-            rotation = torch.where(both == 0, 1.0, cosine)
-            rotation = torch.where(same, self.memory[f"rotation/{key}"], rotation)
+        if product is not None:
+            last_norm = self.memory[f"norm/{key}"].to(norm.dtype)
+            both = norm * last_norm
+            rotation = torch.where(both == 0, 1.0, (product / both).clamp(-1, 1))
+            # To compare bits takes long, and after a training step there is as a rule no need.
+            same = (norm - last_norm).abs() <= torch.finfo(norm.dtype).eps ** 0.5 * norm
+            if same.any():
+                same &= (b == last[0]).flatten(1).all(1) & (a == last[1]).flatten(1).all(1)
+                rotation = torch.where(same, self.memory[f"rotation/{key}"], rotation)
         kept |= {f"b/{key}": b, f"a/{key}": a, f"norm/{key}": norm, f"weight/{key}": sizes}
         kept[f"rotation/{key}"] = rotation
         top = sigma[:, 0]
@@ -186,28 +192,61 @@ _UNITS = {
 }
 
 
-def singular_values(
-    b: Float[Tensor, "update row rank"], a: Float[Tensor, "update rank column"]
-) -> Float[Tensor, "update least"]:
-    """The min(row, rank, column) largest singular values of each b @ a, descending; the others are
-    0. NaN throughout where a factor is not finite."""
-    # Gram matrices would be faster, but square the condition, and small values would drown.
-    left = torch.linalg.qr(b, mode="r").R
-    right = torch.linalg.qr(a.mT, mode="r").R
-    core = left @ right.mT
-    finite = core.isfinite().flatten(1).all(1)
-    sigma = torch.linalg.svdvals(core.where(finite[:, None, None], 0.0))
-    return sigma.where(finite[:, None], torch.nan)
-
-
-def inner(
+def products(
     b: Float[Tensor, "update row rank"],
     a: Float[Tensor, "update rank column"],
-    other_b: Float[Tensor, "update row rank"],
-    other_a: Float[Tensor, "update rank column"],
-) -> Float[Tensor, " update"]:
-    """<b @ a, other_b @ other_a>_F of each."""
-    return ((b.mT @ other_b) * (a @ other_a.mT)).sum((1, 2))
+    last_b: Float[Tensor, "update row rank"] | None = None,
+    last_a: Float[Tensor, "update rank column"] | None = None,
+) -> tuple[Float[Tensor, "update least"], Float[Tensor, " update"] | None]:
+    """Singular values of each b @ a, and its inner product with the last update, if that is given.
+
+    The min(row, rank, column) largest singular values, descending; the others are 0. NaN throughout
+    where a factor is not finite.
+    """
+    left, right = wide(b), wide(a.mT)
+    left_gram, right_gram = left.mT @ left, right.mT @ right
+    core = _triangles(left, left_gram) @ _triangles(right, right_gram).mT
+    finite = core.isfinite().flatten(1).all(1)
+    sigma = torch.linalg.svdvals(core.where(finite[:, None, None], 0.0))
+    sigma = sigma.where(finite[:, None], torch.nan)
+    if last_b is None or last_a is None:
+        return sigma, None
+    # Of what has changed float32 is enough: the rest has the error of float64.
+    both = ((b, last_b), (a.mT, last_a.mT))
+    moved = [_at_least_float32(x).mT @ (_at_least_float32(x) - y) for x, y in both]
+    return sigma, ((left_gram - moved[0]) * (right_gram - moved[1])).sum((1, 2))
+
+
+def _triangles(
+    x: Float[Tensor, "update long rank"], gram: Float[Tensor, "update rank rank"]
+) -> Float[Tensor, "update least rank"]:
+    """The R of each x = QR, up to the signs of its rows."""
+    if x.shape[1] < x.shape[2]:
+        return torch.linalg.qr(x, mode="r").R
+    # Cholesky's takes half the time, but the Gram matrix squares the condition of the columns as
+    # they are when brought to one length; where that is bad, small values would drown in it.
+    length = gram.diagonal(dim1=1, dim2=2).sqrt()
+    lower, failed = torch.linalg.cholesky_ex(gram / (length[:, :, None] * length[:, None]))
+    least = lower.diagonal(dim1=1, dim2=2).amin(1)
+    bad = (failed != 0) | ~(least > torch.finfo(x.dtype).eps ** 0.25)
+    triangles = lower.mT * length[:, None]
+    if bad.any():
+        triangles[bad] = torch.linalg.qr(x[bad], mode="r").R
+    return triangles
+
+
+def _in_pieces(
+    b: Tensor, a: Tensor, last_b: Tensor | None, last_a: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`products`, of so many updates at a time as stay in a CPU's cache."""
+    many = max(1, _PIECE // (b.shape[2] * max(b.shape[1], a.shape[2])))
+    factors = [(None,) * len(b) if x is None else x.split(many) for x in (b, a, last_b, last_a)]
+    sigma, product = zip(*(products(*part) for part in zip(*factors, strict=False)), strict=True)
+    return torch.cat(sigma), None if product[0] is None else torch.cat(product)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _norm(weight: Tensor) -> Tensor:

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tlens_callback.reading import Reading
-from tlens_callback.render.colours import colour_range, colour_scale, on_root_scale
+from tlens_callback.render.colours import (
+    colour_range,
+    colour_scale,
+    is_fixed,
+    on_root_scale,
+)
 from tlens_callback.render.markup import decimal
-from tlens_callback.render.panels import figure
-from tlens_callback.render.plain import cut, number, plain
-from tlens_callback.render.slices import TOKENS, place, take
+from tlens_callback.render.panels import axis_names, figure, ticks
+from tlens_callback.render.plain import number, plain
+from tlens_callback.render.slices import place, take
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -25,8 +30,6 @@ _LINES = ("layer", "update")
 _MANY, _WRITTEN = 200, 24
 """Above so many values bars become a line; up to so many cells in a row, or bars, have their text
 written on them."""
-
-_LONGEST = 14
 
 
 def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure":
@@ -110,7 +113,7 @@ def _number(reading: Reading) -> dict[str, Any]:
 def _line(reading: Reading) -> dict[str, Any]:
     (axis,) = reading.axes
     trace: dict[str, Any] = {
-        "x": _numbers_of(reading, axis) or _names(reading, axis),
+        "x": _numbers_of(reading, axis) or axis_names(reading, axis),
         "y": _numbers(reading.values),
         "hovertemplate": f"{plain(axis)} %{{x}} %{{y:.6~g}}",
     }
@@ -130,7 +133,7 @@ def _line(reading: Reading) -> dict[str, Any]:
 def _line_axes(reading: Reading) -> dict[str, Any]:
     (axis,) = reading.axes
     unit: dict[str, Any] = {"title": {"text": plain(reading.unit)}, "gridcolor": "#ddd"}
-    if reading.limits and all(map(math.isfinite, reading.limits)):
+    if is_fixed(reading.limits):
         low, high = reading.limits
         room = 0.03 * (high - low)
         unit["range"] = [low - room, high + room]
@@ -166,8 +169,8 @@ def _heat(reading: Reading, layout: dict[str, Any]) -> "Figure":
     low, high = colour_range(reading)
     first: dict[str, Any] = {
         "type": "heatmap",
-        "x": _names(reading, across),
-        "y": _names(reading, down),
+        "x": axis_names(reading, across),
+        "y": axis_names(reading, down),
         "zmin": low,
         "zmax": high,
         "colorbar": {"title": {"text": plain(reading.unit)}, "thickness": 14},
@@ -234,27 +237,6 @@ def _texts(texts: np.ndarray) -> list[str]:
     return [plain(repr(text)) for text in texts.tolist()]
 
 
-def _names(reading: Reading, axis: str) -> list[str] | list[int]:
-    """One name per index; none twice, since cells of one name would cover each other."""
-    labels = reading.labels.get(axis)
-    if labels is None:
-        return list(range(reading.values.shape[reading.axes.index(axis)]))
-    if axis in TOKENS or len(set(labels)) < len(labels):
-        return [f"{i} {plain(label)}" for i, label in enumerate(labels)]
-    return [plain(label) for label in labels]
-
-
 def _axis(reading: Reading, axis: str) -> dict[str, Any]:
-    """At most eight numbers, or 48 names, cut to a length at which they can stand."""
-    names = _names(reading, axis)
-    shown: dict[str, Any] = {"title": {"text": plain(axis), "standoff": 6}, "automargin": True}
-    labels = reading.labels.get(axis)
-    if labels is None:
-        return shown | {"type": "linear", "tickvals": names[:: math.ceil(len(names) / 8)]}
-    brief = [
-        f"{i} {plain(cut(label, _LONGEST))}" if axis in TOKENS else plain(cut(label, _LONGEST))
-        for i, label in enumerate(labels)
-    ]
-    each = math.ceil(len(names) / 48)
-    shown |= {"type": "category", "categoryorder": "array", "categoryarray": names}
-    return shown | {"tickvals": names[::each], "ticktext": brief[::each]}
+    title = {"text": plain(axis), "standoff": 6}
+    return {"title": title, "automargin": True, **ticks(reading, axis, most=48, longest=14)}

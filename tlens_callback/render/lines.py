@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tlens_callback.reading import Reading
+from tlens_callback.render.colours import is_fixed
 from tlens_callback.render.panels import figure, panel_title
 from tlens_callback.render.plain import cut, number, plain
+from tlens_callback.render.slices import stands_for_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -106,8 +108,7 @@ def line_figure(
 
 def is_curve(reading: Reading) -> bool:
     """Whether `line_figure` shows this reading."""
-    stands_for_text = reading.unit == "index" and reading.texts is not None
-    return reading.axes == ("layer",) and reading.values.size > 0 and not stands_for_text
+    return reading.axes == ("layer",) and reading.values.size > 0 and not stands_for_text(reading)
 
 
 def _trace(reading: Reading, names: list[str] | None, colour: str) -> dict[str, Any]:
@@ -192,9 +193,8 @@ def _value_axis(shown: Sequence[Reading], behind: Sequence[Reading]) -> dict[str
             "tickvals": [1 + tick for tick in ticks],
             "ticktext": [str(tick) for tick in ticks],
         }
-    limits = [r.limits for r in shown]
-    first = limits[0]
-    if first and all(each == first for each in limits) and all(map(math.isfinite, first)):
+    first = shown[0].limits
+    if is_fixed(first) and all(r.limits == first for r in shown):
         room = 0.03 * (first[1] - first[0])
         return {
             "title": {"text": unit, "standoff": 4},
@@ -203,6 +203,7 @@ def _value_axis(shown: Sequence[Reading], behind: Sequence[Reading]) -> dict[str
         }
     values = np.concatenate([r.values for r in (*shown, *behind)])
     values = values[np.isfinite(values)]
-    if values.size and values.min() > 0 and values.max() > 10**_MOST_DECADES * values.min():
+    least, most = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if 0 < least < most / 10**_MOST_DECADES:
         return {"title": {"text": f"{unit}, log", "standoff": 4}, "type": "log"}
     return {"title": {"text": unit, "standoff": 4}, "type": "linear"}

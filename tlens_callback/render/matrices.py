@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tlens_callback.reading import Reading
-from tlens_callback.render.panels import figure, panel_title
-from tlens_callback.render.plain import cut, number, plain
+from tlens_callback.render.colours import colour_range, is_fixed
+from tlens_callback.render.panels import axis_names, figure, panel_title, ticks
+from tlens_callback.render.plain import number, plain
+from tlens_callback.render.slices import TOKENS, stands_for_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -19,7 +21,6 @@ _GAP_X, _GAP_Y, _ROW, _BAR = 0.05, 52, 230, 150
 of a colour bar with its title."""
 
 _LONGEST = 12
-_TOKENS = ("pos", "token")
 
 _Scale = tuple[str, tuple[float, float] | None]
 """What panels must have in common to share a colour bar: unit and limits."""
@@ -39,15 +40,15 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
 
     Panels of one unit and equal `limits` share a colour bar. Without limits, or with infinite
     ones, they share the range of their own values, which the bar says, as it changes from step to
-    step; values of both signs get a range that is symmetric around zero. A range that is so has a
-    diverging scale, white at zero. What is not finite is left blank.
+    step. A range with zero inside is symmetric around zero, with a diverging scale, white at zero.
+    What is not finite is left blank.
 
     Raises:
         ValueError: where no reading has these axes, or they are of several instruments.
     """
     matrices = {r.key: r for r in readings if is_matrix(r)}
     said = _texts(list(matrices.values()))
-    spreads = {key: matrices.get(_spread_key(r)) for key, r in matrices.items()}
+    spreads = {key: matrices.get(spread_key(r)) for key, r in matrices.items()}
     beside = {id(spread) for spread in spreads.values()}
     beside |= {id(text) for text in said.values()}
     panels = [r for r in matrices.values() if id(r) not in beside]
@@ -83,19 +84,20 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
         axis = str(i + 1) if i else ""
         bottom_panel = i + columns >= len(panels)
         down_axis, across_axis = reading.axes
-        place = "L%{y}" if down_axis == "layer" else f"{down_axis} %{{y}}"
-        place += "H%{x}" if reading.axes == ("layer", "head") else f" {across_axis} %{{x}}"
+        down_name, across_name = map(plain, reading.axes)
+        place = "L%{y}" if down_axis == "layer" else f"{down_name} %{{y}}"
+        place += "H%{x}" if reading.axes == ("layer", "head") else f" {across_name} %{{x}}"
         layout[f"xaxis{axis}"] = {
             "domain": [left, min(1, left + across)],
             "anchor": f"y{axis}",
-            "title": {"text": across_axis if bottom_panel else "", "standoff": 4},
+            "title": {"text": across_name if bottom_panel else "", "standoff": 4},
             **_ticks(reading, across_axis),
         }
         layout[f"yaxis{axis}"] = {
             "domain": [max(0, top - down), top],
             "anchor": f"x{axis}",
             "autorange": "reversed",
-            "title": {"text": down_axis if column == 0 else "", "standoff": 4},
+            "title": {"text": down_name if column == 0 else "", "standoff": 4},
             **_ticks(reading, down_axis),
         }
         name = " ".join(filter(None, (reading.measure, reading.probe)))
@@ -116,8 +118,8 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
                 **more,
                 "type": "heatmap",
                 "z": _numbers(reading.values),
-                "x": _names(reading, across_axis),
-                "y": _names(reading, down_axis),
+                "x": axis_names(reading, across_axis),
+                "y": axis_names(reading, down_axis),
                 "xaxis": f"x{axis}",
                 "yaxis": f"y{axis}",
                 "coloraxis": f"coloraxis{number_of_scale + 1 if number_of_scale else ''}",
@@ -134,7 +136,7 @@ def is_matrix(reading: Reading) -> bool:
     return two and reading.values.size > 0
 
 
-def _spread_key(reading: Reading) -> str:
+def spread_key(reading: Reading) -> str:
     names = [reading.instrument, f"{reading.measure}_spread", reading.probe]
     return "/".join(name for name in names if name is not None)
 
@@ -144,18 +146,9 @@ def _colour_axis(
 ) -> dict[str, Any]:
     unit, limits = scale
     title = plain(unit)
-    low, high = limits or (-math.inf, math.inf)
-    if math.isinf(low) or math.isinf(high):
+    if not is_fixed(limits):
         title += ",<br>this step's<br>range"
-        shown = np.concatenate([r.values.ravel() for r in panels if (r.unit, r.limits) == scale])
-        shown = shown[np.isfinite(shown)]
-        least, most = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
-        if limits is None and least < 0 < most:
-            most = max(-least, most)
-            least = -most
-        low = least if math.isinf(low) else low
-        high = most if math.isinf(high) else high
-        high = high if high > low else low + 1
+    low, high = colour_range(*(r for r in panels if (r.unit, r.limits) == scale))
     return {
         "cmin": low,
         "cmax": high,
@@ -178,7 +171,7 @@ def _numbers(values: np.ndarray) -> list[list[float | None]]:
 
 def _texts(matrices: Sequence[Reading]) -> dict[str, Reading]:
     """Key -> the reading that says, with texts, what the cells of that one stand for."""
-    words = [r for r in matrices if r.unit == "index" and r.texts is not None]
+    words = [r for r in matrices if stands_for_text(r)]
     others = [r for r in matrices if all(r is not word for word in words)]
 
     def place(reading: Reading) -> tuple[object, ...]:
@@ -188,39 +181,18 @@ def _texts(matrices: Sequence[Reading]) -> dict[str, Reading]:
     return {r.key: by_place[place(r)] for r in others if place(r) in by_place}
 
 
-def _names(reading: Reading, axis: str) -> list[str] | list[int]:
-    names = reading.labels.get(axis)
-    if names is None:
-        return list(range(reading.values.shape[reading.axes.index(axis)]))
-    if axis in _TOKENS or len(set(names)) < len(names):
-        # Cells of one name would be drawn on top of each other.
-        return [f"{i} {plain(name)}" for i, name in enumerate(names)]
-    return [plain(name) for name in names]
-
-
 def _ticks(reading: Reading, axis: str) -> dict[str, Any]:
-    """At most about eight ticks, twice as many names, on whole layers and heads."""
-    names = _names(reading, axis)
-    step = math.ceil(len(names) / (16 if _room(reading, axis) else 8))
-    ticks: dict[str, Any] = {"type": "linear", "tickvals": names[::step], "showgrid": False}
-    if axis in reading.labels:
-        whole = reading.labels[axis]
-        shown = [
-            plain(cut(name, _LONGEST))
-            if str(known) == plain(name)
-            else f"{i} {plain(cut(name, _LONGEST))}"
-            for i, (known, name) in enumerate(zip(names, whole, strict=True))
-        ]
-        ticks |= {"type": "category", "ticktext": shown[::step]}
-        if axis == reading.axes[1] and _room(reading, axis):
-            ticks["tickangle"] = 90
-    return ticks
+    """On whole layers and heads; the names of columns read from below."""
+    room = _room(reading, axis)
+    shown = ticks(reading, axis, most=16 if room else 8, longest=_LONGEST)
+    upright = {"tickangle": 90} if room and axis == reading.axes[1] else {}
+    return {**shown, "showgrid": False, **upright}
 
 
 def _room(reading: Reading, axis: str) -> int:
     """Pixels that the names of an axis need when they are written upwards; 0 for numbers."""
     names = reading.labels.get(axis, ())
-    if axis not in _TOKENS and all(name.isdecimal() for name in names):
+    if axis not in TOKENS and all(name.isdecimal() for name in names):
         return 0
     longest = max((min(len(name), _LONGEST) for name in names), default=0)
-    return 6 * (longest + (3 if axis in _TOKENS else 0))
+    return 6 * (longest + (3 if axis in TOKENS else 0))

@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tlens_callback.reading import Reading
-from tlens_callback.render.matrices import is_matrix
-from tlens_callback.render.mosaic import LEVELS, ZERO, palette
+from tlens_callback.render.colours import colour_range, is_fixed, linear_colours
+from tlens_callback.render.matrices import is_matrix, spread_key
 from tlens_callback.render.plain import cut
+from tlens_callback.render.slices import stands_for_text
 from tlens_callback.render.text import drawable, font, shorten
 
 _WIDEST, _EDGE, _GAP_X, _GAP_Y = 1200, 12, 26, 18
@@ -30,10 +31,9 @@ def score_picture(readings: Sequence[Reading], *, step: int | None = None) -> by
     The first axis goes down, the second across; panels are titled by measure and probe. Below each
     is its colour bar with the numbers at its ends and the unit. Panels of one unit and equal limits
     share a range: the limits, or, where these are missing or infinite, that of their own values,
-    which the bar says as it changes from step to step; of both signs it is symmetric around zero.
-    Colours go from blue to red, near-white at zero, over a range that is symmetric around zero, and
-    are viridis elsewhere. Grey is no finite number. Numbers are written in cells that are wide
-    enough for them.
+    which the bar says as it changes from step to step; with zero inside it is symmetric around
+    zero. Over a range that is so colours go from blue to red, near-white at zero, and are viridis
+    elsewhere. Grey is no finite number. Numbers are written in cells that are wide enough for them.
 
     A measure `<other>_spread` beside `<other>` is left out, and so are ids that stand for texts (of
     unit "index"): both need a pointer to be read.
@@ -52,7 +52,10 @@ def score_picture(readings: Sequence[Reading], *, step: int | None = None) -> by
         )
     if len(instruments := {r.instrument for r in panels}) > 1:
         raise ValueError(f"One picture shows one instrument, got {sorted(instruments)}.")
-    drawn = [_panel(r, *_range(r, panels)) for r in panels]
+    alike: dict[object, list[Reading]] = {}
+    for reading in panels:
+        alike.setdefault((reading.unit, reading.limits), []).append(reading)
+    drawn = [_panel(r, colour_range(*alike[r.unit, r.limits])) for r in panels]
     widest = max(panel.width for panel in drawn)
     columns = max(1, min(4, len(drawn), (_WIDEST - _EDGE) // (widest + _GAP_X)))
     rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
@@ -76,9 +79,9 @@ def score_picture(readings: Sequence[Reading], *, step: int | None = None) -> by
 def pictured(readings: Sequence[Reading]) -> list[Reading]:
     """Those that `score_picture` draws."""
     two = [r for r in readings if is_matrix(r) or (len(r.axes) == 2 and r.axes[0] == "probe")]
-    names = {(r.instrument, f"{r.measure}_spread", r.probe) for r in two}
-    two = [r for r in two if (r.instrument, r.measure, r.probe) not in names]
-    return [r for r in two if r.values.size and not (r.unit == "index" and r.texts is not None)]
+    spreads = {spread_key(r) for r in two}
+    two = [r for r in two if r.key not in spreads]
+    return [r for r in two if r.values.size and not stands_for_text(r)]
 
 
 def strips(curves: Sequence[Reading]) -> list[Reading]:
@@ -102,24 +105,7 @@ def strips(curves: Sequence[Reading]) -> list[Reading]:
     ]
 
 
-def _range(reading: Reading, panels: Sequence[Reading]) -> tuple[float, float, bool]:
-    """Ends of the colour scale, and whether they are fixed."""
-    low, high = reading.limits or (-math.inf, math.inf)
-    if math.isfinite(low) and math.isfinite(high):
-        return low, high, True
-    alike = [r for r in panels if (r.unit, r.limits) == (reading.unit, reading.limits)]
-    shown = np.concatenate([r.values.ravel() for r in alike])
-    shown = shown[np.isfinite(shown)]
-    least, most = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 1.0)
-    if reading.limits is None and least < 0 < most:
-        most = max(-least, most)
-        least = -most
-    low = least if math.isinf(low) else low
-    high = most if math.isinf(high) else high
-    return low, high if high > low else low + 1, False
-
-
-def _panel(reading: Reading, low: float, high: float, fixed: bool) -> Image.Image:
+def _panel(reading: Reading, ends: tuple[float, float]) -> Image.Image:
     """Title, cells, names of rows and columns, colour bar."""
     small = font(11)
     down, across = reading.values.shape
@@ -132,14 +118,17 @@ def _panel(reading: Reading, low: float, high: float, fixed: bool) -> Image.Imag
     room = 15 if numbered else 6 + math.ceil(max(small.getlength(name) for name in columns))
     top, bottom = 19, 19 + down * tall
     name = drawable(" ".join(filter(None, (reading.measure, reading.probe))), " ")
-    words = drawable(reading.unit if fixed else f"{reading.unit}, this step's range", " ")
+    words = drawable(
+        reading.unit if is_fixed(reading.limits) else f"{reading.unit}, this step's range", " "
+    )
     # The number at the right end reaches beyond the bar.
     under = left + _BAR[0] + 12 + max(30, math.ceil(small.getlength(words)))
     width = max(left + across * wide, under, _NARROWEST)
     picture = Image.new("RGB", (width, bottom + room + 28), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((left, 2), shorten(name, width - left, font(12)), "black", font(12))
-    colours = _colours(reading.values, low, high)
+    colours = linear_colours(reading.values, ends)
+    colours[~np.isfinite(reading.values)] = _GREY
     grid = Image.fromarray(colours.repeat(tall, 0).repeat(wide, 1))
     picture.paste(grid, (left, top))
     every = math.ceil(_LOWEST / tall)
@@ -156,29 +145,15 @@ def _panel(reading: Reading, low: float, high: float, fixed: bool) -> Image.Imag
     if wide == _CELL and tall >= _LOWEST:
         _write_numbers(draw, reading.values, colours, (left, top), (wide, tall))
     y = bottom + room + 4
+    low, high = ends
     bar = np.linspace(low, high, _BAR[0], dtype=np.float32)[None].repeat(_BAR[1], 0)
-    picture.paste(Image.fromarray(_colours(bar, low, high)), (left, y))
+    picture.paste(Image.fromarray(linear_colours(bar, ends)), (left, y))
     draw.text((left, y + 10), f"{low:.3g}", "black", small)
     if low == -high:
         draw.text((left + _BAR[0] / 2, y + 10), "0", "black", small, anchor="ma")
     draw.text((left + _BAR[0], y + 10), f"{high:.3g}", "black", small, anchor="ra")
     draw.text((left + _BAR[0] + 6, y - 2), words, "black", small)
     return picture
-
-
-def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """[row, column, rgb]."""
-    two_sided = low == -high
-    last = 2 * ZERO if two_sided else LEVELS - 1
-    # In float64: the width of a range of large float32 may be infinite.
-    share = (np.nan_to_num(values.astype(float)) - low) / (high - low)
-    index = np.rint(np.clip(share, 0, 1) * last).astype(np.uint8)
-    colours = _palette(two_sided)[index]
-    colours[~np.isfinite(values)] = _GREY
-    return colours
-
-
-_palette = lru_cache(lambda two_sided: palette(diverging=two_sided))
 
 
 def _write_numbers(

@@ -11,6 +11,11 @@ TOKENS = ("pos", "token", "query", "key")
 _LETTERS = {"layer": "L", "head": "H"}
 
 
+def stands_for_text(reading: Reading) -> bool:
+    """Whether its numbers only stand for its texts: token ids and the like."""
+    return reading.unit == "index" and reading.texts is not None
+
+
 def take(reading: Reading, at: Mapping[str, int]) -> Reading:
     """The reading without these axes, at these indices of them."""
     index = tuple(at.get(axis, slice(None)) for axis in reading.axes)

@@ -15,7 +15,7 @@ from tlens_callback.render.colours import colour_range, colours, on_root_scale
 from tlens_callback.render.markup import decimal, index_name, more, text
 from tlens_callback.render.mosaic import LEVELS, ZERO, palette
 from tlens_callback.render.plain import cut
-from tlens_callback.render.slices import TOKENS, place, take
+from tlens_callback.render.slices import TOKENS, place, stands_for_text, take
 from tlens_callback.render.svg import line
 
 _ROWS, _COLUMNS, _NUMBERS = 40, 64, 16
@@ -166,11 +166,10 @@ def _list(reading: Reading) -> str:
     (axis,) = reading.axes
     low, high = colour_range(reading)
     low, high = min(low, 0), max(high, 0)
-    stands_for_text = reading.unit == "index" and reading.texts is not None
     lines = []
     for i, value in enumerate(reading.values[:_LISTED]):
         cells = [f'<td style="{_WRAPPED}">{index_name(reading, axis, i, 400)}</td>']
-        if not stands_for_text:
+        if not stands_for_text(reading):
             cells.append(f'<td style="{_CELL}">{_decimal(reading, value)}</td>')
         if reading.unit not in ("index", "event"):
             bar = _bar(float(value), low, high) if math.isfinite(value) else ""

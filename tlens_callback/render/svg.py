@@ -73,7 +73,8 @@ def _range(reading: Reading) -> tuple[float, float]:
     least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     low = least if math.isinf(low) else min(low, least)
     high = most if math.isinf(high) else max(high, most)
-    return (low, high) if low < high else (low - 0.5, high + 0.5)
+    room = max(0.5, abs(low) * 1e-6)
+    return (low, high) if low < high else (low - room, high + room)
 
 
 def _extremes(values: np.ndarray, most: int) -> Sequence[int]:

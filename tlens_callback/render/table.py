@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 
 from tlens_callback.reading import Reading
+from tlens_callback.render.slices import TOKENS
 
 NAMES = ("key", "instrument", "measure", "probe", "unit")
 """The columns of `long_frame` that say what a number is."""
 
 _RESERVED = {*NAMES, "value", "text", "step"}
-_TOKEN_AXES = {"pos", "query", "key", "token"}
 
 
 def axis_column(axis: str) -> str:
@@ -63,15 +63,16 @@ def long_frame(readings: Sequence[Reading]) -> pd.DataFrame:
 
 def numbering(reading: Reading, axis: str) -> np.ndarray:
     """[index] -> the whole number that stands for it: its label where that is one, or itself."""
-    size = reading.values.shape[reading.axes.index(axis)]
+    if _is_numbered(reading, axis):
+        return np.array([int(name) for name in reading.labels[axis]], np.int32)
+    return np.arange(reading.values.shape[reading.axes.index(axis)], dtype=np.int32)
+
+
+def _is_numbered(reading: Reading, axis: str) -> bool:
+    """Whether the labels are whole numbers, none twice."""
     names = reading.labels.get(axis, ())
-    if axis not in _TOKEN_AXES and size and all(_whole(name) for name in names) and names:
-        return np.array([int(name) for name in names], np.int32)
-    return np.arange(size, dtype=np.int32)
-
-
-def _whole(name: str) -> bool:
-    return name.isascii() and name.isdecimal() and len(name) < 10
+    whole = all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names)
+    return axis not in TOKENS and whole and 0 < len({int(name) for name in names}) == len(names)
 
 
 def is_ranked(reading: Reading) -> bool:
@@ -93,7 +94,7 @@ def neuron_table(readings: Sequence[Reading], axis: str = "layer") -> pd.DataFra
     A reading with a third axis, ("layer", "rank", "pos") say, gives one value along it, and where
     that is: "token" (the label there) and "pos", or a column of the axis's name if it is not made
     of tokens; with several such measures "<measure>_token" and "<measure>_pos". A measure called
-    "peak" says which one; without it, it is the value of largest magnitude.
+    "peak", of unit "index", says which one; without it, it is the value of largest magnitude.
 
     Values are missing where a probe lacks a measure, or a measure a layer or rank that others have.
 
@@ -139,14 +140,15 @@ def _rows(chosen: Sequence[Reading], lead: tuple[str, ...]) -> pd.DataFrame:
             if names := _names(of_probe, axis):
                 columns[pair[1]] = pd.array([names.get(i) for i in known[index]], dtype="str")
         covered = np.zeros(grid.shape[1], bool)
-        peak = next((r.values.astype(int) for r in of_probe if r.measure == "peak"), None)
+        peaks = [r for r in of_probe if along and r.measure == "peak" and r.unit == "index"]
+        peak = peaks[0].values.astype(int) if peaks else None
         for reading in of_probe:
             places = [
                 np.searchsorted(known, numbering(reading, a))
                 for a, known in zip(lead, numbers, strict=True)
             ]
             at = np.ravel_multi_index(np.ix_(*places), [len(n) for n in numbers]).ravel()
-            if reading.measure == "peak" and along:
+            if any(reading is each for each in peaks):
                 continue
             covered[at] = True
             prefix = f"{reading.measure}_" if several or clash else ""
@@ -171,7 +173,7 @@ def _names(readings: Sequence[Reading], axis: str) -> dict[int, str]:
     return {
         i: name
         for r in readings
-        if axis in _TOKEN_AXES or not all(_whole(name) for name in r.labels.get(axis, ()))
+        if not _is_numbered(r, axis)
         for i, name in enumerate(r.labels.get(axis, ()))
     }
 
@@ -193,7 +195,7 @@ def _columns(
             texts = np.take_along_axis(texts, at[..., None], -1)[..., 0]
         where = pd.array(at.ravel(), dtype="Int64")
         there = pd.array([labels[i] if labels else str(i) for i in at.flat], dtype="str")
-        if axis in _TOKEN_AXES:
+        if axis in TOKENS:
             extra |= {f"{prefix}token": there, f"{prefix}pos": where}
         else:
             extra[f"{prefix}{axis}"] = there if labels else where

@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -18,6 +19,7 @@ from tlens_callback.atomic import write_whole
 from tlens_callback.reading import Reading
 from tlens_callback.render.page import PageFolder, page
 from tlens_callback.render.table import NAMES, long_frame
+from tlens_callback.sinks.numbered import newest, unused
 from tlens_callback.sinks.store import (
     FORMAT,
     MANIFEST,
@@ -94,8 +96,8 @@ class LocalSink:
         """
         if step < 0:
             raise ValueError(f"A step is 0 or more, got {step}.")
-        keys = [reading.key for reading in readings]
-        if twice := {key for key in keys if keys.count(key) > 1}:
+        counts = Counter(reading.key for reading in readings)
+        if twice := [key for key, count in counts.items() if count > 1]:
             raise ValueError(f"Step {step} has two readings of the key {min(twice)!r}.")
         if self._last is None:
             self._enter(step)
@@ -114,7 +116,7 @@ class LocalSink:
             ValueError: where nothing was written yet.
             OSError: a full disk, say.
         """
-        path = self.path if self._entered else self._newest()[1]
+        path = self.path if self._entered else newest(self._base, is_store)[1]
         if not is_store(path):
             raise ValueError(f"{path} is no store yet: the first write makes it.")
         if not _is_packed(path):
@@ -162,11 +164,9 @@ class LocalSink:
     def _enter(self, step: int) -> None:
         """Chooses the directory, clears what an interrupted run left, and writes the manifest."""
         self._entered = True
-        number, self.path = self._newest()
+        number, self.path = newest(self._base, is_store)
         if step == 0 and steps_in(self.path / "scores"):
-            while self.path.exists():
-                number += 1
-                self.path = self._sibling(number)
+            self.path = unused(self._base, number)
         for folder in ("arrays", "scores"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
@@ -189,21 +189,6 @@ class LocalSink:
         folder.keep(store.steps)
         for step in sorted(set(store.steps) - set(folder.steps)):
             folder.write(store.readings(step), step)
-
-    def _newest(self) -> tuple[int, Path]:
-        """Number and path of the last run that this directory or one beside it holds."""
-        beside = self._base.parent.iterdir() if self._base.parent.is_dir() else ()
-        start = f"{self._base.name}-"
-        numbers = [
-            int(p.name.removeprefix(start))
-            for p in beside
-            if p.name.startswith(start) and p.name.removeprefix(start).isdecimal() and is_store(p)
-        ]
-        number = max(numbers, default=1)
-        return number, self._sibling(number)
-
-    def _sibling(self, number: int) -> Path:
-        return self._base if number == 1 else self._base.with_name(f"{self._base.name}-{number}")
 
     def _drop(self, first: int) -> None:
         """Removes the steps from `first` on; scores first, so that no half is taken for a whole."""

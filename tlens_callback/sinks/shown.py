@@ -1,7 +1,8 @@
 """What the sinks beside a trainer's own logging show alike: of which readings, under which keys."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -9,10 +10,23 @@ import numpy as np
 import pandas as pd
 
 from tlens_callback.reading import Reading
-from tlens_callback.render import axis_table, is_curve, is_matrix, is_ranked, neuron_table
+from tlens_callback.render import (
+    axis_table,
+    is_curve,
+    is_matrix,
+    is_mosaic,
+    is_ranked,
+    mosaic,
+    neuron_table,
+)
 from tlens_callback.render.plain import number
+from tlens_callback.render.scores_png import pictured, score_picture, strips
+
+STEP = "train/global_step"
+"""The key that the Hugging Face trainer logs its step under, in each of its rows: the x axis."""
 
 _MOST_ENTRIES = 1_000
+_MOST_ROWS = 100
 
 
 class HasPage(Protocol):
@@ -21,6 +35,12 @@ class HasPage(Protocol):
     def page(self) -> Path:
         """Packs the store's page into one HTML file, if it is not up to date."""
         ...
+
+
+def check_store(store: HasPage | None) -> None:
+    """Raises ValueError where a sink is given something else than a `LocalSink`."""
+    if store is not None and not callable(getattr(store, "page", None)):
+        raise ValueError(f"store is a LocalSink, which has a page, got {store!r}.")
 
 
 class Keys:
@@ -65,45 +85,68 @@ def matrices(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]
     <instrument>/by_<axis> of ("layer", <axis>), <instrument>/feature_by_<axis> of ("feature",
     <axis>).
     """
-    for instrument, own in by_instrument(readings).items():
+    for own in by_instrument(readings).values():
         found = [reading for reading in own if is_matrix(reading)]
         for axes in dict.fromkeys(reading.axes for reading in found):
-            yield f"{instrument}/{_figure(*axes)}", [r for r in found if r.axes == axes]
+            yield _key(own, _figure(*axes)), [r for r in found if r.axes == axes]
 
 
 def curves(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
     """<instrument>/by_layer and its ("layer",) readings, for each instrument."""
-    for instrument, own in by_instrument(readings).items():
+    for own in by_instrument(readings).values():
         if found := [reading for reading in own if is_curve(reading)]:
-            yield f"{instrument}/by_layer", found
+            yield _key(own, "by_layer"), found
 
 
-def tables(readings: Sequence[Reading]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Key and rows of each table.
+def tables(readings: Sequence[Reading]) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+    """Key of each table, and what makes it.
 
     <instrument>/table of its ("layer", "rank", ...) readings, <instrument>/<axis>_rank_table of
     (<axis>, "rank", ...), any other, and <instrument>/<axis>_table of those of any single axis
     that are no curve, with at most 1000 entries.
     """
-    for instrument, own in by_instrument(readings).items():
+    for own in by_instrument(readings).values():
         for axis in dict.fromkeys(reading.axes[0] for reading in own if is_ranked(reading)):
             name = "table" if axis == "layer" else f"{axis}_rank_table"
-            yield f"{instrument}/{name}", neuron_table(own, axis)
+            yield _key(own, name), partial(neuron_table, own, axis)
         lists = [r for r in own if r.values.ndim == 1 and not is_curve(r)]
         lists = [r for r in lists if 0 < r.values.size <= _MOST_ENTRIES]
         for axis in dict.fromkeys(reading.axes[0] for reading in lists):
-            yield f"{instrument}/{axis}_table", axis_table(lists, axis)
+            yield _key(own, f"{axis}_table"), partial(axis_table, lists, axis)
+
+
+def pictures(readings: Sequence[Reading], step: int) -> Iterator[tuple[str, bytes]]:
+    """Key and PNG of each picture, for back ends without figures: attention patterns, `matrices`
+    and `curves`."""
+    for reading in readings:
+        if is_mosaic(reading):
+            yield reading.key, mosaic(reading, step=step)
+    for key, own in matrices(readings):
+        if pictured(own):
+            yield key, score_picture(own, step=step)
+    for key, own in curves(readings):
+        yield key, score_picture(strips(own), step=step)
+
+
+def histograms(readings: Sequence[Reading]) -> Iterator[tuple[str, np.ndarray]]:
+    """Key and finite values, float64, of each ("layer", "head") reading but the spreads."""
+    for reading in pictured([r for r in readings if r.axes == ("layer", "head")]):
+        # The width of a range of large float32 may be infinite.
+        finite = reading.values[np.isfinite(reading.values)].astype(float)
+        if finite.size:
+            yield reading.key, finite
 
 
 def top_rows(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    """The rows of the lowest ranks, at least of one, where a table has more rows than `most`; the
-    first rows of one without ranks."""
+    """The rows of the lowest ranks where a table has more rows than `most`; of the lowest rank
+    alone 1000 of them at the most. The first rows of one without ranks."""
     if len(frame) <= most:
         return frame
     if "rank" not in frame:
         return frame.iloc[:most]
     ranks = frame["rank"].nunique()
-    return frame.loc[frame["rank"] < max(1, most * ranks // len(frame))]
+    lowest = frame.loc[frame["rank"] < max(1, most * ranks // len(frame))]
+    return lowest.iloc[: max(most, _MOST_ENTRIES)]
 
 
 def cells(frame: pd.DataFrame) -> dict[str, list[object]]:
@@ -121,8 +164,8 @@ def cells(frame: pd.DataFrame) -> dict[str, list[object]]:
     return found
 
 
-def excerpt(frame: pd.DataFrame, most: int) -> dict[str, list[object]]:
-    """`cells` of the `top_rows`, without the column "probe" where it is empty."""
+def excerpt(frame: pd.DataFrame, most: int = _MOST_ROWS) -> dict[str, list[object]]:
+    """`cells` of the `top_rows`, of about 100, without the column "probe" where it is empty."""
     if frame["probe"].isna().to_numpy(dtype=bool).all():
         frame = frame.drop(columns="probe")
     return cells(top_rows(frame, most))
@@ -139,6 +182,13 @@ def events(readings: Sequence[Reading]) -> Iterator[tuple[str, str]]:
         for sentence, value in zip(sentences, reading.values, strict=False):
             about = f"{reading.key} {value:.4g}" if np.isfinite(value) else reading.key
             yield " ".join(sentence.split()), about
+
+
+def _key(own: Sequence[Reading], name: str) -> str:
+    """`<instrument>/<name>` of several of an instrument's readings together; with "_2" where one
+    of them has that key itself."""
+    key = f"{own[0].instrument}/{name}"
+    return f"{key}_2" if any(reading.key == key for reading in own) else key
 
 
 def _figure(down: str, across: str) -> str:

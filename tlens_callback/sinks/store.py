@@ -16,6 +16,7 @@ A step is complete if and only if its scores file exists; it is written last.
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,14 @@ def _unpack(key: str, values: np.ndarray, about: Mapping[str, Any], texts: str |
     )
 
 
+def _nearest(key: str, keys: Collection[str]) -> str:
+    """Which keys may have been meant: those most alike, or of a few all."""
+    if len(keys) <= 12:
+        return f"it has {sorted(keys)}"
+    near = get_close_matches(key, keys, n=5, cutoff=0.4)
+    return f"of its {len(keys)} keys the nearest are {near}" if near else f"it has {len(keys)} keys"
+
+
 def curve(key: str, readings: Mapping[int, Reading]) -> tuple[np.ndarray, np.ndarray]:
     """Steps [step] and values [step, *axes] of one reading at several steps."""
     if len(shapes := {r.values.shape for r in readings.values()}) > 1:
@@ -172,7 +181,7 @@ class Store:
         """
         about = self._complete(step)
         if key not in about:
-            raise ValueError(f"Step {step} of {self.path} has no {key!r}; it has {sorted(about)}.")
+            raise ValueError(f"Step {step} of {self.path} has no {key!r}; {_nearest(key, about)}.")
         return self._load(step, {key: about[key]})[0]
 
     def readings(self, step: int, keys: Collection[str] | None = None) -> list[Reading]:
@@ -223,7 +232,7 @@ class Store:
             if about is not None and key in about:
                 found[step] = self._load(step, {key: about[key]})[0]
         if not found:
-            raise ValueError(f"{self.path} has no {key!r}; it has {list(self.keys)}.")
+            raise ValueError(f"{self.path} has no {key!r}; {_nearest(key, self.keys)}.")
         return curve(key, found)
 
     def frame(self) -> pd.DataFrame:

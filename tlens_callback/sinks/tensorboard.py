@@ -6,24 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from tlens_callback.reading import Reading
-from tlens_callback.render import is_mosaic, mosaic
-from tlens_callback.render.scores_png import pictured, score_picture, strips
 from tlens_callback.sinks.event_file import EventFile
+from tlens_callback.sinks.numbered import newest, unused
 from tlens_callback.sinks.shown import (
     HasPage,
     Keys,
-    curves,
+    check_store,
     excerpt,
-    matrices,
+    histograms,
     not_the_trainers,
+    pictures,
     tables,
 )
 
-_MOST_ROWS = 100
 _FILES = "events.out.tfevents.*"
 
 
@@ -66,7 +64,7 @@ class TensorBoardSink:
 
     Raises:
         ImportError: where tensorboard is not installed.
-        ValueError: if `path` is a file.
+        ValueError: if `path` is a file, or `store` has no page.
     """
 
     def __init__(
@@ -84,6 +82,7 @@ class TensorBoardSink:
         self._base = Path(path).expanduser().absolute()
         if self._base.exists() and not self._base.is_dir():
             raise ValueError(f"{self._base} is a file; TensorBoardSink needs a directory.")
+        check_store(store)
         self.path = self._base
         self._events, self._summaries = event_pb2, summary_pb2
         self._histogram, self._text = histogram_pb, text_pb
@@ -117,10 +116,10 @@ class TensorBoardSink:
     def close(self) -> None:
         """Says where the page is; a `write` after it looks at the directory anew."""
         file, step = self._file, self._last
-        if file is None or step is None:
+        if file is None:
             return
         try:
-            if self._store is not None:
+            if self._store is not None and step is not None:
                 said = f"Open in a browser: {_markdown(str(self._store.page()))}"
                 file.add([self._event(step, summary=self._text(self._keys("page"), said))])
         finally:
@@ -132,17 +131,10 @@ class TensorBoardSink:
 
     def _enter(self, step: int) -> bool:
         """Chooses the directory; whether it holds a run."""
-        names = [file.parent.name for file in self._base.parent.glob("*/" + _FILES)]
-        start = f"{self._base.name}-"
-        ends = [name.removeprefix(start) for name in names if name.startswith(start)]
-        number = max([int(end) for end in ends if end.isdecimal()], default=1)
-        self.path = self._sibling(number)
+        number, self.path = newest(self._base, _holds_run)
         if step == 0 and _holds_run(self.path):
-            self.path = self._sibling(number + 1)
+            self.path = unused(self._base, number)
         return _holds_run(self.path)
-
-    def _sibling(self, number: int) -> Path:
-        return self._base if number == 1 else self._base.with_name(f"{self._base.name}-{number}")
 
     def _event(self, step: int, **what: Any) -> bytes:
         event = self._events.Event(wall_time=time.time(), step=step, **what)
@@ -152,31 +144,21 @@ class TensorBoardSink:
         """All of an observation."""
         summary = self._summaries.Summary()
         for reading in readings:
-            key = self._keys(reading.key)
             if not reading.axes:
-                summary.value.add(tag=key, simple_value=reading.values.item())
-            elif is_mosaic(reading):
-                self._add_picture(summary, key, mosaic(reading, step=step))
-        for key, own in matrices(readings):
-            for reading in pictured(own):
-                finite = reading.values[np.isfinite(reading.values)]
-                if reading.axes == ("layer", "head") and finite.size:
-                    summary.MergeFrom(self._histogram(self._keys(reading.key), finite))
-            if pictured(own):
-                self._add_picture(summary, self._keys(key), score_picture(own, step=step))
-        for key, own in curves(readings):
-            self._add_picture(summary, self._keys(key), score_picture(strips(own), step=step))
-        for key, frame in tables(readings):
-            summary.MergeFrom(self._text(self._keys(key), _markdown_table(frame)))
+                tag = self._keys(reading.key)
+                summary.value.add(tag=tag, simple_value=reading.values.item())
+        for key, values in histograms(readings):
+            summary.MergeFrom(self._histogram(self._keys(key), values))
+        for key, png in pictures(readings, step):
+            # A PNG has its size at a fixed place.
+            width, height = struct.unpack(">II", png[16:24])
+            picture = self._summaries.Summary.Image(
+                encoded_image_string=png, width=width, height=height, colorspace=3
+            )
+            summary.value.add(tag=self._keys(key), image=picture)
+        for key, table in tables(readings):
+            summary.MergeFrom(self._text(self._keys(key), _markdown_table(table())))
         return summary
-
-    def _add_picture(self, summary: Any, key: str, png: bytes) -> None:
-        # A PNG has its size at a fixed place.
-        width, height = struct.unpack(">II", png[16:24])
-        picture = self._summaries.Summary.Image(
-            encoded_image_string=png, width=width, height=height, colorspace=3
-        )
-        summary.value.add(tag=key, image=picture)
 
 
 def _holds_run(path: Path) -> bool:
@@ -184,7 +166,7 @@ def _holds_run(path: Path) -> bool:
 
 
 def _markdown_table(frame: pd.DataFrame) -> str:
-    columns = excerpt(frame, _MOST_ROWS)
+    columns = excerpt(frame)
     rows = list(zip(*columns.values(), strict=True))
     lines = [[_markdown(name) for name in columns], ["---"] * len(columns)]
     lines += [[_cell(cell) for cell in row] for row in rows]

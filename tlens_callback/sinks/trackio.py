@@ -9,25 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from tlens_callback.reading import Reading
-from tlens_callback.render import is_mosaic, mosaic
-from tlens_callback.render.scores_png import pictured, score_picture, strips
 from tlens_callback.sinks.shown import (
+    STEP,
     HasPage,
     Keys,
-    curves,
+    check_store,
     events,
     excerpt,
-    matrices,
+    histograms,
     not_the_trainers,
+    pictures,
     tables,
 )
 
 logger = logging.getLogger("tlens_callback")
-
-STEP = "train/global_step"
-"""The key that the Hugging Face trainer logs its step under, in each of its rows."""
-
-_MOST_ROWS = 100
 
 
 class TrackioSink:
@@ -67,6 +62,7 @@ class TrackioSink:
 
     Raises:
         ImportError: where trackio is not installed.
+        ValueError: if `store` has no page.
     """
 
     def __init__(self, *, name: str = "tlens", store: HasPage | None = None) -> None:
@@ -74,6 +70,7 @@ class TrackioSink:
             import trackio
         except ImportError as error:
             raise ImportError("TrackioSink needs trackio: pip install trackio") from error
+        check_store(store)
         self._trackio: Any = trackio
         self._keys = Keys(name)
         self._store = store
@@ -173,28 +170,15 @@ class TrackioSink:
         self._told = True
 
     def _row(self, readings: Sequence[Reading], step: int, folder: Path) -> dict[str, Any]:
-        pictures: dict[str, bytes] = {}
-        row: dict[str, Any] = {}
-        for reading in readings:
-            if not reading.axes:
-                row[self._keys(reading.key)] = reading.values.item()
-            elif is_mosaic(reading):
-                pictures[reading.key] = mosaic(reading, step=step)
-        for key, own in matrices(readings):
-            for reading in pictured(own):
-                if reading.axes == ("layer", "head"):
-                    histogram = self._trackio.Histogram(reading.values, num_bins=32)
-                    row[self._keys(reading.key)] = histogram
-            if pictured(own):
-                pictures[key] = score_picture(own, step=step)
-        for key, own in curves(readings):
-            pictures[key] = score_picture(strips(own), step=step)
-        for number, (key, picture) in enumerate(pictures.items()):
+        row = {self._keys(r.key): r.values.item() for r in readings if not r.axes}
+        for key, values in histograms(readings):
+            row[self._keys(key)] = self._trackio.Histogram(values, num_bins=32)
+        for number, (key, png) in enumerate(pictures(readings, step)):
             file = folder / f"{number}.png"
-            file.write_bytes(picture)
+            file.write_bytes(png)
             row[self._keys(key)] = self._trackio.Image(file)
-        for key, frame in tables(readings):
-            columns = excerpt(frame, _MOST_ROWS)
+        for key, table in tables(readings):
+            columns = excerpt(table())
             data = [list(each) for each in zip(*columns.values(), strict=True)]
             row[self._keys(key)] = self._trackio.Table(columns=list(columns), data=data)
         return row

@@ -9,8 +9,16 @@ from typing import Any
 
 from tlens_callback.reading import Reading
 from tlens_callback.render import is_curve
+from tlens_callback.render.panels import load_plotly
 from tlens_callback.sinks.file_budget import FileBudget
-from tlens_callback.sinks.shown import HasPage, Keys, by_instrument, not_the_trainers
+from tlens_callback.sinks.shown import (
+    STEP,
+    HasPage,
+    Keys,
+    by_instrument,
+    check_store,
+    not_the_trainers,
+)
 from tlens_callback.sinks.wandb_finish import BeforeFinish
 from tlens_callback.sinks.wandb_rows import (
     MOST_NUMBERS,
@@ -23,9 +31,6 @@ from tlens_callback.sinks.wandb_rows import (
 )
 
 logger = logging.getLogger("tlens_callback")
-
-STEP = "train/global_step"
-"""The x axis: the key that the Hugging Face trainer logs its own rows under."""
 
 ADVISED_FILES = 1_000
 """W&B asks for fewer files in a run: its pages become slow."""
@@ -90,7 +95,8 @@ class WandbSink:
             head by head: 270 numbers an observation for a model of 30 layers with 9 heads.
         everything: log all numbers and all figures and tables.
         most_files: files of this sink in a run, the page included; the rest is for W&B's own and
-            the trainer's. None: no bound. 0: numbers alone.
+            the trainer's. A process that resumes a run counts anew. None: no bound. 0: numbers
+            alone.
 
     Raises:
         ImportError: where wandb is not installed.
@@ -113,8 +119,7 @@ class WandbSink:
             raise ImportError("WandbSink needs wandb: pip install wandb") from error
         if run is not None and not callable(getattr(run, "define_metric", None)):
             raise ValueError(f"run is what wandb.init() returns, got {run!r}.")
-        if store is not None and not callable(getattr(store, "page", None)):
-            raise ValueError(f"store is a LocalSink, which has a page, got {store!r}.")
+        check_store(store)
         if isinstance(heads, str) or not all(isinstance(k, str) and "/" in k for k in heads):
             raise ValueError(
                 f"heads is a list of keys such as ['head_scores/induction'], got {heads!r}."
@@ -123,6 +128,8 @@ class WandbSink:
             raise ValueError(
                 f"most_files is a whole number from 0 on, or None, got {most_files!r}."
             )
+        # Here, and not at the first write, which is on the writer's thread.
+        load_plotly()
         self._wandb: Any = wandb
         self._name, self._given, self._store = name, run, store
         self._heads, self._everything, self._most_files = list(heads), everything, most_files
@@ -216,6 +223,9 @@ class WandbSink:
 
     def _watch(self, run: Any) -> None:
         """Has the run wait for what is not written yet when somebody finishes it."""
+        if self._hook is not None and self._hook.run is not run:
+            self._hook.remove()
+            self._hook = None
         if self._hook is None:
             self._hook = BeforeFinish(run, self._before_it_is_finished)
 

@@ -14,7 +14,7 @@ class BeforeFinish:
     """
 
     def __init__(self, run: Any, act: Callable[[], None]) -> None:
-        self._run, self._hook, self._wrapped = run, None, None
+        self.run, self._hook, self._wrapped = run, None, None
         try:
             from wandb.sdk.wandb_run import TeardownHook, TeardownStage
 
@@ -38,8 +38,8 @@ class BeforeFinish:
         hook, self._hook = self._hook, None
         if hook is not None:
             # By identity: two sinks may have put equal ones there.
-            self._run._teardown_hooks[:] = [h for h in self._run._teardown_hooks if h is not hook]
+            self.run._teardown_hooks[:] = [h for h in self.run._teardown_hooks if h is not hook]
         wrapped, self._wrapped = self._wrapped, None
-        if wrapped is not None and vars(self._run).get("finish") is wrapped:
+        if wrapped is not None and vars(self.run).get("finish") is wrapped:
             with suppress(AttributeError):
-                del self._run.finish
+                del self.run.finish

@@ -8,18 +8,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from tlens_callback.reading import Reading
-from tlens_callback.render import (
-    axis_table,
-    is_curve,
-    is_mosaic,
-    is_ranked,
-    line_figure,
-    mosaic,
-    neuron_table,
-    score_figure,
-)
+from tlens_callback.render import is_mosaic, line_figure, mosaic, score_figure
 from tlens_callback.render.plain import cut
-from tlens_callback.sinks.shown import by_instrument, cells, curves, events, matrices, top_rows
+from tlens_callback.sinks.shown import cells, curves, events, matrices, tables, top_rows
 
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "target_scores": ("probability", "rank", "logit_diff"),
@@ -60,7 +51,7 @@ MOST_NUMBERS = 8
 """Of an instrument that `NUMBERS` does not know, for one probe. The watch has them all: they are
 the heads that its user named."""
 
-_MOST_ROWS, _MOST_ENTRIES = 10_000, 1_000
+_MOST_ROWS = 10_000
 
 _TITLE = 63
 """Characters of an alert's title: W&B asks for less than 64."""
@@ -136,20 +127,8 @@ def media(
         found.append(Medium(name, "figure", lambda own=own: score_figure(own)))
     for name, own in curves(readings):
         found.append(Medium(name, "figure", lambda own=own: lines(own)))
-    found += _tables(readings)
+    found += [Medium(name, "table", make) for name, make in tables(readings)]
     return found if everything else [medium for medium in found if _by_default(medium)]
-
-
-def _tables(readings: Sequence[Reading]) -> Iterator[Medium]:
-    for instrument, own in by_instrument(readings).items():
-        for axis in dict.fromkeys(r.axes[0] for r in own if is_ranked(r)):
-            name = f"{instrument}/{'table' if axis == 'layer' else f'{axis}_rank_table'}"
-            yield Medium(name, "table", lambda own=own, axis=axis: neuron_table(own, axis))
-        lists = [r for r in own if r.values.ndim == 1 and not is_curve(r)]
-        lists = [r for r in lists if 0 < r.values.size <= _MOST_ENTRIES]
-        for axis in dict.fromkeys(r.axes[0] for r in lists):
-            name = f"{instrument}/{axis}_table"
-            yield Medium(name, "table", lambda own=lists, axis=axis: axis_table(own, axis))
 
 
 def made(wandb: Any, medium: Medium, path: Path) -> Any:
