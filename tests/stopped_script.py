@@ -86,6 +86,7 @@ def main(folder: Path, modes: list[str]) -> None:
         child = os.fork()
         if child == 0:
             sys.stderr = open(folder / mode / "stderr.txt", "w")
+            sys.stdout = open(folder / mode / "stdout.txt", "w")
             watched(folder / mode, mode)
             return
         children.append(child)

@@ -200,6 +200,7 @@ def test_the_end_of_the_interpreter_writes_what_waits(ended, how, error):
     assert list(read_store(ended / how / "tlens").steps) == [0, 1, 2, 3, 4]
     assert (ended / how / "tlens" / "page.html").exists(), "the sinks are closed"
     said = (ended / how / "stderr.txt").read_text()
+    assert f"page {ended / how / 'tlens' / 'page.html'}" in (ended / how / "stdout.txt").read_text()
     assert error in said.splitlines()[-1] and (ended / how / "status").read_text() != "0"
 
 

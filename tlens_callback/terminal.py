@@ -1,13 +1,14 @@
 """What a run says on the terminal: when it begins, when something happens, when it ends."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 from tqdm import tqdm
 
 from tlens_callback.fidelity import Fidelity
+from tlens_callback.interfaces import Sink
 
 if TYPE_CHECKING:
     from tlens_callback.observer import Observer
@@ -26,7 +27,7 @@ def opening(observer: "Observer") -> list[str]:
         f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
         f"{_asked(observer)}; {held}",
         f"tlens: the shadow agrees with the model: {fidelity}",
-        *_places(observer),
+        *places(observer.sinks),
     ]
 
 
@@ -48,7 +49,7 @@ def summary(observer: "Observer") -> list[str]:
             f"tlens: {dropped} observations were dropped, since the sinks were slower than "
             f"training; writing='wait' or a larger every_n_steps keeps all"
         )
-    return lines + _places(observer)
+    return lines + places(observer.sinks)
 
 
 def _asked(observer: "Observer") -> str:
@@ -57,11 +58,10 @@ def _asked(observer: "Observer") -> str:
     return f"{len(observer.batch.probes) - blocks} probes and {blocks} repeated blocks"
 
 
-def _places(observer: "Observer") -> list[str]:
+def places(sinks: Iterable[Sink]) -> list[str]:
     """A line for each sink; one that does not say where it writes is named by its class."""
     named = [
-        type(sink).__name__ if type(sink).__str__ is object.__str__ else str(sink)
-        for sink in observer.sinks
+        type(sink).__name__ if type(sink).__str__ is object.__str__ else str(sink) for sink in sinks
     ]
     return [f"tlens: {name}" for name in named]
 

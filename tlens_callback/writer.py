@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from tlens_callback.interfaces import Sink
 from tlens_callback.reading import Reading
+from tlens_callback.terminal import places, print_lines
 
 logger = logging.getLogger("tlens_callback")
 
@@ -316,7 +317,9 @@ class Writer:
             return
         self._exiting = True
         self.patience = min(self.patience, _AT_EXIT / 3)
-        if not self._close(_AT_EXIT):
+        if self._close(_AT_EXIT):
+            print_lines(places(self.sinks))
+        else:
             logger.warning(
                 "tlens: not everything was written %g s after the end of the program.", _AT_EXIT
             )
