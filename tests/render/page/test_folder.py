@@ -13,6 +13,7 @@ from tests.sinks.samples import everything, pattern, small
 from tlens_callback.reading import Reading
 from tlens_callback.render.page import PageFolder, folder
 from tlens_callback.render.page.heads import in_turn
+from tlens_callback.render.page.meanings import meanings
 
 
 def index_of(path):
@@ -77,14 +78,20 @@ def test_every_step_comes_back_by_itself(tmp_path):
         assert list(got) == [reading.key for reading in everything(step)]
         assert all(near(got[reading.key], reading) for reading in everything(step))
     assert index_of(page.path) == {
-        "title": "run",
+        "title": f"{tmp_path.name}/run",
         "notes": [],
         "done": False,
         "steps": [[step, stamps(page.path)[step], 0] for step in (0, 10, 20)],
     }
     text = (page.path / "index.html").read_text("utf-8")
     about = re.search(r'<script type="application/json" id="about">(.*)</script>', text)[1]
-    assert json.loads(about) == {"title": "run", "live": True, "notes": [], "path": "run"}
+    title = f"{tmp_path.name}/run"
+    assert json.loads(about) == {
+        "title": title,
+        "live": True,
+        "notes": [],
+        "instruments": meanings(),
+    }
     page.finish()
     assert index_of(page.path)["done"] and page.steps == (0, 10, 20)
     page.write(everything(30), 30)

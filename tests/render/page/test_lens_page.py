@@ -168,6 +168,29 @@ def test_lenses_without_a_probe_and_of_others_are_shown_too(page):
     assert page.locator(".lensblock").count() == 3  # neurons have no texts: no lens
 
 
+def test_what_the_lens_shows_is_not_listed_again_below(page):
+    sections = {}
+    for name in ("logit_lens", "difference_lens", "my_lens", "top_neurons"):
+        section = page.locator(f"[data-instrument={name}]")
+        section.scroll_into_view_if_needed()
+        page.wait_for_timeout(150)
+        title = section.locator("summary").inner_text()
+        sections[name] = [section.locator("table").count(), " ".join(title.split())]
+    assert sections["logit_lens"] == [0, "logit lens of capital"]  # its lines are there
+    assert sections["difference_lens"] == [0, "difference lens in the card of the lens, above"]
+    assert sections["my_lens"] == [0, "my lens in the card of the lens, above"]
+    assert sections["top_neurons"] == [1, "top neurons of capital"]  # no lens shows it
+    assert page.locator("[data-instrument=logit_lens] figure").count() == 2
+
+
+def test_a_measure_that_is_its_own_unit_is_named_once(page):
+    units = page.locator("#lens .legend .unit").all_inner_texts()
+    assert [text.split(", ")[:2] for text in units][:2] == [
+        ["top", "probability"],
+        ["probability", "square-root scale"],
+    ]
+
+
 def test_keys_move_through_the_cells_which_say_what_they_hold(page):
     cell(page, 0, 0).focus()
     for key in ("ArrowDown", "ArrowRight", "ArrowDown"):

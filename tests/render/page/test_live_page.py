@@ -96,7 +96,7 @@ def test_follows_the_end(tab, folder):
     folder.write(readings(20), 20)
     until(page, STEP, "step 20")
     assert page.get_attribute("#step", "max") == "20"
-    assert re.fullmatch(r"running, last step 20, updated \d+ s ago", page.evaluate(STATUS))
+    assert re.fullmatch(r"last step 20, updated \d+ s ago", page.evaluate(STATUS))
     assert "step=" not in page.evaluate("location.hash")
     page.keyboard.press("ArrowLeft")
     until(page, STEP, "step 10")
@@ -107,12 +107,12 @@ def test_follows_the_end(tab, folder):
     page.wait_for_timeout(250)
     assert "step=10" in page.evaluate("location.hash")
     folder.finish()
-    until(page, STATUS, "finished, last step 30")
+    until(page, STATUS, "ended, last step 30")
     assert set(page.evaluate("delays")) <= {2000, 10_000, 500}
     until(page, "delays.at(-1)", 10_000)  # a finished run may go on, but need not hurry
     folder.write(readings(40), 40)
     until(page, "tlens.data.steps.at(-1)", 40)
-    assert page.evaluate(STATUS).startswith("running, last step 40")
+    assert page.evaluate(STATUS).startswith("last step 40, updated")
     assert faults == []
 
 
@@ -153,7 +153,7 @@ def test_written_anew_and_dropped(tab, folder):
     assert not page.evaluate(f"tlens.data.decoded.has('20 {KEY}')")
     folder.drop(0)
     until(page, "document.getElementById('empty').hidden", False)
-    assert not page.is_visible("#step")
+    page.wait_for_selector("#step", state="hidden")  # the views follow in the next frame
     folder.write(readings(10), 10)
     until(page, STEP, "step 10")
     assert page.is_visible("#step") and page.is_hidden("#empty")
@@ -192,10 +192,30 @@ def test_nothing_yet(browser, tmp_path):
     (tmp_path / "index.html").write_text(html({"title": "a run", "live": True, "notes": []}))
     page.goto("about:blank")
     page.goto((tmp_path / "index.html").as_uri())
-    until(page, STATUS, "running, no step yet")
+    until(page, STATUS, "no step yet")
     assert "No step has been observed yet" in page.inner_text("#empty")
     until(page, "[...document.querySelectorAll('#notes li')].map((n) => n.textContent)", ["a note"])
     assert faults == []
+
+
+@pytest.mark.parametrize("minutes, said", [
+    ([-9, -7, -5], "updated 5 min ago"),  # silence for as long as two steps take says nothing
+    ([-9, -8.5, -8], "no news for 8 min"),
+    ([-90, -31, -30, -29, -28, -8], "no news for 8 min"),
+    ([-9], "updated 9 min ago"),  # nothing says how long a step takes
+])  # fmt: skip
+def test_silence_is_told_where_it_is_unusual(browser, tmp_path, monkeypatch, minutes, said):
+    page, _ = browser
+    folder, now = PageFolder(tmp_path / "page"), time.time_ns()
+    for step, at in enumerate(minutes):
+        monkeypatch.setattr(time, "time_ns", lambda at=at: now + int(at * 60e9))
+        folder.write([Reading(key="cost/seconds", values=1.0, unit="seconds")], step)
+    monkeypatch.undo()
+    page.goto("about:blank")
+    page.goto((folder.path / "index.html").as_uri())
+    until(page, STATUS, f"last step {len(minutes) - 1}, {said}")
+    folder.finish()
+    until(page, STATUS, f"ended, last step {len(minutes) - 1}")
 
 
 def test_memory_of_polling(tab):

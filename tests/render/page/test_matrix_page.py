@@ -35,6 +35,10 @@ def induction(step):
     return one
 
 
+def fine(step):
+    return np.full((60, 60), 0.7 + step * 1e-6, np.float32)
+
+
 def signed(step):
     one = values(step, 2, 3, low=-2, high=1 + step / 10)
     one[0, 0] = 0
@@ -65,6 +69,7 @@ def readings(step):
     yield Reading(
         key="wide/score", values=values(step, 64, 64), axes=heads, unit="bits", limits=(0, 1)
     )
+    yield Reading(key="fine/score", values=fine(step), axes=heads, unit="probability")
     yield Reading(
         key="large/score", values=values(step, 150, 140), axes=("layer", "source"), unit="bits"
     )
@@ -165,13 +170,43 @@ def test_change_since_the_first_step(page):
     assert "largest change of all steps" in page.locator(".legend").first.inner_text()
 
 
+def test_a_change_is_not_that_of_rounded_numbers(page):
+    """In float16 a score of 0.7 moves in steps of 0.0005."""
+    show(page, score="fine/score", step=20)
+    said = Cells(page, "#matrix", MATRIX, every=30).says[30][30]
+    assert is_said(said[0].split(" ")[-1], 0.7 + 20e-6)
+    change = float(fine(20)[30, 30] - fine(0)[30, 30])
+    assert is_said(said[1].split(" change ")[1].removeprefix("+"), change)
+    assert change == pytest.approx(20e-6, rel=0.01)
+
+
+def test_the_list_of_those_that_changed_most(page):
+    show(page, score="attribution/head/a, b", step=20, change=False)
+    page.locator("#order").select_option(label="most changed")
+    settled(page)
+    order = np.argsort(-np.abs(signed(20) - signed(0)).ravel(), kind="stable")
+    listed = page.locator("#top-heads tbody tr:visible button").all_inner_texts()
+    assert listed == [f"L{i // 3}H{i % 3}" for i in order]
+    page.locator("#order").select_option(label="largest")
+
+
+def test_no_more_heads_are_pinned_than_a_link_holds(page):
+    show(page, score="wide/score", pins=[[0, i] for i in range(12)])
+    cells = Cells(page, "#matrix", MATRIX, every=60)
+    cells.click(5, 5, modifiers=["Shift"])
+    assert len(state(page, "pins")[0]) == 12
+    for cell in ((0, 3), (5, 5)):  # to unpin is always possible
+        cells.click(*cell, modifiers=["Shift"])
+    assert state(page, "pins")[0][-1] == [5, 5]
+
+
 def test_one_block_at_a_time(page):
     options = page.locator("#score option").all_inner_texts()
-    assert [o for o in options if "induction" in o] == ["induction"] + [
-        f"induction_by_block, {n}" for n in (8, 12, 24)
+    assert [o for o in options if "induction" in o] == ["head_scores: induction"] + [
+        f"head_scores: induction_by_block, {n}" for n in (8, 12, 24)
     ]
     assert not any("neuron" in o or "token_by_pos" in o for o in options)
-    page.locator("#score").select_option(label="induction_by_block, 24")
+    page.locator("#score").select_option(label="head_scores: induction_by_block, 24")
     settled(page)
     assert state(page, "score") == ["head_scores/induction_by_block, 24"]
     cells = Cells(page, "#matrix", MATRIX)

@@ -73,6 +73,39 @@ def readings(step):
             labels={"feature": ["12", "90"]},
         ),
         *(
+            Reading(
+                key=key,
+                values=np.full((3, 2), step / 200),
+                axes=("layer", "head"),
+                unit=unit,
+                limits=(0, 1),
+            )
+            for key, unit in (
+                ("drift/js", "bits"),
+                ("drift/js/one", "bits"),
+                ("drift/share", "fraction"),
+            )
+        ),
+        Reading(
+            key="blank/word",
+            values=[0, 1, 2],
+            axes=("rank",),
+            unit="index",
+            texts=np.array(["\u00a0", "\u3000 x", "\u2009"]),
+        ),
+        Reading(
+            key="token_loss/change/one",
+            values=[-1e-7, 0],
+            axes=("token",),
+            unit="nats",
+            labels={"token": TOKENS[2:]},
+        ),
+        *(
+            [Reading(key="late/norm", values=rng.random(3), axes=layers, unit="norm")]
+            if step
+            else []
+        ),
+        *(
             [
                 Reading(
                     key="watch/events",
@@ -136,6 +169,55 @@ def test_attribution_bars_are_the_largest_parts_in_order(shown):
     # Its own width says the value: the longest bar is half of the track.
     width = bars.first.locator("i").evaluate("node => node.style.width")
     assert width == "50%"
+
+
+def test_no_token_is_blank_and_none_is_numbered_as_another(shown):
+    page, _ = shown
+    assert [row[1] for row in rows(section(page, "blank"))] == ["\\u00a0", "\\u3000·x", "\\u2009"]
+    # The first loss is of the second token: its place in the list is not that in the text.
+    assert [row[0] for row in rows(section(page, "token_loss"))] == ["·city", "↵"]
+    assert rows(section(page, "token_loss"))[0][1] == "−1.00e−7"
+
+
+def test_bars_keep_their_scale_from_one_step_to_the_next(shown):
+    page, _ = shown
+    part = section(page, "logit_attribution")
+    of = {s: {r.measure: r.values for r in readings(s) if r.instrument == "logit_attribution"}
+          for s in (0, 8)}  # fmt: skip
+    most = max(np.abs(one[name]).max() for one in of.values() for name in ("head", "mlp", "bias"))
+    for step in (0, 8):
+        page.evaluate(f"tlens.set({{ step: {step} }})")
+        page.wait_for_timeout(100)
+        assert "outline: at step 0" in part.inner_text()
+        for bar in part.locator(".bar-line", has_text="L1 mlp").all():
+            share = float(bar.locator("i").evaluate("node => parseFloat(node.style.width)")) / 50
+            assert share == pytest.approx(abs(of[step]["mlp"][1]) / most, rel=1e-3)
+
+
+def test_lines_maps_and_their_probes_are_told_apart(shown):
+    page, _ = shown
+    mlp = section(page, "logit_attribution").locator("figure", has_text="mlp").last
+    assert mlp.locator(".legends .curve").all_inner_texts() == ["step 0", "step 8"]
+    titles = section(page, "drift").locator("figcaption").all_inner_texts()
+    assert titles == ["js", "js of one", "share"]
+    assert section(page, "drift").locator("summary").inner_text() == "drift"
+    # All of it is far below the limits: the colours are of what there is, and say so; but a share
+    # of all says something by being small. The same in the matrix.
+    matrix = page.locator("#matrix").locator("xpath=../..").locator(".legend")
+    for i, score in ((0, "drift/js"), (2, "drift/share")):
+        page.evaluate("score => tlens.set({ score })", score)
+        page.wait_for_timeout(100)
+        for bar in (section(page, "drift").locator(".legend").nth(i), matrix):
+            ends = bar.locator(".ticks span").all_inner_texts()
+            assert ends == (["0", "0.0200", "0.0400"] if i == 0 else ["0", "0.50", "1"])
+            assert ("range of all steps" in bar.inner_text()) == (i == 0)
+    assert section(page, "drift").locator(".axes").first.inner_text() == "layer ↓ head →"
+    page.evaluate("tlens.set({ step: 0 })")
+    page.wait_for_timeout(100)
+    assert not section(page, "late").locator("svg[role=img]").is_visible()
+    page.evaluate("tlens.set({ step: 8 })")
+    page.wait_for_timeout(100)
+    assert section(page, "late").locator("svg[role=img]").is_visible()
 
 
 def test_ranked_lists_show_the_value_at_the_peak(shown):

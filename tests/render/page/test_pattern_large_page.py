@@ -49,6 +49,26 @@ def test_a_page_of_chosen_heads_offers_those_that_it_has(tmp_path):
         assert faults == []
 
 
+def test_the_last_row_is_seen_without_scrolling(tmp_path):
+    values = np.tril(np.ones((1, 1, 37, 37)))
+    some = Reading(key="attention_patterns/pattern/p", values=values, axes=AXES,
+                   unit="probability", limits=(0, 1))  # fmt: skip
+    size = {"width": 1400, "height": 950}
+    with opened(page_of(tmp_path, {0: [some]}), viewport=size) as (page, faults):
+        page.locator(FIRST).first.wait_for()
+        for height in (950, 1300, 800, 400):
+            page.set_viewport_size({**size, "height": height})
+            page.wait_for_timeout(150)
+            box = page.locator(FIRST).bounding_box()
+            side = box["height"]
+            if height == 400:
+                assert side > 250  # never too small to be read
+            else:
+                assert box["y"] + side < height
+                assert side > min(560, height - 420) - 37
+        assert faults == []
+
+
 STEPPING = """async () => {
   const frame = () => new Promise((done) => requestAnimationFrame(done));
   const seen = [], watch = new MutationObserver((list) => seen.push(...list));

@@ -74,7 +74,8 @@ def signed_code(values):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    with opened(page_of(folder, {step: list(readings(step)) for step in STEPS})) as (page, faults):
+    address = page_of(folder, {step: list(readings(step)) for step in STEPS})
+    with opened(address, allowed=folder.parent.as_uri()) as (page, faults):
         page.locator(FIRST).first.wait_for()
         yield page
         assert faults == []
@@ -178,9 +179,31 @@ def test_signed_change_beside_attention(page):
 
 def test_a_pattern_without_limits_says_whose_range_it_shows(page):
     show(page, probe="own")
-    stored = (3 * attention(20) - 1)[0, 0].astype(np.float16).astype(np.float32)
+    stored = (3 * attention(20) - 1)[0, 0]
     check(Cells(page, FIRST, CELL), stored, "light", float(np.abs(stored).max()))
     assert "range of what is shown" in page.locator("#maps .legend").first.inner_text()
+
+
+def test_a_layer_that_was_not_recorded_is_not_said_to_be_left_out(tmp_path, browser):
+    def of(step):
+        induction = np.array([[0.9, 0.1], [0.2, 0.3]], np.float32)
+        yield Reading(key="head_scores/induction", values=induction, axes=("layer", "head"),
+                      unit="probability", limits=(0, 1))  # fmt: skip
+        yield Reading(key="attention_patterns/pattern/p", values=np.eye(4)[None, None].repeat(2, 1),
+                      axes=("layer", "head", "query", "key"), unit="probability", limits=(0, 1),
+                      labels={"layer": ["1"]})  # fmt: skip
+
+    before, address = browser.url, page_of(tmp_path, {step: list(of(step)) for step in (0, 1)})
+    browser.goto(address)
+    settled(browser)
+    # The highest score is of L0H0, whose attention there is not: another is shown first.
+    assert state(browser, "layer", "head") == [1, 1]
+    assert browser.locator("#maps canvas").is_visible()
+    show(browser, layer=0, head=0)
+    told = browser.locator("#maps .told").first.inner_text()
+    assert told == "The attention of L0H0 was not recorded: that of 2 heads was."
+    browser.goto(before)
+    settled(browser)
 
 
 def test_a_click_follows_a_query(page):

@@ -35,7 +35,7 @@ LARGE = 20_000
 """Payloads of more numbers have a blob of their own, which the page inflates when it is shown."""
 
 _KEY_FRAME_EVERY = 20
-_FEW = 64
+_FEW = 4_000
 _LARGEST_HALF = 65504.0
 
 
@@ -72,7 +72,7 @@ def code(reading: Reading, select: Sequence[int] | None = None) -> Code:
 
     An attention pattern with limits (0, x) or (-x, x) that it keeps to is off by at most half a
     code, which is |v| / 254 or less for |v| near x: x / 254, for the two-sided x / 127. What has
-    more than 64 values, is no index, and is 2**-10 to 65504 at its largest, is off by at most
+    more than 4,000 values, is no index, and is 2**-10 to 65504 at its largest, is off by at most
     2**-11 of a value or, if that is less, 2**-25. All else is exact.
     """
     lower = lower_triangle(reading.values, reading.axes)

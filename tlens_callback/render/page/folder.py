@@ -18,7 +18,7 @@ from tlens_callback.atomic import write_whole
 from tlens_callback.reading import Reading
 from tlens_callback.render.page.encode import Part, Track, blobs, code
 from tlens_callback.render.page.heads import in_turn, is_score, places, take_largest
-from tlens_callback.render.page.template import html
+from tlens_callback.render.page.template import html, title_of
 from tlens_callback.triangle import is_pattern
 
 MOST_LARGE = 4_000_000
@@ -87,8 +87,8 @@ class PageFolder:
         data.mkdir(parents=True, exist_ok=True)
         for left in [*self.path.glob(".*.tmp"), *data.glob(".*.tmp")]:
             left.unlink()
-        name = self.path.absolute().parent.name
-        text = html({"title": name, "live": True, "notes": [], "path": name}).encode()
+        title = title_of(self.path.parent)
+        text = html({"title": title, "live": True, "notes": []}).encode()
         page = self.path / "index.html"
         if not (page.is_file() and page.read_bytes() == text):
             write_whole(page, text)
@@ -97,7 +97,7 @@ class PageFolder:
     def _read(self) -> dict[str, Any]:
         """The index; an empty one where there is none, or none that can be read."""
         if self._index is None:
-            empty = {"title": self.path.absolute().parent.name, "notes": [], "done": False}
+            empty = {"title": title_of(self.path.parent), "notes": [], "done": False}
             try:
                 text = (self.path / "data" / "index.js").read_text("ascii")
                 there = json.loads(text.removeprefix("tlens.index(").rstrip().removesuffix(")"))

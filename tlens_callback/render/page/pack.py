@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tlens_callback.render.page.encode import Part, Track, blobs, code
-from tlens_callback.render.page.template import html, step_element
+from tlens_callback.render.page.template import html, step_element, title_of
 from tlens_callback.render.page.thin import evenly, is_bulky, thin
 
 if TYPE_CHECKING:
@@ -58,11 +58,10 @@ def page(store: "Store", *, most_bytes: int = 15_000_000) -> str:
 
 def _html(store: "Store", notes: Sequence[str], elements: Sequence[str]) -> str:
     about = {
-        "title": store.path.name,
+        "title": title_of(store.path),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "live": False,
         "notes": notes,
-        "path": store.path.name,
     }
     return html(about, elements)
 

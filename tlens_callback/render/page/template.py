@@ -4,7 +4,10 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from tlens_callback.render.page.meanings import meanings
 
 # In this order: a later one uses what an earlier one declares.
 _SCRIPTS = [
@@ -17,11 +20,11 @@ _SCRIPTS = [
 
 
 def html(about: Mapping[str, Any], steps: Iterable[str] = ()) -> str:
-    """The page. `about` is what it says of itself; `steps` are `step_element`s, or nothing for a
-    page that loads its data."""
+    """The page. `about` is what it says of itself, besides what the instruments measure; `steps`
+    are `step_element`s, or nothing for a page that loads its data."""
     before, after = _frame()
     # No letter of the data can end the element or begin another.
-    text = json.dumps(about, allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps({**about, "instruments": meanings()}, allow_nan=False).replace("<", "\\u003c")
     return "".join(
         [
             before,
@@ -30,6 +33,11 @@ def html(about: Mapping[str, Any], steps: Iterable[str] = ()) -> str:
             after,
         ]
     )
+
+
+def title_of(store: Path) -> str:
+    """What a page of this store is called: its folder and the one around it, which is the run's."""
+    return "/".join(store.absolute().parts[-2:])
 
 
 def step_element(step: int, blobs: Iterable[str]) -> str:

@@ -4,7 +4,9 @@
 function lineChart(title, unit, across) {
   const width = 330, height = 150, left = 46, right = 8, top = 8, bottom = 30;
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
-  const root = el("figure", { class: "chart" }, el("figcaption", {}, title, el("small", {}, unit)), picture);
+  const legends = el("span", { class: "legends" });
+  const root = el("figure", { class: "chart" },
+    el("figcaption", {}, title, el("small", {}, unit), legends), picture);
   let shown = null;
 
   function update({ names, series, limits }) {
@@ -20,7 +22,7 @@ function lineChart(title, unit, across) {
     for (const value of ticks(low, high)) {
       parts.push(svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value),
         class: value === 0 ? "zero" : "grid" }));
-      parts.push(words(left - 4, y(value) + 3, fmt(value), "end"));
+      parts.push(words(left - 4, y(value) + 3, tickText(value, tickSize(low, high)), "end"));
     }
     const every = Math.max(1, Math.ceil(n / 8));
     names.forEach((name, i) => {
@@ -41,10 +43,13 @@ function lineChart(title, unit, across) {
     picture.replaceChildren(...parts);
     picture.setAttribute("aria-label", `${title}, ${unit}, over ${across}`);
     shown = { names, series, x, n };
+    legends.replaceChildren(...series.map(({ name, colour, dash }) =>
+      el("span", { class: "curve" }, sampleOf(colour, dash), name)));
   }
   picture.addEventListener("mousemove", (event) => {
     if (!shown) return;
-    const at = (event.offsetX - left) / (width - left - right) * Math.max(1, shown.n - 1);
+    const across = event.clientX - picture.getBoundingClientRect().left;
+    const at = (across - left) / (width - left - right) * Math.max(1, shown.n - 1);
     const i = Math.max(0, Math.min(shown.n - 1, Math.round(at)));
     tip.show(event, `${shown.names[i]} ${title}`,
       ...shown.series.map((one) => `${one.name}: ${fmt(one.values[i])}`));
@@ -59,24 +64,36 @@ function words(x, y, text, anchor) {
   return node;
 }
 
-// Three to five round numbers within a range.
-function ticks(low, high) {
+// The distance of two to five round numbers within a range; 0 for a range that has no length.
+function tickSize(low, high) {
+  if (!(high > low)) return 0;
   const raw = (high - low) / 3, size = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((k) => k * size).find((one) => one >= raw);
-  const out = [];
+  return [1, 2, 5, 10].map((k) => k * size).find((one) => one >= raw);
+}
+
+function ticks(low, high) {
+  const step = tickSize(low, high), out = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) {
     out.push(Number((k * step).toPrecision(12)));
   }
   return out;
 }
 
-// A map with the names of rows and columns. update({rows, columns, values, scale, unit, texts, what})
+// A number at an axis, with as many digits as tell it from the one beside it.
+function tickText(value, by) {
+  const digits = Math.ceil(-Math.log10(by) - 1e-9);
+  if (value === 0 || digits > 6 || Math.abs(value) >= 1e6) return fmt(value);
+  return value.toFixed(Math.max(0, digits)).replace("-", "−");
+}
+
+// A map with the names of rows and columns. update({rows, columns, values, scale, unit, texts, axes})
 function heatMap(title, onpick = null) {
   const canvas = el("canvas", { role: "img" }), bar = el("div");
-  const root = el("figure", { class: "chart" }, el("figcaption", {}, title), canvas, bar);
+  const named = el("div", { class: "axes" });
+  const root = el("figure", { class: "chart" }, el("figcaption", {}, title), canvas, named, bar);
   let shown = null;
 
-  function update({ rows, columns, values, scale, unit, texts, change }) {
+  function update({ rows, columns, values, scale, unit, texts, axes }) {
     const long = columns.some((name) => name.length > 4);
     const left = 10 + 6 * Math.min(14, Math.max(...rows.map((name) => name.length)));
     const top = long ? 12 + 5.5 * Math.min(12, Math.max(...columns.map((name) => name.length))) : 18;
@@ -102,7 +119,8 @@ function heatMap(title, onpick = null) {
       context.fillText(cut(name, 12), 0, long ? 0 : -5);
       context.restore();
     });
-    bar.replaceChildren(legend(scale, unit + (change ? ", change" : "")));
+    write(named, axes);
+    legendIn(bar, scale, unit);
     shown = { rows, columns, values, texts, left, top, width, height };
     canvas.setAttribute("aria-label", `${title}, ${unit}`);
   }
@@ -127,13 +145,12 @@ function heatMap(title, onpick = null) {
   return { root, update };
 }
 
-// Bars to the left and right of zero. update([{name, value, before, title}], unit)
+// Bars to the left and right of zero; a bar of `most` is as long as one can be.
+// update([{name, value, before}], unit, most)
 function barChart() {
   const root = el("div", { class: "bars" });
 
-  function update(items, unit) {
-    const most = Math.max(1e-9, ...items.flatMap((item) => [item.value, item.before ?? 0])
-      .filter(Number.isFinite).map(Math.abs));
+  function update(items, unit, most) {
     while (root.children.length > items.length) root.lastChild.remove();
     items.forEach((item, i) => {
       const line = root.children[i] ?? root.appendChild(el("div", { class: "bar-line" },
@@ -147,11 +164,10 @@ function barChart() {
         node.style.width = `${share}%`;
       };
       place(track.children[0], item.value);
-      track.children[0].style.background = css(DIVERGING.light[item.value < 0 ? 46 : 209]);
-      place(track.children[1], item.before ?? NaN);
+      track.children[0].style.background = css(DIVERGING[theme()][item.value < 0 ? 46 : 209]);
+      place(track.children[1], item.before);
       number.textContent = fmt(item.value);
-      line.title = `${item.title ?? item.name}: ${fmt(item.value)} ${unit}`
-        + (item.before === undefined ? "" : `, at first ${fmt(item.before)}`);
+      line.title = `${item.name}: ${fmt(item.value)} ${unit}, at first ${fmt(item.before)}`;
     });
   }
   return { root, update };
@@ -163,7 +179,8 @@ function spark(key) {
   const picture = svg("svg", { width, height, class: "spark", "aria-hidden": "true" }, line, mark);
   let drawn = "";
   function draw() {
-    const [first, last] = [data.steps[0], data.steps.at(-1)], steps = data.stepsOf(key);
+    const steps = data.stepsOf(key), first = Math.min(data.steps[0], steps[0]);
+    const last = Math.max(data.steps.at(-1), steps.at(-1));
     const x = (step) => 3 + ((step - first) / (last - first || 1)) * (width - 6);
     const now = `${first} ${last} ${steps.length}`;
     if (now !== drawn) {

@@ -21,9 +21,15 @@ const LINES = "#0072b2 #d55e00 #009e73 #c06a9a #b87f00 #2e90c8 #9b59ab #80864b".
 const DARK = matchMedia("(prefers-color-scheme: dark)");
 
 // {low, high, diverging, root, given, over}: what a colour stands for. `root`: the square root of
-// the magnitude. Without finite limits it is the range of `values`: numbers, or [least, most].
-function scaleOf(entry, values, { change = false, root = false, over } = {}) {
+// the magnitude. Without finite limits it is the range of `values`: numbers, or [least, most]; as it
+// is, with `open`, where they keep to less than a quarter of the limits and would all look the same;
+// but a probability or a share of all says something by being small.
+function scaleOf(entry, values, { change = false, root = false, open = false, over } = {}) {
   let [low, high] = change ? [-Infinity, Infinity] : entry.limits ?? [-Infinity, Infinity];
+  if (open && low <= 0 && !["probability", "fraction"].includes(entry.unit)) {
+    const far = Math.max(...rangeOf(values).map(Math.abs));
+    if (far > 0 && far < Math.max(-low, high) / 4) [low, high] = [low && -Infinity, Infinity];
+  }
   const given = Number.isFinite(low) && Number.isFinite(high);
   if (!given) {
     let [least, most] = rangeOf(values);

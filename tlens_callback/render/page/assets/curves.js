@@ -7,12 +7,14 @@ const DASHES = ["", "6 3", "2 3", "8 3 2 3"];
 // A name as it can be seen; its spaces stay spaces.
 const worded = (text, most) => cut(token(text).replaceAll("·", " "), most);
 
-// First and last step of the axis: of what was observed, and of what the trainer logged.
+// First and last step of the axis: of what was observed, of other numbers, and of what the trainer
+// logged.
 function timeSpan() {
-  let [low, high] = [data.steps[0], data.steps.at(-1)];
-  for (const key of data.keys()) {
-    if (data.entry(key, data.first(key)).axes.join() !== "update") continue;
-    for (const step of numbersOf(key).steps) {
+  const ends = (steps) => [steps[0], steps.at(-1)];
+  let [low, high] = ends(data.steps);
+  for (const key of numberKeys()) {
+    const logged = data.entry(key, data.first(key)).axes.length > 0;
+    for (const step of logged ? numbersOf(key).steps : ends(data.stepsOf(key))) {
       if (step < low) low = step;
       if (step > high) high = step;
     }
@@ -43,17 +45,19 @@ function numbersOf(key) {
   return one;
 }
 
+// How the training goes, and how likely the answer of the shown probe has become.
 function usualCurves() {
-  return numberKeys().filter((key) => key === "trainer/loss");
+  const answer = keyOf("target_scores", "probability", state.probe), there = new Set(numberKeys());
+  return ["trainer/loss", "trainer/reward", answer].filter((key) => there.has(key));
 }
 
-// What is drawn: {name, unit, steps, values, scale, side}. Curves of one scale share their range.
+// What is drawn: {name, unit, limits, steps, values, scale}. Curves of one scale share their range.
 function chosenCurves() {
   const asked = state.curves ?? usualCurves(), there = new Set(numberKeys());
   const left = asked.find((key) => there.has(key)), lines = [];
   for (const key of asked.filter((one) => there.has(one))) {
-    const { instrument, measure } = parts(key);
-    lines.push({ name: key, unit: data.entry(key, data.first(key)).unit, ...numbersOf(key),
+    const { instrument, measure } = parts(key), { unit, limits } = data.entry(key, data.first(key));
+    lines.push({ name: key, unit, limits, ...numbersOf(key),
       scale: key === left ? "left" : `${instrument}/${measure}` });
   }
   const leftMeasure = left && `${parts(left).instrument}/${parts(left).measure}`;
@@ -70,15 +74,18 @@ function headCurves() {
   const heads = [[state.layer, state.head], ...state.pins.filter((pin) => !same(pin))];
   return heads.map(([layer, head]) => {
     const curve = scoreCurve(state.score, layer, head);
-    return curve && { ...curve, name: curve.label, scale: "right" };
+    return curve && { ...curve, name: curve.label, limits: curve.entry.limits, scale: "right" };
   }).filter(Boolean);
 }
 
+// The range of each scale, out to round numbers. What has an end on either side (a share, a score)
+// is drawn from zero: else a change that says nothing would fill the plot.
 function scalesOf(lines) {
   const scales = new Map();
-  for (const { scale, values } of lines) {
+  for (const { scale, values, limits } of lines) {
     const range = scales.get(scale) ?? { low: Infinity, high: -Infinity };
-    for (const value of values) {
+    const base = limits?.every(Number.isFinite) ? [Math.max(limits[0], Math.min(limits[1], 0))] : [];
+    for (const value of [...base, ...values]) {
       if (!Number.isFinite(value)) continue;
       range.low = Math.min(range.low, value);
       range.high = Math.max(range.high, value);
@@ -87,6 +94,11 @@ function scalesOf(lines) {
   }
   for (const range of scales.values()) {
     if (range.low > range.high) Object.assign(range, { low: 0, high: 0 });
+    range.by = tickSize(range.low, range.high);
+    if (range.by) {
+      range.low = Math.floor(range.low / range.by + 1e-9) * range.by;
+      range.high = Math.ceil(range.high / range.by - 1e-9) * range.by;
+    }
   }
   return scales;
 }
@@ -210,15 +222,15 @@ function timeAxis(x, [low, high], width) {
 function valueAxis(lines, scales, side, width) {
   const mine = lines.filter((line) => line.scale === side);
   if (!mine.length) return [];
-  const { low, high } = scales.get(side), left = side === "left";
+  const { low, high, by } = scales.get(side), left = side === "left";
   const at = left ? PAD - 6 : width - PAD + 6, anchor = left ? "end" : "start";
   const title = side === "left" ? mine[0].name : state.score;
   const nodes = [textAt(left ? 2 : width - 2, 11, left ? "start" : "end",
     `${worded(title, 60)}, ${mine[0].unit}`)];
   const room = PLOT.base - PLOT.top - 8;
-  for (const part of low < high ? [0, 0.5, 1] : [0.5]) {
-    const y = PLOT.base - 4 - part * room;
-    nodes.push(textAt(at, y + 3.5, anchor, fmt(low + part * (high - low))),
+  for (const value of by ? ticks(low, high) : [low]) {
+    const y = PLOT.base - 4 - (by ? (value - low) / (high - low) : 0.5) * room;
+    nodes.push(textAt(at, y + 3.5, anchor, by ? tickText(value, by) : fmt(value)),
       svg("path", { class: "axis", d: `M${left ? PAD - 4 : width - PAD} ${y}h4` }));
   }
   return nodes;

@@ -1,6 +1,6 @@
 // The readings of a run: decoding them, and asking for them.
 //
-// data.steps                    observed steps, ascending
+// data.steps                    observed steps, ascending: where the slider stops
 // data.keys()                   keys in order of appearance
 // data.has(key, step)           data.stepsOf(key)         data.latest(key, step): step at or before
 // data.entry(key, step)         {key, axes, unit, shape, limits, labels, texts, select, step}
@@ -176,11 +176,13 @@ const data = {
       series.at.set(step, entry);
       this.touched(series);
     }
+    // Where there is only the observer's comparison with the model, nothing was looked at.
+    if (entries.every(({ key }) => parts(key).instrument === "fidelity")) return;
     this.steps.splice(after(this.steps, step), 0, step);
   },
   drop(step) {
-    if (this.steps[after(this.steps, step) - 1] !== step) return;
-    this.steps.splice(after(this.steps, step) - 1, 1);
+    const place = after(this.steps, step) - 1;
+    if (this.steps[place] === step) this.steps.splice(place, 1);
     this.large.delete(step);
     for (const [key, series] of this.series) {
       if (!series.at.delete(step)) continue;
@@ -211,4 +213,10 @@ function after(steps, step) {
 function parts(key) {
   const [instrument, measure, ...rest] = key.split("/");
   return { instrument, measure, probe: rest.length ? rest.join("/") : null };
+}
+
+// What an instrument of this package measures, in a sentence; "" of another's.
+function meaningOf(instrument) {
+  const told = data.about.instruments ?? {};
+  return Object.hasOwn(told, instrument) ? told[instrument] : "";
 }

@@ -35,12 +35,12 @@ function fmt(value) {
   const text = size >= 1e5 || size < 1e-4 ? value.toExponential(2)
     : size >= 100 ? value.toFixed(0) : size >= 10 ? value.toFixed(1)
     : size >= 0.1 ? value.toFixed(3).replace(/0$/, "") : value.toPrecision(3);
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 // A text as it can be seen: what has no shape, or turns the text around it, as its escape.
 function visible(text) {
-  return text.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cn}\p{Co}\p{Cs}]/gu, (c) =>
+  return text.replace(/(?! )[\p{C}\p{Z}]/gu, (c) =>
     `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
 }
 
@@ -62,7 +62,9 @@ function nameOf(entry, axis, i) {
   const letter = { layer: "L", head: "H" }[axis];
   if (letter && (label === undefined || /^\d+$/.test(label))) return letter + (label ?? i);
   if (label === undefined) return String(i);
-  return ["pos", "token", "query", "key"].includes(axis) ? `${i} ${token(label)}` : visible(label);
+  // A loss has no first token: the place along "token" is not that in the text.
+  if (axis === "token") return token(label);
+  return ["pos", "query", "key"].includes(axis) ? `${i} ${token(label)}` : visible(label);
 }
 
 // "layer" of a selection of layers: index along the axis of layer number n, or -1.

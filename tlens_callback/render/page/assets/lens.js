@@ -86,7 +86,9 @@ function lensBlock(key) {
     steps.forEach((step, i) => tables[i].draw({ step, asked: [state.step, state.other][i],
       against: steps.length === 2 ? steps[1 - i] : null, numbers, sides, scale, target }));
     bar.hidden = !scale;
-    if (scale) legendIn(bar, scale, `${parts(numbers).measure}, ${data.entry(numbers, data.first(numbers)).unit}`);
+    if (!scale) return;
+    const names = new Set([parts(numbers).measure, data.entry(numbers, data.first(numbers)).unit]);
+    legendIn(bar, scale, [...names].join(", "));
   }
 
   function wordsOfLens() {

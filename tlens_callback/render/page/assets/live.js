@@ -31,7 +31,7 @@ const live = {
     // A stamp is the time of writing, in milliseconds.
     this.changedAt = Math.max(0, ...steps.map(([, stamp]) => stamp));
     this.named = new Map(steps.map(([step, ...rest]) => [step, rest]));
-    const gone = data.steps.filter((step) => !this.named.has(step));
+    const gone = [...this.taken.keys()].filter((step) => !this.named.has(step));
     for (const step of gone) {
       data.drop(step);
       this.taken.delete(step);
@@ -92,13 +92,22 @@ const live = {
     this.blobs.delete(name);
     for (const give of waiting.give) give(text);
   },
+  // The usual time between two observations: the median; Infinity where there is none.
+  usual() {
+    const stamps = data.steps.map((step) => this.named.get(step)[0]);
+    const between = stamps.slice(1).map((stamp, i) => Math.abs(stamp - stamps[i]));
+    return between.sort((a, b) => a - b)[between.length >> 1] ?? Infinity;
+  },
   tell() {
     const node = document.getElementById("status");
-    const last = data.steps.length ? `last step ${data.steps.at(-1)}` : "no step yet";
-    const words = [data.about.done ? "finished" : "running", last];
+    // Whether a run goes on cannot be seen from here, only when it last wrote.
+    const words = data.about.done ? ["ended"] : [];
+    words.push(data.steps.length ? `last step ${data.steps.at(-1)}` : "no step yet");
     if (this.changedAt && !data.about.done) {
-      words.push(`updated ${ago((Date.now() - this.changedAt) / 1000)} ago`);
-    };
+      const since = Date.now() - this.changedAt, told = ago(since / 1000);
+      words.push(since > 5 * Math.max(this.usual(), POLL) ? `no news for ${told}`
+        : `updated ${told} ago`);
+    }
     const missing = this.named.size - this.taken.size;
     if (missing > 0) words.push(`reading ${missing} more`);
     if (this.lost) words.push("data/index.js cannot be read");

@@ -14,11 +14,12 @@ function matrixView(root) {
     onchange: () => set({ change: change.checked }) });
   const canvas = el("canvas", { id: "matrix", tabindex: 0, role: "application" });
   const frame = el("div", { style: "overflow:auto;max-height:75vh" }, canvas);
+  const meaning = el("p", { class: "told meaning" });
   const axes = el("div", { class: "axes" }), bar = el("div");
   const told = el("p", { class: "told", id: "matrixtold" });
   const list = topList();
   heading.append(choose, el("label", {}, change, " change since the first step"));
-  body.append(frame, axes, bar, told, list.root);
+  body.append(meaning, frame, axes, bar, told, list.root);
   root.append(box);
   const image = bitmap();
   let shape = null, framed = "", room = 0, cursor = [0, 0], pointed = null;
@@ -28,6 +29,7 @@ function matrixView(root) {
     if (!wanted.some((name) => changed.has(name))) return;
     if (changed.has("data")) fillScores(choose);
     choose.value = state.score ?? "";
+    write(meaning, meaningOf(parts(scoreOf(state.score)?.key ?? "").instrument));
     change.checked = state.change;
     const got = scoreAt(state.score, state.step, state.change);
     for (const node of [frame, axes, bar, list.root]) node.hidden = !got;
@@ -230,7 +232,7 @@ function topList() {
   const order = el("select", { id: "order", "aria-label": "which to list",
     onchange: () => draw(last) },
     el("option", { value: "size" }, "largest"), el("option", { value: "high" }, "highest"),
-    el("option", { value: "low" }, "lowest"));
+    el("option", { value: "low" }, "lowest"), el("option", { value: "moved" }, "most changed"));
   const cell = (tag, child, side = "right") =>
     el(tag, { style: `padding:0 10px 0 0;text-align:${side}` }, child);
   const measure = el("span"), since = el("span"), body = el("tbody");
@@ -250,8 +252,10 @@ function topList() {
   const root = el("table", { id: "top-heads", style: look }, el("thead", {}, head), body);
 
   function draw(shape) {
-    const { entry, now, first, firstStep, values, columns, ofHeads } = last = shape;
-    const weigh = { size: Math.abs, high: (value) => value, low: (value) => -value }[order.value];
+    const { entry, now, first, firstStep, columns, ofHeads } = last = shape;
+    const moved = order.value === "moved" && first;
+    const values = moved ? changeOf(now, first) : shape.values;
+    const weigh = { high: (value) => value, low: (value) => -value }[order.value] ?? Math.abs;
     write(measure, plain(shape.score.measure));
     write(since, `since step ${firstStep}`);
     last.found = foremost(values, weigh).map((i) => {
@@ -296,6 +300,7 @@ function foremost(values, weigh) {
 
 function pin(layer, head) {
   const there = state.pins.some((pin) => pin[0] === layer && pin[1] === head);
+  if (!there && state.pins.length >= MOST_PINS) return say(`${MOST_PINS} heads are pinned already`);
   set({ pins: there ? state.pins.filter((pin) => pin[0] !== layer || pin[1] !== head)
     : [...state.pins, [layer, head]] });
 }
@@ -311,7 +316,8 @@ function fillScores(choose) {
     if (!groups.has(instrument)) {
       groups.set(instrument, el("optgroup", { label: plain(instrument) }));
     }
-    groups.get(instrument).append(el("option", { value: name }, plain(measure)));
+    groups.get(instrument).append(el("option", { value: name, title: meaningOf(instrument) },
+      plain(`${instrument}: ${measure}`)));
   }
   choose.replaceChildren(...groups.values());
 }

@@ -37,10 +37,19 @@ function ofInstrument(instrument, probe) {
   });
 }
 
+// A measure, and its probe where the section has others beside it that are of none.
+function measureOf(key) {
+  const { instrument, measure, probe } = parts(key);
+  const beside = probe !== null && ofInstrument(instrument, probe)
+    .some((other) => parts(other).probe === null);
+  return beside ? `${measure} of ${plain(probe)}` : measure;
+}
+
 function sectionOf(instrument) {
-  const body = el("div", { class: "panels" }), note = el("small");
+  const body = el("div", { class: "panels" }), note = el("small"), meaning = meaningOf(instrument);
   const root = el("details", { class: "card section", open: true, "data-instrument": instrument },
-    el("summary", {}, el("h2", {}, instrument.replaceAll("_", " "), note)), body);
+    el("summary", {}, el("h2", {}, instrument.replaceAll("_", " "), note)),
+    ...(meaning ? [el("p", { class: "told meaning" }, meaning)] : []), body);
   root.addEventListener("toggle", () => redraw("data"));
   const panels = new Map(); // what it shows -> panel
   const section = { root, seen: false, draw };
@@ -55,9 +64,10 @@ function sectionOf(instrument) {
       body.replaceChildren(...shown.map((panel) => panel.root));
     }
     for (const panel of shown) panel.draw();
-    const ofProbe = keys.some((key) => parts(key).probe === state.probe);
-    const others = !keys.length;
-    note.textContent = others ? `nothing of ${state.probe}` : ofProbe ? `of ${state.probe}` : "";
+    const ofProbe = keys.every((key) => parts(key).probe !== null);
+    write(note, !keys.length ? `nothing of ${plain(state.probe ?? "")}`
+      : !wanted.length ? "in the card of the lens, above"
+      : ofProbe ? `of ${plain(state.probe)}` : "");
   }
   return section;
 }
@@ -71,13 +81,16 @@ function panelsOf(instrument, keys) {
   const add = (kind, some, make) => {
     if (some.length) wanted.push([`${kind} ${some.join(" ")}`, () => make(some)]);
   };
+  const inLens = new Set(lensKeys().flatMap((key) => [key, numbersOfTexts(key)]));
   if (instrument === "logit_attribution") add("parts", keys, partsPanel);
   add("numbers", group((axes) => axes.length === 0), numbersPanel);
   const named = (axes, entry) => entry.unit === "index" && entry.texts;
   for (const key of group((axes, entry) => axes.join() === "layer" && !named(axes, entry))) add("line", [key], linePanel);
   for (const key of group((axes, entry) => axes.length === 2 && axes[1] !== "rank" && !named(axes, entry))) add("map", [key], mapPanel);
   for (const lead of new Set(keys.map((key) => data.entry(key, data.first(key)).axes.slice(0, 2).join()))) {
-    if (lead.endsWith(",rank")) add("ranked", group((axes) => axes.length <= 3 && axes.slice(0, 2).join() === lead), rankedPanel);
+    if (!lead.endsWith(",rank")) continue;
+    const ranked = group((axes) => axes.length <= 3 && axes.slice(0, 2).join() === lead);
+    if (!ranked.every((key) => inLens.has(key))) add("ranked", ranked, rankedPanel);
   }
   const single = group((axes, entry) => axes.length === 1 && (axes[0] !== "layer" || named(axes, entry)));
   for (const axis of new Set(single.map((key) => data.entry(key, data.first(key)).axes[0]))) {
@@ -98,10 +111,11 @@ function valuesOf(key, step) {
 }
 
 function linePanel([key]) {
-  const { measure } = parts(key), first = data.entry(key, data.first(key));
-  const chart = lineChart(measure, first.unit, first.axes[0]);
+  const first = data.entry(key, data.first(key));
+  const chart = lineChart(measureOf(key), first.unit, first.axes[0]);
   function draw() {
     const step = data.latest(key, state.step);
+    chart.root.hidden = step === null;
     if (step === null) return;
     const entry = data.entry(key, step), before = data.first(key);
     const series = [{ name: `step ${step}`, values: data.values(key, step), colour: style("--accent") }];
@@ -124,18 +138,18 @@ function mapPanel(keys) {
   function pick(row, column) {
     const entry = data.entry(key, data.latest(key, state.step));
     if (entry.axes.slice(-2).join() !== "layer,head") return;
-    set({ layer: numberOf(entry, "layer", row), head: column });
+    set({ layer: numberOf(entry, "layer", row), head: numberOf(entry, "head", column) });
   }
   function choose(name) {
     key = name;
     chosen = [];
     map?.root.remove();
-    map = heatMap(parts(key).measure, pick);
+    map = heatMap(measureOf(key), pick);
     root.append(map.root);
     const { axes, shape } = data.entry(key, data.first(key)), entry = data.entry(key, data.first(key));
     const several = keys.length < 2 ? [] : [el("select", { "aria-label": "measure",
       onchange: (event) => { choose(event.target.value); draw(); },
-    }, ...keys.map((one) => el("option", { value: one, selected: one === key }, parts(one).measure)))];
+    }, ...keys.map((one) => el("option", { value: one, selected: one === key }, measureOf(one))))];
     choices.replaceChildren(...several, ...axes.slice(0, -2).map((axis, j) => el("label", {}, `${axis} `,
       el("select", { onchange: (event) => { chosen[j] = event.target.selectedIndex; draw(); } },
         ...Array.from({ length: shape[j] }, (_, i) => el("option", {}, nameOf(entry, axis, i)))))));
@@ -153,7 +167,8 @@ function mapPanel(keys) {
     const slice = [at * rows * columns, (at + 1) * rows * columns];
     map.update({ rows: names(down, rows), columns: names(across, columns),
       values: values.subarray(...slice), unit: entry.unit + late(step),
-      texts: entry.texts?.slice(...slice), scale: scaleOf(entry, data.range(key)) });
+      texts: entry.texts?.slice(...slice), axes: `${down} ↓ ${across} →`,
+      scale: scaleOf(entry, data.range(key), { open: true, over: "range of all steps" }) });
   }
   choose(key);
   return { root, draw };
@@ -165,8 +180,8 @@ function partsPanel(keys) {
   const root = el("figure", { class: "chart parts" }, title, chart.root);
   const MOST = 16;
   function draw() {
-    const items = [];
-    let unit = "";
+    const items = [], used = [];
+    let unit = "", since = state.step;
     for (const key of keys) {
       const { measure } = parts(key), step = data.latest(key, state.step);
       if (step === null || !["head", "attention", "mlp", "embed", "bias"].includes(measure)) continue;
@@ -175,6 +190,8 @@ function partsPanel(keys) {
       if (!values || !first) continue;
       if (measure === "attention" && keys.some((one) => parts(one).measure === "head")) continue;
       unit = entry.unit;
+      since = Math.min(since, data.first(key));
+      used.push(...data.range(key));
       values.forEach((value, i) => {
         const [row, column] = entry.axes.length === 2 ? [Math.floor(i / entry.shape[1]), i % entry.shape[1]] : [i, null];
         const name = !entry.axes.length ? measure : nameOf(entry, "layer", row)
@@ -183,8 +200,8 @@ function partsPanel(keys) {
       });
     }
     items.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
-    title.textContent = `the ${Math.min(MOST, items.length)} largest of ${items.length} parts, ${unit}; outline: at the first step`;
-    chart.update(items.slice(0, MOST), unit);
+    title.textContent = `the ${Math.min(MOST, items.length)} largest of ${items.length} parts, ${unit}; outline: at step ${since}`;
+    chart.update(items.slice(0, MOST), unit, Math.max(1e-9, ...used.map(Math.abs)));
   }
   return { root, draw };
 }

@@ -27,7 +27,10 @@ function patternView(root) {
     probe.value = state.probe ?? "";
     other.value = state.other ?? "";
     const pinned = state.pins.some(([layer, head]) => layer === state.layer && head === state.head);
-    write(pinning, `${pinned ? "unpin" : "pin"} L${state.layer}H${state.head}`);
+    const full = !pinned && state.pins.length >= MOST_PINS;
+    pinning.disabled = full;
+    write(pinning, full ? `${MOST_PINS} heads are pinned`
+      : `${pinned ? "unpin" : "pin"} L${state.layer}H${state.head}`);
     if (!room || [...changed].some((name) => name !== "step")) room = body.clientWidth;
     const mine = ++turn, key = shownPattern();
     kind.value = key ? kindOf(key) : state.pattern ?? ATTENTION;
@@ -112,7 +115,8 @@ function fillPatternChoices(probe, kind, other) {
 // none is too small to point at.
 function sizes(entry, room, perRow, count) {
   const letters = count === 1 ? 10 : 7, names = labelRoom(entry, "query", letters) + 4;
-  const most = count === 1 ? 560 : Math.max(180, room / perRow - 12 - names);
+  const most = Math.min(count === 1 ? 560 : Math.max(180, room / perRow - 12 - names),
+    Math.max(260, innerHeight - 420)); // the last row, which answers, is seen without scrolling
   const side = Math.min(most, Math.max(180, room - names));
   const cell = Math.floor(side / Math.max(...entry.shape.slice(-2)));
   return { letters, cell: Math.max(2, Math.min(32, cell)) };
@@ -205,8 +209,9 @@ function absence(key, step, title) {
   if (step === null) return `Not measured until step ${data.first(key)}.`;
   if (!data.codes(key, step)) return `The pattern of step ${step} is not here yet.`;
   const entry = data.entry(key, step), count = headsIn(entry).length;
-  return `${title} is not in this page at step ${step}, `
-    + `which holds the patterns of ${count} heads.`;
+  return entry.select
+    ? `${title} is not in this page at step ${step}, which holds the patterns of ${count} heads.`
+    : `The attention of ${title} was not recorded: that of ${count} heads was.`;
 }
 
 function fillOffer(offer, key, step) {

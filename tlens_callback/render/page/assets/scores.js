@@ -42,9 +42,11 @@ const keyOf = (...names) => names.filter((name) => name !== null).join("/");
 const scores = () => [...allScores().keys()];
 const scoreOf = (name) => allScores().get(name) ?? null;
 
+// What a page opens with: which heads attend elsewhere than at first, as far as any does.
 function usualScore() {
-  const all = scores();
+  const all = scores(), drift = "attention_drift/js";
   const axes = ({ key }) => data.entry(key, data.first(key)).axes;
+  if (all.includes(drift) && data.range(drift)[1] > 0) return drift;
   return all.find((name) => name === "head_scores/induction")
     ?? all.find((name) => axes(scoreOf(name)).at(-1) === "head") ?? all[0] ?? null;
 }
@@ -102,8 +104,7 @@ function scoreAt(name, at, change) {
   const score = scoreOf(name), step = score && data.latest(score.key, at);
   if (step === null) return null;
   const { key, lead } = score, firstStep = data.first(key), entry = data.entry(key, step);
-  const fixed = !change && entry.limits?.every(Number.isFinite);
-  const all = fixed ? [] : data.stepsOf(key).map((one) => [one, rangeAt(score, one, change)]);
+  const all = data.stepsOf(key).map((one) => [one, rangeAt(score, one, change)]);
   const now = data.slice(key, step, lead), first = data.slice(key, firstStep, lead);
   const missing = all.filter(([, range]) => !range).map(([one]) => one);
   if (!now) missing.push(step);
@@ -114,7 +115,8 @@ function scoreAt(name, at, change) {
   return {
     score, entry, step, firstStep, now, first, spread: spreadOf(score, step),
     values: change ? changeOf(now, first) : now,
-    scale: scaleOf(entry, all.flatMap(([, range]) => range ?? []), { change, over }),
+    scale: scaleOf(entry, all.flatMap(([, range]) => range ?? []),
+      { change, over, open: true }),
   };
 }
 

@@ -122,15 +122,23 @@ function isHead(layer, head) {
     indexOf(entry, "layer", layer) >= 0 && indexOf(entry, "head", head) >= 0);
 }
 
-// The head with the highest value of the score, since most heads do little.
+// The head with the highest value of the score, since most heads do little; of those whose
+// attention can be shown, where there are any.
 function usualHead() {
-  const [entry] = headEntries(), score = scoreOf(state.score);
+  const [entry] = headEntries(), score = scoreOf(state.score), key = shownPattern();
   if (!entry) return [0, 0];
   const shown = score?.key === entry.key && data.slice(entry.key, entry.step, score.lead);
-  let best = 0;
-  (shown || []).forEach((value, i) => { if (value > (shown[best] || -Infinity)) best = i; });
-  const heads = entry.shape[entry.axes.indexOf("head")], row = Math.floor(best / heads);
-  return [numberOf(entry, "layer", row), numberOf(entry, "head", best % heads)];
+  const heads = entry.shape[entry.axes.indexOf("head")];
+  const nameAt = (i) =>
+    [numberOf(entry, "layer", Math.floor(i / heads)), numberOf(entry, "head", i % heads)];
+  const pattern = key && data.entry(key, data.latest(key, state.step) ?? data.first(key));
+  const there = new Set(pattern ? headsIn(pattern).map(String) : []);
+  let best = -1;
+  (shown || []).forEach((value, i) => {
+    if (there.size && !there.has(String(nameAt(i)))) return;
+    if (value > (shown[best] ?? -Infinity)) best = i;
+  });
+  return best < 0 && there.size ? headsIn(pattern)[0] : nameAt(Math.max(best, 0));
 }
 
 // Keys of attention patterns [layer, head, query, key].
@@ -145,10 +153,4 @@ function probes() {
   const named = data.keys().map((key) => parts(key).probe);
   const ofPatterns = patterns().map((key) => parts(key).probe);
   return [...new Set([...ofPatterns, ...named])].filter((name) => name !== null);
-}
-
-// The pattern that is shown: attention itself before what is made of it.
-function patternKey() {
-  const own = patterns().filter((key) => parts(key).probe === state.probe);
-  return own.find((key) => key.startsWith("attention_patterns/")) ?? own[0] ?? null;
 }

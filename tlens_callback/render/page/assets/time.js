@@ -50,7 +50,7 @@ function timeView(root) {
   function draw(changed) {
     const any = (...names) => names.some((name) => changed.has(name));
     if (any("data")) choice.fill();
-    if (any("data", "curves", "size", "score", "layer", "head", "pins")) {
+    if (any("data", "curves", "size", "score", "layer", "head", "pins", "probe")) {
       lines = chosenCurves();
       plot.draw(lines);
       tell = legendOf(list, lines);
@@ -128,20 +128,26 @@ function wordsOf(line, step) {
     + (found.step === step || found.step === null ? "" : ` (step ${found.step})`);
 }
 
+// A piece of a line, beside its name.
+function sampleOf(colour, dash = "") {
+  return svg("svg", { width: 20, height: 8, "aria-hidden": true },
+    svg("path", { d: "M0 4h20", stroke: colour, "stroke-width": 2.5, "stroke-dasharray": dash }));
+}
+
 // One entry a curve. Gives the function that writes the values of the step into them.
 function legendOf(list, lines) {
   const values = lines.map(() => el("b"));
   list.replaceChildren(...lines.map((line, i) => {
-    const sample = svg("svg", { width: 20, height: 8, "aria-hidden": true },
-      svg("path", { d: "M0 4h20", stroke: line.colour, "stroke-width": 2.5,
-        "stroke-dasharray": line.dash }));
     const where = ["left", "right"].includes(line.scale) ? `${line.scale} axis`
       : `${fmt(line.range[0])} to ${fmt(line.range[1])} ${line.unit}`;
-    return el("span", { class: "curve", title: line.name }, sample, worded(line.name, 44),
+    return el("span", { class: "curve", title: line.name }, sampleOf(line.colour, line.dash),
+      worded(line.name, 44),
       values[i], el("small", {}, where));
   }));
   return () => lines.forEach((line, i) => {
-    values[i].textContent = fmt(pointAt(line, state.step).value);
+    const { step, value } = pointAt(line, state.step);
+    values[i].textContent = fmt(value)
+      + (step === state.step || step === null ? "" : ` (step ${step})`);
   });
 }
 

@@ -141,7 +141,7 @@ function tokensView(root) {
         at: (i) => (i < offset || i >= offset + n ? NaN : data.number(key, step, lead * n + i - offset)) };
     }
     const got = headAt(shownPattern(), step);
-    if (!got) return absent(`L${state.layer}H${state.head} of this probe is not in this page.`);
+    if (!got) return absent(`There is no attention of L${state.layer}H${state.head} here.`);
     const kind = kindOf(entry.key), scale = scaleOf(entry, got.values, { root: true });
     const head = `${kind === ATTENTION ? "attention" : kind} of L${state.layer}H${state.head}`;
     const from = query(), { values, causal, n } = got;
