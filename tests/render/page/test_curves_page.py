@@ -1,8 +1,8 @@
 """What the plot of curves says: its axes, and what it shows by itself."""
 
 from tests.browser import needs_browser, opened
+from tests.render.page.five_steps import logged, settled, ticks_of
 from tests.render.page.pages import page_of
-from tests.render.page.test_time_page import logged, settled, ticks_of
 from tlens_callback.reading import Reading
 
 pytestmark = needs_browser()

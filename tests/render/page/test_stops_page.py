@@ -3,9 +3,9 @@
 import pytest
 
 from tests.browser import needs_browser, opened
+from tests.render.page.five_steps import settled
 from tests.render.page.pages import page_of
 from tests.render.page.test_live_page import until
-from tests.render.page.test_time_page import settled
 from tlens_callback.reading import Reading
 from tlens_callback.render.page import PageFolder
 

@@ -1,145 +1,25 @@
-"""The slider, the curves on its axis, events, the address, and runs that lack something."""
+"""The slider, the curves on its axis, and events."""
 
-import io
 import re
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 import numpy as np
-import pytest
-from PIL import Image
 
-from tests.browser import needs_browser, opened
-from tests.render.page.pages import page_of
-from tlens_callback.reading import Reading
-from tlens_callback.render.page.template import html
+from tests.browser import needs_browser
+from tests.render.page.five_steps import (
+    INDUCTION,
+    LOSS,
+    STEPS,
+    UPDATES,
+    marker,
+    settled,
+    step_of,
+    thumb,
+    ticks_of,
+    words_of,
+)
 
 pytestmark = needs_browser()
-
-STEPS = (10, 20, 50, 100, 101)
-HOSTILE = '</script><script>alert(1)</script> "quoted" \u202e'
-UPDATES = range(1, 102)
-LOSS = {update: np.float32(4 - update / 50 + (update % 7) / 10) for update in UPDATES}
-INDUCTION = {
-    step: np.array([[0.1, 0.2, 0.3], [0.05, step / 128, 0.6]], np.float32) for step in STEPS
-}
-EVALUATED = {20: 3.25, 100: 2.125}
-
-
-def since(step):
-    before = max([0, *(at for at in STEPS if at < step)])
-    return range(before + 1, step + 1)
-
-
-def pattern(step):
-    values = np.tril(np.ones((2, 3, 4, 4))) / np.arange(1, 5)[:, None]
-    return Reading(
-        key="attention_patterns/pattern/capital",
-        values=values,
-        axes=("layer", "head", "query", "key"),
-        unit="probability",
-        limits=(0, 1),
-        labels={"query": ["a", "b", "c", "d"], "key": ["a", "b", "c", "d"]},
-    )
-
-
-def scores(step):
-    return Reading(
-        key="head_scores/induction",
-        values=INDUCTION[step],
-        axes=("layer", "head"),
-        unit="probability",
-        limits=(0, 1),
-    )
-
-
-def logged(name, values):
-    return Reading(
-        key=f"trainer/{name}",
-        values=list(values.values()),
-        axes=("update",),
-        unit="as logged",
-        labels={"update": [str(update) for update in values]},
-    )
-
-
-def readings(step):
-    some = [pattern(step), scores(step), logged("loss", {at: LOSS[at] for at in since(step)})]
-    if step in EVALUATED:
-        some.append(logged("eval_loss", {step: EVALUATED[step]}))
-    for i in range(2):
-        some.append(Reading(key=f"target_scores/loss/probe{i}", values=i + step / 100, unit="nats"))
-    some.append(Reading(key=f"target_scores/rank/{HOSTILE}", values=step, unit="rank"))
-    if step in (50, 100):
-        events = [f"L1H1 has become an induction head at {step}", HOSTILE]
-        some.append(
-            Reading(
-                key="watch/events",
-                values=[0.4, np.nan],
-                axes=("event",),
-                unit="event",
-                labels={"event": events},
-            )
-        )
-    return some
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pages")
-    with opened("about:blank", allowed=folder.as_uri()) as (page, faults):
-        page.set_default_timeout(5000)
-        yield page, faults, folder
-
-
-@pytest.fixture(scope="module")
-def run(tab):
-    folder = tab[2] / "run"
-    folder.mkdir()
-    return page_of(folder, {step: readings(step) for step in STEPS})
-
-
-@pytest.fixture
-def opens(tab):
-    """Opens an address anew in the module's browser; afterwards nothing has gone wrong in it."""
-    page, faults, _ = tab
-
-    def at(address):
-        page.goto("about:blank")
-        page.mouse.move(700, 990)
-        page.goto(address)
-        page.wait_for_selector("#title:not(:empty)")
-        settled(page)
-        return page
-
-    yield at
-    assert faults == []
-
-
-def settled(page):
-    page.evaluate("() => new Promise((done) => setTimeout(() => requestAnimationFrame(done), 20))")
-
-
-def step_of(page):
-    settled(page)
-    return int(re.match(r"step (\d+)", page.text_content("#stepname"))[1])
-
-
-def words_of(page):
-    page.wait_for_timeout(250)  # the address is written when things are quiet
-    return {name: words[0] for name, words in parse_qs(page.evaluate("location.hash")[1:]).items()}
-
-
-def marker(page):
-    return page.evaluate("document.querySelector('#curves .now').getBoundingClientRect().left")
-
-
-def thumb(page):
-    """The middle of the slider's thumb, in the picture of it."""
-    box = page.locator("#step").bounding_box()
-    shot = Image.open(io.BytesIO(page.screenshot(clip=box))).convert("RGB")
-    blue = np.abs(np.asarray(shot, int) - (11, 99, 181)).sum(-1) < 60  # --accent
-    columns = np.flatnonzero(blue.any(0))
-    return box["x"] + (columns[0] + columns[-1] + 1) / 2
 
 
 def test_slider_aligned(opens, run):
@@ -260,18 +140,6 @@ def test_loss_at_every_update(opens, run):
     assert 2 <= min(LOSS.values()) < 3 and 4 < max(LOSS.values()) <= 5
 
 
-def ticks_of(page, side):
-    """The numbers at an axis of values, from below."""
-    found = page.evaluate(
-        """(side) => [...document.querySelectorAll("#curves text")]
-      .filter((text) => text.getAttribute("text-anchor") === (side === "left" ? "end" : "start")
-        && text.textContent !== "step" && !text.textContent.includes(","))
-      .map((text) => text.textContent)""",
-        side,
-    )
-    return found
-
-
 def test_further_curves(opens, run):
     page = opens(run)
     page.click("#choosecurves summary")
@@ -335,133 +203,3 @@ def test_events(opens, run):
     marks.nth(1).focus()
     page.keyboard.press("Enter")
     assert step_of(page) == 100
-
-
-def test_address_shows_a_head_at_a_step(opens, run):
-    page = opens(run + "#step=20&head=1.2&score=head_scores/induction")
-    assert step_of(page) == 20
-    assert page.evaluate("[tlens.state.layer, tlens.state.head]") == [1, 2]
-    assert "L1H2" in page.inner_text("#curvelist")
-    page.keyboard.press("ArrowRight")
-    assert words_of(page)["step"] == "50"
-    page.evaluate("tlens.set({ layer: 0, head: 1 })")
-    assert words_of(page)["head"] == "0.1"
-    page.evaluate("tlens.set({ pins: [[0, 0]] })")
-    assert words_of(page)["pins"] == "0.0"
-    page.go_back()
-    assert page.evaluate("tlens.state.pins") == []
-    page.go_back()
-    settled(page)
-    assert words_of(page)["head"] == "1.2" and "L1H2" in page.inner_text("#curvelist")
-    page.go_forward()
-    settled(page)
-    assert "L0H1" in page.inner_text("#curvelist")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "step=-5&other=x&head=99.99&score=__proto__&probe=%00&query=1e9&pins=,1.1.1,9.9",
-        "step=99999999999999999999&head=999999999999.1&curves=constructor&pattern=/",
-        "%&%%&step=%E0%A4%A&<script>alert(1)</script>",
-        "step=70&pins=" + ",".join(f"{i}.{i}" for i in range(3000)),
-    ],
-)
-def test_hostile_address(opens, run, words):
-    page = opens(run + "#" + words)
-    assert step_of(page) in STEPS
-    head = page.evaluate("[tlens.state.layer, tlens.state.head]")
-    assert head[0] in (0, 1) and head[1] in (0, 1, 2)
-    assert page.locator(".error:visible").count() == 0
-    assert all(layer < 2 and head < 3 for layer, head in page.evaluate("tlens.state.pins"))
-
-
-def test_page_in_a_frame_without_an_address(tab, run):
-    page, faults, folder = tab
-    text = (folder / "run" / "page.html").read_text()
-    page.goto("about:blank")
-    page.evaluate(
-        """(text) => {
-          const frame = document.createElement("iframe");
-          frame.sandbox = "allow-scripts";
-          frame.style = "width: 1300px; height: 900px";
-          frame.srcdoc = text;
-          document.body.replaceChildren(frame);
-        }""",
-        text,
-    )
-    inside = page.frame_locator("iframe")
-    inside.locator("#stepname").wait_for()
-    inside.locator("#theme").focus()
-    page.keyboard.press("Home")
-    page.wait_for_timeout(300)
-    assert inside.locator("#stepname").inner_text() == "step 10"
-    page.keyboard.press("?")
-    assert inside.locator("#keys").is_visible()
-    assert faults == []
-
-
-def test_one_step(opens, tab):
-    (tab[2] / "one").mkdir()
-    page = opens(page_of(tab[2] / "one", {20: readings(20)}))
-    assert step_of(page) == 20
-    page.keyboard.press("Space")
-    page.keyboard.press("ArrowRight")
-    assert step_of(page) == 20
-    assert page.locator(".error:visible").count() == 0
-
-
-def test_only_numbers(opens, tab):
-    (tab[2] / "numbers").mkdir()
-    number = {s: [Reading(key="cost/seconds", values=s / 7, unit="seconds")] for s in (30, 60)}
-    page = opens(page_of(tab[2] / "numbers", number) + "#curves=cost/seconds")
-    assert step_of(page) == 60
-    assert "cost/seconds, seconds" in page.text_content("#curves")
-    assert not page.is_visible("#score") and not page.is_visible("#maps")
-    assert page.locator(".error:visible").count() == 0
-
-
-def test_only_patterns(opens, tab):
-    (tab[2] / "patterns").mkdir()
-    page = opens(page_of(tab[2] / "patterns", {0: [pattern(0)], 5: [pattern(5)]}))
-    assert step_of(page) == 5
-    assert not page.is_visible("#score") and page.is_visible("#maps")
-    assert page.locator(".error:visible").count() == 0
-
-
-def test_no_steps_and_notes(opens, tab):
-    notes = ["Patterns of 24 of 270 heads.", HOSTILE]
-    file = tab[2] / "empty.html"
-    file.write_text(html({"title": HOSTILE, "live": False, "notes": notes}), encoding="utf-8")
-    page = opens(file.as_uri() + "#step=5")
-    assert page.is_visible("#empty") and "no steps" in page.inner_text("#empty")
-    assert page.locator("#notes li").all_text_contents() == notes
-    assert page.text_content("#title") == page.title() == HOSTILE
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Space")
-    settled(page)
-    assert not page.is_visible("#step")
-
-
-def test_an_error_stays_in_its_view(tab, run):
-    page, faults, _ = tab
-    page.goto("about:blank")
-    page.goto(run)
-    page.wait_for_selector("#stepname:not(:empty)")
-    settled(page)
-    page.evaluate(
-        """() => {
-          window.whole = tlens.data.slice;
-          tlens.data.slice = () => { throw new Error("broken on purpose"); };
-        }"""
-    )
-    page.keyboard.press("Home")
-    assert step_of(page) == 10
-    assert page.locator(".error:visible").count() >= 1
-    assert "broken on purpose" in page.locator(".error:visible").first.inner_text()
-    assert any("broken on purpose" in fault for fault in faults)
-    page.evaluate("() => { tlens.data.slice = whole; }")
-    page.keyboard.press("End")
-    assert step_of(page) == 101
-    assert page.locator(".error:visible").count() == 0
-    faults.clear()
