@@ -90,10 +90,35 @@ def test_the_end_says_where_to_look_and_what_it_cost(tmp_path, capsys):
     )
     assert said.count(f"local store {tmp_path / 'tlens'}") == 2, "at the start and at the end"
     assert said.splitlines()[-1].endswith(f"page {tmp_path / 'tlens' / 'page.html'}")
-    assert re.search(
-        r"3 observations of 1 probes and 0 repeated blocks in [\d.]+ s, [\d.]+% of the run", said
+    told = re.search(
+        r"3 observations of 1 probes and 0 repeated blocks in ([\d.]+) s, ([\d.]+) of them before "
+        r"the first step, [\d.]+% of the run",
+        said,
     )
+    assert told and float(told[2]) <= float(told[1])
     assert "MiB" in said
+
+
+class Costs(TrainerCallback):
+    """(beforehand, seconds) at the beginning of every step."""
+
+    def __init__(self, callback):
+        self.callback, self.seen = callback, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        cost = self.callback.observer.cost
+        self.seen.append((cost.beforehand, cost.seconds))
+
+
+def test_what_was_spent_beforehand_is_that_of_the_start(tmp_path):
+    callback = TLensCallback([CAPITAL], instruments=[TargetScores()], sinks=[], every_n_steps=1)
+    run = trainer(tmp_path, callback)
+    costs = Costs(callback)
+    run.callback_handler.callbacks.insert(0, costs)
+    run.train()
+    (first, total), *later = costs.seen
+    assert 0 < first == total
+    assert all(beforehand == first < seconds for beforehand, seconds in later)
 
 
 def test_adapters_and_copies_are_said(tmp_path, capsys):

@@ -20,10 +20,11 @@ class Cost:
 
     Attributes:
         seconds: spent so far.
+        beforehand: those of them that were spent before the first step.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.beforehand = 0.0
         self._accounted = 0.0
         self._began = self._entered = time.perf_counter()
 

@@ -170,6 +170,7 @@ class Observer:
                         "from here on.",
                         name,
                     )
+        self.cost.beforehand = self.cost.seconds
 
     def remember(self, path: Path, *, step: int, run: str = "") -> None:
         """Keeps in a file what the instruments compare later observations with.

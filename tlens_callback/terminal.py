@@ -37,7 +37,8 @@ def summary(observer: "Observer") -> list[str]:
         return []
     lines = [
         f"tlens: {len(observer.steps)} observations of {_asked(observer)} in "
-        f"{observer.cost.seconds:.1f} s, {observer.cost.share:.1%} of the run; "
+        f"{observer.cost.seconds:.1f} s, {observer.cost.beforehand:.1f} of them before the first "
+        f"step, {observer.cost.share:.1%} of the run; "
         f"{observer.extra_bytes / 2**20:.1f} MiB of weights beside the model's"
     ]
     if observer.checks:
