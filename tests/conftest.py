@@ -1,7 +1,9 @@
 """Settings that every test shares."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -11,6 +13,14 @@ from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, be
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Adapters and dropout draw from the global states: the same in every run of the tests."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -178,6 +178,7 @@ def spread() -> None:
 
 def main(what: str, *args: str) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     with pretend_device.Machine():
         {"every": every, "culprits": culprits, "spread": spread}[what](*args)
 

@@ -79,6 +79,8 @@ class TakesBack(TrainerCallback):
 
 
 def main(folder: Path, modes: list[str]) -> None:
+    # What a shell starts in the background inherits that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Forked, so that the packages are imported once; each child ends like a script of its own.
     children = []
     for mode in modes:

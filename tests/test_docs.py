@@ -101,9 +101,8 @@ def test_the_readme_names_only_files_that_exist():
 
 
 def test_every_public_name_has_a_docstring():
-    for name, thing in vars(tlens_callback).items():
-        if inspect.isclass(thing) or inspect.isfunction(thing):
-            assert inspect.getdoc(thing), name
+    for name in tlens_callback.__all__:
+        assert inspect.getdoc(getattr(tlens_callback, name)), name
 
 
 CHECK = """
@@ -115,7 +114,7 @@ def settings():
     levels = {name: logging.getLogger(name).level for name in ("", "transformers", "trl", "peft")}
     return levels, [str(f) for f in warnings.filters]
 found = settings()
-import tlens_callback
+from tlens_callback import *
 assert settings() == found, (settings(), found)
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(new & {"wandb", "plotly", "matplotlib", "trackio", "tensorboard"}))

@@ -41,9 +41,9 @@ def batch_for(shadow: Shadow) -> ProbeBatch:
 
 def lora(model: nn.Module, **kwargs) -> nn.Module:
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": "all-linear"}
-    peft = get_peft_model(model, LoraConfig(**{**settings, **kwargs}))
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
+        peft = get_peft_model(model, LoraConfig(**{**settings, **kwargs}))
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)

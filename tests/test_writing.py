@@ -50,9 +50,9 @@ class Sees(TrainerCallback):
         self.seen["end"] = self.sink.steps, self.sink.closed
 
 
-def running() -> list[str]:
+def running() -> set[threading.Thread]:
     """Threads, without the one that tqdm starts with its first progress bar."""
-    return sorted(t.name for t in threading.enumerate() if t.name != "tqdm_monitor")
+    return {thread for thread in threading.enumerate() if thread.name != "tqdm_monitor"}
 
 
 @pytest.mark.parametrize("writing", ["wait", "drop_old", "inline"])
@@ -71,7 +71,7 @@ def test_the_last_observation_is_written_and_the_sinks_closed_in_the_last_step(
     run.train()
     written, closed = sees.seen[6]
     assert written[-1] == 6 and closed == 1 and sees.seen["end"] == (written, 1)
-    assert running() == before, "nothing is left running"
+    assert running() <= before, "nothing is left running"  # others' threads may end meanwhile
     said = capsys.readouterr().out
     if writing == "drop_old":
         dropped = sink.curve("cost/dropped")[1]

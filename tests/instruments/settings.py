@@ -18,7 +18,7 @@ SETTINGS: dict[str, list[dict]] = {
     # The first is the one that every contract is tested with. The others emit what it does not.
     # An instrument that is not here is made without arguments.
     "ActivationPatching": [
-        {"clean": "capital", "corrupt": Probe("other", "The capital of Italy is")},
+        {"clean": "capital", "corrupt": Probe("other", "Red green blue five nine")},
     ],
     "HeadAblation": [{}, {"method": "first_order", "mode": "zero", "tokens": True}],
     "Contrast": [
