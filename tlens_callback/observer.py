@@ -15,7 +15,7 @@ from tlens_callback.cost import Cost
 from tlens_callback.fidelity import Fidelity, FidelityError, compare
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.memory import check, keep, marks, memories, recall
-from tlens_callback.observe import observe
+from tlens_callback.observing import observe
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
