@@ -2,20 +2,18 @@
 
 import json
 import logging
-import re
 from collections.abc import Sequence
 from contextlib import suppress
-from operator import index
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tlens_callback.builtin_probes import first_rows, repeated_blocks, training_rows
+from tlens_callback.arguments import Arguments
+from tlens_callback.builtin_probes import first_rows, training_rows
 from tlens_callback.default_sinks import active_wandb, default_sinks
-from tlens_callback.instruments import HeadScores, RepeatLoss, VirtualHeads, fast
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.observer import Observer
 from tlens_callback.probes import Probe
@@ -93,76 +91,22 @@ class TLensCallback(TrainerCallback):
         writing: Writing = "wait",
         name: str = "tlens",
     ) -> None:
-        if not _counts(every_n_steps):
-            raise ValueError(f"every_n_steps is a whole number from 1 on, got {every_n_steps!r}.")
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error is 'warn' or 'raise', got {on_error!r}.")
-        if writing not in ("wait", "drop_old", "inline"):
-            raise ValueError(f"writing is 'wait', 'drop_old' or 'inline', got {writing!r}.")
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-            raise ValueError(f"name is made of letters, digits, - and _, got {name!r}.")
-        for what, given in (("probes", probes), ("instruments", instruments), ("sinks", sinks)):
-            if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
-                raise ValueError(f"{what} is a list, got {type(given).__name__}: {what}=[...].")
-        for probe in probes or ():
-            if not isinstance(probe, Probe):
-                raise ValueError(
-                    f"Probes are Probe objects, got {type(probe).__name__}: {probe!r}."
-                )
-        instruments = fast() if instruments is None else list(instruments)
-        for thing, kind in [(i, Instrument) for i in instruments] + [
-            (s, Sink) for s in sinks or ()
-        ]:
-            if isinstance(thing, type):
-                raise ValueError(f"{thing.__name__} is a class; write {thing.__name__}().")
-            if thing is fast or isinstance(thing, list):
-                raise ValueError("A list stands in the list; write [*fast(), ...] with its star.")
-            if not isinstance(thing, kind):
-                raise ValueError(
-                    f"{thing!r} is not {'an' if kind is Instrument else 'a'} {kind.__name__}: it "
-                    f"lacks the methods of tlens_callback.interfaces.{kind.__name__}."
-                )
-        for instrument in instruments:
-            if not _counts(every := getattr(instrument, "every", 1)):
-                raise ValueError(
-                    f"every of {instrument.name!r} is a whole number from 1 on, got {every!r}."
-                )
-            if not isinstance(memory := getattr(instrument, "memory", {}), dict):
-                raise ValueError(
-                    f"memory of {instrument.name!r} is a dict of tensors, got {memory!r}."
-                )
-        if watch is not None and watch is not False and not isinstance(watch, Watch):
-            raise ValueError(f"watch is a Watch, False or None, got {watch!r}.")
-        watch = Watch() if watch is None else watch or None
-        names = [thing.name for thing in (*instruments, *filter(None, [watch]))]
-        taken = "cost", "fidelity", "trainer"
-        if twice := {one for one in names if [*names, *taken].count(one) > 1}:
-            raise ValueError(
-                f"Two instruments are named {min(twice)!r}; give one of them another name=. "
-                f"{', '.join(taken)} and the watch's name are taken."
-            )
-        if device is not None:
-            try:
-                device = torch.device(device)
-            except RuntimeError as error:
-                raise ValueError(f"device is one that torch knows: {error}") from error
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype is a floating point torch.dtype, got {dtype!r}.")
-        self.name = name
-        self.probes = None if probes is None else list(probes)
-        self.every_n_steps = every_n_steps
-        on_blocks = HeadScores, VirtualHeads, RepeatLoss
-        self.repeats = repeats and any(isinstance(i, on_blocks) for i in instruments)
-        self.sinks: list[Sink] = list(sinks or ())
-        self._given_sinks = sinks is not None
-        self._settings: dict[str, Any] = dict(
+        self.arguments = Arguments(
+            probes,
             instruments=instruments,
+            sinks=sinks,
             watch=watch,
+            every_n_steps=every_n_steps,
+            repeats=repeats,
             device=device,
             dtype=dtype,
             on_error=on_error,
             writing=writing,
+            name=name,
         )
+        self.name = name
+        self.sinks: list[Sink] = list(sinks or ())
+        self._given_sinks = sinks is not None
         self.observer: Observer | None = None
         self._batch_size = 0
 
@@ -195,20 +139,18 @@ class TLensCallback(TrainerCallback):
         if self.observer is None:
             if not self._given_sinks:
                 self.sinks = default_sinks(args, self.name)
-            self.observer = Observer(sinks=self.sinks, **self._settings)
+            self.observer = self.arguments.observer(self.sinks)
         self._join_wandb()
 
         def probes(shadow: Shadow) -> list[Probe]:
-            given = self.probes
+            given = self.arguments.probes
             if given is None:
                 given = first_rows(train_dataloader, processing_class, context=shadow.context)
                 if not given:
                     logger.warning(
                         "tlens: the training data gives no text to look at; probes=[...] would."
                     )
-            if self.repeats and not any(probe.block for probe in given):
-                given = given + repeated_blocks(shadow.context or 2**31)
-            return given
+            return self.arguments.completed(given, shadow)
 
         observer = self.observer
         if not observer.watching:
@@ -249,7 +191,7 @@ class TLensCallback(TrainerCallback):
         # What is logged of this step is known later, and belongs to its observation.
         hold = control.should_log or control.should_evaluate or by_epoch
         self.observer.after_update(
-            step, observe=step % self.every_n_steps == 0, last=last, hold=hold
+            step, observe=step % self.arguments.every_n_steps == 0, last=last, hold=hold
         )
         if last and not hold:
             self.observer.finish()
@@ -333,9 +275,3 @@ class TLensCallback(TrainerCallback):
 def _run(state: TrainerState) -> str:
     """What tells a checkpoint from those of other runs: what was logged last."""
     return json.dumps(state.log_history[-100:], sort_keys=True, default=str)
-
-
-def _counts(value: Any) -> bool:
-    """Whether it is a whole number from 1 on."""
-    whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
-    return whole and index(value) >= 1

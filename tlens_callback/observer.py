@@ -240,6 +240,25 @@ class Observer:
                     exc_info=None if isinstance(error, FidelityError) else error,
                 )
 
+    def exchange(self, load: Callable[[], nn.Module]) -> None:
+        """Goes on with another model of the same shape; this one is freed before that is loaded.
+
+        Raises:
+            ValueError: for a model of another shape or vocabulary, or one that cannot be shadowed.
+        """
+        assert self.shadow is not None
+        shape = self.shadow.n_layers, self.shadow.n_heads, self.shadow.vocab_size
+        self.shadow.release()
+        self.shadow = self.model = None
+        self.model = load()
+        self.shadow = Shadow(self.model, device=self.device, dtype=self.dtype)
+        there = self.shadow.n_layers, self.shadow.n_heads, self.shadow.vocab_size
+        if there != shape:
+            raise ValueError(
+                f"The models have another shape and cannot be compared head by head: {shape} and "
+                f"{there} layers, heads and tokens."
+            )
+
     def hand_over(self) -> None:
         """Ends the holding of an observation."""
         with self.cost.spending():

@@ -1,22 +1,11 @@
-"""The command line. What a command needs is imported when it runs."""
+"""`tlens-callback workspace`: a saved view in W&B."""
 
 import json
 
 import click
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="tlens-callback")
-def main() -> None:
-    """Look at what TLensCallback saw.
-
-    \b
-    Example:
-      tlens-callback workspace my-team/my-project
-    """
-
-
-@main.command()
+@click.command()
 @click.argument("project", metavar="ENTITY/PROJECT")
 @click.option("--name", default="tlens", show_default=True, help="name= of the callback.")
 @click.option("--title", default="Inside the model", show_default=True, help="Of the view.")

@@ -1,0 +1,8 @@
+"""`tlens-callback ask`."""
+
+import click
+
+
+@click.command()
+def ask() -> None:
+    """Stub."""

@@ -1,0 +1,8 @@
+"""`tlens-callback compare`."""
+
+import click
+
+
+@click.command()
+def compare() -> None:
+    """Stub."""

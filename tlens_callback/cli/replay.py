@@ -1,0 +1,8 @@
+"""`tlens-callback replay`."""
+
+import click
+
+
+@click.command()
+def replay() -> None:
+    """Stub."""

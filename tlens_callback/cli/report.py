@@ -1,0 +1,8 @@
+"""`tlens-callback report`."""
+
+import click
+
+
+@click.command()
+def report() -> None:
+    """Stub."""

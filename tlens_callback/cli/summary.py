@@ -1,0 +1,8 @@
+"""`tlens-callback summary`."""
+
+import click
+
+
+@click.command()
+def summary() -> None:
+    """Stub."""
