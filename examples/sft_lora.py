@@ -121,7 +121,8 @@ def main() -> None:
             learning_rate=5e-4,
             warmup_steps=args.steps // 10,
             logging_steps=5,
-            save_strategy="no",
+            save_steps=20,
+            save_only_model=True,  # enough to look at it again, not to go on training
             report_to=args.report_to,
             bf16=gpu,
             gradient_checkpointing=gpu,

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.induction import CONTEXT, repeated_blocks
 from tests import tiny
 from tlens_callback import Probe, ProbeBatch, Shadow, observe, read_store
+from tlens_callback.checkpoints import checkpoints_in
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -79,6 +80,9 @@ def test_sft_lora(run, small, tmp_path, capsys):
     assert list(steps) == [0, 2, 3]
     assert values[0] != values[-1]
     assert "france" in capsys.readouterr().out
+    (saved,) = checkpoints_in(tmp_path / "runs" / "sft_lora")
+    assert saved.step == 3 and Path(saved.model) == Path(small)
+    assert not list(Path(saved.path).glob("optimizer*"))
 
 
 def test_sft_lora_with_wandb_as_the_demo_runs_it(small, tmp_path):

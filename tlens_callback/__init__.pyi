@@ -28,6 +28,7 @@ from .instruments import fast as fast
 from .interfaces import Instrument as Instrument
 from .interfaces import Sink as Sink
 from .observing import observe as observe
+from .probe_file import read_probes as read_probes
 from .probes import Probe as Probe
 from .probes import ProbeBatch as ProbeBatch
 from .reading import Reading as Reading
@@ -42,4 +43,5 @@ from .sinks import TensorBoardSink as TensorBoardSink
 from .sinks import TrackioSink as TrackioSink
 from .sinks import WandbSink as WandbSink
 from .sinks import read_store as read_store
+from .tracer import Tracer as Tracer
 from .watch import Watch as Watch

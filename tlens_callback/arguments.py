@@ -1,16 +1,20 @@
 """What `TLensCallback` and `Tracer` are given alike: checked once, before anything runs."""
 
+import os
 import re
 from collections.abc import Sequence
 from operator import index
+from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 import torch
 
 from tlens_callback.builtin_probes import repeated_blocks
+from tlens_callback.entries import ENDINGS
 from tlens_callback.instruments import HeadScores, RepeatLoss, VirtualHeads, fast
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.observer import Observer
+from tlens_callback.probe_file import read_probes
 from tlens_callback.probes import Probe
 from tlens_callback.shadow import Shadow
 from tlens_callback.watch import Watch
@@ -29,7 +33,7 @@ class Arguments:
 
     def __init__(
         self,
-        probes: Sequence[Probe] | None,
+        probes: Sequence[Probe] | str | os.PathLike[str] | None,
         *,
         instruments: Sequence[Instrument] | None,
         sinks: Sequence[Sink] | None,
@@ -50,6 +54,8 @@ class Arguments:
             raise ValueError(f"writing is 'wait', 'drop_old' or 'inline', got {writing!r}.")
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"name is made of letters, digits, - and _, got {name!r}.")
+        if isinstance(probes, str | os.PathLike):
+            probes = _from_file(probes)
         for what, given in (("probes", probes), ("instruments", instruments), ("sinks", sinks)):
             if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
                 raise ValueError(f"{what} is a list, got {type(given).__name__}: {what}=[...].")
@@ -95,6 +101,16 @@ class Arguments:
         if self.repeats and not any(probe.block for probe in probes):
             return [*probes, *repeated_blocks(shadow.context or 2**31)]
         return list(probes)
+
+
+def _from_file(path: str | os.PathLike[str]) -> list[Probe]:
+    named = Path(path).suffix.lower() in ENDINGS
+    if isinstance(path, str) and not named and not os.path.exists(path):
+        raise ValueError(
+            f"probes is a list of Probe objects or a file of them ({', '.join(ENDINGS)}), and "
+            f"there is no file {path!r}. For a text: probes=[Probe('name', {path!r})]."
+        )
+    return read_probes(path)
 
 
 def _check_parts(

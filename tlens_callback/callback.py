@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +35,8 @@ class TLensCallback(TrainerCallback):
     instruments read, the sinks write.
 
     Args:
-        probes: what to ask. None: the first rows of the training data.
+        probes: what to ask, or the path of a file that `read_probes` reads. None: the first rows
+            of the training data.
         instruments: what to measure. None: the fast ones, `tlens_callback.instruments.fast()`,
             as far as the model has what they read.
         sinks: where readings go, in this order. None: a local store `<output_dir>/<name>`, the
@@ -78,7 +80,7 @@ class TLensCallback(TrainerCallback):
 
     def __init__(
         self,
-        probes: Sequence[Probe] | None = None,
+        probes: Sequence[Probe] | str | os.PathLike[str] | None = None,
         *,
         instruments: Sequence[Instrument] | None = None,
         sinks: Sequence[Sink] | None = None,

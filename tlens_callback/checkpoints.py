@@ -1,28 +1,38 @@
-"""Saved models: what a directory or a hub name holds, and loading one after another."""
+"""Saved models: what a directory or a hub name holds."""
 
-import json
-import re
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from tlens_callback.loader import Loader
+from tlens_callback.saved_files import (
+    adapter_config,
+    adapter_weights,
+    check_model,
+    checkpoints_of,
+    is_adapter,
+    read_json,
+    same_place,
+    shapes,
+    step_of,
+)
 
-ADAPTER = "adapter_config.json"
+__all__ = ["Checkpoint", "Loader", "checkpoints_in", "survey"]
+
+logger = logging.getLogger("tlens_callback")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A saved model: all weights, or an adapter over a base.
 
+    A place is a directory, or the name of a repository on the Hub: NAME or NAME@REVISION.
+
     Attributes:
-        model: directory or hub name of all weights; of the base, where there is an adapter.
-        adapter: directory or hub name of the adapter.
+        model: place of all weights; of the base, where there is an adapter.
+        adapter: place of the adapter.
         trained: False for the adapter as it was before training: the base, with what the adapter
             will change set apart, so that a shadow of it goes on to the trained one.
     """
@@ -35,19 +45,31 @@ class Checkpoint:
     def of(
         cls, model: str | Path, adapter: str | Path | None = None, *, base: str | Path | None = None
     ) -> "Checkpoint":
-        """What a user named.
+        """What a user named, checked as far as files tell without reading the weights.
 
         Args:
-            model: directory or hub name; of an adapter, too, whose base its config names.
-            base: where that base is, if the config no longer tells.
+            model: place of a model, or of an adapter, whose base its config names.
+            adapter: place of an adapter over `model`.
+            base: where an adapter's base is, if its config no longer tells.
 
         Raises:
-            ValueError: where there is nothing to load; the text says what there is.
+            ValueError: where there is nothing to load, or not all of it; the text says what there
+                is.
         """
-        if adapter is None and (Path(model) / ADAPTER).exists():
-            config = json.loads((Path(model) / ADAPTER).read_text())
-            return cls(str(base or config["base_model_name_or_path"]), str(model))
-        return cls(str(model), None if adapter is None else str(adapter))
+        places = [None if p is None else str(Path(p).expanduser()) for p in (model, adapter, base)]
+        given, over, under = places
+        assert given is not None
+        if over is None and is_adapter(given):
+            over, given = given, under
+        elif over is not None and under is not None:
+            raise ValueError(f"{over!r} goes over {given!r}; base {under!r} is one too many.")
+        if over is None:
+            assert given is not None
+            check_model(given)
+            return cls(given)
+        config = adapter_config(over)
+        shapes(adapter_weights(over))
+        return cls(_base(over, config, given), over)
 
     @property
     def path(self) -> str:
@@ -56,98 +78,106 @@ class Checkpoint:
 
     @property
     def step(self) -> int | None:
-        """The optimizer step in a trainer's `checkpoint-<step>`."""
-        found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", Path(self.path).name)
-        return int(found[1]) if found else None
+        """The optimizer step: in a trainer's `checkpoint-<step>`, or as the trainer's state says
+        it; None where neither does.
+        """
+        step = step_of(Path(self.path))
+        return self._state.get("global_step") if step is None else step
 
     @property
     def logged(self) -> list[Mapping[str, Any]]:
         """What the trainer had logged by then; empty where it left no state."""
-        state = Path(self.path) / "trainer_state.json"
-        return json.loads(state.read_text())["log_history"] if state.exists() else []
+        return [row for row in self._state.get("log_history") or [] if isinstance(row, dict)]
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        file = Path(self.path) / "trainer_state.json"
+        if not file.is_file():
+            return {}
+        try:
+            return read_json(file)
+        except ValueError as error:
+            logger.warning("tlens: going on without what the trainer logged: %s", error)
+            return {}
 
     @property
     def before_training(self) -> "Checkpoint":
-        """The base with this adapter untrained."""
+        """The base with this adapter untrained; see `Loader.untrained`."""
         assert self.adapter is not None
         return replace(self, trained=False)
 
 
-def checkpoints_in(run: str | Path, *, base: str | Path | None = None) -> list[Checkpoint]:
+def _base(adapter: str, config: Mapping[str, Any], given: str | None) -> str:
+    """Where the base of an adapter is."""
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    place = given or named
+    if not place:
+        raise ValueError(
+            f"The adapter {adapter!r} does not say what its base is. Say it with --base (base=)."
+        )
+    if given is None and revision and not Path(place).is_dir():
+        place = f"{place}@{revision}"
+    try:
+        stacked = is_adapter(place)
+    except ValueError as error:
+        if given is not None:
+            raise
+        raise ValueError(
+            f"{error} The adapter {adapter!r} names it as its base. If the base has moved, say "
+            f"where it is with --base (base=)."
+        ) from error
+    if given and named and not same_place(named, given) and Path(named).name != Path(given).name:
+        logger.warning(
+            "tlens: the adapter %s was trained over %s; taking %s for it.", adapter, named, given
+        )
+    if stacked:
+        raise ValueError(
+            f"The base {place!r} is an adapter itself. Merge that one into its own base "
+            f"(merge_and_unload), save the result, and name it with --base (base=)."
+        )
+    check_model(place)
+    return place
+
+
+def survey(
+    run: str | Path, *, base: str | Path | None = None
+) -> tuple[list[Checkpoint], dict[Path, str]]:
     """The `checkpoint-<step>` of a trainer's output directory, in the order of their steps.
 
+    Returns:
+        Those that can be loaded; and, for the others, why not: a run that was killed while it
+        saved leaves half a checkpoint.
+
     Raises:
-        ValueError: where there is no such directory, or no checkpoint in it.
+        ValueError: where there is no such directory, or no checkpoint in it that can be loaded.
     """
-    folders = Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    found = [Checkpoint.of(folder, base=base) for folder in folders if folder.is_dir()]
-    steps = {one.step: one for one in found if one.step is not None}
-    return [steps[step] for step in sorted(steps)]
-
-
-class Loader:
-    """Loads checkpoints one after another; the base of adapters once.
-
-    Args:
-        device: where models go; None: the GPU, if there is one.
-        dtype: precision of the full weights; None: that in which they were saved. Adapters are
-            float32, as PEFT trains them.
-    """
-
-    def __init__(
-        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype
-        self._model: Any = None
-        self._is: Checkpoint | None = None
-
-    def fits(self, checkpoint: Checkpoint) -> bool:
-        """Whether `load` fills the model it returned last, so that a shadow of it follows."""
-        now = self._is
-        return (
-            now is not None
-            and now.adapter is not None
-            and checkpoint.adapter is not None
-            and now.model == checkpoint.model
-            and _config(now.adapter) == _config(checkpoint.adapter)
-            and checkpoint.trained
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "is not there"
+        raise ValueError(f"A run is the output directory of a trainer; {str(run)!r} {what}.")
+    folders = checkpoints_of(folder)
+    whole: list[Checkpoint] = []
+    left_out: dict[Path, str] = {}
+    for one in folders.values():
+        try:
+            whole.append(Checkpoint.of(one, base=base))
+        except ValueError as error:
+            left_out[one] = str(error)
+    if not folders:
+        inside = sorted(one.name for one in folder.iterdir())
+        raise ValueError(
+            f"{str(run)!r} has no checkpoint-<step> in it. "
+            + (f"There is {', '.join(inside[:8])}." if inside else "It is empty.")
         )
-
-    def load(self, checkpoint: Checkpoint) -> nn.Module:
-        """The model in eval mode; what was trained requires gradients, as it did.
-
-        Raises:
-            ValueError: for what cannot be loaded: no weights, an adapter of another base.
-        """
-        if self.fits(checkpoint):
-            assert checkpoint.adapter is not None
-            weights = load_peft_weights(checkpoint.adapter, device=str(self.device))
-            set_peft_model_state_dict(self._model, weights)
-        else:
-            self._model = None
-            dtype = self.dtype or "auto"
-            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.model, dtype=dtype)
-            model = model.to(self.device)
-            if checkpoint.adapter is not None and checkpoint.trained:
-                model = PeftModel.from_pretrained(model, checkpoint.adapter, is_trainable=True)
-            elif checkpoint.adapter is not None:
-                config = PeftConfig.from_pretrained(checkpoint.adapter)
-                config.inference_mode = False
-                model = get_peft_model(model, config)
-            self._model = model.eval()
-        self._is = checkpoint
-        return self._model
-
-    def tokenizer(self, checkpoint: Checkpoint) -> Any:
-        """The adapter's, or else the model's; None where neither has one."""
-        for place in filter(None, (checkpoint.adapter, checkpoint.model)):
-            try:
-                return AutoTokenizer.from_pretrained(place)
-            except (OSError, ValueError):
-                continue
-        return None
+    if not whole:
+        raise ValueError(f"None of the checkpoints can be loaded. {next(iter(left_out.values()))}")
+    return whole, left_out
 
 
-def _config(adapter: str) -> Any:
-    return json.loads((Path(adapter) / ADAPTER).read_text())
+def checkpoints_in(run: str | Path, *, base: str | Path | None = None) -> list[Checkpoint]:
+    """Those that `survey` says can be loaded.
+
+    Raises:
+        ValueError: as `survey`.
+    """
+    return survey(run, base=base)[0]

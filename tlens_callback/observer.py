@@ -18,6 +18,7 @@ from tlens_callback.memory import check, keep, marks, memories, recall
 from tlens_callback.observing import observe
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
+from tlens_callback.schedule import Schedule, rare
 from tlens_callback.shadow import Shadow
 from tlens_callback.terminal import mismatch, print_lines
 from tlens_callback.trainer_logs import TrainerLogs
@@ -82,7 +83,8 @@ class Observer:
         self._first_step = 0
         self._reference: Tensor | None = None
         self._next_check: int | None = None
-        self._looks = 0
+        self._schedule = Schedule()
+        self._shape: tuple[int, int, int] | None = None
         self._watched: tuple[int, dict[str, Tensor]] = (-1, {})
 
     @property
@@ -106,6 +108,8 @@ class Observer:
         run: str = "",
         training: Callable[[int], list[list[int]]] | None = None,
         logged: Sequence[Mapping[str, Any]] = (),
+        earlier: bool = False,
+        last: bool = False,
     ) -> None:
         """Builds the shadow, encodes the probes, checks fidelity, observes for the first time and
         writes that.
@@ -117,6 +121,8 @@ class Observer:
                 given; None for a new one.
             training: see `ProbeBatch`.
             logged: what the trainer logs, a list that grows.
+            earlier: what was logged up to now belongs to this observation, at whatever step it is.
+            last: there will be no other observation.
 
         Raises:
             ValueError: for a model, probe, instrument or hook that cannot work.
@@ -129,7 +135,7 @@ class Observer:
             else:
                 self.cost.begin()
                 self.shadow = Shadow(model, device=self.device, dtype=self.dtype)
-                self.model = model
+                self.model, self._shape = model, _shape(self.shadow)
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
                     tokenizer,
@@ -139,17 +145,16 @@ class Observer:
                     training=training,
                 )
             assert self.batch is not None
-            self._looks = 0
             remembered = memories([*self.instruments, self.watch])
-            if remembered:
-                remembered[self.logs.name] = self.logs.memory
-            for own in [*remembered.values(), self.logs.memory]:
-                own.clear()
+            own = memories([self.logs, self._schedule])
+            for one in [*remembered.values(), *own.values()]:
+                one.clear()
             recalled = frozenset()
-            if memory is not None:
+            if memory is not None and (remembered or rare(self.instruments) or memory.exists()):
                 about = marks(self.batch, self.shadow.dtype, run)
-                recalled = recall(memory, remembered, about, self.shadow.device)
-            self.logs.start(logged, step=step)
+                recalled = recall(memory, {**remembered, **own}, about, self.shadow.device)
+            self._schedule.start()
+            self.logs.start(logged, step=0 if earlier else step)
             fidelity, self._reference = self._first_comparison(model)
             if not math.isfinite(fidelity.scale):
                 raise ValueError(
@@ -160,11 +165,11 @@ class Observer:
                 raise FidelityError(mismatch(model, fidelity))
             self._first, self._first_step, self._next_check = fidelity, step, step + 1
             self.checks[step] = fidelity
-            self._look(step, fidelity, last=False)
+            self._look(step, fidelity, last=last)
             check(remembered)
             self.writer.drain()
-            for name, own in remembered.items():
-                if recalled and own and name not in recalled:
+            for name, one in remembered.items():
+                if recalled and one and name not in recalled:
                     logger.warning(
                         "tlens: the run that is resumed kept nothing of %r, which measures changes "
                         "from here on.",
@@ -172,11 +177,15 @@ class Observer:
                     )
         self.cost.beforehand = self.cost.seconds
 
-    def remember(self, path: Path, *, step: int, run: str = "") -> None:
+    def remember(self, path: Path, *, step: int, run: str = "", always: bool = False) -> None:
         """Keeps in a file what the instruments compare later observations with.
 
         Args:
+            step: where what goes on from here begins. If it was observed already, it will be
+                observed anew, and the store writes it anew: with its events, and all that was
+                logged before it.
             run: what tells this training run, as far as it has come, from others.
+            always: there is a file even where nobody remembers a thing.
         """
         if self.batch is None or self.shadow is None:
             return
@@ -184,12 +193,12 @@ class Observer:
             try:
                 about = marks(self.batch, self.shadow.dtype, run)
                 of = memories([*self.instruments, self.watch])
-                # Resuming observes this step anew, and the store writes it anew: with its events.
                 if self.watch is not None and self._watched[0] == step:
                     of[self.watch.name] = self._watched[1]
-                if any(of.values()):
-                    self.logs.remember(step)
-                    of[self.logs.name] = self.logs.memory
+                if any(of.values()) or rare(self.instruments) or always:
+                    for own in (self.logs, self._schedule):
+                        own.remember(step)
+                        of[own.name] = own.memory
                 keep(path, of, about)
             except Exception as error:
                 if self.on_error == "raise":
@@ -208,15 +217,18 @@ class Observer:
                 f"{error} TransformerLens's bridge may not support this kind of model."
             ) from error
 
-    def after_update(self, step: int, *, observe: bool, last: bool, hold: bool = False) -> None:
+    def after_update(
+        self, step: int, *, observe: bool, last: bool, hold: bool = False, check: bool = False
+    ) -> None:
         """After the optimizer's step number `step`: checks and observes, where it is time to.
 
         Args:
+            check: checks in any case.
             hold: the readings are handed over by `hand_over`, with what is logged until then.
         """
         if self.shadow is None or self.model is None:
             return
-        check = last or (self._next_check is not None and step >= self._next_check)
+        check = check or last or (self._next_check is not None and step >= self._next_check)
         if not (check or observe):
             return
         with self.cost.spending():
@@ -243,21 +255,23 @@ class Observer:
     def exchange(self, load: Callable[[], nn.Module]) -> None:
         """Goes on with another model of the same shape; this one is freed before that is loaded.
 
+        Where it raises there is no model, until the next exchange.
+
         Raises:
             ValueError: for a model of another shape or vocabulary, or one that cannot be shadowed.
         """
-        assert self.shadow is not None
-        shape = self.shadow.n_layers, self.shadow.n_heads, self.shadow.vocab_size
-        self.shadow.release()
+        assert self._shape is not None
+        if self.shadow is not None:
+            self.shadow.release()
         self.shadow = self.model = None
-        self.model = load()
-        self.shadow = Shadow(self.model, device=self.device, dtype=self.dtype)
-        there = self.shadow.n_layers, self.shadow.n_heads, self.shadow.vocab_size
-        if there != shape:
+        model = load()
+        shadow = Shadow(model, device=self.device, dtype=self.dtype)
+        if _shape(shadow) != self._shape:
             raise ValueError(
-                f"The models have another shape and cannot be compared head by head: {shape} and "
-                f"{there} layers, heads and tokens."
+                f"The models have another shape and cannot be compared head by head: {self._shape} "
+                f"and {_shape(shadow)} layers, heads and tokens."
             )
+        self.model, self.shadow = model, shadow
 
     def hand_over(self) -> None:
         """Ends the holding of an observation."""
@@ -285,30 +299,33 @@ class Observer:
     def _check(self, step: int) -> Fidelity | None:
         """Fidelity against the live model as it is now; None where its logits are not finite."""
         assert self.shadow and self.model and self.batch and self._first
-        fidelity, _ = compare(self.model, self.shadow, self.batch, reference=self._reference)
+        fidelity, logits = compare(self.model, self.shadow, self.batch, reference=self._reference)
         if not math.isfinite(fidelity.scale):
             logger.warning("tlens: the live model's logits are not finite at step %d.", step)
             return None
         self.checks[step] = fidelity
+        told = fidelity.telling(self._first)
         if self._next_check is not None:
             # Under a warm-up, or in half precision, the first steps may move less than rounding.
-            told = fidelity.telling(self._first)
             self._next_check = None if told else step + max(1, step - self._first_step)
         if not fidelity.close or fidelity.stale(self._first):
             raise FidelityError(mismatch(self.model, fidelity, stale=fidelity.close))
+        if told:
+            # A later update may be small beside all that came before it.
+            self._reference = logits
         return fidelity
 
     def _look(
         self, step: int, fidelity: Fidelity | None, *, last: bool, hold: bool = False
     ) -> None:
         assert self.shadow is not None and self.batch is not None
-        due = [i for i in self.instruments if last or self._looks % getattr(i, "every", 1) == 0]
-        self._looks += 1
-
+        due = self._schedule.due(self.instruments, step=step, last=last)
         first = step == self._first_step
 
         def failed(instrument: Instrument, error: Exception) -> None:
-            optional = first and getattr(instrument, "optional", False)
+            # A rare instrument's first time may come later, where a run is resumed.
+            new = self._schedule.is_new(instrument)
+            optional = new and getattr(instrument, "optional", False)
             unfit = optional and isinstance(error, ValueError)
             # At the start an instrument's failure is the user's to mend: a hook that is not there.
             if not unfit and (self.on_error == "raise" or (first and not optional)):
@@ -351,3 +368,7 @@ class Observer:
             if reading.texts is not None:
                 print_lines([f"tlens: step {step}: {event}" for event in reading.texts.tolist()])
         return found
+
+
+def _shape(shadow: Shadow) -> tuple[int, int, int]:
+    return shadow.n_layers, shadow.n_heads, shadow.vocab_size

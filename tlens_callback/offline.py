@@ -1,11 +1,14 @@
 """Looking at saved models one after another, with the parts that watch a training run."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
+from tqdm import tqdm
 
 from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader
@@ -15,6 +18,8 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
 
+Logged = Sequence[Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -22,13 +27,13 @@ class Stage:
 
     Attributes:
         name: what a person calls it; None: where it is.
-        logged: what the trainer had logged by then.
+        logged: what the trainer had logged by then, or what reads it when its turn comes.
     """
 
     step: int
     checkpoint: Checkpoint
     name: str | None = None
-    logged: Sequence[Mapping[str, Any]] = ()
+    logged: Logged | Callable[[], Logged] = ()
 
 
 @dataclass(frozen=True)
@@ -57,45 +62,82 @@ class CheckpointName:
 
 
 def look_at(
-    stages: Iterable[Stage],
+    stages: Sequence[Stage],
     loader: Loader,
     arguments: Arguments,
     sinks: Sequence[Sink],
     *,
     tokenizer: Any = None,
+    memory: Path | None = None,
+    progress: str | None = None,
+    leave_out: Callable[[Stage, Exception], None] | None = None,
+    seen: Callable[[Observer, Stage], None] | None = None,
 ) -> Observer:
     """Observes each stage in turn, as if a training run had come by there, and closes the sinks.
 
-    The first is what later ones are compared with. `arguments.probes` are given.
+    The first is what later ones are compared with, and the shadow is compared with the model at
+    each. No two models are in memory at a time. `arguments.probes` are given.
+
+    Args:
+        memory: goes on from a file that `Observer.remember` wrote after an earlier stage.
+        progress: names a progress bar over the stages, on a terminal.
+        leave_out: is told of a stage that cannot be loaded, and why; the others go on. None raises.
+        seen: is told of a stage when all of it is written.
 
     Raises:
         ValueError: as `TLensCallback` does at the start, and as `Loader.load`.
         FidelityError: where the shadow is not the model.
     """
-    stages = list(stages)
     named = CheckpointName()
     observer = arguments.observer(sinks)
     observer.instruments.append(named)
     logged: list[Mapping[str, Any]] = []
+
+    def load(stage: Stage) -> nn.Module | None:
+        """The first model; later ones go to the observer at once, so that none is held here."""
+        if not observer.steps:
+            return loader.load(stage.checkpoint)
+        if observer.watching and loader.fits(stage.checkpoint):
+            loader.load(stage.checkpoint)
+        else:
+            observer.exchange(partial(loader.load, stage.checkpoint))
+
+    def look(stage: Stage, last: bool) -> bool:
+        """Whether to go on."""
+        named.now[:] = [stage.name or stage.checkpoint.path]
+        try:
+            rows = stage.logged if isinstance(stage.logged, Sequence) else stage.logged()
+            first = load(stage)
+        except (ValueError, OSError) as error:
+            if leave_out is None:
+                raise
+            leave_out(stage, error)
+            return True
+        # Where a state was lost, the rows come with the next one.
+        logged[:] = rows if len(rows) > len(logged) else logged
+        if first is not None:
+            observer.start(
+                first,
+                tokenizer,
+                lambda shadow: arguments.completed(arguments.probes or [], shadow),
+                step=stage.step,
+                memory=memory,
+                logged=logged,
+                earlier=True,
+                last=last,
+            )
+        else:
+            observer.after_update(stage.step, observe=True, last=last, check=True)
+        if seen is not None and observer.watching:
+            observer.writer.drain()
+            seen(observer, stage)
+        return observer.watching
+
     try:
-        for i, stage in enumerate(stages):
-            named.now[:] = [stage.name or stage.checkpoint.path]
-            logged[:] = stage.logged
-            if i == 0:
-                model = loader.load(stage.checkpoint)
-                observer.start(
-                    model,
-                    tokenizer,
-                    lambda shadow: arguments.completed(arguments.probes or [], shadow),
-                    step=stage.step,
-                    logged=logged,
-                )
-                continue
-            if loader.fits(stage.checkpoint):
-                loader.load(stage.checkpoint)
-            else:
-                observer.exchange(partial(loader.load, stage.checkpoint))
-            observer.after_update(stage.step, observe=True, last=i == len(stages) - 1)
+        bar = tqdm(stages, desc=progress, disable=None if progress else True, leave=False)
+        for i, stage in enumerate(bar):
+            if not look(stage, i == len(stages) - 1):
+                break
     finally:
         observer.close()
     return observer

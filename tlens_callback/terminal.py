@@ -1,7 +1,7 @@
 """What a run says on the terminal: when it begins, when something happens, when it ends."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,6 +12,8 @@ from tlens_callback.interfaces import Sink
 
 if TYPE_CHECKING:
     from tlens_callback.observer import Observer
+    from tlens_callback.probes import ProbeBatch
+    from tlens_callback.reading import Reading
 
 
 def opening(observer: "Observer") -> list[str]:
@@ -51,6 +53,45 @@ def summary(observer: "Observer") -> list[str]:
             f"training; writing='wait' or a larger every_n_steps keeps all"
         )
     return lines + places(observer.sinks)
+
+
+def looked(observer: "Observer", readings: Mapping[str, "Reading"], *, name: str) -> list[str]:
+    """What one look at a saved model says: is the shadow the model, and what does it answer?
+
+    Args:
+        readings: of the observed step, by key.
+        name: of the model.
+    """
+    batch, (step,) = observer.batch, observer.steps
+    assert batch is not None
+    return [
+        f"tlens: {name}, at step {step}: {_asked(observer)} in {observer.cost.seconds:.1f} s",
+        f"tlens: the shadow agrees with the model: {observer.checks[step]}",
+        *(
+            f"tlens: {probe.name}: {said}"
+            for row, probe in enumerate(batch.probes)
+            if (said := _answer(batch, row, readings))
+        ),
+        *places(observer.sinks),
+    ]
+
+
+def _answer(batch: "ProbeBatch", row: int, readings: Mapping[str, "Reading"]) -> str | None:
+    """What was measured of the model's next token behind a probe: of the target, if it has one."""
+    name, target = batch.probes[row].name, batch.targets[row]
+    if target is not None:
+        for source in ("target_scores", "logit_lens"):  # of the lens: the last layer, the output
+            if probability := readings.get(f"{source}/probability/{name}"):
+                rank = readings[f"{source}/rank/{name}"].values.reshape(-1)[-1]
+                text = batch.token_text(target)
+                return f"P({text!r}) {probability.values.reshape(-1)[-1]:.3f}, rank {rank:.0f}"
+    elif tokens := readings.get(f"logit_lens/token/{name}"):
+        assert tokens.texts is not None
+        likely = zip(
+            tokens.texts[-1].tolist(), readings[f"logit_lens/top/{name}"].values[-1], strict=True
+        )
+        return "next " + ", ".join(f"{text!r} {p:.3f}" for text, p in [*likely][:3])
+    return None
 
 
 def _asked(observer: "Observer") -> str:

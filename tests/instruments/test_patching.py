@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tests.instruments.common import PROBES, TEXTS, encoded, hugging_face, ids, readings, shadow
 from tests.instruments.surgery import kept, replaced
-from tlens_callback import ActivationPatching, Probe, Shadow, observe
+from tlens_callback import ActivationPatching, Probe, Shadow, observe, read_probes
 from tlens_callback.intervene import Variants, captured, edited, effects
 
 CLEAN = TEXTS[0]
@@ -22,14 +22,16 @@ TARGET, FOIL = (
 )
 
 
-def difference(logits) -> float:
-    return float(logits[-1, TARGET] - logits[-1, FOIL])
-
-
-def by_hand(family: str, corrupt: Probe) -> tuple[dict[str, np.ndarray], float, float]:
+def by_hand(
+    family: str, corrupt: Probe, clean_probe: Probe = CLEAN, answers: tuple = (TARGET, FOIL)
+) -> tuple[dict[str, np.ndarray], float, float]:
     """The fractions, and the two logit differences, one forward pass for each number."""
+
+    def difference(logits) -> float:
+        return float(logits[-1, answers[0]] - logits[-1, answers[1]])
+
     model = hugging_face(family)
-    logits, source = kept(family, model, ids(CLEAN), ["resid", "attn", "mlp", "z"])
+    logits, source = kept(family, model, ids(clean_probe), ["resid", "attn", "mlp", "z"])
     clean = difference(logits)
     base = difference(kept(family, model, ids(corrupt), [])[0])
     n, d_head = ids(corrupt).shape[1], source["z", 0].shape[1] // HEADS
@@ -69,6 +71,72 @@ def test_equals_one_patch_at_a_time(family, corrupt):
         # No two layers, positions or heads are mistaken for each other.
         for axis in (0, 1):
             assert np.abs(shown - np.roll(fractions, 1, axis)).max() > 50 * tolerance
+
+
+MEN = Probe("men", "John and Mary gave a book to", target=" Mary")
+MEN_CORRUPT = Probe("men-corrupt", "Mary and John gave a book to", target=" John")
+PAIRS = [Probe("capital-corrupt", "The capital of Italy is"), MEN, *PROBES, MEN_CORRUPT]
+"""Two pairs of two lengths among others, a corrupt probe first; one foil is a corrupt target."""
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_pair_among_the_probes_equals_one_patch_at_a_time(family):
+    got = readings(ActivationPatching(), shadow(family), PAIRS)
+    assert [key.split("/")[2] for key in got] == ["men"] * 6 + ["capital"] * 6
+    mary, john = (tiny.tokenizer().convert_tokens_to_ids(f"\u0120{n}") for n in ("Mary", "John"))
+    for clean_probe, corrupt, answers in (
+        (CLEAN, PAIRS[0], (TARGET, FOIL)),
+        (MEN, MEN_CORRUPT, (mary, john)),
+    ):
+        expected, clean, base = by_hand(family, corrupt, clean_probe, answers)
+        for measure, value in (("clean", clean), ("corrupt", base)):
+            shown = got[f"activation_patching/{measure}/{clean_probe.name}"].values
+            assert shown == pytest.approx(value, abs=1e-4)
+        tolerance = 2e-4 / abs(clean - base)
+        for part, fractions in expected.items():
+            reading = got[f"activation_patching/{part}/{clean_probe.name}"]
+            np.testing.assert_allclose(reading.values, fractions, atol=tolerance, err_msg=part)
+            assert np.abs(fractions).max() > 100 * tolerance, part
+            if "pos" in reading.axes:
+                assert reading.labels["pos"] == encoded([clean_probe]).labels[0]
+
+
+def test_the_pairs_of_a_file(tmp_path):
+    path = tmp_path / "probes.yaml"
+    path.write_text(
+        "- {name: capital, text: The capital of France is, target: ' Paris', foil: ' London',\n"
+        "   corrupt: The capital of Italy is}\n"
+        "- {name: men, text: John and Mary gave a book to, target: ' Mary',\n"
+        "   corrupt: {text: Mary and John gave a book to, target: ' John'}}\n"
+    )
+    filed = readings(ActivationPatching(), shadow("llama"), read_probes(path))
+    made = readings(ActivationPatching(), shadow("llama"), PAIRS)
+    assert set(filed) == set(made) and len(filed) == 12
+    for key, reading in filed.items():
+        np.testing.assert_allclose(reading.values, made[key].values, atol=1e-4)
+
+
+def test_one_pair_by_the_name_of_its_clean_probe():
+    one = readings(ActivationPatching("men"), shadow("llama"), PAIRS)
+    both = readings(ActivationPatching(), shadow("llama"), PAIRS)
+    assert {key.split("/")[2] for key in one} == {"men"}
+    for key, reading in one.items():
+        np.testing.assert_array_equal(reading.values, both[key].values)
+    with pytest.raises(ValueError, match="no probe 'story-corrupt'"):
+        readings(ActivationPatching("story"), shadow("llama"), PAIRS)
+
+
+def test_no_pair_to_take():
+    with pytest.raises(ValueError, match=r"a pair of probes, 'x' and 'x-corrupt'.*corrupt: makes"):
+        ActivationPatching().taps(shadow("llama"), encoded())
+    with pytest.raises(ValueError, match="name the clean probe too"):
+        ActivationPatching(corrupt="rome")
+
+
+def test_of_several_pairs_the_one_that_does_not_match_is_named():
+    longer = [*PAIRS[:-1], Probe("men-corrupt", "Mary and John gave a red book to", target=" John")]
+    with pytest.raises(ValueError, match="'men' and 'men-corrupt' have 8 and 9 tokens"):
+        ActivationPatching().taps(shadow("llama"), encoded(longer))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -221,6 +289,32 @@ def test_no_difference_to_divide_by():
     assert np.isfinite(later["activation_patching/clean/capital"])
     with pytest.raises(ValueError, match="the same to rounding"):
         observe(of, batch, [ActivationPatching("capital", CORRUPT)])
+
+
+def test_no_difference_to_divide_by_in_one_of_two_pairs():
+    """What was seen of one pair says nothing of the other."""
+    france, italy = (
+        tiny.tokenizer().convert_tokens_to_ids(word) for word in ("\u0120France", "\u0120Italy")
+    )
+    live = tiny.model("llama")
+    of, batch = Shadow.of(live), encoded(PAIRS)
+    embedding: torch.Tensor = live.get_input_embeddings().weight.data  # type: ignore[assignment]
+    patching, half = ActivationPatching(), ActivationPatching()
+    observe(of, batch, [patching])
+    assert set(patching.memory) == {"gap/capital", "gap/men"}
+    half.memory["gap/men"] = patching.memory["gap/men"]
+    embedding[italy] = embedding[france]
+    later = {r.key: r.values for r in observe(of, batch, [patching])}
+    assert np.isnan(later["activation_patching/head/capital"]).all()
+    assert np.isfinite(later["activation_patching/head/men"]).all()
+    with pytest.raises(ValueError, match=r"probe 'capital'.*the same to rounding"):
+        observe(of, batch, [half])
+
+
+def test_a_pair_asked_for_by_name_is_remembered_as_in_older_checkpoints():
+    patching = ActivationPatching("capital", CORRUPT)
+    readings(patching, shadow("llama"))
+    assert set(patching.memory) == {"gap"}
 
 
 @pytest.mark.parametrize(

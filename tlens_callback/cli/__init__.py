@@ -4,6 +4,11 @@ Exit codes: 0, done; 1, it failed on the way; 2, what was asked for cannot be do
 3, done in part; 130, interrupted.
 """
 
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -20,21 +25,32 @@ from tlens_callback.cli.workspace import workspace
 class Commands(click.Group):
     """Says in one line what is wrong, and why, instead of where it came up."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they were added, not by their letters."""
+        return list(self.commands)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; see the module for exit codes."""
         try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            with _bars_only_on_a_terminal():
+                result = super().invoke(ctx)
+                # What is still held back would fail where nobody can answer for it.
+                sys.stdout.flush()
+                return result
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            # A pipe that nobody reads any more (`| head`) is an end that click knows.
             raise
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             raise click.exceptions.Exit(130) from None
         except Exception as error:
-            if ctx.params["debug"] or not _foreseen(error):
+            if not _foreseen(error):
                 raise
-            failure = click.ClickException(str(error))
-            failure.exit_code = 2 if isinstance(error, ValueError) else 1
-            raise failure from error
+            if ctx.params["debug"]:
+                traceback.print_exception(error)
+            click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
+            code = 2 if isinstance(error, ValueError) else 1
+            raise click.exceptions.Exit(code) from error
 
 
 def _foreseen(error: Exception) -> bool:
@@ -42,6 +58,23 @@ def _foreseen(error: Exception) -> bool:
     from tlens_callback.fidelity import FidelityError
 
     return isinstance(error, ValueError | FidelityError | ImportError | OSError)
+
+
+@contextmanager
+def _bars_only_on_a_terminal() -> Iterator[None]:
+    """Progress bars of transformers and the hub ("Loading weights") would fill a log with lines.
+
+    They read the variable when they are imported, which no command does before it runs.
+    """
+    name = "HF_HUB_DISABLE_PROGRESS_BARS"
+    if name in os.environ or sys.stderr.isatty():
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

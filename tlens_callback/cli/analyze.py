@@ -1,20 +1,45 @@
 """`tlens-callback analyze`: one saved model."""
 
-from typing import Any
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tlens_callback.cli.options import asked, looking
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tlens_callback.checkpoints import Checkpoint
+    from tlens_callback.interfaces import Instrument, Sink
+    from tlens_callback.probes import Probe
+    from tlens_callback.sinks import LocalSink
 
 
 @click.command()
 @click.argument("model")
 @click.option("--adapter", metavar="DIR", help="An adapter over MODEL.")
 @click.option("--base", metavar="DIR", help="The base, where MODEL is an adapter that cannot tell.")
+@click.option("--tokenizer", metavar="NAME", help="Directory or hub name; MODEL's own by default.")
 @click.option("--out", default="tlens", show_default=True, metavar="DIR", help="Of the store.")
+@click.option("--wandb", "project", metavar="PROJECT", help="Make a W&B run with the page, too.")
 @looking
-def analyze(model: str, adapter: str | None, base: str | None, out: str, **options: Any) -> None:
+def analyze(
+    model: str,
+    adapter: str | None,
+    base: str | None,
+    tokenizer: str | None,
+    out: str,
+    project: str | None,
+    **options: Any,
+) -> None:
     """Look inside a saved model: a directory or a hub name, with or without an adapter.
+
+    Makes a store with a page in --out; where that holds one already, beside it. Without --prompt
+    and --probes the model sees repeated random blocks alone, which is enough for head scores.
 
     \b
     Example:
@@ -22,12 +47,124 @@ def analyze(model: str, adapter: str | None, base: str | None, out: str, **optio
     """
     from tlens_callback.checkpoints import Checkpoint
     from tlens_callback.offline import Stage, look_at
-    from tlens_callback.sinks import LocalSink
-    from tlens_callback.terminal import print_lines, summary
+    from tlens_callback.sinks import LocalSink, read_store
+    from tlens_callback.terminal import looked, print_lines
 
     checkpoint = Checkpoint.of(model, adapter, base=base)
     arguments, loader = asked(**options)
-    sink = LocalSink(out)
-    tokenizer = loader.tokenizer(checkpoint)
-    observer = look_at([Stage(0, checkpoint)], loader, arguments, [sink], tokenizer=tokenizer)
-    print_lines(summary(observer))
+    probes = arguments.probes or []
+    if not options["instruments"]:
+        arguments.instruments = of_one_look(checkpoint, probes)
+    own = loader.tokenizer(checkpoint, tokenizer)
+    if own is None:
+        demand_ids(checkpoint, probes)
+    store = LocalSink(unused_store(Path(out)))
+    with wandb_run(project, checkpoint, probes, store) as beside:
+        stage = Stage(checkpoint.step or 0, checkpoint, logged=checkpoint.logged)
+        if not probes:
+            print_lines(["tlens: no prompt is given: repeated random blocks alone"])
+        observer = look_at([stage], loader, arguments, [store, *beside], tokenizer=own)
+        (step,) = observer.steps
+        readings = {reading.key: reading for reading in read_store(store.path).readings(step)}
+        print_lines(looked(observer, readings, name=checkpoint.path))
+
+
+def of_one_look(checkpoint: "Checkpoint", probes: "Sequence[Probe]") -> "list[Instrument]":
+    """The default instruments, but those that only compare with an earlier observation, or measure
+    what is not there."""
+    from tlens_callback import instruments as made
+
+    out: list[type] = [
+        made.AttentionDrift,
+        made.ActivationDrift,
+        made.DifferenceLens,
+        made.UpdateSparsity,
+        made.FrozenWeights,
+    ]
+    if checkpoint.adapter is None:
+        out.append(made.AdapterSpectrum)
+    if all(probe.target is None for probe in probes):
+        out += [made.TargetScores, made.LogitAttribution]
+    return [one for one in made.fast() if not isinstance(one, tuple(out))]
+
+
+def demand_ids(checkpoint: "Checkpoint", probes: "Sequence[Probe]") -> None:
+    """Refuses probes that need a tokenizer."""
+    for probe in probes:
+        ids = not isinstance(probe.content, str) and isinstance(next(iter(probe.content), 0), int)
+        if not ids or isinstance(probe.target, str) or isinstance(probe.foil, str):
+            raise ValueError(
+                f"{checkpoint.path} comes without a tokenizer, and the probe {probe.name!r} needs "
+                f"one: give --tokenizer NAME, or the probe as token ids in --probes FILE."
+            )
+
+
+def unused_store(out: Path) -> Path:
+    """The first of `out`, `out-2`, `out-3`, ... where a run can begin at whatever step.
+
+    Raises:
+        ValueError: where nothing can be written.
+    """
+    from tlens_callback.sinks.numbered import newest, unused
+    from tlens_callback.sinks.store import is_store
+
+    out = out.expanduser().absolute()
+    number, path = newest(out, is_store)
+    # A sink goes on with the last of the numbered ones, where the step is not 0.
+    while is_store(newest(path, is_store)[1]):
+        path, number = unused(out, number), number + 1
+    demand_folder(path)
+    return path
+
+
+def demand_folder(path: Path) -> None:
+    """Refuses a directory that cannot be made, or written to."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out {path} cannot be a directory: {there} is a file.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--out {path}: {there} may not be written to.")
+
+
+@contextmanager
+def wandb_run(
+    project: str | None, checkpoint: "Checkpoint", probes: "Sequence[Probe]", store: "LocalSink"
+) -> "Iterator[list[Sink]]":
+    """The sink of a W&B run that gets the page as an artifact at the end; none without a project.
+
+    Raises:
+        ValueError: where W&B cannot begin one: nobody is logged in, say.
+    """
+    if project is None:
+        yield []
+        return
+    import wandb
+    from wandb.errors import Error
+
+    from tlens_callback.sinks import WandbSink
+
+    about = {
+        "model": checkpoint.model,
+        "adapter": checkpoint.adapter,
+        "probes": [
+            {"name": p.name, "content": p.content, "target": p.target, "foil": p.foil}
+            for p in probes
+        ],
+    }
+    try:
+        run = wandb.init(project=project, job_type="analyze", config=about)
+    except Error as error:
+        raise ValueError(
+            f"W&B did not begin a run: {error} Without an account, WANDB_MODE=offline keeps it "
+            f"on disk, for `wandb sync`."
+        ) from error
+    failed = True
+    try:
+        yield [WandbSink(run, store=store)]
+        name = re.sub(r"[^\w.-]+", "-", Path(checkpoint.path).name, flags=re.ASCII)[-100:]
+        page = wandb.Artifact(f"tlens-page-{name}", type="tlens-page")
+        page.add_file(str(store.page()))
+        run.log_artifact(page)
+        failed = False
+    finally:
+        run.finish(exit_code=int(failed))

@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +38,9 @@ _LOOKING = (
         "-i",
         multiple=True,
         metavar="NAME",
-        help="What to measure: HeadScores, 'LogitLens(k=10)', or fast for the default ones; may "
-        "be repeated.",
+        help="What to measure: HeadAblation, 'LogitLens(k=10)', or fast for the default ones; may "
+        "be repeated. Those with every= are asked at the first look, every n-th and the last: "
+        "'ActivationPatching(every=1)'.",
     ),
     click.option("--no-repeats", is_flag=True, help="Leave out the repeated random blocks."),
     click.option("--device", help="Where to compute; the GPU, if there is one."),
@@ -71,25 +71,26 @@ def asked(
     device: str | None = None,
     dtype: str | None = None,
 ) -> "tuple[Arguments, Loader]":
-    """What the options of `looking` ask for.
+    """What the options of `looking` ask for. Without prompts, repeated blocks are shown alone.
 
     Raises:
-        ValueError: for a probe, an instrument or a device that there is not.
+        ValueError: for a probe, an instrument or a device that there is not, or nothing to show.
     """
     import torch
 
     from tlens_callback.arguments import Arguments
     from tlens_callback.checkpoints import Loader
 
-    precision = getattr(torch, dtype) if dtype else None
-    probes = given_prompts(prompts, chat=chat, target=target, foil=foil)
+    loader = Loader(device=device, dtype=getattr(torch, dtype) if dtype else None)
+    filed: list[Probe] = []
     if probes_file is not None:
         from tlens_callback.probe_file import read_probes
 
-        probes += read_probes(probes_file)
+        filed = read_probes(probes_file)
+    others = [probe.name for probe in filed]
     arguments = Arguments(
-        probes,
-        instruments=[made(text) for text in instruments] if instruments else None,
+        [*given_prompts(prompts, chat=chat, target=target, foil=foil, others=others), *filed],
+        instruments=chosen(instruments) if instruments else None,
         sinks=None,
         watch=None,
         every_n_steps=1,
@@ -100,37 +101,65 @@ def asked(
         writing="inline",
         name="tlens",
     )
-    return arguments, Loader(device=device, dtype=precision)
+    if not (arguments.probes or arguments.repeats):
+        raise ValueError("There is nothing to show the model: give --prompt TEXT or --probes FILE.")
+    return arguments, loader
 
 
 def given_prompts(
-    prompts: Sequence[str], *, chat: bool, target: str | None, foil: str | None
+    prompts: Sequence[str],
+    *,
+    chat: bool,
+    target: str | None,
+    foil: str | None,
+    others: Sequence[str] = (),
 ) -> "list[Probe]":
-    """A probe for each prompt, named by its first words."""
+    """A probe for each prompt, named by its first words and unlike `others`.
+
+    Raises:
+        ValueError: a target or foil for several prompts or none, a foil alone, an empty prompt.
+    """
+    from tlens_callback.probe_file import short_name
     from tlens_callback.probes import Probe
 
-    if len(prompts) != 1 and (target or foil):
+    if len(prompts) != 1 and (target is not None or foil is not None):
         raise ValueError("--target and --foil are of one --prompt; for more, use --probes FILE.")
+    if foil is not None and target is None:
+        raise ValueError("--foil is what --target is compared with: give both.")
     probes: list[Probe] = []
     for prompt in prompts:
+        if not prompt.strip():
+            raise ValueError(f"--prompt {prompt!r} is empty.")
         content = [{"role": "user", "content": prompt}] if chat else prompt
-        name = _short(prompt, [probe.name for probe in probes])
+        name = short_name(prompt, [*others, *(probe.name for probe in probes)])
         probes.append(Probe(name, content, target=target, foil=foil))
     return probes
 
 
-def _short(prompt: str, others: Sequence[str]) -> str:
-    words = re.findall(r"\w+", prompt.lower())
-    name = base = "-".join(words)[:32].strip("-") or "prompt"
-    number = 2
-    while name in others:
-        name, number = f"{base}-{number}", number + 1
-    return name
+def chosen(texts: Sequence[str]) -> "list[Instrument]":
+    """The instruments of several `--instruments`; `fast` stands for the default ones.
+
+    Raises:
+        ValueError: as `made`.
+    """
+    from tlens_callback.instruments import fast
+
+    found: list[Instrument] = []
+    for text in texts:
+        found += fast() if text.replace(" ", "") in ("fast", "fast()") else [made(text)]
+    return found
 
 
 def made(text: str) -> "Instrument":
-    """An instrument from its class's name, with arguments as in Python: `LogitLens(k=10)`."""
+    """An instrument from its class's name, with arguments as in Python: `LogitLens(k=10)`.
+
+    An autoencoder is given by its directory: `SparseFeatures('path/to/sae')`.
+
+    Raises:
+        ValueError: for no such instrument, and for arguments that it does not take.
+    """
     from tlens_callback import instruments
+    from tlens_callback.sae import load_sae
 
     try:
         call: Any = ast.parse(text.strip(), mode="eval").body
@@ -141,14 +170,24 @@ def made(text: str) -> "Instrument":
     except (SyntaxError, AttributeError, ValueError):
         raise ValueError(
             f"--instruments {text!r} is neither a name nor a call with plain values, such as "
-            f"LogitLens or 'LogitLens(k=10)'."
+            f"LogitLens or 'LogitLens(k=10)'. For several instruments repeat the option."
         ) from None
-    if name not in instruments.__all__:
-        near = difflib.get_close_matches(name, instruments.__all__, n=3)
-        raise ValueError(
-            f"There is no instrument {name!r}. " + (f"Near it are {near}." if near else "")
-        )
+    names = {_plain(one): one for one in instruments.__all__}
+    if name not in names.values():
+        near = difflib.get_close_matches(_plain(name), names, n=3)
+        found = [names[one] for one in near or names]
+        there = f"{'Near it' if near else 'There are'}: {', '.join(found)}"
+        raise ValueError(f"There is no instrument {name!r}. {there}.")
     try:
+        if name == "SparseFeatures":
+            args = [load_sae(one) if isinstance(one, str) else one for one in args[:1]] + args[1:]
+            if isinstance(kwargs.get("sae"), str):
+                kwargs["sae"] = load_sae(kwargs["sae"])
         return getattr(instruments, name)(*args, **kwargs)
-    except TypeError as error:
-        raise ValueError(f"--instruments {text!r}: {error}.") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--instruments {text!r}: {error}") from error
+
+
+def _plain(name: str) -> str:
+    """A name as those who write it otherwise do: head_scores is HeadScores."""
+    return name.replace("_", "").lower()

@@ -1,8 +1,28 @@
-"""`tlens-callback summary`."""
+"""`tlens-callback summary`: a run in a few lines."""
 
 import click
 
 
 @click.command()
-def summary() -> None:
-    """Stub."""
+@click.argument("store")
+def summary(store: str) -> None:
+    """Say in a few lines what changed most in a run, when, and what happened.
+
+    Plain text of 72 columns, for a terminal or a commit message. STORE is a directory that
+    TLensCallback or a command of this program wrote.
+
+    \b
+    Example:
+      tlens-callback summary out/tlens
+      git commit -F <(tlens-callback summary out/tlens)
+    """
+    from tlens_callback.sinks.found import find_store
+    from tlens_callback.summary import summary as in_words
+
+    opened, earlier = find_store(store)
+    if earlier:
+        click.echo(f"Of {opened.path}; earlier runs beside it: {', '.join(earlier)}.", err=True)
+    click.echo(in_words(opened))
+    if torn := opened.torn:
+        click.echo(f"Left out, since their files are torn: steps {list(torn)}.", err=True)
+        raise click.exceptions.Exit(3)

@@ -49,9 +49,10 @@ class ActivationPatching:
     round, each probe with a target.
 
     Args:
-        clean: name of a probe with a target.
+        clean: name of a probe with a target. Without it, every pair among the probes is patched:
+            `<name>` and `<name>-corrupt`, as a file of probes makes them with `corrupt:`.
         corrupt: name of another probe, or a `Probe` that no other instrument is shown. As many
-            tokens as the clean one.
+            tokens as the clean one. Without it, `<clean>-corrupt`.
         parts: what to replace.
         rows: patched runs computed side by side in one batch; fewer of prompts so long that the
             batch would have more than 2048 tokens.
@@ -73,23 +74,24 @@ class ActivationPatching:
         blocks.{layer}.hook_mlp_out, blocks.{layer}.attn.hook_z
 
     Cost:
-        For each of resid, attn and mlp, patched positions * layers * (layers + 1) / 2 passes of
-        the prompt through one layer; for head, n_heads in the place of the positions. Of the
-        layers before the patch only those run that others of its batch need.
+        For each pair: for each of resid, attn and mlp, patched positions * layers *
+        (layers + 1) / 2 passes of the prompt through one layer; for head, n_heads in the place of
+        the positions. Of the layers before the patch only those run that others of its batch need.
 
     Source:
         Meng et al. 2022 (causal tracing); Wang et al. 2022 (heads); Zhang & Nanda 2023 (the
         metric, and what to patch).
 
     Raises:
-        ValueError: no, unknown or repeated parts, rows < 1, every < 1; from `taps`, a part that
-            no layer has, a probe that is not there, no target or no foil, prompts of different
-            lengths or of the same tokens; from `read`, for heads, a model whose hook_z is not cut
-            into heads; from the first `read`, D(clean) = D(corrupt) to rounding.
+        ValueError: no, unknown or repeated parts, rows < 1, every < 1, corrupt without clean; from
+            `taps`, a part that no layer has, no pair, a probe that is not there, no target or no
+            foil, prompts of different lengths or of the same tokens; from `read`, for heads, a
+            model whose hook_z is not cut into heads; from the first `read`,
+            D(clean) = D(corrupt) to rounding.
     """
 
-    clean: str
-    corrupt: str | Probe
+    clean: str | None = None
+    corrupt: str | Probe | None = None
     parts: Sequence[Part] = ("resid", "attn", "mlp", "head")
     rows: int = 64
     every: int = 10
@@ -108,11 +110,13 @@ class ActivationPatching:
                     f"ActivationPatching({argument}={getattr(self, argument)}): give "
                     f"{argument} >= 1."
                 )
+        if self.clean is None and self.corrupt is not None:
+            raise ValueError("ActivationPatching(corrupt=...): name the clean probe too, clean=...")
         object.__setattr__(self, "parts", parts)
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """Nothing of the shared pass; the pair and the parts are checked."""
-        self._pair(batch)
+        """Nothing of the shared pass; the pairs and the parts are checked."""
+        self._pairs(batch)
         for part, by_layer in self._hooks(shadow).items():
             if not by_layer:
                 raise ValueError(
@@ -124,8 +128,11 @@ class ActivationPatching:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """A matrix of each part, and the two logit differences that they lie between."""
-        pair = self._pair(batch)
+        """Of each pair a matrix of each part, and the two logit differences they lie between."""
+        for pair in self._pairs(batch):
+            yield from self._read(pair, shadow)
+
+    def _read(self, pair: "_Pair", shadow: Shadow) -> Iterator[Reading]:
         hooks = self._hooks(shadow)
         names = [hook for by_layer in hooks.values() for hook in by_layer.values()]
         last = torch.tensor([len(pair.clean) - 1], device=pair.clean.device)
@@ -146,16 +153,18 @@ class ActivationPatching:
         ends = torch.cat([pair.answers(logits), run]).cpu().double()
         clean, corrupt = (ends[:, 0] - ends[:, 1]).tolist()
         gap = clean - corrupt
+        # One that was asked for by name is kept as it was before there could be several.
+        known = "gap" if self.clean is not None else f"gap/{pair.name}"
         if abs(gap) <= torch.finfo(shadow.dtype).eps * float(ends.abs().max()):
-            if not self.memory:
+            if known not in self.memory:
                 raise ValueError(
                     f"ActivationPatching: logit[target] - logit[foil] is {clean:.4g} on the clean "
-                    f"probe {self.clean!r} and {corrupt:.4g} on the corrupt one, the same to "
+                    f"probe {pair.name!r} and {corrupt:.4g} on the corrupt one, the same to "
                     f"rounding, so no share of the way between them can be given. Take a corrupt "
                     f"prompt with another answer, or another foil."
                 )
             gap = float("nan")
-        self.memory.setdefault("gap", torch.tensor(gap))
+        self.memory.setdefault(known, torch.tensor(gap))
         shares = iter((to - of) / gap for to, of in (m.cpu().double().T for m in moved))
         for part, by_layer in hooks.items():
             axis = "head" if part == "head" else "pos"
@@ -165,7 +174,7 @@ class ActivationPatching:
                 share = next(shares).numpy()
                 row[size - len(share) :] = share
             yield Reading(
-                key=f"{self.name}/{part}/{self.clean}",
+                key=f"{self.name}/{part}/{pair.name}",
                 values=values,
                 axes=("layer", axis),
                 unit="fraction",
@@ -176,7 +185,7 @@ class ActivationPatching:
             )
         for measure, value in (("clean", clean), ("corrupt", corrupt)):
             yield Reading(
-                key=f"{self.name}/{measure}/{self.clean}", values=np.asarray(value), unit="logit"
+                key=f"{self.name}/{measure}/{pair.name}", values=np.asarray(value), unit="logit"
             )
 
     def _hooks(self, shadow: Shadow) -> dict[str, dict[int, str]]:
@@ -190,16 +199,31 @@ class ActivationPatching:
             for part in self.parts
         }
 
-    def _pair(self, batch: ProbeBatch) -> "_Pair":
-        beside = batch.beside([self.corrupt]) if isinstance(self.corrupt, Probe) else batch
-        name = self.corrupt.name if isinstance(self.corrupt, Probe) else self.corrupt
-        (row,), (other,) = rows_named(batch, [self.clean]), rows_named(beside, [name])
+    def _pairs(self, batch: ProbeBatch) -> "list[_Pair]":
+        if self.clean is not None:
+            return [self._pair(batch, self.clean, self.corrupt or f"{self.clean}-corrupt")]
+        names = [probe.name for probe in batch.probes]
+        pairs = [(name, f"{name}-corrupt") for name in names if f"{name}-corrupt" in names]
+        if not pairs:
+            raise ValueError(
+                f"ActivationPatching needs a pair of probes, 'x' and 'x-corrupt', and among "
+                f"{names} there is none. In a file of probes corrupt: makes one; in Python "
+                f"Probe('x', 'The capital of France is', target=' Paris', foil=' Rome') and "
+                f"Probe('x-corrupt', 'The capital of Italy is'), or "
+                f"ActivationPatching(clean=..., corrupt=...)."
+            )
+        return [self._pair(batch, clean, corrupt) for clean, corrupt in pairs]
+
+    def _pair(self, batch: ProbeBatch, clean_name: str, given: str | Probe) -> "_Pair":
+        beside = batch.beside([given]) if isinstance(given, Probe) else batch
+        name = given.name if isinstance(given, Probe) else given
+        (row,), (other,) = rows_named(batch, [clean_name]), rows_named(beside, [name])
         target = batch.targets[row]
         foil = beside.targets[other] if batch.foils[row] is None else batch.foils[row]
         if target is None or foil is None or target == foil:
             raise ValueError(
                 f"ActivationPatching measures logit[target] - logit[foil] on the probes "
-                f"{self.clean!r} (clean) and {name!r} (corrupt): give the clean one a target, and "
+                f"{clean_name!r} (clean) and {name!r} (corrupt): give the clean one a target, and "
                 f"a foil that is another token, or the corrupt one a target, which is the foil "
                 f"then. Here target and foil are {target} and {foil}."
             )
@@ -207,23 +231,25 @@ class ActivationPatching:
         if len(labels) != len(others):
             raise ValueError(
                 f"ActivationPatching puts activations of one prompt where those of the other "
-                f"stand, token by token, but the probes {self.clean!r} and {name!r} have "
+                f"stand, token by token, but the probes {clean_name!r} and {name!r} have "
                 f"{len(labels)} and {len(others)} tokens: {list(labels)} and {list(others)}. "
                 f"Word one of them so that they match."
             )
         clean, corrupt = batch.tokens[row, : len(labels)], beside.tokens[other, : len(labels)]
         if torch.equal(clean, corrupt):
             raise ValueError(
-                f"The probes {self.clean!r} and {name!r} are the same tokens {list(labels)}: "
+                f"The probes {clean_name!r} and {name!r} are the same tokens {list(labels)}: "
                 f"ActivationPatching needs a corrupt prompt that differs."
             )
-        return _Pair(clean, corrupt, labels, target, foil)
+        return _Pair(clean_name, clean, corrupt, labels, target, foil)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """The tokens of the two prompts, the clean one's as text, and the two answers."""
+    """The clean probe's name, the tokens of the two prompts, the clean one's as text, and the two
+    answers."""
 
+    name: str
     clean: Int[Tensor, " pos"]
     corrupt: Int[Tensor, " pos"]
     labels: tuple[str, ...]

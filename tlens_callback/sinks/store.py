@@ -226,18 +226,27 @@ class Store:
         Raises:
             ValueError: for a key that is not there, or values that change shape.
         """
-        found: dict[int, Reading] = {}
-        for step in steps_in(self.path / "scores"):
-            about = self._about(step)
-            if about is not None and key in about:
-                found[step] = self._load(step, {key: about[key]})[0]
-        if not found:
-            raise ValueError(f"{self.path} has no {key!r}; {_nearest(key, self.keys)}.")
-        return curve(key, found)
+        return curve(key, self._at_all_steps(key))
 
-    def frame(self) -> pd.DataFrame:
-        """The small readings of all complete steps, a row per number: `step` and the columns of
-        `tlens_callback.render.long_frame`."""
+    def frame(self, key: str | None = None) -> pd.DataFrame:
+        """A tidy table, a row per number: of one reading at all complete steps, attention patterns
+        as well; or, without a key, of all small readings. Those are the ones of at most 3 axes and
+        100,000 numbers: patterns, of 4 axes, are left out.
+
+        Of one reading the columns are: step, int64; key, category; for each axis its numbers,
+        int32 (counted from 0, or its labels where these are whole numbers, as of a selection of
+        layers), and where it has labels that say more, tokens say, "<axis>_name", category; value,
+        float32, in the order of `curve`; text, category, where the reading has texts. The axis
+        "key" is "key_index" and "key_name". A pattern takes 33 bytes a number, `curve` 4.
+
+        Of all small readings: `step` and the columns of `tlens_callback.render.long_frame`, as
+        `pandas.read_parquet(store.path / "scores")` has them.
+
+        Raises:
+            ValueError: for a key that is not there, or whose axes change between steps.
+        """
+        if key is not None:
+            return self._frame_of(key)
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -246,12 +255,36 @@ class Store:
             return pd.DataFrame({"step": [], "key": [], "value": []})
         return pa.concat_tables(tables, promote_options="default").to_pandas()
 
-    def page(self, *, most_bytes: int = 15_000_000) -> "PageView":
+    def _frame_of(self, key: str) -> pd.DataFrame:
+        from tlens_callback.sinks.tidy import tidy
+
+        found = self._at_all_steps(key)
+        if len(axes := {reading.axes for reading in found.values()}) > 1:
+            raise ValueError(f"{key!r} changes its axes between steps: {sorted(axes)}.")
+        return tidy(list(found), list(found.values()))
+
+    def _at_all_steps(self, key: str) -> dict[int, Reading]:
+        """Step -> the reading, at the complete steps that have it.
+
+        Raises:
+            ValueError: where none has.
+        """
+        found: dict[int, Reading] = {}
+        for step in steps_in(self.path / "scores"):
+            about = self._about(step)
+            if about is not None and key in about:
+                found[step] = self._load(step, {key: about[key]})[0]
+        if not found:
+            raise ValueError(f"{self.path} has no {key!r}; {_nearest(key, self.keys)}.")
+        return found
+
+    def page(self, *, most_bytes: int = 15_000_000, view: str = "") -> "PageView":
         """The interactive page of the steps so far, which Jupyter shows as the last line of a cell;
         its `save(path)` writes it as one HTML file.
 
         Args:
             most_bytes: of that file; see `tlens_callback.render.page.page`.
+            view: what it shows at first, "step=1&other=0&change=1" say; see there too.
 
         Raises:
             ValueError: for a store without a complete step, or too few bytes.
@@ -259,7 +292,7 @@ class Store:
         from tlens_callback.render.page import page
         from tlens_callback.render.page.notebook import PageView
 
-        return PageView(page(self, most_bytes=most_bytes))
+        return PageView(page(self, most_bytes=most_bytes, view=view))
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}: {len(self.steps)} steps, {len(self.keys)} keys)"

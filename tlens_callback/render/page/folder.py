@@ -34,10 +34,12 @@ class PageFolder:
 
     Args:
         path: the directory; made at the first write. What is there goes on.
+        title: what the page is called; by default as the directory around `path`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, title: str | None = None) -> None:
         self.path = path
+        self._title = title or title_of(path.parent)
         self._index: dict[str, Any] | None = None
         self._is_ready = False
 
@@ -46,15 +48,22 @@ class PageFolder:
         """The steps that are there, in order."""
         return tuple(step for step, _, _ in self._read()["steps"])
 
-    def write(self, readings: Sequence[Reading], step: int) -> None:
-        """Writes a step, in the place of what there is of it."""
+    def begin(self) -> None:
+        """Makes the page, where there is no step yet."""
+        self._ready()
+        self._write_index()
+
+    def write(self, readings: Sequence[Reading], step: int, *, at: float | None = None) -> None:
+        """Writes a step, in the place of what there is of it. `at`: when it was observed, in
+        seconds since 1970; by default now."""
         self._ready()
         self._remove({step})
         parts, note = _parts(readings, step)
         small, *large = blobs(parts)
         index = self._read()
         # Milliseconds: a number of its own also after steps were dropped.
-        stamp = max([time.time_ns() // 1_000_000, *(was + 1 for _, was, _ in index["steps"])])
+        now = time.time_ns() // 1_000_000 if at is None else int(at * 1000)
+        stamp = max([now, *(was + 1 for _, was, _ in index["steps"])])
         for i, blob in enumerate(large):
             self._write(f"{step:08d}-{i}.js", f'tlens.blob({step},{stamp},{i},"{blob}")\n')
         self._write(f"{step:08d}.js", f'tlens.chunk({step},{stamp},"{small}")\n')
@@ -87,8 +96,7 @@ class PageFolder:
         data.mkdir(parents=True, exist_ok=True)
         for left in [*self.path.glob(".*.tmp"), *data.glob(".*.tmp")]:
             left.unlink()
-        title = title_of(self.path.parent)
-        text = html({"title": title, "live": True, "notes": []}).encode()
+        text = html({"title": self._title, "live": True, "notes": []}).encode()
         page = self.path / "index.html"
         if not (page.is_file() and page.read_bytes() == text):
             write_whole(page, text)
@@ -97,7 +105,7 @@ class PageFolder:
     def _read(self) -> dict[str, Any]:
         """The index; an empty one where there is none, or none that can be read."""
         if self._index is None:
-            empty = {"title": title_of(self.path.parent), "notes": [], "done": False}
+            empty = {"title": self._title, "notes": [], "done": False}
             try:
                 text = (self.path / "data" / "index.js").read_text("ascii")
                 there = json.loads(text.removeprefix("tlens.index(").rstrip().removesuffix(")"))

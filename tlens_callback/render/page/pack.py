@@ -15,7 +15,7 @@ _FOR_NOTES = 4000
 """Bytes kept free for the notes, which are known last."""
 
 
-def page(store: "Store", *, most_bytes: int = 15_000_000) -> str:
+def page(store: "Store", *, most_bytes: int = 15_000_000, view: str = "") -> str:
     """One HTML file with all complete steps of a store.
 
     If that takes more than `most_bytes` (of UTF-8), attention patterns, and readings of more than
@@ -24,6 +24,9 @@ def page(store: "Store", *, most_bytes: int = 15_000_000) -> str:
     fewer heads: those of the largest change since the first step and of the largest head scores, a
     head of each in turn. Then come fewer steps, then none. All else stays, unless it is more than
     `most_bytes` by itself: then the page has fewer steps. The page says each of these.
+
+    `view` is what it shows where its address says nothing, in the words of an address:
+    "step=1&other=0&change=1". Choosing something in the page writes these words into its address.
 
     Holds the text, what it is made of and a step's patterns in memory, never those of all steps.
 
@@ -34,7 +37,7 @@ def page(store: "Store", *, most_bytes: int = 15_000_000) -> str:
     steps, torn = store.steps, store.torn
     if not steps:
         raise ValueError(f"{store.path} has no complete step: there is nothing to show yet.")
-    room = most_bytes - len(_html(store, [], []).encode()) - _FOR_NOTES
+    room = most_bytes - len(_html(store, [], [], view).encode()) - _FOR_NOTES
     fits = _fitting(store, steps, room)
     if fits is None:
         raise ValueError(
@@ -50,17 +53,18 @@ def page(store: "Store", *, most_bytes: int = 15_000_000) -> str:
             notes.append(
                 f"That keeps the page within {most_bytes / 1e6:,.3g} MB. All of it is in the store."
             )
-        text = _html(store, notes, list(_elements(store, chosen, kept.parts)))
+        text = _html(store, notes, list(_elements(store, chosen, kept.parts)), view)
         if len(text.encode()) <= most_bytes:
             return text
     raise AssertionError(f"{len(text.encode())} bytes, not {most_bytes}")
 
 
-def _html(store: "Store", notes: Sequence[str], elements: Sequence[str]) -> str:
+def _html(store: "Store", notes: Sequence[str], elements: Sequence[str], view: str) -> str:
     about = {
         "title": title_of(store.path),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "live": False,
+        "view": view,
         "notes": notes,
     }
     return html(about, elements)

@@ -13,7 +13,7 @@ from tlens_callback.render.page.meanings import meanings
 _SCRIPTS = [
     f"{name}.js"
     for name in (
-        "codes data colour state draw time curves scores matrix heatmap pattern tokens lens "
+        "codes data names colour state draw time curves scores matrix heatmap pattern tokens lens "
         "charts tables panels live main"
     ).split()
 ]

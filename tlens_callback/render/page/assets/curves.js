@@ -24,8 +24,8 @@ function timeSpan() {
 
 // Keys of all that is one number at a step.
 function numberKeys() {
-  return data.keys().filter((key) =>
-    ["", "update"].includes(data.entry(key, data.first(key)).axes.join()));
+  return data.keys().filter((key) => key !== CHECKPOINT
+    && ["", "update"].includes(data.entry(key, data.first(key)).axes.join()));
 }
 
 const numbers = new Map(); // key -> {version, steps, values}

@@ -132,7 +132,7 @@ function lensTable(key) {
   function draw(given) {
     const { step, asked, against, numbers, scale, target } = given, bars = given.sides.map(({ bar }) => bar);
     write(caption, step === null ? `not measured at or before step ${asked}`
-      : step === asked ? `step ${step}` : `step ${step}, the latest by step ${asked}`);
+      : noteOf(step, asked));
     head.hidden = rows.hidden = step === null;
     if (step === null) return;
     const entry = data.entry(key, step), [layers, places] = entry.shape;

@@ -114,6 +114,7 @@ async function readPacked() {
     if (i % 50 === 49) status.textContent = `reading step ${i + 1} of ${scripts.length}`;
   }
   status.textContent = "";
+  data.about.done = true;
   show(true);
 }
 

@@ -12,13 +12,14 @@ function matrixView(root) {
     onchange: () => set({ score: choose.value }) });
   const change = el("input", { type: "checkbox", id: "change",
     onchange: () => set({ change: change.checked }) });
+  const changeWords = el("span"), changing = el("label", {}, change, changeWords);
   const canvas = el("canvas", { id: "matrix", tabindex: 0, role: "application" });
   const frame = el("div", { style: "overflow:auto;max-height:75vh" }, canvas);
   const meaning = el("p", { class: "told meaning" });
   const axes = el("div", { class: "axes" }), bar = el("div");
   const told = el("p", { class: "told", id: "matrixtold" });
   const list = topList();
-  heading.append(choose, el("label", {}, change, " change since the first step"));
+  heading.append(choose, changing);
   body.append(meaning, frame, axes, bar, told, list.root);
   root.append(box);
   const image = bitmap();
@@ -27,7 +28,13 @@ function matrixView(root) {
 
   function draw(changed) {
     if (!wanted.some((name) => changed.has(name))) return;
-    if (changed.has("data")) fillScores(choose);
+    if (changed.has("data")) {
+      fillScores(choose);
+      const [first] = data.steps, since = checkpointAt(first) ? stepName(first, 24) : "the first step";
+      write(changeWords, ` change since ${since}`);
+      changing.title = wholeNames(first);
+      changing.hidden = isAlone();
+    }
     choose.value = state.score ?? "";
     write(meaning, meaningOf(parts(scoreOf(state.score)?.key ?? "").instrument));
     change.checked = state.change;
@@ -111,7 +118,8 @@ function matrixView(root) {
 
   // "L5H1 induction 0.93 ± 0.02", and what it was at the first step.
   function describe(row, column) {
-    const { score, now, first, firstStep, step, spread } = shape, i = row * shape.columns + column;
+    const { score, now, firstStep, step, spread } = shape, i = row * shape.columns + column;
+    const first = isAlone() ? null : shape.first;
     const name = `${cellName(shape.entry, row, column)} ${plain(score.measure)}`;
     const text = textsOf(shape.entry, step)?.[i];
     const value = fmt(now[i]) + (spread ? ` ± ${fmt(spread[i])}` : "")
@@ -252,12 +260,15 @@ function topList() {
   const root = el("table", { id: "top-heads", style: look }, el("thead", {}, head), body);
 
   function draw(shape) {
-    const { entry, now, first, firstStep, columns, ofHeads } = last = shape;
+    const { entry, now, firstStep, columns, ofHeads } = last = shape;
+    const alone = isAlone(), first = alone ? null : shape.first;
+    order.lastChild.hidden = alone;
     const moved = order.value === "moved" && first;
     const values = moved ? changeOf(now, first) : shape.values;
     const weigh = { high: (value) => value, low: (value) => -value }[order.value] ?? Math.abs;
     write(measure, plain(shape.score.measure));
-    write(since, `since step ${firstStep}`);
+    write(since, alone ? "" : `since ${stepName(firstStep, 16)}`);
+    since.title = wholeNames(firstStep);
     last.found = foremost(values, weigh).map((i) => {
       const row = Math.floor(i / columns), column = i % columns;
       const head = { layer: numberOf(entry, "layer", row), head: numberOf(entry, "head", column) };

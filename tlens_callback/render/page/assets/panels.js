@@ -33,7 +33,7 @@ function ofInstrument(instrument, probe) {
     const own = parts(key), { axes, shape } = data.entry(key, data.first(key));
     return own.instrument === instrument && !shape.includes(0) && (probe === null || own.probe === null || own.probe === probe)
       && !axes.includes("query") && !axes.includes("update") && axes[0] !== "event"
-      && !own.measure.endsWith("_spread");
+      && !own.measure.endsWith("_spread") && key !== CHECKPOINT;
   });
 }
 
@@ -118,10 +118,10 @@ function linePanel([key]) {
     chart.root.hidden = step === null;
     if (step === null) return;
     const entry = data.entry(key, step), before = data.first(key);
-    const series = [{ name: `step ${step}`, values: data.values(key, step), colour: style("--accent") }];
+    const series = [{ name: stepName(step, 20), values: data.values(key, step), colour: style("--accent") }];
     const other = state.other === null ? null : data.latest(key, state.other);
-    if (other !== null && other !== step) series.unshift({ name: `step ${other}`, values: data.values(key, other), colour: style("--mark") });
-    if (before !== step) series.unshift({ name: `step ${before}`, values: data.values(key, before), colour: style("--faint"), dash: "3 3" });
+    if (other !== null && other !== step) series.unshift({ name: stepName(other, 20), values: data.values(key, other), colour: style("--mark") });
+    if (before !== step) series.unshift({ name: stepName(before, 20), values: data.values(key, before), colour: style("--faint"), dash: "3 3" });
     const names = Array.from({ length: entry.shape[0] }, (_, i) => nameOf(entry, entry.axes[0], i));
     const limits = entry.limits?.every(Number.isFinite) ? entry.limits : data.range(key);
     chart.update({ names, series, limits });
@@ -200,7 +200,7 @@ function partsPanel(keys) {
       });
     }
     items.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
-    title.textContent = `the ${Math.min(MOST, items.length)} largest of ${items.length} parts, ${unit}; outline: at step ${since}`;
+    title.textContent = `the ${Math.min(MOST, items.length)} largest of ${items.length} parts, ${unit}${isAlone() ? "" : `; outline: at ${stepName(since, 20)}`}`;
     chart.update(items.slice(0, MOST), unit, Math.max(1e-9, ...used.map(Math.abs)));
   }
   return { root, draw };

@@ -26,6 +26,7 @@ function patternView(root) {
     if (changed.has("data") || changed.has("probe")) fillPatternChoices(probe, kind, other);
     probe.value = state.probe ?? "";
     other.value = state.other ?? "";
+    other.title = wholeNames(state.other);
     const pinned = state.pins.some(([layer, head]) => layer === state.layer && head === state.head);
     const full = !pinned && state.pins.length >= MOST_PINS;
     pinning.disabled = full;
@@ -108,7 +109,8 @@ function fillPatternChoices(probe, kind, other) {
   fill(kind, kinds.map((name) => [name, name === ATTENTION ? "attention" : plain(name)]));
   kind.hidden = kinds.length < 2;
   fill(other, [["", "compare with step …"],
-    ...data.steps.map((step) => [step, `compare with step ${step}`])]);
+    ...data.steps.map((step) => [step, `compare with ${stepName(step)}`])]);
+  other.hidden = isAlone();
 }
 
 // Pixels a token, and letters of its name at the axes: one map is large, several share the width,
@@ -174,7 +176,7 @@ function headBlock(pointAt, follow) {
 }
 
 const noteOf = (step, asked) =>
-  (step === asked ? `step ${step}` : `step ${step}, the latest by step ${asked}`);
+  (step === asked ? stepName(step) : `${stepName(step)}, the latest by step ${asked}`);
 
 function patternOf(key, step, layer, head) {
   const entry = data.entry(key, step), row = indexOf(entry, "layer", layer);

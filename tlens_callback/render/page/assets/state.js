@@ -73,9 +73,9 @@ function addressOf() {
   return words;
 }
 
-// What the address says, as values for all of `state`.
+// What the address says, or else the page itself of how it opens, as values for all of `state`.
 function readAddress() {
-  const words = new URLSearchParams(location.hash.slice(1));
+  const words = new URLSearchParams(location.hash.slice(1) || (data.about.view ?? ""));
   const whole = (text) => (/^\d{1,15}$/.test(text ?? "") ? Number(text) : null);
   const pair = (text) =>
     (/^\d{1,9}\.\d{1,9}$/.test(text ?? "") ? text.split(".").map(Number) : null);
@@ -101,6 +101,7 @@ const nearest = (step, steps = data.steps) =>
 function settle() {
   if (!data.steps.length) return;
   state.step = nearest(state.step ?? data.steps.at(-1));
+  if (isAlone()) Object.assign(state, { other: null, change: false });
   if (state.other !== null) state.other = nearest(state.other);
   if (!scores().includes(state.score)) state.score = usualScore();
   if (!probes().includes(state.probe)) state.probe = probes()[0] ?? null;

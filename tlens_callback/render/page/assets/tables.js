@@ -68,12 +68,14 @@ const numeric = (value) => ({ text: fmt(value), by: Number.isNaN(value) ? -Infin
 function numbersPanel(keys) {
   const { root, update } = table(), curves = keys.map((key) => spark(key));
   function draw() {
-    update(["measure", "value", "first", "over training", "unit"], keys.map((key, i) => {
+    const before = isAlone() ? [] : ["first", "over training"];
+    update(["measure", "value", ...before, "unit"], keys.map((key, i) => {
       const step = data.latest(key, state.step), first = data.first(key);
-      const name = parts(key).measure;
+      const name = parts(key).measure, numbers = [numeric(data.number(key, first, 0))];
+      if (before.length) numbers.push({ node: curves[i].draw() });
       return [{ text: name + late(step), by: name },
         step === null ? "" : numeric(data.number(key, step, 0)),
-        numeric(data.number(key, first, 0)), { node: curves[i].draw() }, data.entry(key, first).unit];
+        ...(before.length ? numbers : []), data.entry(key, first).unit];
     }));
   }
   return { root, draw };

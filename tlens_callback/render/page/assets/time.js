@@ -9,8 +9,9 @@ function timeView(root) {
   const choice = curveChoice();
   const drawing = svg("svg", { id: "curves", role: "group" });
   const list = el("div", { id: "curvelist" });
-  root.append(el("div", { class: "time" }, player.play, player.speed, label, choice.root, list),
-    drawing, el("div", { class: "slide" }, slider));
+  const overTime = [choice.root, list, drawing, el("div", { class: "slide" }, slider)];
+  root.append(el("div", { class: "time" }, player.play, player.speed, label, ...overTime.slice(0, 2)),
+    ...overTime.slice(2));
   const plot = plotOf(drawing);
   let lines = [], tell = () => {};
 
@@ -38,7 +39,7 @@ function timeView(root) {
   drawing.addEventListener("mousemove", (event) => {
     const step = nearest(plot.stepAt(offsetIn(drawing, event)));
     plot.hover(step);
-    tip.show(event, `step ${step}`, ...lines.map((line) => wordsOf(line, step)));
+    tip.show(event, stepName(step), ...lines.map((line) => wordsOf(line, step)));
   });
   drawing.addEventListener("mouseleave", () => {
     plot.hover(null);
@@ -49,7 +50,13 @@ function timeView(root) {
 
   function draw(changed) {
     const any = (...names) => names.some((name) => changed.has(name));
-    if (any("data")) choice.fill();
+    if (any("data")) {
+      choice.fill();
+      const points = isAlone() && numberKeys().every((key) => numbersOf(key).steps.length < 2);
+      for (const node of overTime) node.classList.toggle("needless", points);
+      const playing = data.about.live && !data.about.done || data.steps.length > 2;
+      player.play.hidden = player.speed.hidden = !playing;
+    }
     if (any("data", "curves", "size", "score", "layer", "head", "pins", "probe")) {
       lines = chosenCurves();
       plot.draw(lines);
@@ -57,12 +64,13 @@ function timeView(root) {
       [slider.min, slider.max] = plot.span();
     } else if (!any("step", "other")) return;
     slider.value = state.step;
-    slider.setAttribute("aria-valuetext", `step ${state.step}`);
-    label.textContent = `step ${state.step}`
-      + (state.other === null ? "" : `, beside step ${state.other}`);
+    slider.setAttribute("aria-valuetext", stepName(state.step));
+    label.textContent = stepName(state.step)
+      + (state.other === null ? "" : `, beside ${stepName(state.other)}`);
+    label.title = wholeNames(state.step, state.other);
     plot.mark();
     tell();
-    drawing.setAttribute("aria-label", [`curves over training, step ${state.step}`,
+    drawing.setAttribute("aria-label", [`curves over training, ${stepName(state.step)}`,
       ...lines.map((line) => wordsOf(line, state.step))].join("; "));
   }
   return { draw };

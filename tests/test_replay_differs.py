@@ -1,0 +1,86 @@
+"""How a replay differs from the run that was watched: what has changed, and what it cannot know.
+
+Most are controls of `test_replay`.
+"""
+
+import shutil
+
+import pytest
+
+from tests import tiny
+from tests.replaying import replayed, train, unlike
+from tests.test_replay import RUNS
+from tlens_callback import FrozenWeights, HeadScores, ResidualNorms, TargetScores, TokenLoss, fast
+from tlens_callback.instruments import TrainedFeatures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+FEW = TargetScores, TokenLoss, ResidualNorms, HeadScores, FrozenWeights
+
+
+def few():
+    return [kind() for kind in FEW]
+
+
+def test_swapped_checkpoints_are_found_unequal(tmp_path):
+    live = train(tmp_path, few(), **RUNS["SFT with LoRA"])
+    run = tmp_path / "run"
+    names = [run / f"checkpoint-{step}" for step in (2, 4)]
+    for name in names:
+        name.rename(f"{name}.was")
+    for name, other in zip(names, reversed(names), strict=True):
+        shutil.copytree(f"{name}.was", name)
+        shutil.copy(f"{other}.was/adapter_model.safetensors", name)
+    found = unlike(live, replayed(tmp_path, few()).store)
+    assert {f"{step} target_scores/loss/capital" for step in (2, 4)} <= {
+        each.rsplit(" ", 1)[0] for each in found
+    }
+    assert not [each for each in found if each.startswith(("0 target", "6 target", "2 trainer"))]
+
+
+@pytest.mark.parametrize("run", ["SFT with LoRA", "full"])
+def test_another_base_is_found_unequal(tmp_path, run):
+    """Below adapters it is at every step, and after full fine-tuning at the first."""
+    live = train(tmp_path, few(), **RUNS[run])
+    other = tmp_path / "other" / "base"
+    tiny.model("llama", seed=1).save_pretrained(other)
+    found = unlike(live, replayed(tmp_path, few(), base=other).store)
+    wrong = {int(each.split()[0]) for each in found if " target_scores/loss/capital" in each}
+    assert wrong == ({0, 2, 4, 6} if run == "SFT with LoRA" else {0})
+    assert any(" token_loss/change/capital" in each for each in found if each.startswith("6 "))
+
+
+def test_without_a_base_the_first_checkpoint_is_what_changes_are_measured_from(tmp_path, capsys):
+    live = train(tmp_path, few())
+    again = replayed(tmp_path, few()).store
+    assert (
+        "there is no step 0, so changes are measured from checkpoint-2 on" in capsys.readouterr()[0]
+    )
+    assert again.steps == (2, 4, 6)
+    assert (again.reading("token_loss/change/capital", 2).values == 0).all()
+    assert again.reading("trainer/loss", 2).labels["update"] == ("1", "2")
+    at_six = [each for each in unlike(live, again) if each.startswith("6 ")]
+    assert any("token_loss/change" in each for each in at_six)
+    assert not any("target_scores" in each for each in at_six)
+
+
+def test_what_learns_from_training_rows_has_the_probes_alone(tmp_path):
+    """What a replay cannot know, and nothing else differs."""
+    made = [TrainedFeatures("blocks.1.hook_resid_pre", steps=3, every=1), *few()]
+    live = train(tmp_path, made, **RUNS["SFT with LoRA"])
+    again = [TrainedFeatures("blocks.1.hook_resid_pre", steps=3, every=1), *few()]
+    found = unlike(live, replayed(tmp_path, again).store, without=("cost/", "fidelity/"))
+    differing = {each.split()[1].partition("/")[0] for each in found if each[0].isdigit()}
+    assert differing == {"trained_features", "checkpoint"}
+
+
+def test_default_instruments_and_no_probes(tmp_path, capsys):
+    train(tmp_path, few(), **RUNS["SFT with LoRA"])
+    again = replayed(tmp_path, None, arguments=dict(probes=[])).store
+    assert "no probes are given, so only repeated random blocks" in capsys.readouterr().out
+    assert again.steps == (0, 2, 4, 6)
+    assert {i.name for i in fast()} > {key.partition("/")[0] for key in again.keys} - {
+        *("checkpoint", "cost", "fidelity", "trainer", "watch")
+    }
+    assert not [key for key in again.keys if key.endswith("/capital")]

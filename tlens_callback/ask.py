@@ -1,0 +1,240 @@
+"""`Asker`: a prompt of one's own, and why a model goes on as it does."""
+
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tlens_callback.fidelity import Fidelity, FidelityError, compare
+from tlens_callback.instruments import (
+    AttentionPatterns,
+    LogitAttribution,
+    LogitLens,
+    TargetScores,
+    TokenLoss,
+    TopNeurons,
+)
+from tlens_callback.interfaces import Instrument
+from tlens_callback.observing import observe
+from tlens_callback.offline import CheckpointName
+from tlens_callback.probes import Probe, ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import LAST_LOGITS, Shadow
+from tlens_callback.sinks import LocalSink, read_store
+from tlens_callback.terminal import mismatch
+
+NEXT = 5
+"""Next tokens to name."""
+
+WRITERS = 3
+"""Heads and MLPs to name."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says behind a prompt, and what was seen of how.
+
+    Attributes:
+        probe: what was asked, with target and foil.
+        next_tokens: the five most likely next tokens, and the probability of each.
+        target, foil: the token that is explained, and the one that it is set against.
+        fidelity: of the shadow, from which all numbers are, on this prompt.
+        readings: key -> reading, of all instruments that have something to measure in this model.
+        left_out: why others have not.
+        name, step: of the model, for the page.
+    """
+
+    probe: Probe
+    next_tokens: Sequence[tuple[str, float]]
+    target: str
+    foil: str
+    fidelity: Fidelity
+    readings: Mapping[str, Reading]
+    left_out: Sequence[str] = ()
+    name: str = "model"
+    step: int = 0
+
+    @property
+    def writers(self) -> list[tuple[str, float]]:
+        """The three heads and MLPs that add most to the target's lead over the foil, in logits, as
+        `LogitAttribution` has it; fewer, where fewer add anything. A head is L21H7, an MLP L21
+        MLP."""
+        parts = []
+        if head := self._of("logit_attribution/head"):
+            for layer, row in enumerate(head.values.tolist()):
+                parts += [(f"L{layer}H{i}", logit) for i, logit in enumerate(row)]
+        if mlp := self._of("logit_attribution/mlp"):
+            parts += [(f"L{layer} MLP", logit) for layer, logit in enumerate(mlp.values.tolist())]
+        towards = sorted((part for part in parts if part[1] > 0), key=lambda part: -part[1])
+        return towards[:WRITERS]
+
+    def lines(self) -> list[str]:
+        """The answer for a terminal."""
+        meant, other = repr(self.target), repr(self.foil)
+        said = [f"{self.probe.name}:"]
+        said += [f"{p:7.3f}  {text!r}" for text, p in self.next_tokens]
+        if self.target not in [text for text, _ in self.next_tokens]:
+            probability, rank = self._number("probability"), self._number("rank")
+            said.append(f"{probability:7.2g}  {meant}, rank {rank:.0f}")
+        said.append(f"  {meant} against {other}: {self._number('logit_diff'):+.2f} logits")
+        if lens := self._of("logit_lens/token"):
+            assert lens.texts is not None
+            first, last = int(self._reading("logit_lens/first_layer").values), len(lens.values) - 1
+            top = repr(str(lens.texts[-1, 0]))
+            if first > last:
+                said.append(f"  the logit lens ends in {top}, not in {meant}")
+            elif first == last:
+                said.append(f"  the logit lens reads {meant} after the last layer alone (L{last})")
+            else:
+                said.append(f"  the logit lens reads {meant} after L{first} and all layers behind")
+        if writers := self.writers:
+            named = ", ".join(f"{name} {logit:+.2f}" for name, logit in writers)
+            said.append(f"  written towards it most, directly: {named}")
+        return said + [f"  without {why}" for why in self.left_out]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the page as one HTML file; folders on the way are made.
+
+        Raises:
+            OSError: where there can be no such file.
+        """
+        title = re.sub(r"[^\w.-]+", "-", Path(self.name).name).strip(".-")[:100] or "model"
+        with tempfile.TemporaryDirectory(prefix="tlens-") as folder:
+            store = LocalSink(Path(folder) / title / self.probe.name, page=False)
+            store.write(list(self.readings.values()), step=self.step)
+            return read_store(store.path).page().save(path)
+
+    def _of(self, key: str) -> Reading | None:
+        return self.readings.get(f"{key}/{self.probe.name}")
+
+    def _reading(self, key: str) -> Reading:
+        return self.readings[f"{key}/{self.probe.name}"]
+
+    def _number(self, measure: str) -> float:
+        return float(self._reading(f"target_scores/{measure}").values)
+
+
+class Asker:
+    """Keeps a model and its shadow, for one prompt after the other.
+
+    Args:
+        model: as `Shadow.of` takes it, with or without adapters; it is read and never changed.
+        tokenizer: may be None for prompts that are token ids.
+        name, step: what the pages call the model, and the training step they show it at.
+        device, dtype: of the shadow, as `Shadow.of` takes them.
+
+    Raises:
+        ValueError: as `Shadow.of`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str = "model",
+        step: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.name, self.step = name, step
+        self.shadow = Shadow(model, device=device, dtype=dtype)
+
+    def ask(self, probe: Probe, *, foil: str | int | None = None) -> Answer:
+        """Shows the model a prompt, with its weights as they are now.
+
+        The target is the probe's own, or the likeliest next token; the foil the one given, or the
+        probe's own, or the likeliest other token: so that the attribution says why the model
+        writes this and not that.
+
+        Raises:
+            ValueError: as `ProbeBatch.encode`; for a repeated block, a target that is its own
+                foil, or a model whose logits are not finite.
+            FidelityError: where the shadow is not the model on this prompt.
+        """
+        if probe.block is not None:
+            raise ValueError("A repeated block has no answer; ask with a text, a chat or ids.")
+        shadow = self.shadow
+        shadow.sync()
+        bare = replace(probe, target=None, foil=None)
+        batch = self._encode(bare)
+        given = probe.target, probe.foil if foil is None else foil
+        meant = [
+            None if one is None else self._encode(replace(bare, target=one)).targets[0]
+            for one in given
+        ]
+        fidelity, _ = compare(self.model, shadow, batch)
+        if not math.isfinite(fidelity.scale):
+            raise ValueError("The model's logits on this prompt are not finite.")
+        if not fidelity.close:
+            raise FidelityError(mismatch(self.model, fidelity))
+        taken: Any = shadow.run(batch, [{LAST_LOGITS: _first}])[0]
+        logits = taken[LAST_LOGITS].cpu()
+        likeliest = logits.topk(min(NEXT, len(logits))).indices.tolist()
+        target, against = _filled(meant, likeliest)
+        if target == against:
+            raise ValueError(f"The target {batch.token_text(target)!r} is its own foil.")
+        probe = replace(probe, target=target, foil=against)
+        batch = self._encode(probe)
+        left_out: list[str] = []
+
+        def failed(instrument: Instrument, error: Exception) -> None:
+            if not isinstance(error, ValueError):
+                raise error
+            left_out.append(f"{instrument.name}: {error}")
+
+        instruments = [
+            TargetScores(),
+            AttentionPatterns(),
+            LogitLens(every_token=True),
+            LogitAttribution(),
+            TopNeurons(),
+            TokenLoss(),
+            CheckpointName(now=[self.name]),
+        ]
+        readings = observe(shadow, batch, instruments, on_error=failed) + fidelity.readings()
+        # There is nothing yet that these could be a change from.
+        shown = [one for one in readings if not one.key.split("/")[1].endswith("change")]
+        chance = logits.softmax(0)
+        return Answer(
+            probe=probe,
+            next_tokens=[(batch.token_text(i), float(chance[i])) for i in likeliest],
+            target=batch.token_text(target),
+            foil=batch.token_text(against),
+            fidelity=fidelity,
+            readings={one.key: one for one in shown},
+            left_out=left_out,
+            name=self.name,
+            step=self.step,
+        )
+
+    def _encode(self, probe: Probe) -> ProbeBatch:
+        return ProbeBatch.encode(
+            [probe],
+            self.tokenizer,
+            vocab_size=self.shadow.vocab_size,
+            context=self.shadow.context,
+            device=self.shadow.device,
+        )
+
+
+def _first(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, " vocab"]:
+    return logits[0].float()
+
+
+def _filled(meant: Sequence[int | None], likeliest: Sequence[int]) -> tuple[int, int]:
+    """Target and foil: those that are meant, and the likeliest others."""
+    target, foil = meant
+    if target is None:
+        target = next(token for token in likeliest if token != foil)
+    if foil is None:
+        foil = next(token for token in likeliest if token != target)
+    return target, foil

@@ -1,0 +1,242 @@
+"""What changed between the first and the last observation of a store, as plain numbers."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from tlens_callback.reading import Reading
+from tlens_callback.sinks import Store
+from tlens_callback.watch import ROLES, Watch
+
+BESIDE = "cost", "fidelity", "trainer", "checkpoint", "watch"
+"""Instruments of keys that say nothing of the model: a step of these alone was not observed."""
+
+
+LEAST = 1e-5
+"""Bits, and cosine distance, below which nothing is said to have moved: rounding alone reaches 1e-8
+in float32 and 1e-6 in stored patterns."""
+
+LEAST_SAID = 0.005
+"""Nats, and logits, of which a text with two digits would say 0."""
+
+
+class Change(NamedTuple):
+    """A number that was another at first.
+
+    Attributes:
+        what: a head, a token, a layer and its part, or a key.
+        when: the two steps, neighbours among those that have it, between which it changed most;
+            None where that is no question, with one interval or no change.
+    """
+
+    what: str
+    first: float
+    last: float
+    when: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> float:
+        """How far apart they are."""
+        return abs(self.last - self.first)
+
+
+class History:
+    """The readings of a store by key: where each is for the first and for the last time.
+
+    Attributes:
+        store: where they come from; every step is asked for its keys once, here.
+        steps: key -> the steps that have it.
+        observed: the steps at which more than `BESIDE` was read.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.steps: dict[str, list[int]] = {}
+        self.observed: list[int] = []
+        for step in store.steps:
+            about = store.about(step)
+            if any(key.split("/", 1)[0] not in BESIDE for key in about):
+                self.observed.append(step)
+            for key in about:
+                self.steps.setdefault(key, []).append(step)
+
+    def ends(self, key: str) -> tuple[Reading, Reading] | None:
+        """The first reading that can be compared with the last, and the last; None without any."""
+        found = self.all(key, ends=True)
+        return (found[min(found)], found[max(found)]) if found else None
+
+    def all(self, key: str, *, ends: bool = False) -> dict[int, Reading]:
+        """Step -> reading, of those with the last one's shape and labels.
+
+        Args:
+            ends: the first of them and the last alone.
+        """
+        steps = self.steps.get(key, [])
+        last: Reading | None = None
+        found: dict[int, Reading] = {}
+        for step in [*steps[-1:], *steps[:-1]]:
+            reading = self.store.reading(key, step)
+            last = last or reading
+            if (reading.values.shape, reading.labels) == (last.values.shape, last.labels):
+                found[step] = reading
+                if ends and len(found) == 2:
+                    break
+        return dict(sorted(found.items()))
+
+    def keys(self, instrument: str, measure: str) -> Iterator[tuple[str, str]]:
+        """The probes that a measure is read of, and its key for each."""
+        start = f"{instrument}/{measure}/"
+        for key in self.steps:
+            if key.startswith(start):
+                yield key.removeprefix(start), key
+
+    def number(self, key: str) -> Change | None:
+        """A reading that is one number."""
+        found = self.all(key)
+        if not found or next(iter(found.values())).axes:
+            return None
+        return _change(key, {step: float(r.values) for step, r in found.items()})
+
+
+def _change(what: str, values: Mapping[int, float]) -> Change:
+    steps = list(values)
+    moves = np.nan_to_num(np.abs(np.diff(list(values.values()))))
+    at = int(moves.argmax()) if len(moves) > 1 and moves.any() else None
+    when = None if at is None else (steps[at], steps[at + 1])
+    return Change(what, values[steps[0]], values[steps[-1]], when)
+
+
+def place(reading: Reading, at: tuple[int, ...]) -> str:
+    """The name of one value: L3H1 for a head, "layer 3 mlp" for a layer's part."""
+    names = {}
+    for axis, index in zip(reading.axes, at, strict=True):
+        labels = reading.labels.get(axis)
+        names[axis] = labels[index] if labels else str(index)
+    if reading.axes == ("layer", "head"):
+        return f"L{names['layer']}H{names['head']}"
+    return " ".join(name if axis == "part" else f"{axis} {name}" for axis, name in names.items())
+
+
+def _largest(reading: Reading, most: int) -> list[tuple[str, float]]:
+    """The values of largest magnitude, from `LEAST` on, largest first, by name."""
+    size = np.where(np.isfinite(reading.values), np.abs(reading.values), 0)
+    return [(place(reading, at), float(reading.values[at])) for at in _order(size, most, LEAST)]
+
+
+def moved_heads(history: History, most: int) -> list[tuple[str, float]]:
+    """The heads of largest `attention_drift/js` at the end, in bits."""
+    ends = history.ends("attention_drift/js")
+    return _largest(ends[1], most) if ends else []
+
+
+def moved_layers(history: History, most: int) -> list[tuple[str, float]]:
+    """The layers and parts of largest `activation_drift/cosine` at the end."""
+    ends = history.ends("activation_drift/cosine")
+    return _largest(ends[1], most) if ends else []
+
+
+def role_scores(history: History) -> Iterator[tuple[str, dict[int, np.ndarray], Reading]]:
+    """Role, step -> [layer, head], and a reading with the names of the layers.
+
+    A head's score in a role is the minimum over the block lengths of
+    `head_scores/<role>_by_block`, as `Watch` takes it.
+    """
+    for role in ROLES:
+        for kind in ("", "_diagonal"):
+            if found := history.all(f"head_scores/{role}{kind}_by_block"):
+                last = found[max(found)]
+                yield role, {step: r.values.min(0) for step, r in found.items()}, last
+
+
+def changed_roles(history: History, most: int) -> list[Change]:
+    """The heads whose score in a role changed most, as "L3H1 induction"; from 0.01 on."""
+    changes = []
+    for role, scores, named in role_scores(history):
+        far = np.abs(scores[max(scores)] - scores[min(scores)])
+        for at in _order(far, most, 0.01):
+            what = f"{_head(named, at)} {role}"
+            changes.append(_change(what, {step: float(s[at]) for step, s in scores.items()}))
+    return sorted(changes, key=lambda change: -change.size)[:most]
+
+
+def roles_taken(history: History, watch: Watch) -> tuple[list[Change], list[Change]]:
+    """The heads that have a role at the end and had none at first, and those that lost one.
+
+    By the thresholds of `Watch`, asked at these two observations only: gained, where the score was
+    below `takes` and is not now; lost, where it was not and is below `loses` now; if it changed by
+    `moves` at least. Every such head is named, the one that changed most first.
+    """
+    gained, lost = [], []
+    for role, scores, named in role_scores(history):
+        first, last = scores[min(scores)], scores[max(scores)]
+        up = (first < watch.takes) & (last >= watch.takes) & (last - first >= watch.moves)
+        down = (first >= watch.takes) & (last < watch.loses) & (first - last >= watch.moves)
+        for found, where in ((gained, up), (lost, down)):
+            for at in map(tuple, np.argwhere(where)):
+                what = f"{_head(named, at)} {role}"
+                found.append(_change(what, {step: float(s[at]) for step, s in scores.items()}))
+    for found in (gained, lost):
+        found.sort(key=lambda change: -change.size)
+    return gained, lost
+
+
+def changed_tokens(history: History, probe: str, most: int) -> list[Change]:
+    """The tokens of a probe whose loss changed most, in nats."""
+    ends = history.ends(f"token_loss/loss/{probe}")
+    if ends is None:
+        return []
+    first, last = ends
+    far = np.abs(last.values - first.values)
+    names = last.labels["token"]
+    return [
+        Change(repr(names[i]), float(first.values[i]), float(last.values[i]))
+        for (i,) in _order(far, most, LEAST_SAID)
+    ]
+
+
+def changed_writers(history: History, probe: str, most: int) -> list[Change]:
+    """The heads and MLPs whose direct attribution changed most, in logits."""
+    changes = []
+    for measure in ("head", "mlp"):
+        if ends := history.ends(f"logit_attribution/{measure}/{probe}"):
+            first, last = ends
+            for at in _order(np.abs(last.values - first.values), most, LEAST_SAID):
+                name = _head(last, at) if measure == "head" else f"MLP {at[0]}"
+                changes.append(Change(name, float(first.values[at]), float(last.values[at])))
+    return sorted(changes, key=lambda change: -change.size)[:most]
+
+
+def changed_keys(history: History, most: int) -> list[Change]:
+    """The keys whose values changed most for their size: |last - first| / |first|, in norms.
+
+    first and last are the norms of the values for several, the numbers themselves for one. What is
+    an index, or stands in `BESIDE`, is left out.
+    """
+    found: list[tuple[float, Change]] = []
+    for key in history.steps:
+        ends = None if key.split("/", 1)[0] in BESIDE else history.ends(key)
+        if ends is None or ends[0].unit == "index":
+            continue
+        first, last = (np.nan_to_num(end.values.astype(np.float64)) for end in ends)
+        size, far = np.linalg.norm(first.ravel()), np.linalg.norm((last - first).ravel())
+        if far > 0:
+            at_first, now = (
+                float(x if x.ndim == 0 else np.linalg.norm(x.ravel())) for x in (first, last)
+            )
+            found.append((float(far / size) if size else np.inf, Change(key, at_first, now)))
+    found.sort(key=lambda one: -one[0])
+    return [change for _, change in found[:most]]
+
+
+def _order(far: np.ndarray, most: int, least: float) -> list[tuple[int, ...]]:
+    """Where the largest are, largest first."""
+    far = np.nan_to_num(far)
+    order = np.argsort(-far, axis=None, kind="stable")[:most].tolist()
+    order = [i for i in order if far.flat[i] >= least]
+    return [tuple(int(i) for i in np.unravel_index(i, far.shape)) for i in order]
+
+
+def _head(reading: Reading, at: tuple[int, ...]) -> str:
+    layers = reading.labels.get("layer")
+    return f"L{layers[at[0]] if layers else at[0]}H{at[1]}"

@@ -1,0 +1,124 @@
+"""Files that list entries, as YAML, JSON or JSON lines: what each entry is, and where it stands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LISTS, LINES = (".yaml", ".yml", ".json"), (".jsonl", ".ndjson")
+ENDINGS = (*LISTS, *LINES)
+
+
+def entries_in(path: Path) -> list[tuple[str, Any]]:
+    """Where each entry stands, for a person, and what it is; none in an empty file.
+
+    Raises:
+        ValueError: no such file, another ending, not UTF-8, not YAML or JSON, no list; a key twice
+            in one mapping.
+    """
+    if not path.is_file():
+        why = "it is a directory" if path.is_dir() else f"looked for from {Path.cwd()}"
+        raise ValueError(f"There is no file of probes {path}: {why}.")
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(
+            f"{path}: a file of probes ends in one of {', '.join(ENDINGS)}, which says how it is "
+            f"written. Rename it."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: its byte {error.start} is none. Save it as UTF-8."
+        ) from error
+    return _lines(path, text) if path.suffix.lower() in LINES else _list(path, text)
+
+
+def kind_of(value: Any) -> str:
+    """What a person calls the value's type."""
+    names = {dict: "mapping", str: "string", int: "number", float: "number", bool: "boolean"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, as where the dash of an entry was forgotten; YAML takes the
+    last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: list[Any] = []
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice in one entry; is a '- ' missing",
+                    problem_mark=key.start_mark,
+                )
+            keys.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _list(path: Path, text: str) -> list[tuple[str, Any]]:
+    """Where each entry of a YAML or JSON list is, and what it is."""
+    entries: Any = None
+    at: list[str] = []
+    try:
+        if path.suffix.lower() == ".json":
+            entries = _json(text) if text.strip() else None
+        else:
+            loader = _Loader(text)
+            if (node := loader.get_single_node()) is not None:
+                nodes = [one for one in node.value if isinstance(one, yaml.Node)]
+                at = [f" (line {one.start_mark.line + 1})" for one in nodes]
+                entries = loader.construct_document(node)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}."
+        ) from error
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(
+            f"{path} is not YAML as it should be: {problem}{place}. A text with ': ' or ' #' in it "
+            f"stands in quotes."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(entries := entries or [], list):
+        raise ValueError(
+            f"{path} is a list of probes, but holds a {kind_of(entries)}. In YAML each probe "
+            f"begins with '- ', in JSON all stand in [ ]."
+        )
+    at = at or [""] * len(entries)
+    return [(f"{path}, entry {i + 1}{at[i]}", entry) for i, entry in enumerate(entries)]
+
+
+def _lines(path: Path, text: str) -> list[tuple[str, Any]]:
+    """The same of JSON lines."""
+    found = []
+    # Not splitlines: a JSON string may hold other signs that end a line.
+    for i, line in enumerate(text.split("\n"), start=1):
+        where = f"{path}, line {i}"
+        if not line.strip():
+            continue
+        try:
+            found.append((where, _json(line)))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where} is not JSON: {error.msg}, column {error.colno}. Each line is an entry of "
+                f"its own; a list over several lines goes into a file that ends in .json."
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return found
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} stands twice in one entry.")
+    return found

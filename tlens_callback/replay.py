@@ -1,0 +1,197 @@
+"""`replay`: a training run, seen from its checkpoints as if it had been watched."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tlens_callback.arguments import Arguments
+from tlens_callback.checkpoints import Checkpoint, Loader, survey
+from tlens_callback.observer import Observer
+from tlens_callback.offline import Stage, look_at
+from tlens_callback.probes import own_tokenizer, token_ids
+from tlens_callback.replay_record import choose
+from tlens_callback.saved_adapters import UnknownStart
+from tlens_callback.sinks import LocalSink, Store, read_store
+from tlens_callback.terminal import places, print_lines
+
+logger = logging.getLogger("tlens_callback")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of a replay.
+
+    Attributes:
+        store: the store, with every checkpoint that could be loaded.
+        left_out: the names of those that could not.
+    """
+
+    store: Store
+    left_out: tuple[str, ...]
+
+
+def replay(
+    run: str | Path,
+    arguments: Arguments,
+    loader: Loader,
+    *,
+    base: str | Path | None = None,
+    out: str | Path | None = None,
+) -> Replay:
+    """Observes every `checkpoint-<step>` of a trainer's output directory into one local store.
+
+    Of a run that was watched at each of its saves the readings are the same, but for
+    `checkpoint/name`, which a live run has not, `cost/*`, and `fidelity/*`, which is at every
+    checkpoint here. Step 0 is the base, below adapters that are not trained yet; after full
+    fine-tuning it is there only where `base` says which model that was. What needs rows of training
+    data (`TrainedFeatures`) has the probes alone.
+
+    Called again with the same arguments it goes on where it stopped, whatever stopped it: the store
+    is in the end the one that a single call makes. The last checkpoint, which every instrument is
+    asked about, is observed anew when there are later ones. Other arguments, or other checkpoints
+    under the old names, make a store `<out>-2`, `<out>-3`, ...
+
+    Args:
+        arguments: what to look at; without probes, repeated blocks.
+        base: the model that was trained; of adapters, where it is now.
+        out: of the store; None: `<run>/tlens-replay`.
+
+    Raises:
+        ValueError: where there is no checkpoint, or none that can be loaded; as `look_at`.
+        FidelityError: where the shadow is not the model.
+    """
+    run = Path(run).expanduser()
+    stages, broken = _stages(run, base)
+    tokenizer = loader.tokenizer(stages[-1].checkpoint)
+    if not arguments.probes:
+        print_lines(["tlens: no probes are given, so only repeated random blocks are looked at"])
+    asked = _asked(run, stages[0], arguments, loader, tokenizer)
+    record = choose(Path(out or run / "tlens-replay").expanduser(), asked, stages)
+    sink = LocalSink(record.path)
+    todo, memory = record.left(stages)
+    for name, reason in broken.items():
+        logger.warning("tlens: %s is left out: %s", name, reason)
+    left_out = [*broken]
+    for stage in stages:
+        if stage.step and stage not in todo and stage.step not in record.seen:
+            logger.warning("tlens: %s is left out: it was when its turn came.", stage.name)
+            left_out.append(str(stage.name))
+    if not todo:
+        sink.page()
+        print_lines(["tlens: all checkpoints have been looked at", *places([sink])])
+        return Replay(read_store(record.path), tuple(left_out))
+    if memory is not None:
+        print_lines([f"tlens: goes on at {todo[0].name}, in {record.path}"])
+    why: list[Exception] = []
+
+    def leave_out(stage: Stage, error: Exception) -> None:
+        if isinstance(error, UnknownStart):
+            print_lines(
+                [f"tlens: there is no step 0, so changes are measured from here on: {error}"]
+            )
+            return
+        if stage.step == 0:  # what all changes would have been measured from
+            raise error
+        logger.warning("tlens: %s is left out: %s", stage.name, error)
+        left_out.append(str(stage.name))
+        why.append(error)
+
+    def seen(observer: Observer, stage: Stage) -> None:
+        observer.remember(record.memory(stage.step), step=stage.step + 1, always=True)
+        record.add(stage, last=stage is todo[-1])
+
+    record.begin()
+    try:
+        observer = look_at(
+            todo,
+            loader,
+            arguments,
+            [sink],
+            tokenizer=tokenizer,
+            memory=memory,
+            progress="replay",
+            leave_out=leave_out,
+            seen=seen,
+        )
+    except KeyboardInterrupt:
+        print_lines([f"tlens: interrupted; the same call goes on in {record.path}"])
+        raise
+    if not record.seen:
+        raise ValueError(f"No checkpoint of {run} can be loaded. The last: {why[-1]}") from why[-1]
+    print_lines(_summary(observer, sink))
+    return Replay(read_store(record.path), tuple(left_out))
+
+
+def _stages(run: Path, base: str | Path | None) -> tuple[list[Stage], dict[str, str]]:
+    """The checkpoints in order, and before them what they were trained from; and why others cannot
+    be loaded."""
+    found, broken = survey(run, base=base)
+    stages = [
+        Stage(one.step or 0, one, Path(one.path).name, partial(getattr, one, "logged"))
+        for one in found
+    ]
+    first = found[0]
+    if first.step == 0:
+        before = []
+    elif first.adapter is not None:
+        before = [Stage(0, first.before_training, f"{first.model}, not trained")]
+    elif base is not None:
+        before = [Stage(0, Checkpoint.of(base), str(base))]
+    else:
+        before = []
+        print_lines(
+            [
+                f"tlens: there is no step 0, so changes are measured from {stages[0].name} on: "
+                f"--base (base=) would say which model was trained"
+            ]
+        )
+    return [*before, *stages], {path.name: why for path, why in broken.items()}
+
+
+def _asked(
+    run: Path, first: Stage, arguments: Arguments, loader: Loader, tokenizer: Any
+) -> dict[str, Any]:
+    """What tells a replay from others: the same means the same numbers, up to rounding."""
+    own = own_tokenizer(tokenizer)
+    probes = [
+        [
+            probe.name,
+            probe.target,
+            probe.foil,
+            [probe.block, probe.times, probe.seed]
+            if probe.block
+            else token_ids(probe, own, vocab_size=0),
+        ]
+        for probe in arguments.probes or ()
+    ]
+    return {
+        "run": str(run.resolve()),
+        "base": first.checkpoint.model if first.step == 0 else None,
+        "probes": probes,
+        "repeated blocks": arguments.repeats,
+        "instruments": [_said(instrument) for instrument in arguments.instruments],
+        "watch": _said(arguments.watch),
+        "precision": [str(loader.dtype), str(arguments.dtype)],
+        "version": version("tlens-callback"),
+    }
+
+
+def _said(thing: object) -> str:
+    """Its repr; the class alone, where that says where in memory it is."""
+    plain = type(thing).__repr__ is object.__repr__
+    return f"{type(thing).__qualname__} {getattr(thing, 'name', '')}" if plain else repr(thing)
+
+
+def _summary(observer: Observer, sink: LocalSink) -> list[str]:
+    count, seconds = len(observer.steps), observer.cost.seconds
+    if not count:
+        return places([sink])
+    worst = max(observer.checks.values(), key=lambda check: check.relative)
+    return [
+        f"tlens: {count} observations in {seconds:.1f} s, loading not counted",
+        f"tlens: shadow and model were compared at each; at worst: {worst}",
+        *places([sink]),
+    ]

@@ -1,0 +1,122 @@
+"""How far a replay has come, beside its store, so that it goes on after whatever stopped it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tlens_callback.atomic import write_whole
+from tlens_callback.offline import Stage
+from tlens_callback.sinks.numbered import newest, unused
+from tlens_callback.sinks.store import is_store, scores_file, steps_in
+from tlens_callback.terminal import print_lines
+
+RECORD = "replay.json"
+
+
+class Record:
+    """What was asked for, and the steps that are completely written.
+
+    A step is added after the store has it, and after the file with the instruments' memories: what
+    is killed in between does that step again, with the memories of before.
+
+    Attributes:
+        path: directory of the store.
+        asked: what was asked for.
+        seen: step -> `stamp` of the checkpoint, for the steps that are done.
+    """
+
+    def __init__(self, path: Path, asked: Mapping[str, Any], seen: Mapping[int, str]) -> None:
+        self.path, self.asked, self.seen = path, asked, dict(seen)
+
+    def memory(self, step: int) -> Path:
+        """Where the memories are, as they were after a step."""
+        return self.path / f"replay-{step:08d}.memory"
+
+    def left(self, stages: Sequence[Stage]) -> tuple[Sequence[Stage], Path | None]:
+        """The stages to be observed, and the memories to go on from; None: from the beginning."""
+        done = sorted(self.seen)
+        if not done:
+            return stages, None
+        if stages[-1].step <= done[-1]:
+            return [], None
+        at = done[-1]
+        # As the last one it was shown to all instruments; among others it is not.
+        if any(stage.step == at for stage in stages) and len(done) > 1:
+            at = done[-2] if self.memory(done[-2]).exists() else at
+        return [stage for stage in stages if stage.step > at], self.memory(at)
+
+    def begin(self) -> None:
+        """Makes the directory; removes a first step that is there and was not completed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.seen:
+            for step in steps_in(self.path / "scores"):
+                scores_file(self.path, step).unlink()
+        self._write()
+
+    def add(self, stage: Stage, *, last: bool) -> None:
+        """A step is done; its memories are written.
+
+        Args:
+            last: the memories of before are kept too: see `left`.
+        """
+        earlier = [step for step in self.seen if step < stage.step]
+        self.seen = {step: self.seen[step] for step in earlier} | {stage.step: stamp(stage)}
+        self._write()
+        kept = {stage.step, *([max(earlier)] if last and earlier else [])}
+        for file in self.path.glob("replay-*.memory"):
+            if file not in {self.memory(step) for step in kept}:
+                file.unlink()
+
+    def _write(self) -> None:
+        about = {"asked": self.asked, "seen": self.seen}
+        write_whole(self.path / RECORD, json.dumps(about, indent=1).encode())
+
+
+def choose(base: Path, asked: Mapping[str, Any], stages: Sequence[Stage]) -> Record:
+    """The record of the last store `<base>`, `<base>-2`, ... if it can be gone on with; of the next
+    one otherwise, and a line says why."""
+    number, path = newest(base, lambda path: is_store(path) or (path / RECORD).exists())
+    asked = json.loads(json.dumps(asked))
+    if not (is_store(path) or (path / RECORD).exists()):
+        return Record(path, asked, {})
+    record = _read(path)
+    if record is not None and not record.seen and len(steps_in(path / "scores")) < 2:
+        return Record(path, asked, {})
+    why = "it is of no replay" if record is None else _other(record, asked, stages)
+    if record is not None and not why:
+        return record
+    path = unused(base, number)
+    print_lines([f"tlens: a new store {path.name}, since there is another beside it: {why}"])
+    return Record(path, asked, {})
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        about = json.loads((path / RECORD).read_text())
+        return Record(path, about["asked"], {int(k): v for k, v in about["seen"].items()})
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _other(record: Record, asked: Mapping[str, Any], stages: Sequence[Stage]) -> str:
+    """Why a store is not to be gone on with; empty where it is."""
+    names = [name for name in asked if record.asked.get(name) != asked[name]]
+    if names:
+        return f"of another {' and '.join(names)}"
+    for stage in stages:
+        if record.seen.get(stage.step, stamp(stage)) != stamp(stage):
+            return f"{stage.name} has changed since"
+    if set(record.seen) - set(steps_in(record.path / "scores")):
+        return "it lacks steps that were in it"
+    if not record.memory(max(record.seen)).exists():
+        return f"it lacks {record.memory(max(record.seen)).name}"
+    return ""
+
+
+def stamp(stage: Stage) -> str:
+    """What tells saved weights from others that are saved under their name: sizes and times."""
+    place = Path(stage.checkpoint.path if stage.step else stage.checkpoint.model)
+    files = [file for kind in ("*.safetensors", "*.bin") for file in place.glob(kind)]
+    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return json.dumps(sorted(about)) if about else str(place)

@@ -1,0 +1,245 @@
+"""`summary`: what a run changed inside its model, in a few lines for a commit message."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import shorten, wrap
+
+import numpy as np
+
+from tlens_callback.changes import (
+    LEAST,
+    Change,
+    History,
+    changed_keys,
+    changed_roles,
+    changed_writers,
+    moved_heads,
+    moved_layers,
+    roles_taken,
+)
+from tlens_callback.sinks import Store
+from tlens_callback.watch import Watch
+
+WIDTH = 72
+"""Columns, those of a commit message."""
+
+_PROBES, _EVENTS, _HEADS = 4, 3, 4
+
+_WHOLE = "\N{NO-BREAK SPACE}"
+
+
+def summary(store: Store) -> str:
+    """What changed most between the first and the last observation, when, and the events.
+
+    Plain text of about 20 lines of 72 columns, from the readings of the package's instruments
+    under their own names, as far as they are there:
+
+    - loss: `trainer/loss`, the first value and the last that were logged, and their steps.
+    - each probe: `target_scores/probability` and `rank`, first and last; the four probes whose
+      probability changed most.
+    - heads of largest `attention_drift/js`, parts of largest `activation_drift/cosine`, at the end.
+    - heads that took or lost a role, by the thresholds of `Watch`, or where none did, those whose
+      score in a role (minimum over the block lengths) changed most, from 0.01 on.
+    - `repeat_loss/max_difference`, where it changed by 0.01 nats.
+    - heads and MLPs whose direct attribution changed most.
+    - events, and where shadow and model differed most (`fidelity/max_abs_diff`).
+
+    "most in 10-20" says that of all intervals between neighbouring observations the one from step
+    10 to step 20 has the largest change. A store with none of these keys gives the keys whose
+    values changed most for their size, |last - first| / |first| in norms. With one observation,
+    and from readings that were made once, there are values only.
+
+    Raises:
+        ValueError: for a store without a complete step.
+    """
+    history = History(store)
+    if not history.steps:
+        raise ValueError(f"{store.path} has no complete step, so there is nothing to say.")
+    known = [
+        *_loss(history),
+        *targets(history),
+        *moved(history),
+        *_roles(history),
+        *repeats(history),
+        *_writers(history),
+    ]
+    if not known:
+        known = _unknown(history)
+    return "\n".join([_opening(history), *known, *_events(history), *_fidelity(history)])
+
+
+def paragraph(text: str) -> str:
+    """Lines of `WIDTH` columns, all but the first indented; never broken at a `whole` space."""
+    lines = wrap(
+        text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines).replace(_WHOLE, " ")
+
+
+def whole(text: str) -> str:
+    """Something that stays on one line."""
+    return text.replace(" ", _WHOLE)
+
+
+def targets(history: History) -> Iterator[str]:
+    """A line for each of the probes whose target's probability changed most."""
+    found = []
+    for probe, key in history.keys("target_scores", "probability"):
+        if chance := history.number(key):
+            found.append((probe, chance, history.number(f"target_scores/rank/{probe}")))
+    found.sort(key=lambda one: -np.nan_to_num(one[1].size))
+    width = max([len(_short(probe)) for probe, _, _ in found[:_PROBES]], default=0)
+    for probe, chance, rank in found[:_PROBES]:
+        line = f"P(target) {_short(probe):{width}} {arrow(chance, _probability)}"
+        if rank:
+            line += f", rank {arrow(rank, lambda value: f'{value:.0f}')}"
+        yield paragraph(line + when(chance))
+    if left := len(found) - _PROBES:
+        yield from [f"  and {left} more probes"] if left > 0 else []
+
+
+def moved(history: History) -> Iterator[str]:
+    """The heads whose attention moved most, and where activations did."""
+    if heads := moved_heads(history, _HEADS):
+        yield paragraph(f"Attention moved most: {listed(heads)} (JS, 0..1 bits)")
+    elif "attention_drift/js" in history.steps and len(history.observed) > 1:
+        yield f"Attention has not moved: no head by {LEAST:.0e} bits of JS."
+    if parts := moved_layers(history, 3):
+        yield paragraph(f"Activations moved most: {listed(parts)} (cosine distance)")
+
+
+def arrow(change: Change, show=lambda value: f"{value:.2f}") -> str:
+    """First -> last; one of them, where they look the same."""
+    first, last = show(change.first), show(change.last)
+    return last if first == last else f"{first} -> {last}"
+
+
+def listed(values: Iterable[tuple[str, float]]) -> str:
+    """Names with their values."""
+    return ", ".join(whole(f"{name} {value:.3g}") for name, value in values)
+
+
+def when(change: Change) -> str:
+    """Between which steps it changed most."""
+    return f" (most in {change.when[0]}-{change.when[1]})" if change.when else ""
+
+
+def change_list(changes: Sequence[Change], most: int) -> str:
+    """Names with both values, and how many more there are."""
+    parts = [whole(f"{change.what} {arrow(change)}{when(change)}") for change in changes[:most]]
+    left = len(changes) - most
+    return ", ".join(parts) + (f" and {left} more" if left > 0 else "")
+
+
+def _opening(history: History) -> str:
+    steps = history.observed or [step for steps in history.steps.values() for step in steps]
+    looks = f"{len(steps)} observations, steps {min(steps)} to {max(steps)}"
+    if len(steps) == 1:
+        looks = f"1 observation, step {steps[0]}"
+    probes = {probe for probe, _ in history.keys("target_scores", "probability")}
+    probes |= {probe for probe, _ in history.keys("token_loss", "loss")}
+    said = [looks]
+    if probes:
+        said.append(f"{len(probes)} probe{'s' * (len(probes) > 1)}")
+    for key in ("attention_drift/js", "head_scores/induction"):
+        if ends := history.ends(key):
+            layers, heads = ends[1].values.shape
+            said.append(f"{layers} layers x {heads} heads")
+            break
+    return ", ".join(said)
+
+
+def _loss(history: History) -> Iterator[str]:
+    values: dict[str, float] = {}
+    steps = history.steps.get("trainer/loss", [])
+    for step in [*steps[:1], *steps[-1:]]:
+        reading = history.store.reading("trainer/loss", step)
+        values |= dict(zip(reading.labels["update"], reading.values.tolist(), strict=True))
+    if values:
+        (at, first), (end, last) = next(iter(values.items())), [*values.items()][-1]
+        line = f"Training loss {arrow(Change('loss', first, last))}"
+        yield f"{line} (logged at steps {at} and {end})" if at != end else f"{line} (step {at})"
+
+
+def _roles(history: History) -> Iterator[str]:
+    gained, lost = roles_taken(history, Watch())
+    if gained:
+        yield paragraph(f"Roles gained: {change_list(gained, _HEADS)}")
+    if lost:
+        yield paragraph(f"Roles lost: {change_list(lost, _HEADS)}")
+    if not gained and not lost and (changes := changed_roles(history, 3)):
+        said = "No role gained or lost; scores changed most"
+        yield paragraph(f"{said}: {change_list(changes, 3)}")
+
+
+def repeats(history: History) -> Iterator[str]:
+    """How learning in context changed."""
+    change = history.number("repeat_loss/max_difference")
+    if change and change.size >= 0.01:
+        said = "Loss of a block that comes again, less the first"
+        yield paragraph(f"{said}: {arrow(change)} nats{when(change)}")
+
+
+def _writers(history: History) -> Iterator[str]:
+    found = [
+        (change, probe)
+        for probe, _ in history.keys("logit_attribution", "head")
+        for change in changed_writers(history, probe, 3)
+    ]
+    found.sort(key=lambda one: -one[0].size)
+    # One entry a component: a head that writes one probe's answer often writes the others' too.
+    best = {change.what: (change, probe) for change, probe in reversed(found)}
+    shown = sorted(best.values(), key=lambda one: -one[0].size)[:3]
+    if shown:
+        parts = [
+            whole(f"{change.what} {arrow(change)} for {_short(probe)}") for change, probe in shown
+        ]
+        yield paragraph(f"Direct attribution changed most: {', '.join(parts)} (logits)")
+
+
+def _unknown(history: History) -> list[str]:
+    found = changed_keys(history, 5)
+    if found:
+        return [
+            "Changed most for their size:",
+            *[
+                paragraph(f"  {one.what} {arrow(one, lambda value: f'{value:.4g}')}")
+                for one in found
+            ],
+        ]
+    numbers = [history.number(key) for key in history.steps if key.split("/")[0] != "cost"]
+    return [f"  {one.what} {one.last:.4g}" for one in numbers if one][:5]
+
+
+def _events(history: History) -> list[str]:
+    found: list[tuple[int, str]] = []
+    for step in history.steps.get("watch/events", []):
+        texts = history.store.reading("watch/events", step).texts
+        found += [] if texts is None else [(step, text) for text in texts.tolist()]
+    lines = [
+        shorten(f"step {step}: {text}", WIDTH - 2, placeholder=" ...")
+        for step, text in found[:_EVENTS]
+    ]
+    if left := len(found) - len(lines):
+        lines.append(f"and {left} more")
+    return ["Events:", *(f"  {line}" for line in lines)] if found else []
+
+
+def _fidelity(history: History) -> list[str]:
+    found = history.all("fidelity/max_abs_diff")
+    if not found:
+        return []
+    worst = max(found, key=lambda step: np.nan_to_num(found[step].values, nan=np.inf))
+    line = f"Shadow against model, at worst: {float(found[worst].values):.1e} logits"
+    if worst in history.steps.get("fidelity/kl", []):
+        kl = float(history.store.reading("fidelity/kl", worst).values)
+        line += f", KL {kl:.0e} nats"
+    return [f"{line} (step {worst})"]
+
+
+def _probability(value: float) -> str:
+    """Three digits, also near 1; "<1e-4" says no more than is worth saying."""
+    return "<1e-4" if value < 1e-4 else f"{value:.3f}" if value >= 0.001 else f"{value:.4f}"
+
+
+def _short(probe: str) -> str:
+    return shorten(probe, 24, placeholder="...") if len(probe) > 24 else probe
