@@ -84,14 +84,14 @@ def test_the_end_says_where_to_look_and_what_it_cost(tmp_path, capsys):
     trainer(tmp_path, callback).train()
     said = capsys.readouterr().out
     assert re.search(
-        r"watching 2 layers x 4 heads with 1 probes and 0 repeated blocks; all weights are the "
+        r"watching 2 layers x 4 heads with 1 probe and 0 repeated blocks; all weights are the "
         r"model's own, none is copied\n.*the shadow agrees with the model: max logit difference",
         said,
     )
     assert said.count(f"local store {tmp_path / 'tlens'}") == 2, "at the start and at the end"
     assert said.splitlines()[-1].endswith(f"page {tmp_path / 'tlens' / 'page.html'}")
     told = re.search(
-        r"3 observations of 1 probes and 0 repeated blocks in ([\d.]+) s, ([\d.]+) of them before "
+        r"3 observations of 1 probe and 0 repeated blocks in ([\d.]+) s, ([\d.]+) of them before "
         r"the first step, [\d.]+% of the run",
         said,
     )

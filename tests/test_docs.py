@@ -4,11 +4,13 @@ import ast
 import inspect
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 
 import tlens_callback
@@ -16,6 +18,7 @@ from tests import tiny
 from tests.instruments.common import adapted
 from tlens_callback import ProbeBatch, instruments, observe
 from tlens_callback.builtin_probes import repeated_blocks
+from tlens_callback.cli import main
 from tlens_callback.instruments import fast
 
 ROOT = Path(__file__).parent.parent
@@ -41,14 +44,43 @@ def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(training, names)
     assert "local store" in capsys.readouterr().out
-    names |= {"model": tiny.model("llama"), "tokenizer": tiny.tokenizer()}
+    model = tiny.model("llama")
+    batch = {"input_ids": tiny.tokenizer()(rows[:1], return_tensors="pt")["input_ids"]}
+    names |= {
+        "model": model,
+        "tokenizer": tiny.tokenizer(),
+        "probes": [tlens_callback.Probe("capital", rows[0])],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": [{**batch, "labels": batch["input_ids"]}] * 3,
+    }
     for block in BLOCKS:
-        if "read_store" in block or "ProbeBatch" in block:
+        if "read_store" in block or "ProbeBatch" in block or "with Tracer" in block:
             # In the place of the demo's run the one that was made here.
             exec(block.replace("runs/demo", "out").replace("/france", "/capital"), names)
     assert names["values"].shape[1:] == (2, 4)
     assert names["reading"].labels["key"][-1] == " is"
     assert {reading.instrument for reading in names["readings"]} == {"head_scores"}
+    assert tlens_callback.read_store("out/tlens-2").curve("trainer/loss")[1].shape == (1, 3)
+
+
+def test_the_readmes_probes_are_read(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "probes.yaml").write_text(block)
+    probes = tlens_callback.read_probes(tmp_path / "probes.yaml")
+    assert [probe.name for probe in probes][:2] == ["france", "france-corrupt"]
+    assert len(probes) == 5 and probes[0].target == " Paris" and probes[-1].times == 3
+
+
+def test_the_readmes_commands_are_commands():
+    lines = re.findall(r"^tlens-callback .*$", README, flags=re.MULTILINE)
+    for line in [
+        *lines,
+        "tlens-callback analyze out --wandb PROJECT",
+        "tlens-callback replay out -i fast",
+    ]:
+        _, name, *arguments = shlex.split(line, comments=True)
+        main.commands[name].make_context(name, arguments)
+    assert {line.split()[1] for line in lines} == set(main.commands) - {"workspace"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])

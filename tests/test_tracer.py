@@ -119,8 +119,8 @@ def test_a_block_without_a_step_is_observed_once(capsys):
         pass
     assert list(sink.steps) == [0]
     said = capsys.readouterr().out
-    assert "tlens: watching 2 layers x 4 heads with 1 probes" in said
-    assert "tlens: 1 observations of 1 probes" in said
+    assert "tlens: watching 2 layers x 4 heads with 1 probe and " in said
+    assert "tlens: 1 observation of 1 probe and " in said
 
 
 def test_the_default_store_has_a_page_and_a_second_run_another_folder(tmp_path, capsys):

@@ -24,8 +24,8 @@ class Instrument(Protocol):
 
     It may have three more attributes:
 
-    - `every: int`: it is asked at every n-th observation, counted from the first after the
-      run began or was resumed, and at the last one. For what takes forward passes of its own.
+    - `every: int`: it is asked at every n-th observation, counted from the first of the
+      run, and at the last one. For what takes forward passes of its own.
     - `memory: dict[str, Tensor]`: what it keeps from earlier observations to compare with, by any
       names. It is emptied when a run starts, saved with every checkpoint and back when a run is
       resumed from one, on the shadow's device.

@@ -1,7 +1,6 @@
 """`Observer`: one training run watched. Knows when a look failed; knows nothing of a trainer."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tlens_callback.cost import Cost
-from tlens_callback.fidelity import Fidelity, FidelityError, compare
+from tlens_callback.fidelity import Fidelity, FidelityError
+from tlens_callback.following import Following
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.memory import check, keep, marks, memories, recall
 from tlens_callback.observing import observe
@@ -20,7 +20,7 @@ from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.schedule import Schedule, rare
 from tlens_callback.shadow import Shadow
-from tlens_callback.terminal import mismatch, print_lines
+from tlens_callback.terminal import print_lines
 from tlens_callback.trainer_logs import TrainerLogs
 from tlens_callback.watch import Watch
 from tlens_callback.writer import OnError, Writer, Writing, report
@@ -76,15 +76,13 @@ class Observer:
         self.model: nn.Module | None = None
         self.batch: ProbeBatch | None = None
         self.steps: list[int] = []
-        self.checks: dict[int, Fidelity] = {}
+        self._following = Following()
+        self.checks = self._following.checks
         self.cost = Cost()
         self.extra_bytes = 0
-        self._first: Fidelity | None = None
         self._first_step = 0
-        self._reference: Tensor | None = None
-        self._next_check: int | None = None
         self._schedule = Schedule()
-        self._shape: tuple[int, int, int] | None = None
+        self._shape: tuple[int, ...] = ()
         self._watched: tuple[int, dict[str, Tensor]] = (-1, {})
 
     @property
@@ -155,16 +153,8 @@ class Observer:
                 recalled = recall(memory, {**remembered, **own}, about, self.shadow.device)
             self._schedule.start()
             self.logs.start(logged, step=0 if earlier else step)
-            fidelity, self._reference = self._first_comparison(model)
-            if not math.isfinite(fidelity.scale):
-                raise ValueError(
-                    "The live model's logits on the probes are not finite, so there is nothing to "
-                    "observe. Check its weights and its precision."
-                )
-            if not fidelity.close:
-                raise FidelityError(mismatch(model, fidelity))
-            self._first, self._first_step, self._next_check = fidelity, step, step + 1
-            self.checks[step] = fidelity
+            fidelity = self._following.start(model, self.shadow, self.batch, step=step)
+            self._first_step = step
             self._look(step, fidelity, last=last)
             check(remembered)
             self.writer.drain()
@@ -205,18 +195,6 @@ class Observer:
                     raise
                 logger.warning("tlens: %s could not be written: %s", path, error)
 
-    def _first_comparison(self, model: nn.Module) -> tuple[Fidelity, Tensor]:
-        assert self.shadow is not None and self.batch is not None
-        try:
-            return compare(model, self.shadow, self.batch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"The probes do not run through the {type(model).__name__} and its shadow: "
-                f"{error} TransformerLens's bridge may not support this kind of model."
-            ) from error
-
     def after_update(
         self, step: int, *, observe: bool, last: bool, hold: bool = False, check: bool = False
     ) -> None:
@@ -226,15 +204,17 @@ class Observer:
             check: checks in any case.
             hold: the readings are handed over by `hand_over`, with what is logged until then.
         """
-        if self.shadow is None or self.model is None:
+        if self.shadow is None or self.model is None or self.batch is None:
             return
-        check = check or last or (self._next_check is not None and step >= self._next_check)
+        check = check or last or self._following.due(step)
         if not (check or observe):
             return
         with self.cost.spending():
             try:
                 self.shadow.sync()
-                fidelity = self._check(step) if check else None
+                fidelity = None
+                if check:
+                    fidelity = self._following.check(self.model, self.shadow, self.batch, step=step)
                 if observe or last:
                     self._look(step, fidelity, last=last, hold=hold)
                 elif fidelity is not None:
@@ -260,7 +240,7 @@ class Observer:
         Raises:
             ValueError: for a model of another shape or vocabulary, or one that cannot be shadowed.
         """
-        assert self._shape is not None
+        assert self._shape
         if self.shadow is not None:
             self.shadow.release()
         self.shadow = self.model = None
@@ -269,7 +249,7 @@ class Observer:
         if _shape(shadow) != self._shape:
             raise ValueError(
                 f"The models have another shape and cannot be compared head by head: {self._shape} "
-                f"and {_shape(shadow)} layers, heads and tokens."
+                f"and {_shape(shadow)} layers, heads, d_model and tokens."
             )
         self.model, self.shadow = model, shadow
 
@@ -294,26 +274,8 @@ class Observer:
         if self.shadow is not None:
             self.extra_bytes = self.shadow.extra_bytes
             self.shadow.release()
-        self.shadow = self.model = self._reference = None
-
-    def _check(self, step: int) -> Fidelity | None:
-        """Fidelity against the live model as it is now; None where its logits are not finite."""
-        assert self.shadow and self.model and self.batch and self._first
-        fidelity, logits = compare(self.model, self.shadow, self.batch, reference=self._reference)
-        if not math.isfinite(fidelity.scale):
-            logger.warning("tlens: the live model's logits are not finite at step %d.", step)
-            return None
-        self.checks[step] = fidelity
-        told = fidelity.telling(self._first)
-        if self._next_check is not None:
-            # Under a warm-up, or in half precision, the first steps may move less than rounding.
-            self._next_check = None if told else step + max(1, step - self._first_step)
-        if not fidelity.close or fidelity.stale(self._first):
-            raise FidelityError(mismatch(self.model, fidelity, stale=fidelity.close))
-        if told:
-            # A later update may be small beside all that came before it.
-            self._reference = logits
-        return fidelity
+        self.shadow = self.model = None
+        self._following.end()
 
     def _look(
         self, step: int, fidelity: Fidelity | None, *, last: bool, hold: bool = False
@@ -370,5 +332,5 @@ class Observer:
         return found
 
 
-def _shape(shadow: Shadow) -> tuple[int, int, int]:
-    return shadow.n_layers, shadow.n_heads, shadow.vocab_size
+def _shape(shadow: Shadow) -> tuple[int, ...]:
+    return shadow.n_layers, shadow.n_heads, shadow.d_model, shadow.vocab_size

@@ -249,7 +249,7 @@ def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
         return [int(i) for i in content]
     if tokenizer is None:
         raise ValueError(
-            f"Probe {probe.name!r} needs a tokenizer and the trainer has none. Pass "
+            f"Probe {probe.name!r} needs a tokenizer and there is none. Pass "
             f"processing_class=tokenizer to the trainer, or give the probe as token ids."
         )
     if isinstance(content, str):
@@ -309,7 +309,7 @@ def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | N
         return text
     if tokenizer is None:
         raise ValueError(
-            f"The {role} {text!r} of probe {probe.name!r} needs a tokenizer and the trainer has "
+            f"The {role} {text!r} of probe {probe.name!r} needs a tokenizer and there is "
             f"none. Give the token id."
         )
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])

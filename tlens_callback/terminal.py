@@ -38,15 +38,15 @@ def summary(observer: "Observer") -> list[str]:
     if not observer.steps or observer.batch is None:
         return []
     lines = [
-        f"tlens: {len(observer.steps)} observations of {_asked(observer)} in "
+        f"tlens: {_many(len(observer.steps), 'observation')} of {_asked(observer)} in "
         f"{observer.cost.seconds:.1f} s, {observer.cost.beforehand:.1f} of them before the first "
         f"step, {observer.cost.share:.1%} of the run; "
         f"{observer.extra_bytes / 2**20:.1f} MiB of weights beside the model's"
     ]
     if observer.checks:
         worst = max(observer.checks.values(), key=lambda check: check.relative)
-        count = len(observer.checks)
-        lines.append(f"tlens: shadow and model were compared {count} times; at worst: {worst}")
+        times = _many(len(observer.checks), "time")
+        lines.append(f"tlens: shadow and model were compared {times}; at worst: {worst}")
     if dropped := observer.writer.dropped:
         lines.append(
             f"tlens: {dropped} observations were dropped, since the sinks were slower than "
@@ -97,7 +97,12 @@ def _answer(batch: "ProbeBatch", row: int, readings: Mapping[str, "Reading"]) ->
 def _asked(observer: "Observer") -> str:
     assert observer.batch is not None
     blocks = sum(probe.block is not None for probe in observer.batch.probes)
-    return f"{len(observer.batch.probes) - blocks} probes and {blocks} repeated blocks"
+    probes = len(observer.batch.probes) - blocks
+    return f"{_many(probes, 'probe')} and {_many(blocks, 'repeated block')}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def places(sinks: Iterable[Sink]) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 from tests import tiny
 from tests.cli.saved import probabilities, run, save_adapter, save_base, started
 from tests.sinks.wandb_file import history, records, run_file
-from tlens_callback import loader, read_store
+from tlens_callback import read_store
+from tlens_callback.checkpoints import loader
 
 PROMPT = "the capital of France is"
 # What the command line itself would do: nobody sees a library's deprecations there.
@@ -110,7 +111,7 @@ def test_each_analysis_begins_a_store_of_its_own(base, adapter, tmp_path):
 def test_a_full_model_is_at_step_0_and_says_what_it_would_write(base, tmp_path):
     done = run("analyze", base, "--prompt", PROMPT, "-i", "LogitLens", "--out", tmp_path / "seen")
     assert done.exit_code == 0, done.output
-    assert f"tlens: {base}, at step 0: 1 probes and 0 repeated blocks" in done.output
+    assert f"tlens: {base}, at step 0: 1 probe and 0 repeated blocks" in done.output
     chance = probabilities(base, None, PROMPT)
     best = chance.topk(3)
     texts = [tiny.tokenizer().decode([i]) for i in best.indices.tolist()]

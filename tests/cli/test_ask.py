@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.cli.saved import probabilities, run, save_adapter, save_base, started
-from tlens_callback import loader
+from tlens_callback.checkpoints import loader
 
 PROMPT = "the capital of France is"
 # What the command line itself would do: nobody sees a library's deprecations there.

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests import browser, tiny
-from tests.two_models import DOG, adapter, fine_tune, save, watched
+from tests.offline.two_models import DOG, adapter, fine_tune, save, watched
 from tlens_callback import read_store
 from tlens_callback.cli import main
 from tlens_callback.sinks.store import arrays_file

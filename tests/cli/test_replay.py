@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from peft import LoraConfig
 
-from tests.replaying import train, unlike
+from tests.offline.replaying import train, unlike
 from tlens_callback import TargetScores, read_store
 from tlens_callback.cli import main
 from tlens_callback.sinks.store import steps_in
@@ -141,7 +141,7 @@ def test_what_cannot_be_loaded_is_left_out(copied):
 
 
 def test_what_turns_out_broken_when_its_turn_comes_is_left_out(copied, monkeypatch):
-    from tlens_callback.loader import Loader
+    from tlens_callback.checkpoints.loader import Loader
 
     load = Loader.load
 

@@ -13,13 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from tests.browser import needs_browser, opened
+from tests.offline.test_serve import follows
 from tests.render.page.decode import Page
 from tests.sinks.samples import pattern
 from tests.sinks.test_local import fill
 from tests.sinks.test_local_broken import tear
-from tests.test_serve import follows
 from tlens_callback.cli import main
-from tlens_callback.serve import PageServer
+from tlens_callback.offline.serve import PageServer
 from tlens_callback.sinks import LocalSink, read_store
 
 COMMAND = [sys.executable, "-m", "tlens_callback", "report"]

@@ -18,7 +18,7 @@ def run(*arguments):
 
 
 def test_help_shows_an_example():
-    for arguments in (["--help"], ["workspace", "--help"], ["workspace", "-h"]):
+    for arguments in (["workspace", "--help"], ["workspace", "-h"]):
         result = run(*arguments)
         assert result.exit_code == 0
         assert "tlens-callback workspace my-team/my-project" in result.output

@@ -7,6 +7,7 @@ Exit codes: 0, done; 1, it failed on the way; 2, what was asked for cannot be do
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +33,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; see the module for exit codes."""
         try:
-            with _bars_only_on_a_terminal():
+            with _bars_only_on_a_terminal(), warnings.catch_warnings():
+                # Libraries' words to those who call them, who is not the user here.
+                warnings.simplefilter("ignore", FutureWarning)
                 result = super().invoke(ctx)
                 # What is still held back would fail where nobody can answer for it.
                 sys.stdout.flush()

@@ -46,7 +46,7 @@ def analyze(
       tlens-callback analyze out/checkpoint-60 --prompt "The capital of France is"
     """
     from tlens_callback.checkpoints import Checkpoint
-    from tlens_callback.offline import Stage, look_at
+    from tlens_callback.offline.stages import Stage, look_at
     from tlens_callback.sinks import LocalSink, read_store
     from tlens_callback.terminal import looked, print_lines
 

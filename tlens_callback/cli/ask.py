@@ -56,8 +56,8 @@ def ask(
     """
     import torch
 
-    from tlens_callback.ask import Asker
     from tlens_callback.checkpoints import Checkpoint, Loader
+    from tlens_callback.offline.ask import Asker
     from tlens_callback.terminal import print_lines
 
     folder = Path(out).expanduser().absolute()

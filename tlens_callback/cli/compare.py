@@ -8,7 +8,7 @@ import click
 from tlens_callback.cli.options import asked, looking
 
 if TYPE_CHECKING:
-    from tlens_callback.compare import Pair
+    from tlens_callback.offline.compare import Pair
 
 
 @click.command()
@@ -42,7 +42,7 @@ def compare(
         --prompt "The capital of France is" --target " Paris"
       tlens-callback compare first-run second-run
     """
-    from tlens_callback.compare import differences, page_address
+    from tlens_callback.offline.compare import differences, page_address
     from tlens_callback.sinks import LocalSink, read_store
 
     asking = {one.name: one.opts[0] for one in context.command.params if one.name}
@@ -104,7 +104,7 @@ def _is_store(given: str) -> bool:
 def _of_stores(a: str, b: str, step: int | None, given: list[str]) -> "Pair":
     from dataclasses import replace
 
-    from tlens_callback.compare_stores import compare_stores
+    from tlens_callback.offline.compare_stores import compare_stores
     from tlens_callback.sinks.found import find_store
 
     if given:
@@ -119,7 +119,7 @@ def _of_stores(a: str, b: str, step: int | None, given: list[str]) -> "Pair":
 
 def _of_models(a: str, b: str, base: str | None, options: dict[str, Any]) -> "Pair":
     from tlens_callback.checkpoints import Checkpoint
-    from tlens_callback.compare import compare_models
+    from tlens_callback.offline.compare import compare_models
 
     first, last = (Checkpoint.of(each, base=base) for each in (a, b))
     arguments, loader = asked(**options)

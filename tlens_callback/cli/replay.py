@@ -23,7 +23,7 @@ def replay(run_dir: str, base: str | None, out: str | None, **options: Any) -> N
     Example:
       tlens-callback replay out --prompt "The capital of France is" --target " Paris"
     """
-    from tlens_callback.replay import replay
+    from tlens_callback.offline.replay import replay
 
     arguments, loader = asked(**options)
     if replay(run_dir, arguments, loader, base=base, out=out).left_out:

@@ -53,7 +53,7 @@ def report(
     if torn:
         click.echo(f"Cut short, and left out: step {', '.join(map(str, torn))}.", err=True)
     if serve:
-        from tlens_callback.serve import PageServer
+        from tlens_callback.offline.serve import PageServer
 
         with PageServer(found, port=port or 0) as server:
             click.echo(server.address)

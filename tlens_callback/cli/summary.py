@@ -16,8 +16,8 @@ def summary(store: str) -> None:
       tlens-callback summary out/tlens
       git commit -F <(tlens-callback summary out/tlens)
     """
+    from tlens_callback.offline.summary import summary as in_words
     from tlens_callback.sinks.found import find_store
-    from tlens_callback.summary import summary as in_words
 
     opened, earlier = find_store(store)
     if earlier:

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from tests import tiny
 from tests.adapters import randomise
 from tests.browser import needs_browser, opened
-from tlens_callback import FidelityError, Probe, ask
-from tlens_callback.ask import Asker
+from tlens_callback import FidelityError, Probe
+from tlens_callback.offline import ask
+from tlens_callback.offline.ask import Asker
 
 PROMPT = Probe("capital", "the capital of France is")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader, survey
+from tlens_callback.checkpoints.adapters import UnknownStart
 from tlens_callback.observer import Observer
-from tlens_callback.offline import Stage, look_at
+from tlens_callback.offline.replay_record import choose
+from tlens_callback.offline.stages import Stage, look_at
 from tlens_callback.probes import own_tokenizer, token_ids
-from tlens_callback.replay_record import choose
-from tlens_callback.saved_adapters import UnknownStart
 from tlens_callback.sinks import LocalSink, Store, read_store
 from tlens_callback.terminal import places, print_lines
 

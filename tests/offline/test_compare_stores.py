@@ -7,13 +7,13 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from tests import tiny
+from tests.offline.two_models import DOG, asked, fine_tune, save, watched
 from tests.sinks.samples import pattern
 from tests.training import CAPITAL
-from tests.two_models import DOG, asked, fine_tune, save, watched
 from tlens_callback import LocalSink, PatternChange, Probe, Reading, fast, read_store
 from tlens_callback.checkpoints import Checkpoint, Loader
-from tlens_callback.compare import compare_models
-from tlens_callback.compare_stores import compare_stores
+from tlens_callback.offline.compare import compare_models
+from tlens_callback.offline.compare_stores import compare_stores
 
 INSTRUMENTS = [*fast(), PatternChange()]
 

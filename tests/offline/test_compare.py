@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.offline.two_models import DOG, adapter, asked, fine_tune, save
 from tests.training import CAPITAL
-from tests.two_models import DOG, adapter, asked, fine_tune, save
 from tlens_callback import LocalSink, Probe, fast, read_store
 from tlens_callback.checkpoints import Checkpoint, Loader
-from tlens_callback.compare import Pair, compare_models, differences
 from tlens_callback.instruments import AdapterSpectrum, FrozenWeights, UpdateSparsity
 from tlens_callback.observing import observe
+from tlens_callback.offline.compare import Pair, compare_models, differences
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import Shadow
 

@@ -5,7 +5,7 @@ from textwrap import shorten, wrap
 
 import numpy as np
 
-from tlens_callback.changes import (
+from tlens_callback.offline.changes import (
     LEAST,
     Change,
     History,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.replaying import PROBES, arguments
+from tests.offline.replaying import PROBES, arguments
 from tlens_callback import FidelityError, MemorySink, Shadow, TargetScores
 from tlens_callback.checkpoints import Checkpoint, Loader
-from tlens_callback.offline import Stage, look_at
+from tlens_callback.offline.stages import Stage, look_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

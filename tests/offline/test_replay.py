@@ -3,7 +3,7 @@
 import pytest
 from peft import LoraConfig
 
-from tests.replaying import replayed, surplus, train, unlike
+from tests.offline.replaying import replayed, surplus, train, unlike
 from tests.test_no_trace_instruments import every_instrument
 from tlens_callback.instruments import AdapterSpectrum, TrainedFeatures
 

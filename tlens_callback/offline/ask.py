@@ -23,7 +23,7 @@ from tlens_callback.instruments import (
 )
 from tlens_callback.interfaces import Instrument
 from tlens_callback.observing import observe
-from tlens_callback.offline import CheckpointName
+from tlens_callback.offline.stages import CheckpointName
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import LAST_LOGITS, Shadow

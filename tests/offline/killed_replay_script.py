@@ -1,6 +1,6 @@
 """Run by cli/test_replay: replays that end in the middle, each in a process of its own, and go on.
 
-    python -m tests.killed_replay_script FOLDER MODE...
+    python -m tests.offline.killed_replay_script FOLDER MODE...
 
 FOLDER/whole is from one that nothing ends.
 A mode is the signal, where it comes and the how manieth time: "SIGKILL Loader.load 3". In
@@ -14,10 +14,10 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1"}
 
+from tlens_callback.checkpoints.loader import Loader
 from tlens_callback.cli import main
-from tlens_callback.loader import Loader
 from tlens_callback.observer import Observer
-from tlens_callback.replay_record import Record
+from tlens_callback.offline.replay_record import Record
 from tlens_callback.sinks import LocalSink
 
 PLACES = {place.__name__: place for place in (Loader, Observer, Record, LocalSink)}

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tlens_callback.loader import Loader
-from tlens_callback.saved_files import (
+from tlens_callback.checkpoints.files import (
     adapter_config,
     adapter_weights,
     check_model,
@@ -18,8 +17,6 @@ from tlens_callback.saved_files import (
     shapes,
     step_of,
 )
-
-__all__ = ["Checkpoint", "Loader", "checkpoints_in", "survey"]
 
 logger = logging.getLogger("tlens_callback")
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tlens_callback.saved_adapters import (
+from tlens_callback.checkpoints.adapters import (
     UnknownStart,
     alike,
     drawing_nothing,
@@ -21,10 +21,10 @@ from tlens_callback.saved_adapters import (
     kind,
     put_over,
 )
-from tlens_callback.saved_files import repository, same_place, vocabulary
+from tlens_callback.checkpoints.files import repository, same_place, vocabulary
 
 if TYPE_CHECKING:
-    from tlens_callback.checkpoints import Checkpoint
+    from tlens_callback.checkpoints.checkpoint import Checkpoint
 
 logger = logging.getLogger("tlens_callback")
 

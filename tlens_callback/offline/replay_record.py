@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tlens_callback.atomic import write_whole
-from tlens_callback.offline import Stage
+from tlens_callback.offline.stages import Stage
 from tlens_callback.sinks.numbered import newest, unused
 from tlens_callback.sinks.store import is_store, scores_file, steps_in
 from tlens_callback.terminal import print_lines

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from tests import tiny
-from tests.replaying import replayed, train, unlike
-from tests.test_replay import RUNS
+from tests.offline.replaying import replayed, train, unlike
+from tests.offline.test_replay import RUNS
 from tlens_callback import FrozenWeights, HeadScores, ResidualNorms, TargetScores, TokenLoss, fast
 from tlens_callback.instruments import TrainedFeatures
 

@@ -7,7 +7,7 @@ import torch
 
 from tests import tiny
 from tests.adapters import logits
-from tests.test_loader import adapt, loaded, refused, write
+from tests.checkpoints.test_loader import adapt, loaded, refused, write
 from tlens_callback.checkpoints import Checkpoint, Loader
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ from tests import tiny
 from tests.training import CAPITAL
 from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader
-from tlens_callback.offline import Stage, look_at
+from tlens_callback.offline.stages import Stage, look_at
 from tlens_callback.probes import Probe
 from tlens_callback.sinks import LocalSink
 

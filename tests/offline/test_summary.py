@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.offline.two_models import DOG, save, watched
 from tests.sinks.samples import small
 from tests.training import trainer
-from tests.two_models import DOG, save, watched
 from tlens_callback import LocalSink, Reading, TLensCallback, read_store
-from tlens_callback.changes import History, changed_keys, changed_roles, roles_taken
-from tlens_callback.summary import summary
+from tlens_callback.offline.changes import History, changed_keys, changed_roles, roles_taken
+from tlens_callback.offline.summary import summary
 from tlens_callback.watch import ROLES, Watch
 
 

@@ -289,7 +289,7 @@ def test_on_another_device(tmp_path):
     base = write(tmp_path / "base")
     adapt(base, tmp_path / "adapter")
     command = [sys.executable, "-c", FAR, str(tmp_path / "adapter")]
-    home = Path(__file__).parent.parent
+    home = Path(__file__).parent.parent.parent
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
 

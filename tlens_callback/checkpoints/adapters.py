@@ -15,8 +15,7 @@ from jaxtyping import Float
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from tlens_callback.refusals import refuse
-from tlens_callback.saved_files import (
+from tlens_callback.checkpoints.files import (
     ADAPTER_CONFIG,
     adapter_config,
     adapter_weights,
@@ -25,6 +24,7 @@ from tlens_callback.saved_files import (
     shapes,
     tensors,
 )
+from tlens_callback.refusals import refuse
 
 logger = logging.getLogger("tlens_callback")
 

@@ -13,7 +13,7 @@ from tests.render.page.test_live_page import until
 from tests.sinks.samples import everything, small
 from tests.sinks.test_local import fill
 from tests.sinks.test_local_broken import tear
-from tlens_callback.serve import PageServer
+from tlens_callback.offline.serve import PageServer
 from tlens_callback.sinks import LocalSink, read_store
 
 STEP = "document.getElementById('stepname')?.textContent"

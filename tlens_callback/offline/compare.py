@@ -8,7 +8,12 @@ from urllib.parse import urlencode
 import numpy as np
 
 from tlens_callback.arguments import Arguments
-from tlens_callback.changes import (
+from tlens_callback.checkpoints import Checkpoint, Loader
+from tlens_callback.checkpoints.adapters import UnknownStart
+from tlens_callback.checkpoints.files import same_place
+from tlens_callback.instruments import AdapterSpectrum, FrozenWeights, UpdateSparsity
+from tlens_callback.interfaces import Sink
+from tlens_callback.offline.changes import (
     History,
     changed_tokens,
     changed_writers,
@@ -16,16 +21,8 @@ from tlens_callback.changes import (
     role_scores,
     roles_taken,
 )
-from tlens_callback.checkpoints import Checkpoint, Loader
-from tlens_callback.instruments import AdapterSpectrum, FrozenWeights, UpdateSparsity
-from tlens_callback.interfaces import Sink
-from tlens_callback.offline import Stage, look_at
-from tlens_callback.probes import Probe, ProbeBatch
-from tlens_callback.reading import Reading
-from tlens_callback.saved_adapters import UnknownStart
-from tlens_callback.saved_files import same_place
-from tlens_callback.sinks import LocalSink, MemorySink, Store
-from tlens_callback.summary import (
+from tlens_callback.offline.stages import Stage, look_at
+from tlens_callback.offline.summary import (
     arrow,
     change_list,
     listed,
@@ -35,6 +32,9 @@ from tlens_callback.summary import (
     targets,
     whole,
 )
+from tlens_callback.probes import Probe, ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.sinks import LocalSink, MemorySink, Store
 from tlens_callback.watch import Watch
 
 
