@@ -10,17 +10,28 @@ import wandb
 
 from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, before TRL imports it
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("WANDB_SILENT", "true")
+# Whatever the shell says: nothing is asked of the network, and no run is joined or sent.
+for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    del os.environ[name]
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
-@pytest.fixture(autouse=True)
-def seeded():
+def seed():
     """Adapters and dropout draw from the global states: the same in every run of the tests."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_file():
+    """What fixtures of a file make does not depend on the file that was tested before."""
+    seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded(seeded_file):
+    seed()
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
-"""`Arguments`: what a file of probes adds. The rest is seen through the callback."""
+"""`Arguments`: what a file of probes adds, and names. The rest is seen through the callback."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
-from tests.training import CAPITAL, trainer
-from tlens_callback import MemorySink, Probe, TargetScores, TLensCallback
+from tests.training import CAPITAL, Constant, trainer
+from tlens_callback import MemorySink, Probe, TargetScores, TLensCallback, Watch
 
 FILE = '- name: capital\n  text: the capital of France is\n  target: " Paris"\n  foil: " London"\n'
 
@@ -58,3 +59,18 @@ def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "probes.txt").write_text("The capital of France is\n")
     with pytest.raises(ValueError, match="Rename it"):
         TLensCallback(str(tmp_path / "probes.txt"), sinks=[])
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "/"])
+def test_a_name_that_splits_keys_is_refused(name):
+    """What it remembers would be taken for another's when a run is resumed."""
+    for settings in ({"instruments": [Constant(name)]}, {"watch": Watch(name=name)}):
+        with pytest.raises(ValueError, match=f"first segment of its keys.*got '{name}'"):
+            TLensCallback([Probe("p", "x")], sinks=[], **settings)
+
+
+@pytest.mark.parametrize("count", [256, 257])
+def test_a_test_set_for_probes_is_worth_a_word(caplog, count):
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        TLensCallback([Probe(f"p{i}", "x") for i in range(count)], sinks=[])
+    assert ("257 probes are many" in caplog.text) == (count == 257)

@@ -37,7 +37,8 @@ def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
     assert '"HuggingFaceTB/SmolLM2-135M-Instruct"' in training and 'report_to="wandb"' in training
     training = training.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{path}"').replace(
         'output_dir="out", report_to="wandb"',
-        'output_dir="out", max_steps=3, use_cpu=True, bf16=False, save_strategy="no"',
+        'output_dir="out", max_steps=3, logging_steps=1, use_cpu=True, bf16=False, '
+        'save_strategy="no"',
     )
     rows = ["the capital of France is Paris", "the cat sat on the mat"] * 8
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_dict({"text": rows}))
@@ -57,10 +58,10 @@ def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
         if "read_store" in block or "ProbeBatch" in block or "with Tracer" in block:
             # In the place of the demo's run the one that was made here.
             exec(block.replace("runs/demo", "out").replace("/france", "/capital"), names)
-    assert names["values"].shape[1:] == (2, 4)
+    assert names["values"].shape[1:] == (2, 4) and names["losses"].ndim == 1
     assert names["reading"].labels["key"][-1] == " is"
     assert {reading.instrument for reading in names["readings"]} == {"head_scores"}
-    assert tlens_callback.read_store("out/tlens-2").curve("trainer/loss")[1].shape == (1, 3)
+    assert tlens_callback.read_store("out/tlens-2").curve("trainer/loss")[0].tolist() == [1, 2, 3]
 
 
 def test_the_readmes_probes_are_read(tmp_path):

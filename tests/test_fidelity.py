@@ -26,9 +26,11 @@ def test_figures_are_those_of_the_logits():
     agree = (live.argmax(-1) == mine.argmax(-1)).double().mean()
     assert fidelity.top1_agreement == pytest.approx(float(agree))
     assert not fidelity.close
-    assert torch.allclose(
-        last, hugging_face_logits(other, batch)[torch.arange(3), batch.last], atol=1e-5
-    )
+    ends = torch.arange(3), batch.last
+    for logits, of in zip(
+        last, (hugging_face_logits(other, batch), shadow.logits(batch.tokens)), strict=True
+    ):
+        assert torch.allclose(logits, of[ends], atol=1e-5)
     assert compare(model, Shadow.of(model), batch)[0].close
 
 
@@ -51,7 +53,7 @@ def test_rows_in_chunks_give_the_same_figures(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 1)
     parts, _ = compare(other, shadow, batch)
     want, got = dataclasses.asdict(whole), dataclasses.asdict(parts)
-    for same in ("tolerance", "moved"):
+    for same in ("tolerance", "moved", "followed"):
         assert want.pop(same) == got.pop(same)
     assert got == pytest.approx(want, rel=1e-4)
 
@@ -64,10 +66,11 @@ def test_a_missed_update_is_stale_and_a_followed_one_is_not():
     train(model, batch, steps=1, lr=1e-5)
     missed, _ = compare(model, shadow, batch, reference=reference)
     assert missed.moved > 1e-4 and missed.close, "too small an update for the tolerance alone"
-    assert missed.stale(first)
+    assert missed.stale(first) and missed.followed == 0
     shadow.sync()
     followed, _ = compare(model, shadow, batch, reference=reference)
     assert followed.close and not followed.stale(first)
+    assert followed.followed == pytest.approx(1, abs=1e-2)
 
 
 def test_half_precision_compares_eager_with_eager():

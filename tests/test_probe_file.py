@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 import yaml
@@ -101,6 +102,15 @@ def test_what_is_read_can_be_encoded(tmp_path):
     assert batch.lengths == (6, 9)
 
 
+def test_many_texts_that_begin_alike_are_read_at_once(tmp_path):
+    """Each name is looked up among the others, not searched for."""
+    text = "\n".join(json.dumps(f"the capital of a country far away, {i}") for i in range(2000))
+    began = time.process_time()
+    probes = read_probes(written(tmp_path, text, "many.jsonl"))
+    assert probes[-1].name == "the-capital-of-a-country-far-awa-2000"
+    assert time.process_time() - began < 10, "half a second; searched for, a minute"
+
+
 def test_names_from_first_words_are_unlike_all_others(tmp_path):
     text = "- a cat\n- text: a cat\n- {name: a-cat-2, text: x}\n- {tokens: [1]}\n- '?!'\n"
     names = [probe.name for probe in read_probes(written(tmp_path, text))]
@@ -119,6 +129,8 @@ def test_a_number_for_a_target_is_said_to_be_a_token_id(tmp_path, caplog):
 
 
 BAD_YAML = [
+    ("- name: a\n\ttext: b\n", "line 2, column 1. YAML has no tabs before a key"),
+    ("[" * 3000, "nested too deeply"),
     ("", r"probes\.yaml has no probes"),
     ("# nothing\n", "no probes"),
     ("[]", "no probes"),
@@ -212,6 +224,7 @@ def test_what_is_wrong_in_lines_is_named(tmp_path, text, says):
     [
         ("", "no probes"),
         ('[{"text": "a"},]', "not JSON.*line 1"),
+        ("[" * 99999, "nested too deeply"),
         ('{"text": "a"}', "holds a mapping"),
         ('[{"text": "a", "text": "b"}]', "'text' stands twice"),
         ('[{"text": "a"}, {"text": 5}]', "entry 2: text is a string"),

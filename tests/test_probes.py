@@ -238,3 +238,23 @@ def test_a_probe_that_pads_the_others_by_far_is_named(caplog):
 def test_first_rows_take_what_makes_a_probe(rows, want):
     loader = type("Loader", (), {"dataset": rows})()
     assert len(first_rows(loader, tiny.tokenizer(), context=64)) == want
+
+
+def test_a_target_that_lacks_its_space_is_told_so():
+    class Pieces:
+        """One token with its space, two without, as byte pairs often are."""
+
+        bos_token_id, all_special_ids = 0, ()
+
+        def __call__(self, text, **_):
+            return {"input_ids": [1] if text == " Jupiter" else [2, 3]}
+
+        def decode(self, ids):
+            return {1: " Jupiter", 2: "J", 3: "upiter"}[ids[0]]
+
+    for target, said in (
+        ("Jupiter", r"target=' Jupiter'"),
+        ("Neptune", "first piece alone may do"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ProbeBatch.encode([Probe("p", [1, 2], target=target)], Pieces(), vocab_size=9)

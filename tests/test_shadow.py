@@ -276,6 +276,18 @@ def test_release_frees_what_the_shadow_holds_without_a_collection():
         gc.enable()
 
 
+def test_release_lets_go_of_the_models_weights():
+    """They are files mapped to memory: a norm's weight that is held holds the whole file."""
+    model = tiny.model("llama")
+    shadow = Shadow(model)
+    shadow.logits(torch.tensor([[1, 20, 21]]))
+    shadow.release()
+    held = [v for module in shadow.bridge.modules() for v in vars(module).values()]
+    assert not any(isinstance(value, torch.Tensor) for value in held)
+    shadow.sync()
+    assert gap(model, shadow, batch_for(shadow)) < 2e-5
+
+
 def test_hooks_at_the_output_see_every_position_whoever_else_listens():
     shadow = Shadow.of(tiny.model("llama"))
     batch = batch_for(shadow)

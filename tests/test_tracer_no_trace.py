@@ -14,6 +14,7 @@ import wandb
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from tests import tiny
 from tests.own_loop import Loop, adapted, rows, tracer
@@ -180,6 +181,60 @@ def test_an_accelerator_s_model_keeps_its_forward(accelerator_state):
     assert vars(model)["forward"] is forward
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == before
     assert max(r.values for r in sink.readings["fidelity/max_abs_diff"].values()) < 1e-4
+
+
+class Noisy(Dataset):
+    """Draws when a row is read."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = rows()[i]["input_ids"].clone()
+        ids[random.randrange(4)] = int(torch.randint(5, 30, ()))
+        return {"input_ids": ids, "labels": ids}
+
+
+def accelerated(watch: Any, draws: bool = False) -> dict[str, Any]:
+    """Processes that load, accumulation, clipping and a scheduler; the tracer reads the data."""
+    torch.manual_seed(7), random.seed(7), np.random.seed(7)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    data = Noisy()
+    loader = DataLoader(data, batch_size=4, shuffle=True, num_workers=2)
+    loop = Loop(adapted())
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(loop.optimizer, 6)
+    model, optimizer, loader, scheduler = accelerator.prepare(
+        loop.model, loop.optimizer, loader, scheduler
+    )
+    settings = {"probes": None, "train_dataset": data, "every_n_steps": 2}
+    seen: list[Any] = []
+    with tracer(model, **settings) if watch else nullcontext() as watching:
+        for batch in (batch for _ in range(2) for batch in loader):
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    seen.append(float(accelerator.clip_grad_norm_(model.parameters(), 1.0)))
+                optimizer.step(), scheduler.step(), optimizer.zero_grad()
+            seen += [fingerprint(batch["input_ids"]), loss.item(), scheduler.get_last_lr()]
+            if accelerator.sync_gradients:
+                if watch:
+                    watching.step(loss=loss.item())
+                torch.rand(int(draws))
+    return {
+        "seen": seen,
+        "parameters": fingerprint(dict(model.named_parameters())),
+        "torch": fingerprint(torch.get_rng_state()),
+        "python": random.getstate(),
+        "numpy": str(np.random.get_state()),
+    }
+
+
+def test_a_loop_as_accelerate_has_it_is_left_as_it_was(accelerator_state):
+    """The control draws one number a step."""
+    plain = accelerated(watch=False)
+    assert accelerated(watch=True) == plain
+    assert accelerated(watch=False, draws=True)["seen"] != plain["seen"]
 
 
 class Draws(Stepper):

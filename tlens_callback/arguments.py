@@ -1,5 +1,6 @@
 """What `TLensCallback` and `Tracer` are given alike: checked once, before anything runs."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +23,11 @@ from tlens_callback.writer import OnError, Writing
 
 RESERVED = "cost", "fidelity", "trainer", "checkpoint"
 """First segments of keys that no instrument makes."""
+
+MANY = 256
+"""More probes than this are worth a word."""
+
+logger = logging.getLogger("tlens_callback")
 
 
 class Arguments:
@@ -77,6 +83,13 @@ class Arguments:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype is a floating point torch.dtype, got {dtype!r}.")
         self.probes = None if probes is None else list(probes)
+        if self.probes and len(self.probes) > MANY:
+            logger.warning(
+                "tlens: %d probes are many: at every observation each runs, and has readings of "
+                "its own. Some dozens are what a page can show; for a test set there are other "
+                "tools.",
+                len(self.probes),
+            )
         self.every_n_steps, self.name = every_n_steps, name
         self.device, self.dtype = device, dtype
         self.on_error: OnError = on_error
@@ -134,6 +147,11 @@ def _check_parts(
         if not isinstance(memory := getattr(instrument, "memory", {}), dict):
             raise ValueError(f"memory of {instrument.name!r} is a dict of tensors, got {memory!r}.")
     names = [thing.name for thing in (*instruments, *filter(None, [watch]))]
+    if wrong := [one for one in names if not isinstance(one, str) or not one or "/" in one]:
+        raise ValueError(
+            f"The name of an instrument or of the watch is the first segment of its keys, without "
+            f"a '/', got {wrong[0]!r}."
+        )
     if twice := {one for one in names if [*names, *RESERVED].count(one) > 1}:
         raise ValueError(
             f"Two instruments are named {min(twice)!r}; give one of them another name=. "

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,16 +167,8 @@ class TLensCallback(TrainerCallback):
                 training=training_rows(train_dataloader, processing_class),
                 logged=state.log_history,
             )
-        except BaseException as error:
+        except BaseException:
             self.observer = None
-            with suppress(Exception):
-                observer.close()
-            if isinstance(error, torch.OutOfMemoryError):
-                # Not as it is: a search for the batch size would take it for the batch's.
-                raise RuntimeError(
-                    "tlens: there is no room for the shadow and its probes beside the model. Put "
-                    "it elsewhere (device='cpu'), shorten the probes, or adapt fewer layers."
-                ) from error
             raise
         print_lines(opening(observer))
 

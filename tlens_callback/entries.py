@@ -77,10 +77,12 @@ def _list(path: Path, text: str) -> list[tuple[str, Any]]:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(
-            f"{path} is not YAML as it should be: {problem}{place}. A text with ': ' or ' #' in it "
-            f"stands in quotes."
-        ) from error
+        hint = "A text with ': ' or ' #' in it stands in quotes."
+        if "\\t" in str(problem):
+            hint = "YAML has no tabs before a key; indent with spaces."
+        raise ValueError(f"{path} is not YAML as it should be: {problem}{place}. {hint}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no list of probes: it is nested too deeply.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(entries := entries or [], list):

@@ -36,6 +36,8 @@ class Fidelity:
         gap: largest live-shadow difference at the probes' last tokens, logits.
         moved: largest change of a live logit there since the reference was taken, logits; None
             without a reference.
+        followed: share of that change, over all logits there, that the shadow has made too; None
+            without a reference or a change.
         eps: relative rounding of the models' precision.
         tolerance: (max_abs_diff / scale, kl) that rounding alone may reach in that precision.
     """
@@ -46,6 +48,7 @@ class Fidelity:
     top1_agreement: float
     gap: float
     moved: float | None
+    followed: float | None
     eps: float
     tolerance: tuple[float, float]
 
@@ -71,10 +74,11 @@ class Fidelity:
     def stale(self, first: "Fidelity") -> bool:
         """Whether the shadow holds older weights than the live model.
 
-        A shadow that missed an update differs from the live model by what the update did: stale
-        is a gap of more than half the live model's own movement, where that is telling.
+        A shadow that missed an update has not moved as the live model has, where that is telling.
+        How far the two are apart says less: in half precision, where adapters are merged, rounding
+        grows with training beyond what an update moves.
         """
-        return self.telling(first) and self.moved is not None and self.gap > 0.5 * self.moved
+        return self.telling(first) and self.followed is not None and self.followed < 0.25
 
     def readings(self) -> list[Reading]:
         """The figures as readings `fidelity/*`."""
@@ -106,10 +110,11 @@ def compare(
     Memory: both models' logits of one probe, or of several short ones.
 
     Args:
-        reference: [probe, vocab], the live logits of an earlier call.
+        reference: [model, probe, vocab], the logits of an earlier call.
 
     Returns:
-        The comparison, and the live logits [probe, vocab] at each probe's last token.
+        The comparison, and the logits [model, probe, vocab] at each probe's last token, of the live
+        model and of the shadow.
     """
     base: Any = unwrap(model)
     mirror = shadow.mirror
@@ -118,7 +123,7 @@ def compare(
     rough = half or _tf32(_device(base))
     rows = max(1, _CHUNK // (batch.tokens.shape[1] * shadow.vocab_size))
     worst = scale = gap = kl = agree = 0.0
-    lasts = []
+    lasts, shadowed = [], []
     with as_inference(base, eager=half, autocast=mirror.coarsest if mirror.mixed else None):
         for at in range(0, len(batch.tokens), rows):
             tokens, mask = batch.tokens[at : at + rows], batch.mask[at : at + rows]
@@ -127,7 +132,8 @@ def compare(
             live, mine = out.logits.to(shadow.device), shadow.logits(tokens)
             last = torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1
             lasts.append(live[last].float())
-            gap = _worse(gap, (lasts[-1] - mine[last].float()).abs().max())
+            shadowed.append(mine[last].float())
+            gap = _worse(gap, (lasts[-1] - shadowed[-1]).abs().max())
             live, mine = live[mask], mine[mask]
             step = max(1, _CHUNK // shadow.vocab_size)
             for p, q in zip(live.split(step), mine.split(step), strict=True):
@@ -138,8 +144,12 @@ def compare(
                 log_p = p.log_softmax(-1)
                 kl += float((log_p.exp() * (log_p - q.log_softmax(-1))).sum())
     n = int(batch.mask.sum())
-    live_last = torch.cat(lasts)
-    moved = None if reference is None else float((live_last - reference).abs().max())
+    ends = torch.stack([torch.cat(lasts), torch.cat(shadowed)])
+    moved = followed = None
+    if reference is not None:
+        change, made = ends - reference
+        moved = float(change.abs().max())
+        followed = float((change * made).sum() / change.square().sum()) if moved else None
     return Fidelity(
         max_abs_diff=worst,
         scale=scale,
@@ -147,11 +157,12 @@ def compare(
         top1_agreement=agree / n,
         gap=gap,
         moved=moved,
+        followed=followed,
         eps=torch.finfo(coarse).eps if not rough else max(2**-11, torch.finfo(coarse).eps),
         # SmolLM2-135M with trained adapters: (0.16, 6e-3) in bfloat16, (3e-5, 1e-8) in float32. The
         # largest of millions of differences is mostly chance in half precision; KL decides there.
         tolerance=(0.5, 0.05) if rough else (1e-3, 1e-5),
-    ), live_last
+    ), ends
 
 
 def _device(model: nn.Module) -> torch.device:

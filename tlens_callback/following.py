@@ -72,13 +72,13 @@ class Following:
         """
         assert self._first is not None
         fidelity, logits = compare(model, shadow, batch, reference=self._reference)
+        told = fidelity.telling(self._first)
+        if self._next is not None:
+            self._next = None if told else step + max(1, step - self._first_step)
         if not math.isfinite(fidelity.scale):
             logger.warning("tlens: the live model's logits are not finite at step %d.", step)
             return None
         self.checks[step] = fidelity
-        told = fidelity.telling(self._first)
-        if self._next is not None:
-            self._next = None if told else step + max(1, step - self._first_step)
         if not fidelity.close or fidelity.stale(self._first):
             raise FidelityError(mismatch(model, fidelity, stale=fidelity.close))
         if told:

@@ -100,7 +100,7 @@ def recall(
         logger.warning(
             "tlens: the first observation of the run that is resumed is not in %s (%s), so changes "
             "are measured from here on. Where the checkpoint is in another directory, say so in "
-            "TrainingArguments(resume_from_checkpoint=...), or Tracer(resume_from=...), too.",
+            "TrainingArguments(resume_from_checkpoint=...) too.",
             *(path, error),
         )
         return frozenset()

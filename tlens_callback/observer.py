@@ -1,7 +1,8 @@
 """`Observer`: one training run watched. Knows when a look failed; knows nothing of a trainer."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.schedule import Schedule, rare
 from tlens_callback.shadow import Shadow
-from tlens_callback.terminal import print_lines
+from tlens_callback.terminal import NO_ROOM, print_lines
 from tlens_callback.trainer_logs import TrainerLogs
 from tlens_callback.watch import Watch
 from tlens_callback.writer import OnError, Writer, Writing, report
@@ -79,8 +80,7 @@ class Observer:
         self._following = Following()
         self.checks = self._following.checks
         self.cost = Cost()
-        self.extra_bytes = 0
-        self._first_step = 0
+        self.extra_bytes = self._first_step = 0
         self._schedule = Schedule()
         self._shape: tuple[int, ...] = ()
         self._watched: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -112,7 +112,8 @@ class Observer:
         """Builds the shadow, encodes the probes, checks fidelity, observes for the first time and
         writes that.
 
-        Starting again on the same model (a batch size being searched for) keeps the shadow.
+        Starting again on the same model (a batch size being searched for) keeps the shadow. Where
+        it raises, the sinks are closed and there is no shadow.
 
         Args:
             memory, run: a file that `remember` wrote, where a run is resumed, and what that was
@@ -125,8 +126,9 @@ class Observer:
         Raises:
             ValueError: for a model, probe, instrument or hook that cannot work.
             FidelityError: where the shadow is not the model.
+            RuntimeError: where there is no room for it.
         """
-        with self.cost.spending():
+        with self._closing_on_error(), self.cost.spending():
             self.writer.release()  # an observation of the try before, with what was logged then
             if self.shadow is not None and self.model is model:
                 self.shadow.sync()
@@ -166,6 +168,18 @@ class Observer:
                         name,
                     )
         self.cost.beforehand = self.cost.seconds
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            with suppress(Exception):
+                self.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                # Not as it is: a search for the batch size would take it for the batch's.
+                raise RuntimeError(NO_ROOM) from error
+            raise
 
     def remember(self, path: Path, *, step: int, run: str = "", always: bool = False) -> None:
         """Keeps in a file what the instruments compare later observations with.

@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def read_probes(path: str | os.PathLike[str]) -> list[Probe]:
     entries = [(where, _entry(where, entry)) for where, entry in entries_in(path)]
     if not entries:
         raise ValueError(f"{path} has no probes in it; an entry is as little as: - text: Hello")
-    names = [entry["name"] for _, entry in entries if "name" in entry]
+    names = {entry["name"] for _, entry in entries if "name" in entry}
     found: dict[str, str] = {}
     probes: list[Probe] = []
     for where, entry in entries:
@@ -82,12 +82,12 @@ def read_probes(path: str | os.PathLike[str]) -> list[Probe]:
                     f"names become keys, so vary them."
                 )
             found[probe.name] = where.removeprefix(f"{path}, ")
-            names.append(probe.name)
+            names.add(probe.name)
             probes.append(probe)
     return probes
 
 
-def short_name(text: str, others: Sequence[str]) -> str:
+def short_name(text: str, others: Collection[str]) -> str:
     """The first words, with a number behind them where others are named like that."""
     words = re.findall(r"\w+", text.lower())
     name = base = "-".join(words)[:32].strip("-") or "prompt"
@@ -124,7 +124,7 @@ def _known(where: str, given: Mapping[Any, Any], keys: Sequence[str]) -> dict[st
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _probes(where: str, entry: dict[str, Any], names: Sequence[str]) -> list[Probe]:
+def _probes(where: str, entry: dict[str, Any], names: Collection[str]) -> list[Probe]:
     """The probe of an entry, and the corrupt one of its pair."""
     kind = _content_key(where, entry, CONTENT)
     probe: dict[str, Any] = {"name": entry.get("name")}

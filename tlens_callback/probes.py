@@ -249,8 +249,8 @@ def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
         return [int(i) for i in content]
     if tokenizer is None:
         raise ValueError(
-            f"Probe {probe.name!r} needs a tokenizer and there is none. Pass "
-            f"processing_class=tokenizer to the trainer, or give the probe as token ids."
+            f"Probe {probe.name!r} needs a tokenizer and there is none. Pass one "
+            f"(to a trainer as processing_class=), or give the probe as token ids."
         )
     if isinstance(content, str):
         return list(tokenizer(content)["input_ids"])
@@ -315,10 +315,14 @@ def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | N
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(ids) != 1:
         pieces = [_label(tokenizer, i) for i in ids]
-        first = f", such as {role}={pieces[0]!r}" if pieces else ""
+        if len(tokenizer(" " + text, add_special_tokens=False)["input_ids"]) == 1:
+            instead = f"with the space before it, it is: {role}={' ' + text!r}."
+        else:
+            first = f", such as {role}={pieces[0]!r}" if pieces else ""
+            instead = f"the first piece alone may do{first}, and a leading space matters."
         raise ValueError(
             f"The {role} {text!r} of probe {probe.name!r} is {len(ids)} tokens: {pieces}. It has "
-            f"to be one token; the first piece alone may do{first}, and a leading space matters."
+            f"to be one token; {instead}"
         )
     # Behind plain text a word begins with its space; without it, it is another token.
     if isinstance(probe.content, str) and not probe.content[-1:].isspace() and text[0].isalnum():

@@ -144,6 +144,10 @@ class Shadow:
         for module in self.bridge.modules():
             module._parameters.clear()
             module._buffers.clear()
+            # transformer-lens 4.3's norms keep their weight beside that, in a cycle of references.
+            held = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+            for name in held:
+                delattr(module, name)
 
     @torch.no_grad()
     def run(

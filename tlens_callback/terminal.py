@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from tlens_callback.probes import ProbeBatch
     from tlens_callback.reading import Reading
 
+NO_ROOM = (
+    "tlens: there is no room for the shadow and its probes beside the model. Put it elsewhere "
+    "(device='cpu'), shorten the probes, or adapt fewer layers."
+)
+
 
 def opening(observer: "Observer") -> list[str]:
     """What is watched, and how near the shadow is to it."""
@@ -117,8 +122,9 @@ def mismatch(model: nn.Module, fidelity: Fidelity, *, stale: bool = False) -> st
     """Why a shadow is not to be believed."""
     if stale:
         return (
-            f"the shadow of {type(model).__name__} did not follow the live model's update: it is "
-            f"{fidelity.gap:.1e} logits off where the live model moved {fidelity.moved:.1e}"
+            f"the shadow of {type(model).__name__} did not follow the live model's update: it made "
+            f"{fidelity.followed:.0%} of a movement of {fidelity.moved:.1e} logits, and is "
+            f"{fidelity.gap:.1e} off"
         )
     return (
         f"the shadow of {type(model).__name__} is not the live model: {fidelity}; rounding allows "

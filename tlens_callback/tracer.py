@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Literal, Self
@@ -24,6 +24,7 @@ from tlens_callback.shadow import Shadow
 from tlens_callback.sinks import LocalSink
 from tlens_callback.terminal import opening, print_lines, summary
 from tlens_callback.watch import Watch
+from tlens_callback.weights import unwrap
 from tlens_callback.writer import OnError, Writing
 
 logger = logging.getLogger("tlens_callback")
@@ -137,8 +138,7 @@ class Tracer:
         self.sinks: list[Sink] = list(sinks or ())
         self._given_sinks = sinks is not None
         self.observer: Observer | None = None
-        # torch 2.13's compiled module has no truth value where the model inside has no length.
-        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._model = model
         self._tokenizer = tokenizer
         self._folder = Path(output_dir)
         self._begin, self._end = step, last_step
@@ -160,7 +160,7 @@ class Tracer:
         if not self._given_sinks:
             self.sinks = [LocalSink(self._folder / self.arguments.name)]
         self.observer = observer = self.arguments.observer(self.sinks)
-        print_lines([f"tlens: building a shadow of the {type(self._model).__name__}"])
+        print_lines([f"tlens: building a shadow of the {type(unwrap(self._model)).__name__}"])
         try:
             self._join_wandb()
             with _full_precision(self._model):
@@ -174,16 +174,8 @@ class Tracer:
                     training=self._training_rows(),
                     logged=self._log,
                 )
-        except BaseException as error:
+        except BaseException:
             self.observer = None
-            with suppress(Exception):
-                observer.close()
-            if isinstance(error, torch.OutOfMemoryError):
-                # Not as it is: a search for the batch size would take it for the batch's.
-                raise RuntimeError(
-                    "tlens: there is no room for the shadow and its probes beside the model. Put "
-                    "it elsewhere (device='cpu'), shorten the probes, or adapt fewer layers."
-                ) from error
             raise
         print_lines(opening(observer))
         self._entered = True

@@ -69,8 +69,10 @@ def test_an_adapter_gets_a_store_a_page_and_a_run_with_the_page(base, adapter, t
         ("page.html", page.stat().st_size)
     ]
     assert kept.name == "tlens-page-checkpoint-60"
-    rows = [row["train/global_step"] for row in history(run_file(tmp_path))]
-    assert set(rows) == {60}
+    rows = history(run_file(tmp_path))
+    assert {row["train/global_step"] for row in rows} == {60}
+    assert any("tlens/fidelity/kl" in row for row in rows)
+    assert not any("tlens/checkpoint/name" in row for row in rows)
     (ended,) = [one.exit for one in written if one.WhichOneof("record_type") == "exit"]
     assert ended.exit_code == 0
 
@@ -137,6 +139,10 @@ def test_by_default_nothing_is_asked_for_that_is_not_there(base, tmp_path):
     assert done.exit_code == 0, done.output
     left_out = re.findall("without ([a-z_]+)", done.output)
     assert set(left_out) <= {"head_scores", "virtual_heads", "repeat_loss"}, done.output
+    same = ["-i", "fast", "--no-repeats", "--out", tmp_path / "same"]
+    done = run("analyze", base, "--prompt", PROMPT, *same)
+    assert done.exit_code == 0, done.output
+    assert read_store(tmp_path / "same").keys == read_store(tmp_path / "seen").keys
 
 
 def test_without_a_prompt_and_a_tokenizer_the_repeated_blocks_are_enough(tmp_path):

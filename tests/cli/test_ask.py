@@ -31,7 +31,7 @@ def pages(folder: Path) -> list[str]:
 
 
 def test_prompts_from_a_pipe_get_a_page_each(base, adapter, tmp_path):
-    lines = f"{PROMPT}\na cat sat on the\n\nnot read any more\n"
+    lines = f"{PROMPT}\n\n \na cat sat on the"  # empty lines are no prompts, and no end
     done = started("ask", adapter, cwd=tmp_path, input=lines)
     assert done.returncode == 0, done.stderr
     assert pages(tmp_path / "ask") == ["a-cat-sat-on-the.html", "the-capital-of-france-is.html"]
@@ -87,14 +87,14 @@ def test_chat_target_and_foil(base, tmp_path, monkeypatch):
     given = ["--chat", "--target", "Paris", "--foil", "London", "--out", tmp_path]
     done = run("ask", base, "What is the capital of France", *given, "--open")
     assert done.exit_code == 0, done.output
-    assert "'Paris' against 'London': " in done.output
+    assert "lead of 'Paris' over 'London': " in done.output
     (page,) = tmp_path.iterdir()
     assert shown == [page.as_uri()]
     message = [{"role": "user", "content": "What is the capital of France"}]
     ids = tiny.tokenizer().apply_chat_template(message, add_generation_prompt=True)["input_ids"]
     assert f"{probabilities(base, None, ids).max():7.3f}  " in done.output
     done = run("ask", base, PROMPT, "--foil", " London", "--out", tmp_path)
-    assert done.exit_code == 0 and "against ' London': " in done.output
+    assert done.exit_code == 0 and "over ' London': " in done.output
     assert len(shown) == 1
 
 

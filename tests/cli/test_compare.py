@@ -60,6 +60,16 @@ def test_the_real_entry_point_with_models(saved, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_an_adapter_alone_is_compared_with_its_base(saved, tmp_path):
+    alone = run(saved["adapter"], *ASKED, "--out", tmp_path / "alone")
+    both = run(saved["base"], saved["adapter"], *ASKED, "--out", tmp_path / "both")
+    assert alone.exit_code == both.exit_code == 0
+    assert numbers(alone.stdout) == numbers(both.stdout) and len(numbers(both.stdout)) > 4
+    assert f"A: {saved['base']}\nB: {saved['adapter']}\n" in alone.stdout
+    refused = run(saved["a"], *ASKED)
+    assert refused.exit_code == 2 and "name both" in refused.stderr
+
+
 def test_the_real_entry_point_with_runs(saved, tmp_path):
     command = [sys.executable, "-m", "tlens_callback", "compare", saved["run a"], saved["run b"]]
     done = subprocess.run(
@@ -83,6 +93,8 @@ def test_what_is_left_out_is_said(saved, tmp_path):
     # One model in two batches: what differs is rounding, of which nothing is said.
     assert "Attention has not moved" in result.stdout
     assert "most:" not in result.stdout and "B - A" not in result.stdout
+    assert "nats a token: " in result.stdout and " in both" in result.stdout
+    assert "stores do not say: the probes' targets and foils" in result.stderr
     assert read_store(tmp_path / "out").steps == (0, 1)
 
 
@@ -108,7 +120,7 @@ def test_a_torn_step_is_said(saved, tmp_path):
         (["a", "nothing", *ASKED], "nothing"),
         (["a", "b", "--no-repeats"], "nothing to (ask|show)"),
         (["a", "b", "--device", "nowhere"], "nowhere"),
-        (["a"], "Missing argument 'B'"),
+        ([], "Missing argument 'A'"),
     ],
 )
 def test_what_cannot_be_done(saved, tmp_path, arguments, said):

@@ -159,7 +159,7 @@ WRONG = [
     (["--target", " Paris"], "of one --prompt"),
     (["--prompt", "a", "--prompt", "b", "--target", " c"], "of one --prompt"),
     (["--prompt", "a", "--foil", " c"], "--foil is what --target is compared with"),
-    (["--prompt", " "], "--prompt ' ' is empty"),
+    (["--prompt", " "], "prompt ' ' is empty"),
     (["--probes", "nowhere.yaml"], "no file of probes nowhere.yaml"),
     (["--device", "cuda:99"], "cuda"),
     (["--device", "gpu"], "Expected one of cpu, cuda"),

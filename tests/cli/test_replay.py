@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from click.testing import CliRunner
@@ -44,31 +42,37 @@ def called(folder, *more):
 
 
 def test_a_program_that_is_interrupted(copied):
-    """Through the real entry point, at a moment of chance; then to the end, and once more."""
-    command = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    command += "from tlens_callback.cli import main; sys.argv[0] = 'tlens-callback'; main()"
-    asked = [str(copied), "--device", "cpu", "-i", "fast", "--prompt", "the capital"]
+    """By a Ctrl-C that comes while the third model is loaded; then to the end, and once more."""
+    script = """
+import os, signal, sys
+from tlens_callback.checkpoints.loader import Loader
+from tlens_callback.cli import main
+
+# What a shell starts in the background inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+load, left = Loader.load, [3]
+
+def interrupted(*args):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(*args)
+
+Loader.load = interrupted
+main()
+"""
+    asked = ["replay", str(copied), "--device", "cpu", "-i", "TokenLoss", "--prompt", "the capital"]
+    command = [sys.executable, "-c", script, *asked]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 130, ended.stderr
+    assert "tlens: interrupted; the same call goes on in" in ended.stdout
+    assert ended.stderr.splitlines()[-1] == "Interrupted."
+    assert "replay" not in ended.stderr, "no bar where there is no terminal"
     store = copied / "tlens-replay"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, "replay", *asked],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not steps_in(store / "scores") and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "tlens: interrupted; the same call goes on in" in said
-    assert errors.splitlines()[-1] == "Interrupted."
-    assert "replay" not in errors, "no bar where there is no terminal"
-    assert 0 < len(steps_in(store / "scores")) < 4
-    again = [sys.executable, "-m", "tlens_callback", "replay", *asked]
-    ended = subprocess.run(again, env=environment(), capture_output=True, text=True)
-    assert ended.returncode == 0 and steps_in(store / "scores") == [0, 2, 4, 6]
-    assert "all checkpoints have been looked at" in CliRunner().invoke(main, again[3:]).output
+    assert steps_in(store / "scores") == [0, 2]
+    assert "goes on at checkpoint-4" in CliRunner().invoke(main, asked).output
+    assert steps_in(store / "scores") == [0, 2, 4, 6]
+    assert "all checkpoints have been looked at" in CliRunner().invoke(main, asked).output
 
 
 def test_checkpoints_of_a_run_that_goes_on_are_added(copied, tmp_path):
@@ -83,6 +87,18 @@ def test_checkpoints_of_a_run_that_goes_on_are_added(copied, tmp_path):
     assert called(copied, "-i", "HeadAblation(every=2)", "--out", str(out)).exit_code == 0
     assert unlike(read_store(out), store) == []
     assert "trainer/loss" in store.keys
+
+
+def test_one_that_was_seen_while_it_was_saved_is_observed_anew(copied, tmp_path):
+    """Its weights were there, and what the trainer had logged was not."""
+    state = copied / "checkpoint-6" / "trainer_state.json"
+    state.rename(tmp_path / "later")
+    assert called(copied).exit_code == 0
+    (tmp_path / "later").rename(state)
+    assert "goes on at checkpoint-6" in called(copied).output
+    assert called(copied, "--out", str(tmp_path / "whole")).exit_code == 0
+    assert unlike(read_store(tmp_path / "whole"), read_store(copied / "tlens-replay")) == []
+    assert "all checkpoints have been looked at" in called(copied).output
 
 
 def test_the_last_one_may_be_gone_when_later_ones_come(copied, tmp_path):
@@ -114,6 +130,16 @@ def test_what_is_not_the_same_replay_makes_another_store(copied, change):
     for name in ("tlens-replay", "tlens-replay-2"):
         assert read_store(copied / name).steps == (0, 2, 4, 6)
     assert "all checkpoints have been looked at" in called(copied, *more).output
+
+
+def test_a_run_that_was_moved_is_the_same(copied, tmp_path):
+    out = ["--out", str(tmp_path / "store")]
+    assert called(copied, *out).exit_code == 0
+    moved = copied.rename(tmp_path / "moved")
+    assert "all checkpoints have been looked at" in called(moved, *out).output
+    for one in moved.glob("checkpoint-*"):  # the control: another run over the same base
+        one.rename(one.with_name(f"{one.name}0"))
+    assert "since there is another beside it: of another run" in called(moved, *out).output
 
 
 def test_a_store_of_something_else_is_left_as_it_is(copied):
@@ -158,7 +184,7 @@ def test_what_turns_out_broken_when_its_turn_comes_is_left_out(copied, monkeypat
     monkeypatch.setattr(Loader, "load", lambda self, checkpoint: torn(self, checkpoints[4]))
     checkpoints = {4: type("Checkpoint", (), {"path": "checkpoint-4"})}
     ended = called(copied, "--out", str(copied / "none"))
-    assert ended.exit_code == 2 and ended.output.splitlines()[-1].endswith("torn")
+    assert ended.exit_code == 2 and ended.stderr.splitlines()[-1].endswith("torn")
 
 
 @pytest.mark.parametrize(

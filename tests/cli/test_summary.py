@@ -47,7 +47,7 @@ def test_a_later_run_is_meant_and_the_earlier_said(store):
     sink.close()
     result = run(store.parent)
     assert result.exit_code == 0 and "mine/it 7" in result.stdout
-    assert "tlens-2; earlier runs beside it: tlens." in result.stderr
+    assert "tlens-2; beside it: tlens." in result.stderr
 
 
 def test_a_torn_step_is_left_out_and_said(store):

@@ -10,6 +10,7 @@ FOLDER/MODE are then the two exit codes ("status") and what was said; the run is
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1"}
@@ -44,8 +45,14 @@ def in_a_child(folder: Path, mode: str, asked: list[str]) -> int:
             ends(*mode.split())
         try:
             main(asked)
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(int(end.code or 0))  # Taking the interpreter down takes seconds.
+        except BaseException:
+            traceback.print_exc(file=sys.stderr)
         finally:
             sys.stdout.flush()
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -56,7 +63,8 @@ def run(folder: Path, modes: list[str]) -> None:
 
     def asked(mode: str) -> list[str]:
         words = ["replay", str(folder / "run"), "--out", str(folder / mode / "store")]
-        words += ["-i", "fast", "-i", "HeadAblation(every=3)", "-i", features, "--device", "cpu"]
+        words += ["-i", "fast", "-i", "HeadAblation(every=3)", "-i", features]
+        words += ["--device", "cpu", "--no-repeats"]
         return [*words, "--prompt", "the capital of France is", "--target", " Paris"]
 
     # Here, so that what it imports is there in the children.

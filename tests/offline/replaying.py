@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -65,14 +66,16 @@ def train(
     adapter: LoraConfig | None = None,
     trl: bool = False,
     seed: int = 0,
+    saved: torch.dtype = torch.float32,
     **args: Any,
 ) -> Store:
-    """Trains a model that lies in `<folder>/base` and writes `<folder>/run`; the live store."""
+    """Trains in float32 a model that is `saved` in `<folder>/base`, writes `<folder>/run`; the live
+    store."""
     adapter = copy.deepcopy(adapter)  # PEFT writes the base's name into it
-    base = tiny.model(family, seed=seed)
+    base = tiny.model(family, seed=seed).to(saved)
     base.save_pretrained(folder / "base")
     tiny.tokenizer().save_pretrained(folder / "base")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     callback = TLensCallback(
         PROBES,
         instruments=instruments,
@@ -127,7 +130,8 @@ def replayed(
     folder: Path, instruments: Sequence[Instrument] | None = None, /, **kwargs: Any
 ) -> Replay:
     asked = arguments(instruments, **kwargs.pop("arguments", {}))
-    return replay(folder / "run", asked, Loader(device="cpu"), **kwargs)
+    loader = Loader(device="cpu", dtype=kwargs.pop("dtype", None))
+    return replay(folder / "run", asked, loader, **kwargs)
 
 
 def unlike(one: Store, other: Store, *, without: tuple[str, ...] = ("cost/",)) -> list[str]:

@@ -112,20 +112,20 @@ def test_numbers_of_an_answer(model, asker, target, foil):
     for line, i in zip(lines[1:6], order, strict=False):
         assert line == f"{chance[i]:7.3f}  {decode([i])!r}"
     lead = float(logits[meant] - logits[against])
-    assert f"  {answer.target!r} against {answer.foil!r}: {lead:+.2f} logits" in lines
+    assert f"  lead of {answer.target!r} over {answer.foil!r}: {lead:+.2f} logits" in lines
     rank = int((logits > logits[meant]).sum())
     if rank >= 5:
-        assert f"{chance[meant]:7.2g}  {answer.target!r}, rank {rank}" in lines
+        assert f"{chance[meant]:7.2g}  {answer.target!r}; {rank} tokens are likelier" in lines
     tops = lens.argmax(1).tolist()
     (lens_line,) = [line for line in lines if "logit lens" in line]
     if tops[-1] != meant:
         assert lens_line.endswith(f"ends in {decode([tops[-1]])!r}, not in {answer.target!r}")
     else:
         first = max((i + 1 for i, top in enumerate(tops) if top != meant), default=0)
-        after = f"L{first} and all layers behind" if first < 3 else "the last layer alone (L3)"
+        after = f"L{first} and each later layer" if first < 3 else "the last layer alone (L3)"
         assert lens_line.endswith(after)
     named = ", ".join(f"{name} {parts[name]:+.2f}" for name in largest)
-    assert f"  written towards it most, directly: {named}" in lines
+    assert f"  added to the lead most, directly: {named}" in lines
 
 
 def test_the_lens_says_from_which_layer_on(asker):
@@ -142,10 +142,23 @@ def test_the_lens_says_from_which_layer_on(asker):
         ]
         return line
 
-    assert said(0).endswith(f"reads {answer.target!r} after L0 and all layers behind")
-    assert said(2).endswith("after L2 and all layers behind")
+    assert said(0).endswith(f"reads {answer.target!r} after L0 and each later layer")
+    assert said(2).endswith("after L2 and each later layer")
     assert said(3).endswith("after the last layer alone (L3)")
     assert said(4).endswith(f"ends in {str(lens.texts[-1, 0])!r}, not in {answer.target!r}")
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_soft_cap_is_said_where_the_lead_is_behind_it(cap):
+    model = tiny.model("gemma2", final_logit_softcapping=cap)
+    answer = Asker(model, tiny.tokenizer()).ask(replace(PROMPT, target=" Rome"), foil=" London")
+    ids = tiny.tokenizer()(PROMPT.content, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1]
+    lead = float(logits[token(" Rome")] - logits[token(" London")])
+    assert f"  lead of ' Rome' over ' London': {lead:+.2f} logits" in answer.lines()
+    (line,) = [line for line in answer.lines() if "added to the lead" in line]
+    assert ("before the soft cap" in line) == (cap is not None)
 
 
 def test_weights_are_those_of_the_moment():
@@ -202,7 +215,7 @@ def test_what_a_family_does_not_have_is_left_out_with_a_line(asker, monkeypatch)
     monkeypatch.setattr(ask.LogitAttribution, "taps", taps)
     answer = asker.ask(PROMPT)
     assert answer.lines()[-1] == "  without logit_attribution: this family has no direct path."
-    assert answer.writers == [] and not any("written" in line for line in answer.lines())
+    assert answer.writers == [] and not any("added" in line for line in answer.lines())
     monkeypatch.setattr(ask.TokenLoss, "taps", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         asker.ask(PROMPT)

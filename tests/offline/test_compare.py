@@ -71,6 +71,7 @@ def test_drift_and_loss_are_of_b_against_a(saved):
         ("x", "y", ()),
         ("x", "z", ()),
         ("a", "b", ("adapter_spectrum",)),
+        ("a", "a", ("adapter_spectrum",)),
         ("x", "a", ("adapter_spectrum", "update_sparsity")),
         ("base", "random", ("adapter_spectrum", "update_sparsity")),
     ],
@@ -119,8 +120,17 @@ def test_a_model_against_itself_differs_in_nothing(saved, tmp_path):
     last = {reading.key: reading for reading in pair.last}
     assert last["attention_drift/max"].values == 0
     text = differences(read_store(sink.path))
-    assert "Attention has not moved: no head by 1e-05 bits" in text
-    assert "Roles gained: none" in text and "Roles lost: none" in text
+    assert text == "Nothing differs: A and B have the same numbers throughout."
+
+
+def test_two_precisions_are_said(saved, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(saved["a"], dtype=torch.bfloat16)
+    models = {**saved, "rounded": save(model, tmp_path / "rounded")}
+    for dtype, said in ((None, True), (torch.float32, False)):
+        caplog.clear()
+        a, b = (Checkpoint.of(models[name]) for name in ("a", "rounded"))
+        compare_models(a, b, Loader(dtype=dtype), asked([CAPITAL], repeats=False))
+        assert ("A was computed in float32 and B in bfloat16" in caplog.text) == said
 
 
 def test_what_was_asked_for_by_name_is_not_left_out(saved):
@@ -154,6 +164,7 @@ def test_the_text_says_the_numbers(saved, tmp_path):
     first, last = compared(saved, "a", "b", probes=[CAPITAL])
     Pair(("a", "b"), [*first.values()], [*last.values()]).write(sink := LocalSink(tmp_path / "s"))
     text = differences(read_store(sink.path))
+    flat = text.replace("\n  ", " ")
     js = last["attention_drift/js"].values
     layer, head = np.unravel_index(js.argmax(), js.shape)
     assert f"Attention moved most: L{layer}H{head} {js.max():.3g}" in text
@@ -162,15 +173,15 @@ def test_the_text_says_the_numbers(saved, tmp_path):
     assert f"P(target) capital {chance[0]:.3f} -> {chance[1]:.3f}" in text
     assert f"rank {rank[0]} -> {rank[1]}" in text
     mean = [side["token_loss/loss/capital"].values.mean() for side in (first, last)]
-    assert f"Loss of capital: {mean[0]:.2f} -> {mean[1]:.2f} nats a token" in text
+    assert f"Loss of capital, nats a token: {mean[0]:.2f} -> {mean[1]:.2f}; differs most: " in flat
     change = last["token_loss/change/capital"]
     at = int(np.abs(change.values).argmax())
-    assert f"most: {change.labels['token'][at]!r} {change.values[at]:+.2f}" in text
+    assert f"differs most: {change.labels['token'][at]!r} {change.values[at]:+.2f}" in flat
     changes = {m: last[f"logit_attribution/{m}_change/capital"].values for m in ("head", "mlp")}
     parts = {f"L{i}H{j}": value for (i, j), value in np.ndenumerate(changes["head"])}
-    parts |= {f"MLP {i}": value for (i,), value in np.ndenumerate(changes["mlp"])}
+    parts |= {f"L{i} MLP": value for (i,), value in np.ndenumerate(changes["mlp"])}
     most = max(parts, key=lambda name: abs(parts[name]))
-    assert f"B - A, logits: {most} {parts[most]:.3g}" in text.replace("\n  ", " ")
+    assert f"capital, B - A: {most} {parts[most]:+.3g}" in flat
     assert max(map(len, text.splitlines())) <= 72 and "\u00a0" not in text
 
 

@@ -192,3 +192,17 @@ def test_rows_of_a_model_with_sinks_of_its_own(tmp_path):
     js = jensenshannon(rows[0][1:], rows[1][1:], axis=-1, base=2) ** 2
     found = by_key(compare_stores(*stores).last)["attention_drift/js"].values
     assert found.shape == (1, 1) and abs(found[0, 0] - js.mean()) < 1e-4 < js.mean() / 100
+
+
+def test_what_is_of_other_blocks_is_left_out_in_one_sentence(saved, tmp_path):
+    a, _ = stores(saved)
+    own = (CAPITAL, DOG, Probe.repeated("own", block=5), Probe.repeated("other", block=7))
+    b = read_store(watched(tmp_path / "b", {0: saved["a"]}, own))
+    pair = compare_stores(a, b)
+    (said,) = [one for one in pair.left_out if "blocks" in one]
+    assert "of 8, 12, 24 tokens in A and of 5, 7 in B" in said
+    assert "head_scores, repeat_loss, virtual_heads" in said
+    seen = {reading.instrument for reading in (*pair.first, *pair.last)}
+    assert not seen & {"head_scores", "repeat_loss", "virtual_heads"}
+    assert {"attention_drift", "target_scores"} <= seen
+    assert not any("another shape" in one for one in pair.left_out)

@@ -6,12 +6,14 @@ Most are controls of `test_replay`.
 import shutil
 
 import pytest
+import torch
+from peft import LoraConfig
 
 from tests import tiny
-from tests.offline.replaying import replayed, train, unlike
+from tests.offline.replaying import replayed, surplus, train, unlike
 from tests.offline.test_replay import RUNS
 from tlens_callback import FrozenWeights, HeadScores, ResidualNorms, TargetScores, TokenLoss, fast
-from tlens_callback.instruments import TrainedFeatures
+from tlens_callback.instruments import TrainedFeatures, UpdateSparsity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,6 +65,42 @@ def test_without_a_base_the_first_checkpoint_is_what_changes_are_measured_from(t
     at_six = [each for each in unlike(live, again) if each.startswith("6 ")]
     assert any("token_loss/change" in each for each in at_six)
     assert not any("target_scores" in each for each in at_six)
+
+
+def test_an_adapter_that_began_at_random_has_no_step_0(tmp_path, capsys):
+    random = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    live = train(tmp_path, few(), adapter=random)
+    again = replayed(tmp_path, few())
+    assert "there is no step 0, so changes are measured from here on: an" in capsys.readouterr()[0]
+    assert again.store.steps == (2, 4, 6) and not again.left_out
+    assert (again.store.reading("token_loss/change/capital", 2).values == 0).all()
+    found = unlike(live, again.store)
+    assert not any("target_scores" in each for each in found)
+    assert any("token_loss/change" in each for each in found)
+    assert replayed(tmp_path, few()).store.steps == (2, 4, 6)
+    assert "all checkpoints have been looked at" in capsys.readouterr()[0]
+
+
+def test_a_base_in_bfloat16_that_was_fully_trained_in_float32(tmp_path):
+    """Step 0 is in the precision of the checkpoints, as it was in the run."""
+    live = train(tmp_path, [*few(), UpdateSparsity()], saved=torch.bfloat16)
+    again = replayed(tmp_path, [*few(), UpdateSparsity()], base=tmp_path / "base")
+    assert unlike(live, again.store) == surplus(live)
+
+
+def test_adapters_over_a_base_in_bfloat16_that_were_trained_in_float32(tmp_path, capsys):
+    """No adapter says in which precision it was trained; what was watched does."""
+    live = train(tmp_path, few(), **RUNS["SFT with LoRA"], saved=torch.bfloat16)
+    again = replayed(tmp_path, few(), dtype=torch.float32, out=tmp_path / "same")
+    assert unlike(live, again.store) == surplus(live)
+    assert "computes in" not in capsys.readouterr()[0]
+    assert unlike(live, replayed(tmp_path, few()).store) != surplus(live)
+    said = "the run was watched in float32, and this computes in bfloat16"
+    assert said in capsys.readouterr()[0]
+    for memory in (tmp_path / "run").glob("checkpoint-*/tlens.memory"):
+        memory.unlink()
+    replayed(tmp_path, [TokenLoss()])
+    assert "this computes in bfloat16, in which the base was saved" in capsys.readouterr()[0]
 
 
 def test_what_learns_from_training_rows_has_the_probes_alone(tmp_path):

@@ -52,13 +52,13 @@ def test_the_numbers_of_a_training(run):
         for value in r.values
     ]
     assert len(losses) == 6
-    assert f"Training loss {losses[0]:.2f} -> {losses[-1]:.2f} (logged at steps 1 and 6)" in flat
+    assert f"Training loss {losses[0]:.3g} -> {losses[-1]:.3g} (logged at steps 1 and 6)" in flat
 
     steps, chance = run.curve("target_scores/probability/dog")
     at = int(np.abs(np.diff(chance)).argmax())
     said = next(line for line in flat.splitlines() if line.startswith("P(target) dog"))
-    assert f"-> {chance[-1]:.3f}, rank" in said
-    assert said.endswith(f"(most in {steps[at]}-{steps[at + 1]})")
+    assert f"-> {chance[-1]:.3f} (most in steps {steps[at]}-{steps[at + 1]}), rank " in said
+    assert "\n  (rank: how many tokens are likelier)\n" in text
 
     js = run.curve("attention_drift/js")[1][-1]
     order = np.argsort(-js, axis=None)[:4]
@@ -71,7 +71,7 @@ def test_the_numbers_of_a_training(run):
     assert f"Activations moved most: layer {layer} {name} {far.max():.3g}" in flat
 
     found = {}
-    for measure, name in (("head", "L{}H{}"), ("mlp", "MLP {}")):
+    for measure, name in (("head", "L{}H{}"), ("mlp", "L{} MLP")):
         _, curve = run.curve(f"logit_attribution/{measure}/dog")
         found |= {name.format(*i): (curve[0][i], curve[-1][i]) for i in np.ndindex(curve[0].shape)}
     most = max(found, key=lambda one: abs(found[one][1] - found[one][0]))
@@ -140,7 +140,7 @@ def test_most_of_it_is_the_largest_interval(tmp_path):
     store = written(tmp_path / "s", scores)
     (change,) = changed_roles(History(store), 3)
     assert (change.what, change.when) == ("L0H0 duplicate", (20, 30))
-    assert "L0H0 duplicate 0.10 -> 0.65 (most in 20-30)" in summary(store)
+    assert "L0H0 duplicate 0.10 -> 0.65 (most in steps 20-30)" in summary(store)
 
 
 def test_a_role_of_one_length_only_is_none(tmp_path):
@@ -148,6 +148,48 @@ def test_a_role_of_one_length_only_is_none(tmp_path):
     first, last = np.zeros((2, 1, 1)), np.array([[[0.9]], [[0.05]]])
     steps = {0: [block_scores("induction", first)], 1: [block_scores("induction", last)]}
     assert roles_taken(History(written(tmp_path / "s", steps)), Watch()) == ([], [])
+
+
+def test_a_role_in_between_is_not_denied(tmp_path):
+    scores = {s: [block_scores("induction", [[[v]]])] for s, v in ((0, 0.1), (5, 0.6), (9, 0.12))}
+    text = summary(written(tmp_path / "s", scores))
+    assert "No role gained or lost by the end; scores changed most:" in text
+
+
+def test_what_is_not_a_number_has_no_rank_and_has_not_stood_still(tmp_path):
+    def at(step, value):
+        js = np.full((1, 2), value / 1e9)
+        drift = Reading(key="attention_drift/js", values=js, axes=("layer", "head"), unit="bits")
+        return [
+            number("target_scores/probability/p", value),
+            number("target_scores/rank/p", 0),
+            drift,
+        ]
+
+    text = summary(written(tmp_path / "s", {0: at(0, 0.5), 4: at(4, np.nan)}))
+    assert "P(target) p 0.500 -> nan" in text and "rank" not in text
+    assert "not moved" not in text and "How far attention moved is not a number." in text
+    text = summary(written(tmp_path / "t", {0: at(0, 0.5), 4: at(4, 0.5)}))
+    assert "P(target) p 0.500, rank 0" in text and "Attention has not moved" in text
+
+
+def test_a_reward_is_told_beside_a_loss_that_says_little(tmp_path):
+    def logged(name, **by_step):
+        return Reading(
+            key=f"trainer/{name}",
+            values=np.array([*by_step.values()]),
+            axes=("update",),
+            unit="as logged",
+            labels={"update": [at.removeprefix("at") for at in by_step]},
+        )
+
+    first = [number("a/b", 1), logged("loss", at1=0.0004), logged("reward", at1=0.25, at2=0.5)]
+    last = [number("a/b", 2), logged("loss", at9=-0.0002), logged("reward", at8=0.5, at9=0.875)]
+    lines = summary(written(tmp_path / "s", {2: first, 9: last})).splitlines()
+    assert lines[1:3] == [
+        "Training loss 0.0004 -> -0.0002 (logged at steps 1 and 9)",
+        "Reward 0.25 -> 0.875 (logged at steps 1 and 9)",
+    ]
 
 
 def test_a_store_of_unknown_instruments(tmp_path):

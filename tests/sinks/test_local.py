@@ -247,7 +247,7 @@ def test_says_what_cannot_be_read(tmp_path):
     store = read_store(sink.path)
     with pytest.raises(ValueError, match=r"no directory .*stores beside it: \['run'\]"):
         read_store(tmp_path / "missing")
-    with pytest.raises(ValueError, match=r"not a tlens_callback store.*\['run'\] are"):
+    with pytest.raises(ValueError, match=r"not a tlens_callback store.*In it are '.*/run'"):
         read_store(tmp_path)
     with pytest.raises(ValueError, match=r"no complete step 5; it has \(0, 10\)"):
         store.reading("cost/seconds", 5)

@@ -19,6 +19,7 @@ from tlens_callback.sinks.shown import (
     histograms,
     matrices,
     not_the_trainers,
+    scalars,
     tables,
     top_rows,
 )
@@ -101,6 +102,13 @@ def test_what_the_trainer_logged_is_left_out():
     theirs = Reading(key="trainer/loss", values=[1], axes=("update",), unit="as logged")
     ours = small()
     assert not_the_trainers([theirs, *ours]) == ours
+
+
+def test_a_name_is_no_curve():
+    name = Reading(key="checkpoint/name", values=0.0, unit="path", texts=np.asarray("out"))
+    number = Reading(key="a/b", values=0.0, unit="x")
+    assert scalars([name, number, *small()])[0] is number
+    assert all(reading.axes == () for reading in scalars(small()))
 
 
 def test_a_long_table_keeps_its_lowest_ranks():

@@ -171,28 +171,36 @@ def test_the_page_has_each_step_once(resumed):
 
 def test_a_store_is_read_while_it_is_written(tmp_path):
     """What a reader sees at any moment is whole steps, and a step that was seen stays."""
-    sink, stop = LocalSink(tmp_path / "run", page=False), threading.Event()
+    sink, enough = LocalSink(tmp_path / "run", page=False), threading.Event()
     sink.write(everything(0), step=0)
+    written = [0]
 
     def write():
-        for step in range(1, 40):
+        # However slow the reader is, it looks ten times while steps come.
+        while not enough.is_set():
+            step = written[-1] + 1
             sink.write(everything(step), step=step)
-        stop.set()
+            written.append(step)
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    store, seen, looks = read_store(sink.path), (), 0
-    while not stop.is_set():
-        steps = store.steps
-        assert steps[: len(seen)] == seen and store.torn == ()
-        at, values = store.curve("head_scores/induction")
-        assert (
-            len(at) >= len(steps) and (values[len(steps) - 1] == small(steps[-1])[3].values).all()
-        )
-        assert len(store.readings(steps[-1])) == len(everything())
-        seen, looks = steps, looks + 1
-    writer.join()
-    assert store.steps == tuple(range(40)) and looks > 2
+    store, seen = read_store(sink.path), ()
+    try:
+        for _ in range(10):
+            steps = store.steps
+            assert steps[: len(seen)] == seen and store.torn == ()
+            at, values = store.curve("head_scores/induction")
+            assert (
+                len(at) >= len(steps)
+                and (values[len(steps) - 1] == small(steps[-1])[3].values).all()
+            )
+            assert len(store.readings(steps[-1])) == len(everything())
+            seen = steps
+        assert writer.is_alive()
+    finally:
+        enough.set()
+        writer.join()
+    assert store.steps == tuple(written)
 
 
 def test_a_directory_of_a_run_means_the_last_of_its_stores(tmp_path):
@@ -207,10 +215,16 @@ def test_a_directory_of_a_run_means_the_last_of_its_stores(tmp_path):
     store, earlier = find_store(out)
     assert store.path == out / "tlens-11"
     assert earlier == ["tlens", *(f"tlens-{number}" for number in range(2, 11))]
-    found, earlier = find_store(out / "tlens-3")
-    assert (found.path, earlier) == (out / "tlens-3", [])
+    found, others = find_store(out / "tlens-3")
+    assert (found.path, others) == (out / "tlens-3", [])
+    # The run itself is meant, not what looked at its checkpoints again.
     fill(out / "tlens-replay", (0,), page=False)
-    with pytest.raises(ValueError, match=r"several stores: name one of .*tlens-11, .*tlens-replay"):
+    store, others = find_store(out)
+    assert store.path == out / "tlens-11" and others == ["tlens-replay", *earlier]
+    fill(out / "slow", (0,), page=False)
+    with pytest.raises(ValueError, match=r"several stores: name one of .*slow, .*tlens-11, .*repl"):
         find_store(out)
-    with pytest.raises(ValueError, match=r"no directory .*stores beside it: \['tlens'"):
+    fill(tmp_path / "unseen" / "tlens-replay", (0,), page=False)
+    assert find_store(tmp_path / "unseen")[0].path.name == "tlens-replay"
+    with pytest.raises(ValueError, match=r"no directory .*stores beside it: .*'tlens'"):
         find_store(out / "tlenz")

@@ -71,8 +71,9 @@ def put_over(model: Any, adapter: str) -> tuple[PeftModel, bool]:
         )
     config.inference_mode = False
     config.base_model_name_or_path = None  # PEFT warns of a base that has another name here.
-    rows = {shape[0] for name, shape in shapes(adapter_weights(adapter)).items()
-            if name in _names_of_embeddings(model)}  # fmt: skip
+    names = _names_of_embeddings(model)
+    held = shapes(adapter_weights(adapter))
+    rows = {shape[0] for name, shape in held.items() if name in names}
     try:
         resized = bool(rows) and rows != {model.get_input_embeddings().weight.shape[0]}
         if resized:
@@ -221,6 +222,7 @@ def _embeddings(model: Any) -> list[nn.Module]:
 
 def _names_of_embeddings(model: Any) -> set[str]:
     """Of their weights, as an adapter's file names them."""
-    paths = [path for path, part in model.named_modules() if part in _embeddings(model)]
+    embeddings = _embeddings(model)
+    paths = [path for path, part in model.named_modules() if part in embeddings]
     ends = "weight", "base_layer.weight", "token_adapter.base_layer.weight"
     return {f"{_IN_FILE}{path}.{end}" for path in paths for end in ends}

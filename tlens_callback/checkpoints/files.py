@@ -158,6 +158,14 @@ def check_model(place: str) -> None:
     raise ValueError(f"{place!r} has a {CONFIG} and no weights: no {' or '.join(_WEIGHTS)}.")
 
 
+def precision(place: str) -> torch.dtype | None:
+    """In which the weights of a model were saved, as its config says; None where it does not."""
+    file = find(place, CONFIG)
+    config = read_json(file) if file is not None else {}
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
 def adapter_config(place: str) -> dict[str, Any]:
     """The config of an adapter, as it is saved.
 

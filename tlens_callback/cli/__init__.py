@@ -30,6 +30,13 @@ class Commands(click.Group):
         """In the order in which they were added, not by their letters."""
         return list(self.commands)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole sentences; click's own list cuts them to a line."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, one.get_short_help_str(limit=200)) for name, one in self.commands.items()]
+            )
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; see the module for exit codes."""
         try:
@@ -58,9 +65,10 @@ class Commands(click.Group):
 
 def _foreseen(error: Exception) -> bool:
     """Whether its text is for the user."""
-    from tlens_callback.fidelity import FidelityError
-
-    return isinstance(error, ValueError | FidelityError | ImportError | OSError)
+    # Where it was not imported nobody raised it, and importing it takes seconds.
+    fidelity = sys.modules.get("tlens_callback.fidelity")
+    ours = () if fidelity is None else (fidelity.FidelityError,)
+    return isinstance(error, (ValueError, ImportError, OSError, *ours))
 
 
 @contextmanager

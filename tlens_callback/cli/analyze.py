@@ -53,8 +53,7 @@ def analyze(
     checkpoint = Checkpoint.of(model, adapter, base=base)
     arguments, loader = asked(**options)
     probes = arguments.probes or []
-    if not options["instruments"]:
-        arguments.instruments = of_one_look(checkpoint, probes)
+    arguments.instruments = of_one_look(arguments.instruments, checkpoint, probes)
     own = loader.tokenizer(checkpoint, tokenizer)
     if own is None:
         demand_ids(checkpoint, probes)
@@ -66,12 +65,15 @@ def analyze(
         observer = look_at([stage], loader, arguments, [store, *beside], tokenizer=own)
         (step,) = observer.steps
         readings = {reading.key: reading for reading in read_store(store.path).readings(step)}
-        print_lines(looked(observer, readings, name=checkpoint.path))
+        over = f" over {checkpoint.model}" if checkpoint.adapter else ""
+        print_lines(looked(observer, readings, name=checkpoint.path + over))
 
 
-def of_one_look(checkpoint: "Checkpoint", probes: "Sequence[Probe]") -> "list[Instrument]":
-    """The default instruments, but those that only compare with an earlier observation, or measure
-    what is not there."""
+def of_one_look(
+    given: "Sequence[Instrument]", checkpoint: "Checkpoint", probes: "Sequence[Probe]"
+) -> "list[Instrument]":
+    """Those given without the default ones that only compare with an earlier observation, or
+    measure what is not there."""
     from tlens_callback import instruments as made
 
     out: list[type] = [
@@ -85,7 +87,11 @@ def of_one_look(checkpoint: "Checkpoint", probes: "Sequence[Probe]") -> "list[In
         out.append(made.AdapterSpectrum)
     if all(probe.target is None for probe in probes):
         out += [made.TargetScores, made.LogitAttribution]
-    return [one for one in made.fast() if not isinstance(one, tuple(out))]
+    return [
+        one
+        for one in given
+        if not (isinstance(one, tuple(out)) and getattr(one, "optional", False))
+    ]
 
 
 def demand_ids(checkpoint: "Checkpoint", probes: "Sequence[Probe]") -> None:

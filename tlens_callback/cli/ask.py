@@ -46,8 +46,8 @@ def ask(
     """See why a model goes on as it does: likely next tokens, and a page for the prompt.
 
     The page has the attention patterns, the logit lens at each token, what each head and MLP writes
-    towards the answer, and the neurons that fire. Without PROMPT, prompts are read from the
-    terminal or a pipe, one a line, until an empty line or the end.
+    towards the answer, and the neurons that fire. Without PROMPT, prompts are read one a line: from
+    the terminal until an empty line, from a pipe to its end, empty lines left out.
 
     \b
     Examples:
@@ -94,20 +94,16 @@ def ask(
 
 
 def _typed() -> Iterator[str]:
-    """Lines from the terminal or a pipe, until an empty one or the end."""
-    asks = sys.stdin.isatty()
-    if asks:
-        with suppress(ImportError):
-            import readline  # noqa: F401  # gives `input` a line to edit
-        click.echo("A prompt a line; an empty line or Ctrl-D ends.", err=True)
-    while True:
-        try:
-            line = input("> " if asks else "")
-        except EOFError:
-            return
-        if not line.strip():
-            return
-        yield line
+    """Lines from the terminal, until an empty one or the end; all from a pipe but empty ones."""
+    if not sys.stdin.isatty():
+        yield from (line.removesuffix("\n") for line in sys.stdin if line.strip())
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives `input` a line to edit
+    click.echo("A prompt a line; an empty line or Ctrl-D ends.", err=True)
+    with suppress(EOFError):
+        while (line := input("> ")).strip():
+            yield line
 
 
 def unused_page(folder: Path, name: str) -> Path:

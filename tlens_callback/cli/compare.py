@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("a")
-@click.argument("b")
+@click.argument("b", required=False)
 @click.option("--base", metavar="DIR", help="The base, where an adapter cannot tell.")
 @click.option("--step", type=int, metavar="N", help="Of two runs: this one, not the last of each.")
 @click.option(
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def compare(
     context: click.Context,
     a: str,
-    b: str,
+    b: str | None,
     base: str | None,
     step: int | None,
     out: str,
@@ -34,10 +34,12 @@ def compare(
 
     A and B are saved models (directories, adapters, hub names), which are asked the same prompts;
     or stores of watched runs, or directories with one, whose last observations are compared. A
-    directory that holds a model is one; name the store in it to compare stores.
+    directory that holds a model is one; name the store in it to compare stores. An adapter alone is
+    compared with its own base.
 
     \b
-    Example:
+    Examples:
+      tlens-callback compare out/checkpoint-60 --prompt "The capital of France is"
       tlens-callback compare HuggingFaceTB/SmolLM2-135M out/checkpoint-60 \\
         --prompt "The capital of France is" --target " Paris"
       tlens-callback compare first-run second-run
@@ -51,6 +53,8 @@ def compare(
         for name in (*options, "base")
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     ]
+    if b is None:
+        a, b = _own_base(a, base), a
     pair = _pair(a, b, base, step, given, options)
     sink = LocalSink(out)
     pair.write(sink)
@@ -64,6 +68,18 @@ def compare(
         click.echo(f"Left out: {sentence}", err=True)
     if pair.left_out:
         raise click.exceptions.Exit(3)
+
+
+def _own_base(adapter: str, base: str | None) -> str:
+    """What an adapter goes over."""
+    from tlens_callback.checkpoints import Checkpoint
+
+    checkpoint = Checkpoint.of(adapter, base=base)
+    if checkpoint.adapter is None:
+        raise ValueError(
+            f"{adapter} has all weights and does not say what it was trained from: name both."
+        )
+    return checkpoint.model
 
 
 def _pair(
@@ -113,6 +129,11 @@ def _of_stores(a: str, b: str, step: int | None, given: list[str]) -> "Pair":
         )
     stores = [find_store(each)[0] for each in (a, b)]
     pair = compare_stores(*stores, step=step)
+    if any(reading.instrument == "target_scores" for reading in pair.first):
+        said = (
+            "Taken to be the same in both, since stores do not say: the probes' targets and foils."
+        )
+        click.echo(said, err=True)
     torn = tuple(f"torn steps {list(s.torn)} of {s.path}." for s in stores if s.torn)
     return replace(pair, left_out=(*pair.left_out, *torn))
 

@@ -129,7 +129,7 @@ def given_prompts(
     probes: list[Probe] = []
     for prompt in prompts:
         if not prompt.strip():
-            raise ValueError(f"--prompt {prompt!r} is empty.")
+            raise ValueError(f"The prompt {prompt!r} is empty.")
         content = [{"role": "user", "content": prompt}] if chat else prompt
         name = short_name(prompt, [*others, *(probe.name for probe in probes)])
         probes.append(Probe(name, content, target=target, foil=foil))

@@ -6,16 +6,25 @@ import click
 
 
 @click.command()
-@click.argument("store")
-@click.option("--out", metavar="FILE", help="Where to write it.  [default: STORE/page.html]")
+@click.argument("store", type=click.Path())
+@click.option(
+    "--out",
+    type=click.Path(),
+    metavar="FILE",
+    help="Where to write it.  [default: STORE/page.html]",
+)
 @click.option(
     "--most-mb",
     type=click.FloatRange(min=0, min_open=True),
+    metavar="MB",
     help="Size of the file at most, in MB; what had to go is said on it.  [default: 15]",
 )
 @click.option("--serve", is_flag=True, help="Show it live on this machine, until Ctrl-C.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), help="For --serve; without it any that is free."
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="For --serve; without it any that is free.",
 )
 @click.option("--open", "opened", is_flag=True, help="Open it in a browser.")
 def report(
@@ -45,9 +54,9 @@ def report(
         raise click.UsageError("--port is for --serve.")
     from tlens_callback.sinks.found import find_store
 
-    found, earlier = find_store(store)
-    if earlier:
-        click.echo(f"{store} holds {len(earlier) + 1} runs: {', '.join(earlier)}, and "
+    found, others = find_store(store)
+    if others:
+        click.echo(f"{store} holds {len(others) + 1} stores: {', '.join(others)}, and "
                    f"{found.path.name}, which is taken.", err=True)  # fmt: skip
     torn = found.torn
     if torn:

@@ -9,10 +9,10 @@ def summary(store: str) -> None:
     """Say in a few lines what changed most in a run, when, and what happened.
 
     Plain text of 72 columns, for a terminal or a commit message. STORE is a directory that
-    TLensCallback or a command of this program wrote.
+    TLensCallback or a command of this program wrote, or one with such a directory in it.
 
     \b
-    Example:
+    Examples:
       tlens-callback summary out/tlens
       git commit -F <(tlens-callback summary out/tlens)
     """
@@ -21,7 +21,7 @@ def summary(store: str) -> None:
 
     opened, earlier = find_store(store)
     if earlier:
-        click.echo(f"Of {opened.path}; earlier runs beside it: {', '.join(earlier)}.", err=True)
+        click.echo(f"Of {opened.path}; beside it: {', '.join(earlier)}.", err=True)
     click.echo(in_words(opened))
     if torn := opened.torn:
         click.echo(f"Left out, since their files are torn: steps {list(torn)}.", err=True)

@@ -23,6 +23,7 @@ from tlens_callback.instruments import (
 )
 from tlens_callback.interfaces import Instrument
 from tlens_callback.observing import observe
+from tlens_callback.offline.changes import LEAST_SAID
 from tlens_callback.offline.stages import CheckpointName
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
@@ -39,7 +40,7 @@ WRITERS = 3
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says behind a prompt, and what was seen of how.
+    """What a model says after a prompt, and what was seen of how.
 
     Attributes:
         probe: what was asked, with target and foil.
@@ -63,9 +64,9 @@ class Answer:
 
     @property
     def writers(self) -> list[tuple[str, float]]:
-        """The three heads and MLPs that add most to the target's lead over the foil, in logits, as
-        `LogitAttribution` has it; fewer, where fewer add anything. A head is L21H7, an MLP L21
-        MLP."""
+        """The three heads and MLPs that add most to the target's lead over the foil, in logits
+        before any soft cap, as `LogitAttribution` has it; fewer, where fewer add anything. A head
+        is L21H7, an MLP L21 MLP."""
         parts = []
         if head := self._of("logit_attribution/head"):
             for layer, row in enumerate(head.values.tolist()):
@@ -82,8 +83,17 @@ class Answer:
         said += [f"{p:7.3f}  {text!r}" for text, p in self.next_tokens]
         if self.target not in [text for text, _ in self.next_tokens]:
             probability, rank = self._number("probability"), self._number("rank")
-            said.append(f"{probability:7.2g}  {meant}, rank {rank:.0f}")
-        said.append(f"  {meant} against {other}: {self._number('logit_diff'):+.2f} logits")
+            likelier = f"{rank:.0f} token{'s are' if rank != 1 else ' is'} likelier"
+            said.append(f"{probability:7.2g}  {meant}; {likelier}")
+        lead = self._number("logit_diff")
+        said.append(f"  lead of {meant} over {other}: {lead:+.2f} logits")
+        if writers := self.writers:
+            named = ", ".join(f"{name} {logit:+.2f}" for name, logit in writers)
+            parts = (self._reading(f"logit_attribution/{part}") for part in ("total", "remainder"))
+            apart = abs(sum(float(part.values) for part in parts) - lead)
+            # The parts add up to the lead before a soft cap.
+            uncapped = ", in logits before the soft cap" if apart > LEAST_SAID else ""
+            said.append(f"  added to the lead most, directly{uncapped}: {named}")
         if lens := self._of("logit_lens/token"):
             assert lens.texts is not None
             first, last = int(self._reading("logit_lens/first_layer").values), len(lens.values) - 1
@@ -93,10 +103,7 @@ class Answer:
             elif first == last:
                 said.append(f"  the logit lens reads {meant} after the last layer alone (L{last})")
             else:
-                said.append(f"  the logit lens reads {meant} after L{first} and all layers behind")
-        if writers := self.writers:
-            named = ", ".join(f"{name} {logit:+.2f}" for name, logit in writers)
-            said.append(f"  written towards it most, directly: {named}")
+                said.append(f"  the logit lens reads {meant} after L{first} and each later layer")
         return said + [f"  without {why}" for why in self.left_out]
 
     def save(self, path: str | Path) -> Path:

@@ -25,7 +25,7 @@ class Change(NamedTuple):
     """A number that was another at first.
 
     Attributes:
-        what: a head, a token, a layer and its part, or a key.
+        what: a head (L3H1), an MLP (L3 MLP), a token, or a key.
         when: the two steps, neighbours among those that have it, between which it changed most;
             None where that is no question, with one interval or no change.
     """
@@ -202,7 +202,7 @@ def changed_writers(history: History, probe: str, most: int) -> list[Change]:
         if ends := history.ends(f"logit_attribution/{measure}/{probe}"):
             first, last = ends
             for at in _order(np.abs(last.values - first.values), most, LEAST_SAID):
-                name = _head(last, at) if measure == "head" else f"MLP {at[0]}"
+                name = _head(last, at) if measure == "head" else f"L{_layer(last, at[0])} MLP"
                 changes.append(Change(name, float(first.values[at]), float(last.values[at])))
     return sorted(changes, key=lambda change: -change.size)[:most]
 
@@ -238,5 +238,9 @@ def _order(far: np.ndarray, most: int, least: float) -> list[tuple[int, ...]]:
 
 
 def _head(reading: Reading, at: tuple[int, ...]) -> str:
+    return f"L{_layer(reading, at[0])}H{at[1]}"
+
+
+def _layer(reading: Reading, at: int) -> str:
     layers = reading.labels.get("layer")
-    return f"L{layers[at[0]] if layers else at[0]}H{at[1]}"
+    return layers[at] if layers else str(at)

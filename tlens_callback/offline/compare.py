@@ -1,5 +1,6 @@
 """Two saved models, side by side: what B does that A does not."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from tlens_callback.checkpoints.adapters import UnknownStart
 from tlens_callback.checkpoints.files import same_place
 from tlens_callback.instruments import AdapterSpectrum, FrozenWeights, UpdateSparsity
 from tlens_callback.interfaces import Sink
+from tlens_callback.observer import Observer
 from tlens_callback.offline.changes import (
     History,
+    changed_keys,
     changed_tokens,
     changed_writers,
     moved_heads,
@@ -30,12 +33,15 @@ from tlens_callback.offline.summary import (
     paragraph,
     repeats,
     targets,
+    unknown,
     whole,
 )
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.sinks import LocalSink, MemorySink, Store
 from tlens_callback.watch import Watch
+
+logger = logging.getLogger("tlens_callback")
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,8 @@ def compare_models(
     base of B's adapter, the base is loaded once. Nothing is written.
 
     Of the default instruments those are left out that speak of one training run: `FrozenWeights`;
-    and where one is an adapter and the other is not, or not over the same base, `AdapterSpectrum`
-    and `UpdateSparsity`.
+    and unless both are adapters over one base, `AdapterSpectrum`, and with it `UpdateSparsity`, if
+    one of them is an adapter.
 
     Args:
         names: what they are called in `checkpoint/name`. None: where they are.
@@ -99,11 +105,10 @@ def compare_models(
             base = b.before_training
         except UnknownStart:
             pass  # An adapter that began with random values: the base is seen by itself.
+    adapters = [one for one in (base, b) if one.adapter is not None]
     unfit: tuple[type, ...] = (FrozenWeights,)
-    if (base.adapter is None) != (b.adapter is None) or not same_place(base.model, b.model):
-        unfit = FrozenWeights, AdapterSpectrum
-        if base.adapter is not None or b.adapter is not None:
-            unfit = *unfit, UpdateSparsity
+    if len(adapters) < 2 or not same_place(base.model, b.model):
+        unfit = FrozenWeights, AdapterSpectrum, *([UpdateSparsity] if adapters else [])
     arguments.instruments = [
         one
         for one in arguments.instruments
@@ -111,7 +116,19 @@ def compare_models(
     ]
     memory = MemorySink()
     stages = [Stage(0, base, names[0]), Stage(1, b, names[1])]
-    look_at(stages, loader, arguments, [memory], tokenizer=tokenizer)
+    dtypes: list[str] = []
+
+    def seen(observer: Observer, stage: Stage) -> None:
+        assert observer.shadow is not None
+        dtypes.append(str(observer.shadow.dtype).removeprefix("torch."))
+
+    look_at(stages, loader, arguments, [memory], tokenizer=tokenizer, seen=seen)
+    if len(set(dtypes)) > 1:
+        logger.warning(
+            "tlens: A was computed in %s and B in %s: some of what differs is the rounding of "
+            "computing, which is alike with --dtype float32.",
+            *dtypes,
+        )
     first, last = (
         [at[step] for at in memory.readings.values() if step in at] for step in memory.steps
     )
@@ -149,6 +166,7 @@ def differences(store: Store) -> str:
 
     Plain text of 72 columns:
 
+    - where no number differs: that, and nothing else.
     - heads of largest `attention_drift/js` and parts of largest `activation_drift/cosine`.
     - every head that has a role in one and not in the other: `roles_taken`, by the thresholds of
       `Watch`, but eight at most of each kind.
@@ -156,22 +174,26 @@ def differences(store: Store) -> str:
       heads and MLPs whose direct attribution differs most.
     """
     history = History(store)
+    if not changed_keys(history, 1):
+        return "Nothing differs: A and B have the same numbers throughout."
     lines = [*moved(history)]
     if any(role_scores(history)):
         for what, found in zip(("gained", "lost"), roles_taken(history, Watch()), strict=True):
             lines.append(paragraph(f"Roles {what}: {change_list(found, 8) or 'none'}"))
-    lines += [*repeats(history), *targets(history)]
+    same = " in both"
+    lines += [*repeats(history), *targets(history, same=same)]
     for probe, key in history.keys("token_loss", "mean"):
         if mean := history.number(key):
             tokens = changed_tokens(history, probe, 4)
             most = ", ".join(whole(f"{one.what} {one.last - one.first:+.2f}") for one in tokens)
-            said = f"Loss of {probe}: {arrow(mean)} nats a token"
-            lines.append(paragraph(f"{said}; most: {most}" if most else said))
+            said = f"Loss of {probe}, nats a token: {arrow(mean, same=same)}"
+            lines.append(paragraph(f"{said}; differs most: {most}" if most else said))
     for probe, _ in history.keys("logit_attribution", "head"):
         if changes := changed_writers(history, probe, 4):
             parts = [(one.what, one.last - one.first) for one in changes]
-            lines.append(paragraph(f"Attribution of {probe}, B - A, logits: {listed(parts)}"))
-    return "\n".join(lines) or "Nothing that both were asked differs."
+            said = f"Direct attribution of {probe}, B - A: {listed(parts, '+.3g')} (logits)"
+            lines.append(paragraph(said))
+    return "\n".join(lines or unknown(history))
 
 
 def page_address(sink: LocalSink, store: Store) -> str:

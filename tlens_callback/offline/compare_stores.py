@@ -154,7 +154,22 @@ def _common(
     }
     probes = {key.split("/", 2)[2] for key in others}
     said = [f"The probe {name!r} has other tokens in A than in B." for name in sorted(probes)]
-    left = [key for key in dict.fromkeys((*a, *b)) if _probe(key) not in probes]
+    blocks = [_blocks(of) for of in (a, b)]
+    on_blocks: set[str] = set()
+    if all(blocks) and blocks[0] != blocks[1]:
+        # Their other numbers are means, or the worst, of all blocks.
+        on_blocks = {key.split("/")[0] for of in (a, b) for key in of if "block" in of[key]["axes"]}
+        on_blocks |= {"virtual_heads"} & {key.split("/")[0] for key in (*a, *b)}
+        lengths = [", ".join(of) for of in blocks]
+        said.append(
+            f"The repeated blocks are of {lengths[0]} tokens in A and of {lengths[1]} in B, so "
+            f"that {', '.join(sorted(on_blocks))} say nothing of B against A."
+        )
+    left = [
+        key
+        for key in dict.fromkeys((*a, *b))
+        if _probe(key) not in probes and key.split("/")[0] not in on_blocks
+    ]
     for here, there, where in ((a, b, "A"), (b, a, "B")):
         alone = [key for key in left if key in here and key not in there and key[:9] != "fidelity/"]
         said += _only(alone, there, where)
@@ -167,6 +182,12 @@ def _common(
             common.remove(key)
             said.append(f"{key} is of another shape, or of other things, in A than in B.")
     return common, said
+
+
+def _blocks(about: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Lengths of the repeated blocks that were looked at."""
+    found = {x for of in about.values() if "block" in of["axes"] for x in of["labels"]["block"]}
+    return sorted(found, key=int)
 
 
 def _only(alone: Iterable[str], there: Iterable[str], where: str) -> Iterator[str]:

@@ -7,11 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader, survey
 from tlens_callback.checkpoints.adapters import UnknownStart
+from tlens_callback.checkpoints.files import precision
 from tlens_callback.observer import Observer
-from tlens_callback.offline.replay_record import choose
+from tlens_callback.offline.replay_record import choose, stamp, watched_in
 from tlens_callback.offline.stages import Stage, look_at
 from tlens_callback.probes import own_tokenizer, token_ids
 from tlens_callback.sinks import LocalSink, Store, read_store
@@ -49,10 +52,15 @@ def replay(
     fine-tuning it is there only where `base` says which model that was. What needs rows of training
     data (`TrainedFeatures`) has the probes alone.
 
+    Where `loader` leaves the precision open it is that in which the checkpoints were saved, for the
+    base of full fine-tuning too; below adapters that of the base, and a line says so where they
+    were, or may have been, trained in another one.
+
     Called again with the same arguments it goes on where it stopped, whatever stopped it: the store
     is in the end the one that a single call makes. The last checkpoint, which every instrument is
     asked about, is observed anew when there are later ones. Other arguments, or other checkpoints
-    under the old names, make a store `<out>-2`, `<out>-3`, ...
+    under the old names, make a store `<out>-2`, `<out>-3`, ...; only the last of these is gone on
+    with. A run that was moved, with its files' times, is the same.
 
     Args:
         arguments: what to look at; without probes, repeated blocks.
@@ -65,7 +73,11 @@ def replay(
     """
     run = Path(run).expanduser()
     stages, broken = _stages(run, base)
-    tokenizer = loader.tokenizer(stages[-1].checkpoint)
+    of_last = stages[-1].checkpoint
+    if loader.dtype is None and of_last.adapter is None:
+        # A base that was saved in another one would differ from them by rounding, not by training.
+        loader = Loader(device=loader.device, dtype=precision(of_last.model))
+    tokenizer = loader.tokenizer(of_last)
     if not arguments.probes:
         print_lines(["tlens: no probes are given, so only repeated random blocks are looked at"])
     asked = _asked(run, stages[0], arguments, loader, tokenizer)
@@ -100,6 +112,8 @@ def replay(
         why.append(error)
 
     def seen(observer: Observer, stage: Stage) -> None:
+        if observer.shadow is not None and len(observer.steps) == 1:
+            print_lines(_rounding(of_last, observer.shadow.dtype, asked=loader.dtype is not None))
         observer.remember(record.memory(stage.step), step=stage.step + 1, always=True)
         record.add(stage, last=stage is todo[-1])
 
@@ -169,7 +183,7 @@ def _asked(
     ]
     return {
         "run": str(run.resolve()),
-        "base": first.checkpoint.model if first.step == 0 else None,
+        "base": stamp(first) if first.step == 0 else None,
         "probes": probes,
         "repeated blocks": arguments.repeats,
         "instruments": [_said(instrument) for instrument in arguments.instruments],
@@ -177,6 +191,26 @@ def _asked(
         "precision": [str(loader.dtype), str(arguments.dtype)],
         "version": version("tlens-callback"),
     }
+
+
+def _rounding(of: Checkpoint, now: torch.dtype, *, asked: bool) -> list[str]:
+    """Says that the run computed, or may have computed, in another precision than the replay."""
+
+    def short(dtype: object) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    if (then := watched_in(Path(of.path))) is not None and then != str(now):
+        return [
+            f"tlens: the run was watched in {short(then)}, and this computes in {short(now)}: the "
+            f"readings differ by rounding. The same ones: --dtype {short(then)} (dtype=)"
+        ]
+    if then is None and of.adapter is not None and not asked and now.itemsize < 4:
+        return [
+            f"tlens: this computes in {short(now)}, in which the base was saved. No adapter says "
+            f"in which it was trained; TRL loads a model by its name in float32: --dtype float32 "
+            f"(dtype=)"
+        ]
+    return []
 
 
 def _said(thing: object) -> str:
@@ -194,4 +228,5 @@ def _summary(observer: Observer, sink: LocalSink) -> list[str]:
         f"tlens: {count} observations in {seconds:.1f} s, loading not counted",
         f"tlens: shadow and model were compared at each; at worst: {worst}",
         *places([sink]),
+        f"tlens: what changed most: tlens-callback summary {sink.path}",
     ]

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from tlens_callback.atomic import write_whole
 from tlens_callback.offline.stages import Stage
 from tlens_callback.sinks.numbered import newest, unused
@@ -38,13 +40,22 @@ class Record:
         done = sorted(self.seen)
         if not done:
             return stages, None
-        if stages[-1].step <= done[-1]:
+        if stages[-1].step <= done[-1] and not self.changed(stages[-1]):
             return [], None
         at = done[-1]
         # As the last one it was shown to all instruments; among others it is not.
         if any(stage.step == at for stage in stages) and len(done) > 1:
             at = done[-2] if self.memory(done[-2]).exists() else at
         return [stage for stage in stages if stage.step > at], self.memory(at)
+
+    def changed(self, stage: Stage) -> bool:
+        """Whether a step is done whose checkpoint is another one now."""
+        return stage.step in self.seen and self.seen[stage.step] != stamp(stage)
+
+    def can_redo(self, stage: Stage) -> bool:
+        """Whether it is the last that is done, and can be done anew."""
+        before = [step for step in self.seen if step < stage.step]
+        return bool(before) and stage.step == max(self.seen) and self.memory(max(before)).exists()
 
     def begin(self) -> None:
         """Makes the directory; removes a first step that is there and was not completed."""
@@ -102,10 +113,14 @@ def _read(path: Path) -> Record | None:
 def _other(record: Record, asked: Mapping[str, Any], stages: Sequence[Stage]) -> str:
     """Why a store is not to be gone on with; empty where it is."""
     names = [name for name in asked if record.asked.get(name) != asked[name]]
+    # One that was moved has the same checkpoints elsewhere.
+    if any(stage.step and record.seen.get(stage.step) == stamp(stage) for stage in stages):
+        names = [name for name in names if name != "run"]
     if names:
         return f"of another {' and '.join(names)}"
     for stage in stages:
-        if record.seen.get(stage.step, stamp(stage)) != stamp(stage):
+        # The last may have been seen while it was being saved.
+        if record.changed(stage) and not record.can_redo(stage):
             return f"{stage.name} has changed since"
     if set(record.seen) - set(steps_in(record.path / "scores")):
         return "it lacks steps that were in it"
@@ -115,8 +130,21 @@ def _other(record: Record, asked: Mapping[str, Any], stages: Sequence[Stage]) ->
 
 
 def stamp(stage: Stage) -> str:
-    """What tells saved weights from others that are saved under their name: sizes and times."""
+    """What tells a checkpoint from others that are saved under its name: sizes and times."""
     place = Path(stage.checkpoint.path if stage.step else stage.checkpoint.model)
-    files = [file for kind in ("*.safetensors", "*.bin") for file in place.glob(kind)]
+    kinds = "*.safetensors", "*.bin", "trainer_state.json"
+    files = [file for kind in kinds for file in place.glob(kind)]
     about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return json.dumps(sorted(about)) if about else str(place)
+
+
+def watched_in(checkpoint: Path) -> str | None:
+    """The precision in which a training run was watched, as the callback or the tracer noted it
+    beside its checkpoint; None where it was not watched."""
+    for file in checkpoint.glob("*.memory"):
+        try:
+            with safe_open(file, "pt") as opened:
+                return (opened.metadata() or {}).get("another precision")
+        except (OSError, SafetensorError):
+            continue
+    return None

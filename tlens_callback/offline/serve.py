@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
 
@@ -164,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not _HOSTS.fullmatch(self.headers.get("Host", "")):
             self.send_error(HTTPStatus.FORBIDDEN)
             return None
-        name = urlsplit(self.path).path.removeprefix("/") or "index.html"
+        name = self.path.partition("?")[0].removeprefix("/") or "index.html"
         kind = "text/html" if name == "index.html" else "text/javascript"
         content = None
         if name == "index.html" or _NAMES.fullmatch(name):

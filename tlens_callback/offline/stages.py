@@ -17,6 +17,7 @@ from tlens_callback.observer import Observer
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Shadow
+from tlens_callback.terminal import print_lines
 
 Logged = Sequence[Mapping[str, Any]]
 
@@ -105,6 +106,8 @@ def look_at(
     def look(stage: Stage, last: bool) -> bool:
         """Whether to go on."""
         named.now[:] = [stage.name or stage.checkpoint.path]
+        many = f" ({stages.index(stage) + 1} of {len(stages)})" if len(stages) > 1 else ""
+        print_lines([f"tlens: loading {named.now[0]}{many}"])
         try:
             rows = stage.logged if isinstance(stage.logged, Sequence) else stage.logged()
             first = load(stage)

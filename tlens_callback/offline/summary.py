@@ -1,6 +1,6 @@
 """`summary`: what a run changed inside its model, in a few lines for a commit message."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from textwrap import shorten, wrap
 
 import numpy as np
@@ -24,6 +24,9 @@ WIDTH = 72
 
 _PROBES, _EVENTS, _HEADS = 4, 3, 4
 
+_LOGGED = {"loss": "Training loss", "eval_loss": "Evaluation loss", "reward": "Reward"}
+"""What the trainer logs, and what it is called."""
+
 _WHOLE = "\N{NO-BREAK SPACE}"
 
 
@@ -33,18 +36,20 @@ def summary(store: Store) -> str:
     Plain text of about 20 lines of 72 columns, from the readings of the package's instruments
     under their own names, as far as they are there:
 
-    - loss: `trainer/loss`, the first value and the last that were logged, and their steps.
+    - what the trainer logged: `trainer/loss`, `eval_loss` and `reward`, the first value and the
+      last, and their steps.
     - each probe: `target_scores/probability` and `rank`, first and last; the four probes whose
-      probability changed most.
+      probability changed most. A rank is the number of tokens that are likelier.
     - heads of largest `attention_drift/js`, parts of largest `activation_drift/cosine`, at the end.
     - heads that took or lost a role, by the thresholds of `Watch`, or where none did, those whose
       score in a role (minimum over the block lengths) changed most, from 0.01 on.
-    - `repeat_loss/max_difference`, where it changed by 0.01 nats.
+    - `repeat_loss/max_difference`, where it changed by 0.01 nats: of the block length that gains
+      least from the repetition.
     - heads and MLPs whose direct attribution changed most.
     - events, and where shadow and model differed most (`fidelity/max_abs_diff`).
 
-    "most in 10-20" says that of all intervals between neighbouring observations the one from step
-    10 to step 20 has the largest change. A store with none of these keys gives the keys whose
+    "most in steps 10-20" says that of all intervals between neighbouring observations the one from
+    step 10 to step 20 has the largest change. A store with none of these keys gives the keys whose
     values changed most for their size, |last - first| / |first| in norms. With one observation,
     and from readings that were made once, there are values only.
 
@@ -55,7 +60,7 @@ def summary(store: Store) -> str:
     if not history.steps:
         raise ValueError(f"{store.path} has no complete step, so there is nothing to say.")
     known = [
-        *_loss(history),
+        *_logged(history),
         *targets(history),
         *moved(history),
         *_roles(history),
@@ -63,7 +68,7 @@ def summary(store: Store) -> str:
         *_writers(history),
     ]
     if not known:
-        known = _unknown(history)
+        known = unknown(history)
     return "\n".join([_opening(history), *known, *_events(history), *_fidelity(history)])
 
 
@@ -80,47 +85,62 @@ def whole(text: str) -> str:
     return text.replace(" ", _WHOLE)
 
 
-def targets(history: History) -> Iterator[str]:
-    """A line for each of the probes whose target's probability changed most."""
+def targets(history: History, *, same: str = "") -> Iterator[str]:
+    """A line for each of the probes whose target's probability changed most; `same` as `arrow`."""
     found = []
     for probe, key in history.keys("target_scores", "probability"):
         if chance := history.number(key):
             found.append((probe, chance, history.number(f"target_scores/rank/{probe}")))
     found.sort(key=lambda one: -np.nan_to_num(one[1].size))
     width = max([len(_short(probe)) for probe, _, _ in found[:_PROBES]], default=0)
+    ranked = False
     for probe, chance, rank in found[:_PROBES]:
-        line = f"P(target) {_short(probe):{width}} {arrow(chance, _probability)}"
-        if rank:
-            line += f", rank {arrow(rank, lambda value: f'{value:.0f}')}"
-        yield paragraph(line + when(chance))
-    if left := len(found) - _PROBES:
-        yield from [f"  and {left} more probes"] if left > 0 else []
+        line = (
+            f"P(target) {_short(probe):{width}} {arrow(chance, _probability, same)}{when(chance)}"
+        )
+        # Nothing is above a logit that is not a number.
+        if rank and np.isfinite([chance.first, chance.last]).all():
+            ranked = True
+            line += f", rank {arrow(rank, lambda value: f'{value:.0f}', same)}"
+        yield paragraph(line)
+    if (left := len(found) - _PROBES) > 0:
+        yield f"  and {left} more probe{'s' * (left > 1)}"
+    if ranked:
+        yield "  (rank: how many tokens are likelier)"
 
 
 def moved(history: History) -> Iterator[str]:
     """The heads whose attention moved most, and where activations did."""
     if heads := moved_heads(history, _HEADS):
-        yield paragraph(f"Attention moved most: {listed(heads)} (JS, 0..1 bits)")
-    elif "attention_drift/js" in history.steps and len(history.observed) > 1:
-        yield f"Attention has not moved: no head by {LEAST:.0e} bits of JS."
+        yield paragraph(f"Attention moved most: {listed(heads)} (JS divergence, 1 bit at most)")
+    elif (ends := history.ends("attention_drift/js")) and len(history.observed) > 1:
+        if np.isfinite(ends[1].values).all():
+            yield f"Attention has not moved: no head by {LEAST:.0e} bits of JS divergence."
+        else:
+            yield "How far attention moved is not a number."
     if parts := moved_layers(history, 3):
         yield paragraph(f"Activations moved most: {listed(parts)} (cosine distance)")
 
 
-def arrow(change: Change, show=lambda value: f"{value:.2f}") -> str:
-    """First -> last; one of them, where they look the same."""
+def two_digits(value: float) -> str:
+    """Two digits behind the point, and no minus before a zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def arrow(change: Change, show: Callable[[float], str] = two_digits, same: str = "") -> str:
+    """First -> last; one of them, and `same` behind it, where they look the same."""
     first, last = show(change.first), show(change.last)
-    return last if first == last else f"{first} -> {last}"
+    return f"{last}{same}" if first == last else f"{first} -> {last}"
 
 
-def listed(values: Iterable[tuple[str, float]]) -> str:
+def listed(values: Iterable[tuple[str, float]], form: str = ".3g") -> str:
     """Names with their values."""
-    return ", ".join(whole(f"{name} {value:.3g}") for name, value in values)
+    return ", ".join(whole(f"{name} {value:{form}}") for name, value in values)
 
 
 def when(change: Change) -> str:
     """Between which steps it changed most."""
-    return f" (most in {change.when[0]}-{change.when[1]})" if change.when else ""
+    return f" (most in steps {change.when[0]}-{change.when[1]})" if change.when else ""
 
 
 def change_list(changes: Sequence[Change], most: int) -> str:
@@ -137,6 +157,7 @@ def _opening(history: History) -> str:
         looks = f"1 observation, step {steps[0]}"
     probes = {probe for probe, _ in history.keys("target_scores", "probability")}
     probes |= {probe for probe, _ in history.keys("token_loss", "loss")}
+    probes |= {probe for probe, _ in history.keys("logit_lens", "token")}
     said = [looks]
     if probes:
         said.append(f"{len(probes)} probe{'s' * (len(probes) > 1)}")
@@ -148,16 +169,17 @@ def _opening(history: History) -> str:
     return ", ".join(said)
 
 
-def _loss(history: History) -> Iterator[str]:
-    values: dict[str, float] = {}
-    steps = history.steps.get("trainer/loss", [])
-    for step in [*steps[:1], *steps[-1:]]:
-        reading = history.store.reading("trainer/loss", step)
-        values |= dict(zip(reading.labels["update"], reading.values.tolist(), strict=True))
-    if values:
-        (at, first), (end, last) = next(iter(values.items())), [*values.items()][-1]
-        line = f"Training loss {arrow(Change('loss', first, last))}"
-        yield f"{line} (logged at steps {at} and {end})" if at != end else f"{line} (step {at})"
+def _logged(history: History) -> Iterator[str]:
+    for name, said in _LOGGED.items():
+        values: dict[str, float] = {}
+        steps = history.steps.get(f"trainer/{name}", [])
+        for step in [*steps[:1], *steps[-1:]]:
+            reading = history.store.reading(f"trainer/{name}", step)
+            values |= dict(zip(reading.labels["update"], reading.values.tolist(), strict=True))
+        if values:
+            (at, first), (end, last) = next(iter(values.items())), [*values.items()][-1]
+            line = f"{said} {arrow(Change(name, first, last), lambda value: f'{value:.3g}')}"
+            yield f"{line} (logged at steps {at} and {end})" if at != end else f"{line} (step {at})"
 
 
 def _roles(history: History) -> Iterator[str]:
@@ -167,7 +189,7 @@ def _roles(history: History) -> Iterator[str]:
     if lost:
         yield paragraph(f"Roles lost: {change_list(lost, _HEADS)}")
     if not gained and not lost and (changes := changed_roles(history, 3)):
-        said = "No role gained or lost; scores changed most"
+        said = "No role gained or lost by the end; scores changed most"
         yield paragraph(f"{said}: {change_list(changes, 3)}")
 
 
@@ -175,7 +197,7 @@ def repeats(history: History) -> Iterator[str]:
     """How learning in context changed."""
     change = history.number("repeat_loss/max_difference")
     if change and change.size >= 0.01:
-        said = "Loss of a block that comes again, less the first"
+        said = "Loss of a repeated block, second time less first, at the worst length"
         yield paragraph(f"{said}: {arrow(change)} nats{when(change)}")
 
 
@@ -196,7 +218,8 @@ def _writers(history: History) -> Iterator[str]:
         yield paragraph(f"Direct attribution changed most: {', '.join(parts)} (logits)")
 
 
-def _unknown(history: History) -> list[str]:
+def unknown(history: History) -> list[str]:
+    """Of a store with none of the package's keys: what changed most, or some values."""
     found = changed_keys(history, 5)
     if found:
         return [

@@ -8,10 +8,11 @@ from tlens_callback.sinks.store import Store, is_store, read_store
 
 
 def find_store(path: str | Path) -> tuple[Store, Sequence[str]]:
-    """The store at a path, or in that directory, and the names of earlier ones that were passed by.
+    """The store at a path, or in that directory, and the names of others that were passed by.
 
     In the directory of a run `<name>-2`, `<name>-3`, ... are later runs of `<name>`: the last is
-    meant.
+    meant. `<name>-replay` beside `<name>` looks at the same run again, at fewer steps: the one
+    that watched it is meant.
 
     Raises:
         ValueError: where there is none, one of a newer format, or several that are not runs of one
@@ -29,13 +30,15 @@ def find_store(path: str | Path) -> tuple[Store, Sequence[str]]:
             f"makes one of saved checkpoints."
         )
     runs = {name: _run(name) for name in stores}
-    if len({name for name, _ in runs.values()}) > 1:
+    names = {name for name, _ in runs.values()}
+    names -= {f"{name}-replay" for name in names}
+    if len(names) > 1:
         raise ValueError(
             f"{path} holds several stores: name one of "
             f"{', '.join(str(path / name) for name in sorted(stores))}."
         )
-    *earlier, last = sorted(stores, key=lambda name: runs[name][1])
-    return read_store(path / last), earlier
+    *others, last = sorted(stores, key=lambda name: (runs[name][0] in names, runs[name][1]))
+    return read_store(path / last), others
 
 
 def _run(name: str) -> tuple[str, int]:

@@ -70,6 +70,12 @@ def not_the_trainers(readings: Sequence[Reading]) -> list[Reading]:
     return [reading for reading in readings if "update" not in reading.axes]
 
 
+def scalars(readings: Sequence[Reading]) -> list[Reading]:
+    """The readings that are one number; one that stands for a text, as a checkpoint's name, is
+    none."""
+    return [reading for reading in readings if not reading.axes and reading.texts is None]
+
+
 def by_instrument(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
     """Instrument -> its readings."""
     found: dict[str, list[Reading]] = {}

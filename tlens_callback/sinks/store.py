@@ -121,7 +121,19 @@ def _nearest(key: str, keys: Collection[str]) -> str:
 
 
 def curve(key: str, readings: Mapping[int, Reading]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [step] and values [step, *axes] of one reading at several steps."""
+    """Steps [step] and values [step, *axes] of one reading at several steps.
+
+    What a trainer logged between observations comes as it was logged: steps [update] and values
+    [update].
+    """
+    if key.startswith("trainer/"):
+        logged = {
+            int(at): value
+            for reading in readings.values()
+            for at, value in zip(reading.labels["update"], reading.values, strict=True)
+        }
+        order = sorted(logged)
+        return np.array(order, np.int64), np.array([logged[at] for at in order], np.float32)
     if len(shapes := {r.values.shape for r in readings.values()}) > 1:
         raise ValueError(
             f"{key!r} changes shape between steps: {sorted(shapes)}. Ask for one reading at a time."
@@ -145,7 +157,11 @@ def read_store(path: str | Path) -> "Store":
         stores = [name for name in inside if is_store(path / name)]
         raise ValueError(
             f"{path} is not a tlens_callback store: it has no {MANIFEST} of one. "
-            + (f"Its folders {stores} are." if stores else f"It holds {inside[:20]}.")
+            + (
+                f"In it are {', '.join(repr(str(path / name)) for name in stores)}."
+                if stores
+                else f"It holds {inside[:20]}."
+            )
         )
     version = json.loads((path / MANIFEST).read_text())["tlens_callback"]
     if not isinstance(version, int) or version > FORMAT:
@@ -221,7 +237,8 @@ class Store:
         return tuple(step for step in steps if self._about(step) is None)
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [step] and values [step, *axes] of one reading, at the steps that have it.
+        """Steps [step] and values [step, *axes] of one reading, at the steps that have it; of
+        `trainer/<name>` the steps at which it was logged, and its values there.
 
         Raises:
             ValueError: for a key that is not there, or values that change shape.

@@ -19,6 +19,7 @@ from tlens_callback.sinks.shown import (
     histograms,
     not_the_trainers,
     pictures,
+    scalars,
     tables,
 )
 
@@ -35,8 +36,9 @@ class TensorBoardSink:
     these, from that step.
 
     Keys:
-        tlens/<key>: a number, for each reading without axes; a histogram, for each ("layer",
-            "head") but the spreads; a picture, for each ("layer", "head", "query", "key").
+        tlens/<key>: a number, for each reading without axes and texts; a histogram, for each
+            ("layer", "head") but the spreads; a picture, for each ("layer", "head", "query",
+            "key").
         tlens/<instrument>/heads: picture of its ("layer", "head") readings, a panel each.
         tlens/<instrument>/experts, by_<axis>, feature_by_<axis>: the same of ("layer", "expert"),
             ("layer", <axis>), ("feature", <axis>).
@@ -143,10 +145,8 @@ class TensorBoardSink:
     def _summary(self, readings: Sequence[Reading], step: int) -> Any:
         """All of an observation."""
         summary = self._summaries.Summary()
-        for reading in readings:
-            if not reading.axes:
-                tag = self._keys(reading.key)
-                summary.value.add(tag=tag, simple_value=reading.values.item())
+        for reading in scalars(readings):
+            summary.value.add(tag=self._keys(reading.key), simple_value=reading.values.item())
         for key, values in histograms(readings):
             summary.MergeFrom(self._histogram(self._keys(key), values))
         for key, png in pictures(readings, step):

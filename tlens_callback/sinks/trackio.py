@@ -19,6 +19,7 @@ from tlens_callback.sinks.shown import (
     histograms,
     not_the_trainers,
     pictures,
+    scalars,
     tables,
 )
 
@@ -38,8 +39,9 @@ class TrackioSink:
     has it.
 
     Keys:
-        tlens/<key>: a number, for each reading without axes; a histogram, for each ("layer",
-            "head") but the spreads; a picture, for each ("layer", "head", "query", "key").
+        tlens/<key>: a number, for each reading without axes and texts; a histogram, for each
+            ("layer", "head") but the spreads; a picture, for each ("layer", "head", "query",
+            "key").
         tlens/<instrument>/heads: picture of its ("layer", "head") readings, a panel each.
         tlens/<instrument>/experts, by_<axis>, feature_by_<axis>: the same of ("layer", "expert"),
             ("layer", <axis>), ("feature", <axis>).
@@ -170,7 +172,7 @@ class TrackioSink:
         self._told = True
 
     def _row(self, readings: Sequence[Reading], step: int, folder: Path) -> dict[str, Any]:
-        row = {self._keys(r.key): r.values.item() for r in readings if not r.axes}
+        row = {self._keys(r.key): r.values.item() for r in scalars(readings)}
         for key, values in histograms(readings):
             row[self._keys(key)] = self._trackio.Histogram(values, num_bins=32)
         for number, (key, png) in enumerate(pictures(readings, step)):

@@ -51,7 +51,7 @@ class WandbSink:
     is below, and the first 8 numbers for each probe.
 
     Keys:
-        tlens/<key>: a number, for a reading without axes.
+        tlens/<key>: a number, for a reading without axes and texts.
         tlens/heads/<key>/L05H01: a number for each head, of the readings named in `heads`; W&B
             makes no panels of them by itself.
         tlens/<key>: picture of a ("layer", "head", "query", "key") reading, all heads.

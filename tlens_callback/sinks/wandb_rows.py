@@ -10,7 +10,15 @@ import pandas as pd
 from tlens_callback.reading import Reading
 from tlens_callback.render import is_mosaic, line_figure, mosaic, score_figure
 from tlens_callback.render.plain import cut
-from tlens_callback.sinks.shown import cells, curves, events, matrices, tables, top_rows
+from tlens_callback.sinks.shown import (
+    cells,
+    curves,
+    events,
+    matrices,
+    scalars,
+    tables,
+    top_rows,
+)
 
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "target_scores": ("probability", "rank", "logit_diff"),
@@ -69,12 +77,12 @@ class Medium:
 def numbers(readings: Sequence[Reading], *, everything: bool) -> tuple[list[Reading], set[str]]:
     """The readings that become curves, in their order; and the instruments that had more than
     `MOST_NUMBERS`."""
-    scalars = [reading for reading in readings if not reading.axes]
+    single = scalars(readings)
     if everything:
-        return scalars, set()
+        return single, set()
     shown: list[Reading] = []
     counts: dict[tuple[str, str | None], int] = {}
-    for reading in scalars:
+    for reading in single:
         known = NUMBERS.get(reading.instrument)
         if known is not None:
             if reading.measure in known:

@@ -82,11 +82,15 @@ def test_names_are_beside_the_steps(page_with):
     captions = page.locator("table.lens caption").all_inner_texts()
     assert captions == ["step 1 · fine-tune", "step 0 · base"]
     assert "change since step 0 · base" in page.inner_text("label:has(#change)")
-    assert "since step 0 · base" in page.inner_text("#top-heads thead")
+    assert "since step 0" in page.inner_text("#top-heads thead")
+    # The other step is the first: it is drawn, and named, once.
+    chart = page.locator("[data-instrument=logit_lens] .chart").first
+    chart.scroll_into_view_if_needed()
+    chart.locator(".line").first.wait_for(state="attached")
+    assert chart.locator(".curve").all_inner_texts() == ["step 0 · base", "step 1 · fine-tune"]
     page.keyboard.press("Home")
     settled(page)
     assert shown(page, "#stepname").startswith("step 0 · base")
-    page.locator("[data-instrument=logit_lens]").scroll_into_view_if_needed()
 
 
 def test_a_name_is_no_number(page_with):
@@ -113,6 +117,11 @@ def test_long_and_hostile_names(page_with):
     page.keyboard.press("Home")
     assert step_of(page) == 0
     assert page.get_attribute("#stepname", "title") == f"step 0: {LONG}"
+    page.set_viewport_size({"width": 420, "height": 800})
+    page.select_option("#other", "1")
+    settled(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == 420
+    page.set_viewport_size({"width": 1400, "height": 1000})
     page.keyboard.press("ArrowRight")
     assert step_of(page) == 1
     assert "</script><script>alert(1)</script>" in page.get_attribute("#stepname", "title")
@@ -168,11 +177,26 @@ def test_a_page_of_one_step_offers_no_course(opens, tab):
     assert page.locator(".error:visible").count() == 0
 
 
+def test_a_page_of_one_step_opens_on_what_writes_the_answer(opens, tab):
+    (tab[2] / "answer").mkdir()
+    written = Reading(
+        key="logit_attribution/head/it",
+        values=np.eye(2, 3),
+        axes=("layer", "head"),
+        unit="logit",
+    )
+    for steps, score in (((20,), written.key), ((0, 20), "head_scores/induction")):
+        given = {step: [*readings(step), written] for step in steps}
+        page = opens(page_of(tab[2] / "answer", given))
+        assert page.evaluate("tlens.state.score") == score
+
+
 def test_one_step_of_a_training_keeps_its_loss(opens, tab):
     (tab[2] / "loss").mkdir()
     some = [*readings(2), logged("loss", {1: 3.0, 2: 2.0})]
     page = opens(page_of(tab[2] / "loss", {2: some}))
-    assert page.is_visible("#curves") and not page.is_visible("#play")
+    assert page.is_visible("#curves")
+    assert not page.is_visible("#play") and not page.is_visible("#step")
 
 
 def test_a_page_of_two_steps_compares_but_does_not_play(opens, tab):

@@ -268,16 +268,15 @@ def test_an_instrument_that_the_page_does_not_know(shown):
 def hovered(page, canvas, n_rows, n_columns):
     """[row, column], the numbers that the tooltip says over the cells of a map."""
     box = canvas.bounding_box()
-    # The cells are squares of one size at the lower right of the canvas.
+    # The cells are squares of one size, of 9 px at least, at the lower right of the canvas.
+    said = """() => { const tip = document.getElementById("tip");
+      return tip.checkVisibility() ? [...tip.children].map((line) => line.textContent) : null; }"""
     found = {}
-    for y in range(2, int(box["height"]), 4):
-        for x in range(2, int(box["width"]), 4):
+    for y in range(2, int(box["height"]), 8):
+        for x in range(2, int(box["width"]), 8):
             page.mouse.move(box["x"] + x, box["y"] + y)
-            tip = page.locator("#tip")
-            if tip.is_visible():
-                found.setdefault(
-                    tip.locator("div").first.inner_text(), tip.locator("div").nth(1).inner_text()
-                )
+            if lines := page.evaluate(said):
+                found.setdefault(lines[0], lines[1])
     assert len(found) == n_rows * n_columns
     return np.array([number(text) for text in found.values()]).reshape(n_rows, n_columns)
 

@@ -225,8 +225,10 @@ function valueAxis(lines, scales, side, width) {
   const { low, high, by } = scales.get(side), left = side === "left";
   const at = left ? PAD - 6 : width - PAD + 6, anchor = left ? "end" : "start";
   const title = side === "left" ? mine[0].name : state.score;
+  // Half the width, at some 6 px a letter: the other axis has its title beside it.
+  const letters = Math.max(10, Math.min(60, Math.floor(width / 12) - mine[0].unit.length - 2));
   const nodes = [textAt(left ? 2 : width - 2, 11, left ? "start" : "end",
-    `${worded(title, 60)}, ${mine[0].unit}`)];
+    `${worded(title, letters)}, ${mine[0].unit}`)];
   const room = PLOT.base - PLOT.top - 8;
   for (const value of by ? ticks(low, high) : [low]) {
     const y = PLOT.base - 4 - (by ? (value - low) / (high - low) : 0.5) * room;

@@ -30,7 +30,7 @@ function matrixView(root) {
     if (!wanted.some((name) => changed.has(name))) return;
     if (changed.has("data")) {
       fillScores(choose);
-      const [first] = data.steps, since = checkpointAt(first) ? stepName(first, 24) : "the first step";
+      const [first] = data.steps, since = checkpointAt(first) ? stepName(first) : "the first step";
       write(changeWords, ` change since ${since}`);
       changing.title = wholeNames(first);
       changing.hidden = isAlone();
@@ -267,7 +267,7 @@ function topList() {
     const values = moved ? changeOf(now, first) : shape.values;
     const weigh = { high: (value) => value, low: (value) => -value }[order.value] ?? Math.abs;
     write(measure, plain(shape.score.measure));
-    write(since, alone ? "" : `since ${stepName(firstStep, 16)}`);
+    write(since, alone ? "" : `since step ${firstStep}`);
     since.title = wholeNames(firstStep);
     last.found = foremost(values, weigh).map((i) => {
       const row = Math.floor(i / columns), column = i % columns;

@@ -121,7 +121,7 @@ function linePanel([key]) {
     const series = [{ name: stepName(step, 20), values: data.values(key, step), colour: style("--accent") }];
     const other = state.other === null ? null : data.latest(key, state.other);
     if (other !== null && other !== step) series.unshift({ name: stepName(other, 20), values: data.values(key, other), colour: style("--mark") });
-    if (before !== step) series.unshift({ name: stepName(before, 20), values: data.values(key, before), colour: style("--faint"), dash: "3 3" });
+    if (before !== step && before !== other) series.unshift({ name: stepName(before, 20), values: data.values(key, before), colour: style("--faint"), dash: "3 3" });
     const names = Array.from({ length: entry.shape[0] }, (_, i) => nameOf(entry, entry.axes[0], i));
     const limits = entry.limits?.every(Number.isFinite) ? entry.limits : data.range(key);
     chart.update({ names, series, limits });

@@ -42,11 +42,14 @@ const keyOf = (...names) => names.filter((name) => name !== null).join("/");
 const scores = () => [...allScores().keys()];
 const scoreOf = (name) => allScores().get(name) ?? null;
 
-// What a page opens with: which heads attend elsewhere than at first, as far as any does.
+// What a page opens with: which heads attend elsewhere than at first, as far as any does; of one
+// look at a model, which of them write the answer.
 function usualScore() {
   const all = scores(), drift = "attention_drift/js";
   const axes = ({ key }) => data.entry(key, data.first(key)).axes;
   if (all.includes(drift) && data.range(drift)[1] > 0) return drift;
+  const written = all.find((name) => name.startsWith("logit_attribution/head/"));
+  if (isAlone() && written) return written;
   return all.find((name) => name === "head_scores/induction")
     ?? all.find((name) => axes(scoreOf(name)).at(-1) === "head") ?? all[0] ?? null;
 }

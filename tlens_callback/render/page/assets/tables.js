@@ -68,7 +68,7 @@ const numeric = (value) => ({ text: fmt(value), by: Number.isNaN(value) ? -Infin
 function numbersPanel(keys) {
   const { root, update } = table(), curves = keys.map((key) => spark(key));
   function draw() {
-    const before = isAlone() ? [] : ["first", "over training"];
+    const before = isAlone() ? [] : ["first", "over the steps"];
     update(["measure", "value", ...before, "unit"], keys.map((key, i) => {
       const step = data.latest(key, state.step), first = data.first(key);
       const name = parts(key).measure, numbers = [numeric(data.number(key, first, 0))];

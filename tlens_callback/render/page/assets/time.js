@@ -9,9 +9,9 @@ function timeView(root) {
   const choice = curveChoice();
   const drawing = svg("svg", { id: "curves", role: "group" });
   const list = el("div", { id: "curvelist" });
-  const overTime = [choice.root, list, drawing, el("div", { class: "slide" }, slider)];
-  root.append(el("div", { class: "time" }, player.play, player.speed, label, ...overTime.slice(0, 2)),
-    ...overTime.slice(2));
+  const slide = el("div", { class: "slide" }, slider);
+  root.append(el("div", { class: "time" }, player.play, player.speed, label, choice.root, list),
+    drawing, slide);
   const plot = plotOf(drawing);
   let lines = [], tell = () => {};
 
@@ -53,7 +53,8 @@ function timeView(root) {
     if (any("data")) {
       choice.fill();
       const points = isAlone() && numberKeys().every((key) => numbersOf(key).steps.length < 2);
-      for (const node of overTime) node.classList.toggle("needless", points);
+      for (const node of [choice.root, list, drawing]) node.classList.toggle("needless", points);
+      slide.hidden = isAlone();
       const playing = data.about.live && !data.about.done || data.steps.length > 2;
       player.play.hidden = player.speed.hidden = !playing;
     }
@@ -70,7 +71,7 @@ function timeView(root) {
     label.title = wholeNames(state.step, state.other);
     plot.mark();
     tell();
-    drawing.setAttribute("aria-label", [`curves over training, ${stepName(state.step)}`,
+    drawing.setAttribute("aria-label", [`curves over the steps, ${stepName(state.step)}`,
       ...lines.map((line) => wordsOf(line, state.step))].join("; "));
   }
   return { draw };
