@@ -178,7 +178,6 @@ def test_a_page_of_one_step_offers_no_course(opens, tab):
 
 
 def test_a_page_of_one_step_opens_on_what_writes_the_answer(opens, tab):
-    (tab[2] / "answer").mkdir()
     written = Reading(
         key="logit_attribution/head/it",
         values=np.eye(2, 3),
@@ -187,7 +186,8 @@ def test_a_page_of_one_step_opens_on_what_writes_the_answer(opens, tab):
     )
     for steps, score in (((20,), written.key), ((0, 20), "head_scores/induction")):
         given = {step: [*readings(step), written] for step in steps}
-        page = opens(page_of(tab[2] / "answer", given))
+        (folder := tab[2] / f"answer-{len(steps)}").mkdir()
+        page = opens(page_of(folder, given))
         assert page.evaluate("tlens.state.score") == score
 
 
