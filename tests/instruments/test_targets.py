@@ -9,7 +9,7 @@ import torch
 
 from tests import tiny
 from tests.instruments.common import PROBES, TEXTS, encoded, hugging_face, ids, readings, shadow
-from tlens_callback import Probe, TargetScores
+from tlens_callback import Probe, Shadow, TargetScores
 
 
 def last_logits(family: str, probe: Probe) -> list[float]:
@@ -95,3 +95,11 @@ def test_padding_and_company_do_not_matter():
     together = readings(TargetScores(), shadow("llama"))
     for key, reading in alone.items():
         np.testing.assert_allclose(reading.values, together[key].values, atol=1e-6, rtol=1e-6)
+
+
+def test_logits_that_are_no_numbers_have_no_rank():
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    got = readings(TargetScores(), Shadow(model))
+    assert np.isnan(got["target_scores/rank/capital"].values)

@@ -62,9 +62,9 @@ class TargetScores:
             logits = logits[row].float()
             at_target = logits.gather(1, target[:, None])
             loss = logits.logsumexp(1) - at_target[:, 0]
-            rank = (logits > at_target).sum(1)
+            rank = torch.where(loss.isnan(), loss, (logits > at_target).sum(1).float())
             ahead = (at_target - logits.gather(1, foil[:, None]))[:, 0]
-            return torch.stack([(-loss).exp(), rank.float(), loss, ahead], dim=1)
+            return torch.stack([(-loss).exp(), rank, loss, ahead], dim=1)
 
         return {"last_logits": score}
 
