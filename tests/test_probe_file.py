@@ -125,7 +125,12 @@ def test_a_number_for_a_target_is_said_to_be_a_token_id(tmp_path, caplog):
         probes = read_probes(written(tmp_path, text))
     assert [probe.target for probe in probes] == [5, "5", 5]
     (said,) = caplog.messages
-    assert "entry 1 (line 1): target 5 is a token id" in said and '"5"' in said
+    assert "entry 1 (line 1): target 5 is a token id;" in said and '"5"' in said
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        read_probes(written(tmp_path, text.replace("target: 5}", "target: 5, foil: 7}")))
+    (said,) = caplog.messages
+    assert "target 5 is a token id, and 1 more are;" in said
 
 
 BAD_YAML = [

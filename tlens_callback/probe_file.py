@@ -84,7 +84,28 @@ def read_probes(path: str | os.PathLike[str]) -> list[Probe]:
             found[probe.name] = where.removeprefix(f"{path}, ")
             names.add(probe.name)
             probes.append(probe)
+    _say_ids(path, [(found[probe.name], probe) for probe in probes])
     return probes
+
+
+def _say_ids(path: Path, probes: Sequence[tuple[str, Probe]]) -> None:
+    """Once, that answers to words are token ids: the text "5" may have been meant."""
+    ids = [
+        (where, role, getattr(probe, role))
+        for where, probe in probes
+        for role in ("target", "foil")
+        if type(getattr(probe, role)) is int and _in_words(probe)
+    ]
+    if ids:
+        more = f", and {len(ids) - 1} more are" if len(ids) > 1 else ""
+        logger.warning(
+            'tlens: %s, %s: %s %d is a token id%s; the text of it stands in quotes, "%d".',
+            *(path, *ids[0], more, ids[0][2]),
+        )
+
+
+def _in_words(probe: Probe) -> bool:
+    return isinstance(probe.content, str) or isinstance(next(iter(probe.content), 0), Mapping)
 
 
 def short_name(text: str, others: Collection[str]) -> str:
@@ -141,7 +162,7 @@ def _probes(where: str, entry: dict[str, Any], names: Collection[str]) -> list[P
         words = _words(probe["content"])
     if probe["name"] is None:
         probe["name"] = short_name(words, names)
-    made = [_probe(where, {**probe, **_answers(where, entry, kind)})]
+    made = [_probe(where, {**probe, **_answers(where, entry)})]
     if "corrupt" in entry:
         where, corrupt = f"{where}, corrupt", entry["corrupt"]
         if not isinstance(corrupt, Mapping):
@@ -153,7 +174,7 @@ def _probes(where: str, entry: dict[str, Any], names: Collection[str]) -> list[P
         corrupt = _known(where, corrupt, CORRUPT_KEYS)
         kind = _content_key(where, corrupt, CORRUPT_KEYS[:3])
         other = {"name": f"{made[0].name}-corrupt", "content": _content(where, kind, corrupt[kind])}
-        made.append(_probe(where, {**other, **_answers(where, corrupt, kind)}))
+        made.append(_probe(where, {**other, **_answers(where, corrupt)}))
     return made
 
 
@@ -192,7 +213,7 @@ def _content(where: str, kind: str, value: Any) -> Any:
     return value if kind == "text" else [{"role": "user", "content": value}]
 
 
-def _answers(where: str, given: Mapping[str, Any], kind: str) -> dict[str, str | int]:
+def _answers(where: str, given: Mapping[str, Any]) -> dict[str, str | int]:
     """Target and foil, as far as there."""
     found = {key: given[key] for key in ("target", "foil") if key in given}
     for key, value in found.items():
@@ -200,11 +221,6 @@ def _answers(where: str, given: Mapping[str, Any], kind: str) -> dict[str, str |
             raise ValueError(
                 f"{where}: {key} is a string that is one token, or a token id, got "
                 f"{_shown(value)}.{_quotes(value)}"
-            )
-        if type(value) is int and kind in ("text", "chat"):
-            logger.warning(
-                'tlens: %s: %s %d is a token id; the text of it stands in quotes, "%d".',
-                *(where, key, value, value),
             )
     return found
 
