@@ -118,7 +118,7 @@ def test_a_torn_step_is_said(saved, tmp_path):
         (["run a", "run b", "--step", "3"], r"Step 3 is not in both: .* have \[0, 4\] in common"),
         (["a", "b", "--step", "4", *ASKED], "a model has none"),
         (["a", "nothing", *ASKED], "nothing"),
-        (["a", "b", "--no-repeats"], "nothing to (ask|show)"),
+        (["a", "b", "--no-repeats"], "nothing to show"),
         (["a", "b", "--device", "nowhere"], "nowhere"),
         ([], "Missing argument 'A'"),
     ],

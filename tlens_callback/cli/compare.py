@@ -144,6 +144,4 @@ def _of_models(a: str, b: str, base: str | None, options: dict[str, Any]) -> "Pa
 
     first, last = (Checkpoint.of(each, base=base) for each in (a, b))
     arguments, loader = asked(**options)
-    if not arguments.probes and not arguments.repeats:
-        raise ValueError("There is nothing to ask the models: give --prompt TEXT or --probes FILE.")
     return compare_models(first, last, loader, arguments, names=(a, b))

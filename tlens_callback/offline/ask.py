@@ -1,6 +1,5 @@
 """`Asker`: a prompt of one's own, and why a model goes on as it does."""
 
-import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tlens_callback.fidelity import Fidelity, FidelityError, compare
+from tlens_callback.fidelity import Fidelity
+from tlens_callback.following import Following
 from tlens_callback.instruments import (
     AttentionPatterns,
     LogitAttribution,
@@ -29,7 +29,6 @@ from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import LAST_LOGITS, Shadow
 from tlens_callback.sinks import LocalSink, read_store
-from tlens_callback.terminal import mismatch
 
 NEXT = 5
 """Next tokens to name."""
@@ -178,11 +177,7 @@ class Asker:
             None if one is None else self._encode(replace(bare, target=one)).targets[0]
             for one in given
         ]
-        fidelity, _ = compare(self.model, shadow, batch)
-        if not math.isfinite(fidelity.scale):
-            raise ValueError("The model's logits on this prompt are not finite.")
-        if not fidelity.close:
-            raise FidelityError(mismatch(self.model, fidelity))
+        fidelity = Following().start(self.model, shadow, batch, step=self.step)
         taken: Any = shadow.run(batch, [{LAST_LOGITS: _first}])[0]
         logits = taken[LAST_LOGITS].cpu()
         likeliest = logits.topk(min(NEXT, len(logits))).indices.tolist()

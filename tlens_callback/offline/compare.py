@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-import numpy as np
-
 from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.checkpoints.adapters import UnknownStart
@@ -152,13 +150,6 @@ def _common_tokenizer(a: Checkpoint, b: Checkpoint, loader: Loader, probes: Sequ
                 f"the one and {other!r} for the other, so that no probe is the same text for both."
             )
     return of_b
-
-
-def name_reading(name: str) -> Reading:
-    """`checkpoint/name`, with the name as its text."""
-    return Reading(
-        key="checkpoint/name", values=np.asarray(0.0), unit="path", texts=np.asarray(name)
-    )
 
 
 def differences(store: Store) -> str:

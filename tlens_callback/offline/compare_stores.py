@@ -9,7 +9,8 @@ import torch
 
 from tlens_callback.instruments.distance import js_terms, with_sink
 from tlens_callback.offline.changes import History
-from tlens_callback.offline.compare import Pair, name_reading
+from tlens_callback.offline.compare import Pair
+from tlens_callback.offline.stages import name_reading
 from tlens_callback.reading import Reading
 from tlens_callback.sinks import Store
 from tlens_callback.watch import Watch

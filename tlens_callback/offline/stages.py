@@ -37,6 +37,13 @@ class Stage:
     logged: Logged | Callable[[], Logged] = ()
 
 
+def name_reading(name: str) -> Reading:
+    """`checkpoint/name`, with the name as its text."""
+    return Reading(
+        key="checkpoint/name", values=np.asarray(0.0), unit="path", texts=np.asarray(name)
+    )
+
+
 @dataclass(frozen=True)
 class CheckpointName:
     """Which checkpoint a step shows.
@@ -54,12 +61,7 @@ class CheckpointName:
 
     def read(self, taken: Any, shadow: Shadow, batch: ProbeBatch) -> Iterator[Reading]:
         """The name."""
-        yield Reading(
-            key=f"{self.name}/name",
-            values=np.asarray(0.0),
-            unit="path",
-            texts=np.asarray(self.now[-1]),
-        )
+        yield name_reading(self.now[-1])
 
 
 def look_at(
