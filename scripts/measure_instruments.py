@@ -23,7 +23,6 @@ from measure_overhead import SHAPES, lora_model, take_turns
 from transformers import LlamaForCausalLM
 
 from tlens_callback import Instrument, Probe, ProbeBatch, Shadow, observe
-from tlens_callback.builtin_probes import repeated_blocks
 from tlens_callback.instruments import (
     ActivationPatching,
     Composition,
@@ -32,7 +31,8 @@ from tlens_callback.instruments import (
     HeadAblation,
     fast,
 )
-from tlens_callback.shadow import parts
+from tlens_callback.probes.builtin import repeated_blocks
+from tlens_callback.shadow.shadow import parts
 
 
 def texts(vocabulary: int, rows: int, tokens: int = 48) -> list[list[int]]:

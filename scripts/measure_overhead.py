@@ -35,12 +35,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tlens_callback import Instrument, LocalSink, Probe, Reading, Sink, WandbSink, Watch
-from tlens_callback import _bridge as bridge
-from tlens_callback.builtin_probes import repeated_blocks
 from tlens_callback.instruments import fast
-from tlens_callback.observer import Observer
-from tlens_callback.shadow import Shadow
-from tlens_callback.writer import Writer
+from tlens_callback.probes.builtin import repeated_blocks
+from tlens_callback.run.observer import Observer
+from tlens_callback.run.writer import Writer
+from tlens_callback.shadow import Shadow, bridge
 
 SHAPES = {
     "smollm2-135m": dict(

@@ -22,7 +22,7 @@ from measure_overhead import lora_model
 from playwright.sync_api import sync_playwright
 
 from tlens_callback import LocalSink, Probe, ProbeBatch, Reading, Shadow, fast, observe
-from tlens_callback.builtin_probes import repeated_blocks
+from tlens_callback.probes.builtin import repeated_blocks
 
 # Times the frames that the page asks for, from their script's begin to the end of their rendering.
 STOPWATCH = """

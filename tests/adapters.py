@@ -22,7 +22,14 @@ from peft.tuners.lora.config import (
 from torch import nn
 
 from tests import tiny
-from tlens_callback.weights import adapted_leaves, fill, innermost, live_leaves, resolve, unwrap
+from tlens_callback.shadow.weights import (
+    adapted_leaves,
+    fill,
+    innermost,
+    live_leaves,
+    resolve,
+    unwrap,
+)
 
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % tiny.VOCAB
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -17,9 +17,9 @@ import tlens_callback
 from tests import tiny
 from tests.instruments.common import adapted
 from tlens_callback import ProbeBatch, instruments, observe
-from tlens_callback.builtin_probes import repeated_blocks
 from tlens_callback.cli import main
 from tlens_callback.instruments import fast
+from tlens_callback.probes.builtin import repeated_blocks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

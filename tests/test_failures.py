@@ -121,18 +121,18 @@ def test_ctrl_c_inside_an_observation_leaves_the_model_as_it_was(tmp_path):
 
 
 def test_a_breach_of_fidelity_at_the_start_raises(tmp_path, monkeypatch):
-    from tlens_callback import shadow as module
+    from tlens_callback.shadow import shadow as module
 
     monkeypatch.setattr(module.Shadow, "_fill", lambda self: None)
     model = tiny.model("gpt_neox")
     callback = TLensCallback([CAPITAL], sinks=[])
 
-    def skewed(skeleton, device, build=module._bridge.build):
+    def skewed(skeleton, device, build=module.bridge.build):
         bridge = build(skeleton, device)
         next(iter(bridge.original_model.parameters())).data = torch.randn(tiny.VOCAB, 32)
         return bridge
 
-    monkeypatch.setattr(module._bridge, "build", skewed)
+    monkeypatch.setattr(module.bridge, "build", skewed)
     with pytest.raises(FidelityError, match="is not the live model"):
         trainer(tmp_path, callback, model=model).train()
 
@@ -141,9 +141,9 @@ def test_a_stale_shadow_is_found_after_the_first_update_and_ends_the_watching(
     tmp_path, monkeypatch, caplog
 ):
     """GPT-NeoX: the split copies of the fused QKV are right at the start and stale ever after."""
-    from tlens_callback import _bridge
+    from tlens_callback.shadow import bridge
 
-    monkeypatch.setattr(_bridge, "refresh", lambda copies: None)
+    monkeypatch.setattr(bridge, "refresh", lambda copies: None)
     memory = MemorySink()
     callback = TLensCallback([CAPITAL], sinks=[memory], every_n_steps=1)
     run = trainer(tmp_path, callback, model=tiny.model("gpt_neox"), learning_rate=1e-4)
@@ -165,9 +165,9 @@ def test_a_stale_shadow_is_found_when_a_long_warm_up_lets_the_weights_move(
     tmp_path, monkeypatch, caplog
 ):
     """A step too small to tell is no proof: fidelity is asked for until one is."""
-    from tlens_callback import _bridge
+    from tlens_callback.shadow import bridge
 
-    monkeypatch.setattr(_bridge, "refresh", lambda copies: None)
+    monkeypatch.setattr(bridge, "refresh", lambda copies: None)
     memory = MemorySink()
     callback = TLensCallback([CAPITAL], sinks=[memory], every_n_steps=100)
     model = tiny.model("gpt_neox")
@@ -247,7 +247,7 @@ def test_a_default_instrument_that_does_not_fit_the_model_is_set_aside(
 
 
 def test_no_room_for_the_shadow_is_not_taken_for_too_large_a_batch(tmp_path, monkeypatch):
-    from tlens_callback import shadow as module
+    from tlens_callback.shadow import shadow as module
 
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

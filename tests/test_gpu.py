@@ -9,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from tests.instruments.common import encoded
+from tests.shadow.test_shadow import batch_for, gap, lora, train
 from tests.test_no_trace import differences, grpo, sft, state_of, watcher
 from tests.test_no_trace_instruments import every_instrument, everything
-from tests.test_shadow import batch_for, gap, lora, train
 from tlens_callback import MemorySink, ProbeBatch, Shadow, observe
-from tlens_callback.fidelity import compare
 from tlens_callback.instruments import fast
+from tlens_callback.shadow.fidelity import compare
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import torch
 
 from examples.induction import BATCH, VOCAB, model, repeated_blocks
 from tlens_callback import HeadScores, Probe, ProbeBatch, Shadow, observe
-from tlens_callback.builtin_probes import repeated_blocks as several_lengths
+from tlens_callback.probes.builtin import repeated_blocks as several_lengths
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 ONE_LENGTH = [Probe.repeated(f"repeat-16-{seed}", block=16, seed=seed) for seed in range(8)]

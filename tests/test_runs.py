@@ -5,7 +5,7 @@ import torch
 import wandb
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from tests.sinks.wandb_file import history, run_file
+from tests.sinks.wandb.wandb_file import history, run_file
 from tests.test_no_trace import sft, state_of, watcher
 from tests.training import CAPITAL, Constant, Interrupts, trainer
 from tlens_callback import (

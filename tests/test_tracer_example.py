@@ -11,7 +11,7 @@ import pytest
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.sinks.wandb_file import history, run_file
+from tests.sinks.wandb.wandb_file import history, run_file
 from tlens_callback import read_store
 
 FOLDER = Path(__file__).parent.parent / "examples"

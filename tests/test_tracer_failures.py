@@ -88,7 +88,7 @@ def test_no_room_is_not_taken_for_the_batch_s(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("tlens_callback.observer.Shadow", full)
+    monkeypatch.setattr("tlens_callback.run.observer.Shadow", full)
     sizes = []
 
     @find_executable_batch_size(starting_batch_size=8)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from tests import tiny
 from tests.own_loop import Loop, adapted, compared, rows, tracer
-from tests.sinks.wandb_file import history, run_file
+from tests.sinks.wandb.wandb_file import history, run_file
 from tlens_callback import MemorySink, TargetScores, TrainedFeatures, fast
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ import wandb
 from transformers import TrainerCallback
 
 from tests import tiny
-from tests.sinks.wandb_file import history
+from tests.sinks.wandb.wandb_file import history
 from tests.training import CAPITAL, Constant, trainer
 from tlens_callback import MemorySink, TLensCallback, read_store
 

@@ -11,17 +11,18 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tlens_callback.arguments import Arguments
-from tlens_callback.builtin_probes import first_rows, training_rows
-from tlens_callback.default_sinks import active_wandb, default_sinks
+from tlens_callback.events import Watch
 from tlens_callback.interfaces import Instrument, Sink
-from tlens_callback.observer import Observer
 from tlens_callback.probes import Probe
+from tlens_callback.probes.builtin import first_rows, training_rows
+from tlens_callback.run.observer import Observer
+from tlens_callback.run.printing import print_lines
+from tlens_callback.run.settings import Arguments
+from tlens_callback.run.terminal import opening, summary
+from tlens_callback.run.trainer_logs import SUMMARY
+from tlens_callback.run.writer import OnError, Writing
 from tlens_callback.shadow import Shadow
-from tlens_callback.terminal import opening, print_lines, summary
-from tlens_callback.trainer_logs import SUMMARY
-from tlens_callback.watch import Watch
-from tlens_callback.writer import OnError, Writing
+from tlens_callback.sinks.default import active_wandb, default_sinks
 
 logger = logging.getLogger("tlens_callback")
 

@@ -1,21 +1,13 @@
 """The two things a user may write: an `Instrument` and a `Sink`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
-
-from torch import Tensor
 
 from tlens_callback.reading import Reading
 
 if TYPE_CHECKING:
     from tlens_callback.probes import ProbeBatch
-    from tlens_callback.shadow import Shadow
-
-Taken = Tensor | tuple[Tensor, ...]
-"""What one reduction returned, on the CPU, floating point numbers as float32."""
-
-Reduce = Callable[[Tensor], Taken]
-"""Runs on the device, inside the forward pass: a hook's activation in, a few numbers out."""
+    from tlens_callback.shadow import Reduce, Shadow, Taken
 
 
 @runtime_checkable
@@ -39,7 +31,7 @@ class Instrument(Protocol):
         """First segment of every key it emits."""
         ...
 
-    def taps(self, shadow: "Shadow", batch: "ProbeBatch") -> Mapping[str, Reduce]:
+    def taps(self, shadow: "Shadow", batch: "ProbeBatch") -> "Mapping[str, Reduce]":
         """The hook points to listen to, each with its reduction.
 
         Called anew at each observation, before the forward pass. Besides TransformerLens's names
@@ -51,7 +43,7 @@ class Instrument(Protocol):
         ...
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: "Shadow", batch: "ProbeBatch"
+        self, taken: "Mapping[str, Taken]", shadow: "Shadow", batch: "ProbeBatch"
     ) -> Iterable[Reading]:
         """Turns what the reductions returned, under the names of `taps` and in their order,
         into readings."""

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+TOKEN_AXES = ("pos", "token", "query", "key")
+"""Axes whose labels are tokens."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reading:
     """One quantity at one observation, with everything needed to draw or store it.

@@ -13,19 +13,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tlens_callback.arguments import Arguments
-from tlens_callback.atomic import write_whole
-from tlens_callback.builtin_probes import first_rows, training_rows
-from tlens_callback.default_sinks import active_wandb
+from tlens_callback.events import Watch
 from tlens_callback.interfaces import Instrument, Sink
-from tlens_callback.observer import Observer
 from tlens_callback.probes import Probe
+from tlens_callback.probes.builtin import first_rows, training_rows
+from tlens_callback.run.observer import Observer
+from tlens_callback.run.printing import print_lines
+from tlens_callback.run.settings import Arguments
+from tlens_callback.run.terminal import opening, summary
+from tlens_callback.run.writer import OnError, Writing
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.weights import unwrap
 from tlens_callback.sinks import LocalSink
-from tlens_callback.terminal import opening, print_lines, summary
-from tlens_callback.watch import Watch
-from tlens_callback.weights import unwrap
-from tlens_callback.writer import OnError, Writing
+from tlens_callback.sinks.default import active_wandb
+from tlens_callback.store.atomic import write_whole
 
 logger = logging.getLogger("tlens_callback")
 

@@ -262,7 +262,7 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
 FAR = """
 import sys
 import torch
-from tests.pretend_device import DEVICE, Machine
+from tests.instruments.pretend_device import DEVICE, Machine
 from tlens_callback.checkpoints import Checkpoint, Loader
 
 tokens = torch.arange(1, 9)[None]

@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.cli.saved import probabilities, run, save_adapter, save_base, started
-from tests.sinks.wandb_file import history, records, run_file
+from tests.sinks.wandb.wandb_file import history, records, run_file
 from tlens_callback import read_store
 from tlens_callback.checkpoints import loader
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tests.offline.replaying import train, unlike
 from tlens_callback import TargetScores, read_store
 from tlens_callback.cli import main
-from tlens_callback.sinks.store import steps_in
+from tlens_callback.store.store import steps_in
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_help_ends_with_an_example():
 
 def test_what_is_remembered_is_what_makes_them_equal(copied, monkeypatch):
     """The control: a replay that goes on and has forgotten is found out."""
-    import tlens_callback.observer as observer
+    import tlens_callback.run.observer as observer
 
     (copied / "checkpoint-6").rename(copied.parent / "later")
     assert called(copied).exit_code == 0

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from tests.browser import needs_browser, opened
 from tests.offline.test_serve import follows, goes_back
-from tests.render.page.decode import Page
+from tests.page.decode import Page
 from tests.sinks.samples import pattern
 from tests.sinks.test_local import fill
 from tests.sinks.test_local_broken import tear

@@ -7,8 +7,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from tlens_callback import workspace
 from tlens_callback.cli import main
+from tlens_callback.sinks.wandb import workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tests import tiny
 from tests.instruments import test_contract as contract
 from tests.instruments.common import encoded
-from tests.test_shadow import batch_for, train
+from tests.shadow.test_shadow import batch_for, train
 from tlens_callback import Reading, Shadow, observe
 from tlens_callback.instruments import adapters
 from tlens_callback.instruments.adapters import AdapterSpectrum, products

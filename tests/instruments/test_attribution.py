@@ -12,11 +12,11 @@ from tests.instruments.common import PROBES, TEXTS, encoded, readings, shadow
 from tests.instruments.naive_parts import Account, in_float64, out_of
 from tests.instruments.test_neurons import DENSE
 from tests.instruments.test_neurons import Account as Neurons
-from tests.test_other_families import OTHERS, SMALL
-from tests.test_other_families import model as other_model
+from tests.shadow.test_other_families import OTHERS, SMALL
+from tests.shadow.test_other_families import model as other_model
 from tlens_callback import LogitAttribution, Probe, Shadow
 from tlens_callback.instruments import attribution
-from tlens_callback.instruments.direct import dots
+from tlens_callback.instruments.parts.direct import dots
 
 CAPITAL, STORY, BARE = TEXTS
 OPEN = Probe("open", "The capital of Italy is", target=" Rome")

@@ -21,9 +21,9 @@ from tests.instruments.common import (
     shadow,
 )
 from tests.instruments.naive_parts import layers_of
-from tests.instruments.test_distance import cka
-from tests.test_other_families import OTHERS
-from tests.test_other_families import model as other_model
+from tests.instruments.parts.test_distance import cka
+from tests.shadow.test_other_families import OTHERS
+from tests.shadow.test_other_families import model as other_model
 from tlens_callback import ActivationDrift, AttentionDrift, PatternChange, Probe, Shadow
 from tlens_callback.render import is_mosaic
 

@@ -21,7 +21,7 @@ from tests.instruments.common import (
     shadow,
 )
 from tlens_callback import Probe, Shadow, TopNeurons
-from tlens_callback.instruments.direct import has_direct_path
+from tlens_callback.instruments.parts.direct import has_direct_path
 
 DENSE = [family for family in tiny.FAMILIES if family not in ("qwen3_moe", "mixtral")]
 CAPITAL, STORY, BARE = TEXTS

@@ -10,7 +10,7 @@ from tests import tiny
 from tests.instruments.common import PROBES, TEXTS, encoded, hugging_face, ids, readings, shadow
 from tests.instruments.surgery import kept, replaced
 from tlens_callback import ActivationPatching, Probe, Shadow, observe, read_probes
-from tlens_callback.intervene import Variants, captured, edited, effects
+from tlens_callback.shadow.interventions import Variants, captured, edited, effects
 
 CLEAN = TEXTS[0]
 CORRUPT = Probe("rome", "The capital of Italy is", target=" Rome")

@@ -9,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from tests.instruments.common import encoded
-from tests.test_shadow import batch_for, train
+from tests.shadow.test_shadow import batch_for, train
 from tlens_callback import Reading, Shadow, observe
 from tlens_callback.instruments.frozen import FrozenWeights, checksum
-from tlens_callback.instruments.places import Places
+from tlens_callback.instruments.parts.places import Places
 from tlens_callback.instruments.sparsity import UpdateSparsity, _entries
-from tlens_callback.mirror import Weight
+from tlens_callback.shadow.mirror import Weight
 
 
 def look(instrument: Any, shadow: Shadow) -> dict[str, Reading]:

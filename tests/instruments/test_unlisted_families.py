@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tests import tiny
-from tests.test_other_families import FALCON, OTHERS, SMALL
+from tests.shadow.test_other_families import FALCON, OTHERS, SMALL
 from tests.training import CAPITAL
 from tlens_callback import (
     ActivationPatching,
@@ -24,7 +24,7 @@ from tlens_callback import (
     Shadow,
     observe,
 )
-from tlens_callback.instruments.circuits import circuits
+from tlens_callback.instruments.parts.circuits import circuits
 
 HEADS, D_HEAD = 4, 8
 CORRUPT = Probe("rome", "the capital of Italy is")

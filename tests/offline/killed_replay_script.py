@@ -17,8 +17,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1"}
 
 from tlens_callback.checkpoints.loader import Loader
 from tlens_callback.cli import main
-from tlens_callback.observer import Observer
 from tlens_callback.offline.replay_record import Record
+from tlens_callback.run.observer import Observer
 from tlens_callback.sinks import LocalSink
 
 PLACES = {place.__name__: place for place in (Loader, Observer, Record, LocalSink)}

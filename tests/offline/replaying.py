@@ -24,9 +24,9 @@ from tlens_callback import (
     Watch,
     read_store,
 )
-from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Loader
 from tlens_callback.offline.replay import Replay, replay
+from tlens_callback.run.settings import Arguments
 
 PROBES = [CAPITAL, Probe("story", "John gave Mary a book and went to the", target=" store")]
 SAVES = dict(max_steps=6, save_strategy="steps", save_steps=2, logging_steps=1)

@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from tests import tiny
 from tests.adapters import randomise
 from tests.browser import needs_browser, opened
-from tlens_callback import FidelityError, Probe, following
+from tlens_callback import FidelityError, Probe
 from tlens_callback.offline import ask
 from tlens_callback.offline.ask import Asker
+from tlens_callback.run import fidelity_monitor
 
 PROMPT = Probe("capital", "the capital of France is")
 
@@ -202,8 +203,8 @@ def test_a_shadow_that_is_not_the_model(asker, monkeypatch):
         fidelity, logits = compare(*given)
         return replace(fidelity, kl=1.0), logits
 
-    compare = following.compare
-    monkeypatch.setattr(following, "compare", off)
+    compare = fidelity_monitor.compare
+    monkeypatch.setattr(fidelity_monitor, "compare", off)
     with pytest.raises(FidelityError, match="is not the live model"):
         asker.ask(PROMPT)
 

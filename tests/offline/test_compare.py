@@ -16,9 +16,9 @@ from tests.training import CAPITAL
 from tlens_callback import LocalSink, Probe, fast, read_store
 from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.instruments import AdapterSpectrum, FrozenWeights, UpdateSparsity
-from tlens_callback.observing import observe
 from tlens_callback.offline.compare import Pair, compare_models, differences
 from tlens_callback.probes import ProbeBatch
+from tlens_callback.run.observe import observe
 from tlens_callback.shadow import Shadow
 
 

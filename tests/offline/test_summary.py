@@ -8,9 +8,9 @@ from tests.offline.two_models import DOG, save, watched
 from tests.sinks.samples import small
 from tests.training import trainer
 from tlens_callback import LocalSink, Reading, TLensCallback, read_store
+from tlens_callback.events.watch import ROLES, Watch
 from tlens_callback.offline.changes import History, changed_keys, changed_roles, roles_taken
 from tlens_callback.offline.summary import summary
-from tlens_callback.watch import ROLES, Watch
 
 
 def number(key, value):

@@ -7,10 +7,10 @@ from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from tests.training import CAPITAL
-from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.offline.stages import Stage, look_at
 from tlens_callback.probes import Probe
+from tlens_callback.run.settings import Arguments
 from tlens_callback.sinks import LocalSink
 
 DOG = Probe("dog", "the cat sat on the mat and the dog", target=" sat", foil=" gave")

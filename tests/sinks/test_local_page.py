@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from tests.render.page.decode import Page, near
-from tests.render.page.test_folder import index_of, shown
+from tests.page.decode import Page, near
+from tests.page.test_folder import index_of, shown
 from tests.sinks.samples import everything, pattern, small
 from tests.sinks.test_local import fill
-from tlens_callback.render.page import PageFolder
+from tlens_callback.page import PageFolder
 from tlens_callback.sinks import LocalSink, local, read_store
 
 

@@ -24,7 +24,7 @@ from tlens_callback.checkpoints.files import (
     shapes,
     tensors,
 )
-from tlens_callback.refusals import refuse
+from tlens_callback.shadow.refusals import refuse
 
 logger = logging.getLogger("tlens_callback")
 

@@ -66,7 +66,7 @@ class Commands(click.Group):
 def _foreseen(error: Exception) -> bool:
     """Whether its text is for the user."""
     # Where it was not imported nobody raised it, and importing it takes seconds.
-    fidelity = sys.modules.get("tlens_callback.fidelity")
+    fidelity = sys.modules.get("tlens_callback.shadow.fidelity")
     ours = () if fidelity is None else (fidelity.FidelityError,)
     return isinstance(error, (ValueError, ImportError, OSError, *ours))
 

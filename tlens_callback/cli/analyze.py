@@ -47,8 +47,9 @@ def analyze(
     """
     from tlens_callback.checkpoints import Checkpoint
     from tlens_callback.offline.stages import Stage, look_at
+    from tlens_callback.run.printing import print_lines
+    from tlens_callback.run.terminal import looked
     from tlens_callback.sinks import LocalSink, read_store
-    from tlens_callback.terminal import looked, print_lines
 
     checkpoint = Checkpoint.of(model, adapter, base=base)
     arguments, loader = asked(**options)
@@ -111,8 +112,8 @@ def unused_store(out: Path) -> Path:
     Raises:
         ValueError: where nothing can be written.
     """
-    from tlens_callback.sinks.numbered import newest, unused
-    from tlens_callback.sinks.store import is_store
+    from tlens_callback.store.numbered import newest, unused
+    from tlens_callback.store.store import is_store
 
     out = out.expanduser().absolute()
     number, path = newest(out, is_store)

@@ -58,7 +58,7 @@ def ask(
 
     from tlens_callback.checkpoints import Checkpoint, Loader
     from tlens_callback.offline.ask import Asker
-    from tlens_callback.terminal import print_lines
+    from tlens_callback.run.printing import print_lines
 
     folder = Path(out).expanduser().absolute()
     demand_folder(folder)

@@ -108,7 +108,7 @@ def _pair(
 
 def _is_store(given: str) -> bool:
     """Whether it is no model and a store is in it; what is neither is left to the loader."""
-    from tlens_callback.sinks.store import is_store
+    from tlens_callback.store.store import is_store
 
     path = Path(given).expanduser()
     if is_store(path):
@@ -121,7 +121,7 @@ def _of_stores(a: str, b: str, step: int | None, given: list[str]) -> "Pair":
     from dataclasses import replace
 
     from tlens_callback.offline.compare_stores import compare_stores
-    from tlens_callback.sinks.found import find_store
+    from tlens_callback.store.find import find_store
 
     if given:
         raise ValueError(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tlens_callback.arguments import Arguments
     from tlens_callback.checkpoints import Loader
     from tlens_callback.interfaces import Instrument
     from tlens_callback.probes import Probe
+    from tlens_callback.run.settings import Arguments
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -78,13 +78,13 @@ def asked(
     """
     import torch
 
-    from tlens_callback.arguments import Arguments
     from tlens_callback.checkpoints import Loader
+    from tlens_callback.run.settings import Arguments
 
     loader = Loader(device=device, dtype=getattr(torch, dtype) if dtype else None)
     filed: list[Probe] = []
     if probes_file is not None:
-        from tlens_callback.probe_file import read_probes
+        from tlens_callback.probes.file import read_probes
 
         filed = read_probes(probes_file)
     others = [probe.name for probe in filed]
@@ -119,8 +119,8 @@ def given_prompts(
     Raises:
         ValueError: a target or foil for several prompts or none, a foil alone, an empty prompt.
     """
-    from tlens_callback.probe_file import short_name
     from tlens_callback.probes import Probe
+    from tlens_callback.probes.file import short_name
 
     if len(prompts) != 1 and (target is not None or foil is not None):
         raise ValueError("--target and --foil are of one --prompt; for more, use --probes FILE.")

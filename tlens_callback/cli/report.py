@@ -52,7 +52,7 @@ def report(
         raise click.UsageError("--out and --most-mb are of a file, and --serve writes none.")
     if port is not None and not serve:
         raise click.UsageError("--port is for --serve.")
-    from tlens_callback.sinks.found import find_store
+    from tlens_callback.store.find import find_store
 
     found, others = find_store(store)
     if others:

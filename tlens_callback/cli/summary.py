@@ -17,7 +17,7 @@ def summary(store: str) -> None:
       git commit -F <(tlens-callback summary out/tlens)
     """
     from tlens_callback.offline.summary import summary as in_words
-    from tlens_callback.sinks.found import find_store
+    from tlens_callback.store.find import find_store
 
     opened, earlier = find_store(store)
     if earlier:

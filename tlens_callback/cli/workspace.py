@@ -29,7 +29,13 @@ def workspace(project: str, name: str, title: str, probes: tuple[str, ...], prin
     Example:
       tlens-callback workspace my-team/my-project --probe capital
     """
-    from tlens_callback.workspace import REPEATED, build, probes_of, split_project, unreachable
+    from tlens_callback.sinks.wandb.workspace import (
+        REPEATED,
+        build,
+        probes_of,
+        split_project,
+        unreachable,
+    )
 
     try:
         entity, project = split_project(project)

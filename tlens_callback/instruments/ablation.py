@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.selection import (
     attention_layers,
     chosen_rows,
     layer_labels,
@@ -19,11 +19,10 @@ from tlens_callback.instruments.selection import (
     plain_rows,
     z_hook,
 )
-from tlens_callback.interfaces import Reduce, Taken
-from tlens_callback.intervene import Score, Variants, captured, demand_heads, effects
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow.interventions import Score, Variants, captured, demand_heads, effects
 
 Mode = Literal["mean", "zero"]
 Method = Literal["exact", "first_order"]

@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.direct import wide
-from tlens_callback.instruments.places import Places
-from tlens_callback.interfaces import Reduce, Taken
-from tlens_callback.lowrank import LowRankUpdate, low_rank_updates
+from tlens_callback.instruments.parts.direct import wide
+from tlens_callback.instruments.parts.places import Places
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow.low_rank import LowRankUpdate, low_rank_updates
 
 _PIECE = 2**18
 """Most entries of one factor that are worked on at once, unless one update has more."""

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.selection import (
     attention_layers,
     block_rows,
     layer_labels,
@@ -16,10 +16,9 @@ from tlens_callback.instruments.selection import (
     plain_rows,
     rows_named,
 )
-from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.direct import (
+from tlens_callback.instruments.neurons import FINAL
+from tlens_callback.instruments.parts.direct import (
     against,
     before_norm,
     dots,
@@ -18,9 +19,8 @@ from tlens_callback.instruments.direct import (
     unembedded,
     wide,
 )
-from tlens_callback.instruments.first import first_seen
-from tlens_callback.instruments.neurons import FINAL
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.first import first_seen
+from tlens_callback.instruments.parts.selection import (
     layer_labels,
     mlp_norm_hook,
     neuron_hook,
@@ -30,10 +30,9 @@ from tlens_callback.instruments.selection import (
     rows_named,
     z_hook,
 )
-from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import LAST_LOGITS, Shadow
+from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
 
 EMBED = "blocks.0.hook_resid_pre"
 

@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.circuits import Circuits, circuits, demand_circuits
-from tlens_callback.instruments.direct import wide
-from tlens_callback.instruments.selection import attention_layers
-from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.instruments.parts.circuits import Circuits, circuits, demand_circuits
+from tlens_callback.instruments.parts.direct import wide
+from tlens_callback.instruments.parts.selection import attention_layers
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 KINDS = ("q", "k", "v")
 

@@ -10,18 +10,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.distance import cosine_distance
-from tlens_callback.instruments.first import first_seen
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.distance import cosine_distance
+from tlens_callback.instruments.parts.first import first_seen
+from tlens_callback.instruments.parts.selection import (
     layer_labels,
     neuron_hook,
     neuron_layers,
     resid_hook,
 )
-from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import Probe, ProbeBatch, token_ids
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 TOKENS = 2048
 """Tokens of one forward pass, padding included; a longer text goes through alone."""

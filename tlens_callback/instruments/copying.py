@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.circuits import Circuits, circuits, demand_circuits
-from tlens_callback.instruments.direct import before_norm, wide
-from tlens_callback.instruments.selection import attention_layers, layer_labels, picked
-from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.instruments.parts.circuits import Circuits, circuits, demand_circuits
+from tlens_callback.instruments.parts.direct import before_norm, wide
+from tlens_callback.instruments.parts.selection import attention_layers, layer_labels, picked
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 _TOP = 5
 _CHUNK = 2048

@@ -8,18 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.first import first_seen, of_probes
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.first import first_seen, of_probes
+from tlens_callback.instruments.parts.selection import (
     after_first,
     chosen_rows,
     picked,
     resid_hook,
 )
-from tlens_callback.instruments.unembed import CHUNK, demand_equal, gap, token_texts, unembed
-from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, token_texts, unembed
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import LAST_LOGITS, Shadow
+from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
 
 
 @dataclass(frozen=True)

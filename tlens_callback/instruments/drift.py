@@ -10,15 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlens_callback.instruments.attention import AttentionPatterns
-from tlens_callback.instruments.distance import (
+from tlens_callback.instruments.parts.distance import (
     cka_distance,
     cosine_distance,
     js_terms,
     relative_distance,
     with_sink,
 )
-from tlens_callback.instruments.first import first_seen, of_probes
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.first import first_seen, of_probes
+from tlens_callback.instruments.parts.selection import (
     after_first,
     attention_layers,
     layer_labels,
@@ -27,10 +27,9 @@ from tlens_callback.instruments.selection import (
     plain_rows,
     rows_named,
 )
-from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 PARTS = {"resid": "hook_resid_post", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
 """The streams of a layer, and the end of their hook's name."""

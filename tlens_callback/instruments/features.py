@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.selection import picked, plain_rows
-from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.instruments.parts.selection import picked, plain_rows
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.sae.autoencoder import Autoencoder
 from tlens_callback.sae.splice import Spliced, counted_tokens, splice
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlens_callback.instruments.first import first_seen
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.first import first_seen
+from tlens_callback.instruments.parts.selection import (
     block_rows,
     chosen_rows,
     demand_blocks,
     picked,
     resid_hook,
 )
-from tlens_callback.instruments.unembed import CHUNK, demand_equal, gap, unembed
-from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, unembed
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import LAST_LOGITS, Shadow
+from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.direct import before_norm, has_direct_path, towards
-from tlens_callback.instruments.experts import expert_taps, routed_hook, router_hook
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.direct import before_norm, has_direct_path, towards
+from tlens_callback.instruments.parts.experts import expert_taps, routed_hook, router_hook
+from tlens_callback.instruments.parts.selection import (
     chosen_rows,
     layer_labels,
     mlp_norm_hook,
@@ -17,10 +17,9 @@ from tlens_callback.instruments.selection import (
     neuron_layers,
     picked,
 )
-from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 FINAL = "ln_final.hook_scale"
 

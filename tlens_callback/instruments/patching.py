@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.selection import layer_labels, picked, rows_named
-from tlens_callback.interfaces import Reduce, Taken
-from tlens_callback.intervene import Variants, captured, demand_heads, effects
+from tlens_callback.instruments.parts.selection import layer_labels, picked, rows_named
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow.interventions import Variants, captured, demand_heads, effects
 
 Part = Literal["resid", "attn", "mlp", "head"]
 HOOKS: dict[str, str] = {

@@ -7,12 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.first import first_seen
-from tlens_callback.instruments.selection import after_first, plain_rows, resid_hook
-from tlens_callback.interfaces import Reduce, Taken
+from tlens_callback.instruments.parts.first import first_seen
+from tlens_callback.instruments.parts.selection import after_first, plain_rows, resid_hook
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 
 @dataclass(frozen=True)

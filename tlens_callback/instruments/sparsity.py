@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.places import Places
-from tlens_callback.interfaces import Reduce, Taken
-from tlens_callback.mirror import Weight
+from tlens_callback.instruments.parts.places import Places
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow.mirror import Weight
 
 
 @dataclass(frozen=True)

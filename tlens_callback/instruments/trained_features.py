@@ -14,13 +14,12 @@ from tlens_callback.instruments.features import (
     shown_readings,
     text_rows,
 )
-from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.sae.autoencoder import fvu
 from tlens_callback.sae.splice import activations, ordinary, splice, training_activations
 from tlens_callback.sae.training import Training, appended, autoencoder
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 
 @dataclass(frozen=True)

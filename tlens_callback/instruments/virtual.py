@@ -8,16 +8,15 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from tlens_callback.instruments.selection import (
+from tlens_callback.instruments.parts.selection import (
     attention_layers,
     block_rows,
     demand_blocks,
     pattern_hook,
 )
-from tlens_callback.interfaces import Reduce, Taken
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow, Taken
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tlens_callback.fidelity import Fidelity
-from tlens_callback.following import Following
 from tlens_callback.instruments import (
     AttentionPatterns,
     LogitAttribution,
@@ -22,13 +20,16 @@ from tlens_callback.instruments import (
     TopNeurons,
 )
 from tlens_callback.interfaces import Instrument
-from tlens_callback.observing import observe
 from tlens_callback.offline.changes import LEAST_SAID
 from tlens_callback.offline.stages import CheckpointName
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
+from tlens_callback.run.fidelity_monitor import FidelityMonitor
+from tlens_callback.run.observe import observe
 from tlens_callback.shadow import LAST_LOGITS, Shadow
-from tlens_callback.sinks import LocalSink, read_store
+from tlens_callback.shadow.fidelity import Fidelity
+from tlens_callback.sinks import LocalSink
+from tlens_callback.store import read_store
 
 NEXT = 5
 """Next tokens to name."""
@@ -177,7 +178,7 @@ class Asker:
             None if one is None else self._encode(replace(bare, target=one)).targets[0]
             for one in given
         ]
-        fidelity = Following().start(self.model, shadow, batch, step=self.step)
+        fidelity = FidelityMonitor().start(self.model, shadow, batch, step=self.step)
         taken: Any = shadow.run(batch, [{LAST_LOGITS: _first}])[0]
         logits = taken[LAST_LOGITS].cpu()
         likeliest = logits.topk(min(NEXT, len(logits))).indices.tolist()

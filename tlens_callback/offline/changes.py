@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tlens_callback.events.watch import ROLES, Watch
 from tlens_callback.reading import Reading
-from tlens_callback.sinks import Store
-from tlens_callback.watch import ROLES, Watch
+from tlens_callback.store import Store
 
 BESIDE = "cost", "fidelity", "trainer", "checkpoint", "watch"
 """Instruments of keys that say nothing of the model: a step of these alone was not observed."""

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.checkpoints.adapters import UnknownStart
 from tlens_callback.checkpoints.files import same_place
+from tlens_callback.events import Watch
 from tlens_callback.instruments import AdapterSpectrum, FrozenWeights, UpdateSparsity
 from tlens_callback.interfaces import Sink
-from tlens_callback.observer import Observer
 from tlens_callback.offline.changes import (
     History,
     changed_keys,
@@ -36,8 +35,10 @@ from tlens_callback.offline.summary import (
 )
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.sinks import LocalSink, MemorySink, Store
-from tlens_callback.watch import Watch
+from tlens_callback.run.observer import Observer
+from tlens_callback.run.settings import Arguments
+from tlens_callback.sinks import LocalSink, MemorySink
+from tlens_callback.store import Store
 
 logger = logging.getLogger("tlens_callback")
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tlens_callback.instruments.distance import js_terms, with_sink
+from tlens_callback.events import Watch
+from tlens_callback.instruments.parts.distance import js_terms, with_sink
 from tlens_callback.offline.changes import History
 from tlens_callback.offline.compare import Pair
 from tlens_callback.offline.stages import name_reading
-from tlens_callback.reading import Reading
-from tlens_callback.sinks import Store
-from tlens_callback.watch import Watch
+from tlens_callback.reading import TOKEN_AXES, Reading
+from tlens_callback.store import Store
 
 PATTERN = "attention_patterns/pattern/"
 
@@ -42,9 +42,6 @@ AGAIN = {
     "pattern_change/pattern": "attention_patterns/pattern",
 }
 """What is measured anew from what the stores hold: B's minus A's."""
-
-_TOKENS = "pos", "query", "key", "token"
-"""Axes whose labels are a probe's tokens."""
 
 
 def compare_stores(a: Store, b: Store, *, step: int | None = None) -> Pair:
@@ -151,7 +148,7 @@ def _common(
         key
         for key in set(a) & set(b)
         if key.count("/") == 2
-        and any(a[key]["labels"].get(x) != b[key]["labels"].get(x) for x in _TOKENS)
+        and any(a[key]["labels"].get(x) != b[key]["labels"].get(x) for x in TOKEN_AXES)
     }
     probes = {key.split("/", 2)[2] for key in others}
     said = [f"The probe {name!r} has other tokens in A than in B." for name in sorted(probes)]

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader, survey
 from tlens_callback.checkpoints.adapters import UnknownStart
 from tlens_callback.checkpoints.files import precision
-from tlens_callback.observer import Observer
 from tlens_callback.offline.replay_record import choose, stamp, watched_in
 from tlens_callback.offline.stages import Stage, look_at
 from tlens_callback.probes import own_tokenizer, token_ids
-from tlens_callback.sinks import LocalSink, Store, read_store
-from tlens_callback.terminal import places, print_lines
+from tlens_callback.run.observer import Observer
+from tlens_callback.run.printing import print_lines, sink_lines
+from tlens_callback.run.settings import Arguments
+from tlens_callback.sinks import LocalSink
+from tlens_callback.store import Store, read_store
 
 logger = logging.getLogger("tlens_callback")
 
@@ -93,7 +94,7 @@ def replay(
             left_out.append(str(stage.name))
     if not todo:
         sink.page()
-        print_lines(["tlens: all checkpoints have been looked at", *places([sink])])
+        print_lines(["tlens: all checkpoints have been looked at", *sink_lines([sink])])
         return Replay(read_store(record.path), tuple(left_out))
     if memory is not None:
         print_lines([f"tlens: goes on at {todo[0].name}, in {record.path}"])
@@ -222,11 +223,11 @@ def _said(thing: object) -> str:
 def _summary(observer: Observer, sink: LocalSink) -> list[str]:
     count, seconds = len(observer.steps), observer.cost.seconds
     if not count:
-        return places([sink])
+        return sink_lines([sink])
     worst = max(observer.checks.values(), key=lambda check: check.relative)
     return [
         f"tlens: {count} observations in {seconds:.1f} s, loading not counted",
         f"tlens: shadow and model were compared at each; at worst: {worst}",
-        *places([sink]),
+        *sink_lines([sink]),
         f"tlens: what changed most: tlens-callback summary {sink.path}",
     ]

@@ -10,14 +10,14 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from tlens_callback.arguments import Arguments
 from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.interfaces import Sink
-from tlens_callback.observer import Observer
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
+from tlens_callback.run.observer import Observer
+from tlens_callback.run.printing import print_lines
+from tlens_callback.run.settings import Arguments
 from tlens_callback.shadow import Shadow
-from tlens_callback.terminal import print_lines
 
 Logged = Sequence[Mapping[str, Any]]
 

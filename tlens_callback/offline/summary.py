@@ -5,6 +5,7 @@ from textwrap import shorten, wrap
 
 import numpy as np
 
+from tlens_callback.events import Watch
 from tlens_callback.offline.changes import (
     LEAST,
     Change,
@@ -16,8 +17,7 @@ from tlens_callback.offline.changes import (
     moved_layers,
     roles_taken,
 )
-from tlens_callback.sinks import Store
-from tlens_callback.watch import Watch
+from tlens_callback.store import Store
 
 WIDTH = 72
 """Columns, those of a commit message."""

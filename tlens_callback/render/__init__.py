@@ -8,5 +8,5 @@ from tlens_callback.render.mosaic import is_mosaic as is_mosaic
 from tlens_callback.render.mosaic import mosaic as mosaic
 from tlens_callback.render.table import axis_table as axis_table
 from tlens_callback.render.table import is_ranked as is_ranked
-from tlens_callback.render.table import long_frame as long_frame
 from tlens_callback.render.table import neuron_table as neuron_table
+from tlens_callback.store.tables import long_frame as long_frame

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tlens_callback.reading import Reading
+from tlens_callback.reading import TOKEN_AXES, Reading
 from tlens_callback.render.colours import colour_range, is_fixed
 from tlens_callback.render.panels import axis_names, figure, panel_title, ticks
 from tlens_callback.render.plain import number, plain
-from tlens_callback.render.slices import TOKENS, stands_for_text
+from tlens_callback.render.slices import stands_for_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -192,7 +192,7 @@ def _ticks(reading: Reading, axis: str) -> dict[str, Any]:
 def _room(reading: Reading, axis: str) -> int:
     """Pixels that the names of an axis need when they are written upwards; 0 for numbers."""
     names = reading.labels.get(axis, ())
-    if axis not in TOKENS and all(name.isdecimal() for name in names):
+    if axis not in TOKEN_AXES and all(name.isdecimal() for name in names):
         return 0
     longest = max((min(len(name), _LONGEST) for name in names), default=0)
-    return 6 * (longest + (3 if axis in TOKENS else 0))
+    return 6 * (longest + (3 if axis in TOKEN_AXES else 0))

@@ -5,9 +5,8 @@ import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tlens_callback.reading import Reading
+from tlens_callback.reading import TOKEN_AXES, Reading
 from tlens_callback.render.plain import cut, plain
-from tlens_callback.render.slices import TOKENS
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -33,7 +32,7 @@ def axis_names(reading: Reading, axis: str) -> list[str] | list[int]:
     labels = reading.labels.get(axis)
     if labels is None:
         return list(range(reading.values.shape[reading.axes.index(axis)]))
-    if axis in TOKENS or len(set(labels)) < len(labels):
+    if axis in TOKEN_AXES or len(set(labels)) < len(labels):
         return [f"{i} {plain(label)}" for i, label in enumerate(labels)]
     return [plain(label) for label in labels]
 

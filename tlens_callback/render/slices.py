@@ -3,10 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from tlens_callback.reading import Reading
-
-TOKENS = ("pos", "token", "query", "key")
-"""Axes made of tokens."""
+from tlens_callback.reading import TOKEN_AXES, Reading
 
 _LETTERS = {"layer": "L", "head": "H"}
 
@@ -40,4 +37,4 @@ def _name(reading: Reading, axis: str, i: int) -> str:
     labels = reading.labels.get(axis)
     if labels is None:
         return str(i)
-    return f"{i} {labels[i]!r}" if axis in TOKENS else labels[i]
+    return f"{i} {labels[i]!r}" if axis in TOKEN_AXES else labels[i]

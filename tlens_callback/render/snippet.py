@@ -9,13 +9,13 @@ from itertools import islice, product
 
 import numpy as np
 
-from tlens_callback.reading import Reading
+from tlens_callback.reading import TOKEN_AXES, Reading
 from tlens_callback.render.bitmap import attention, picture
 from tlens_callback.render.colours import colour_range, colours, on_root_scale
 from tlens_callback.render.markup import decimal, index_name, more, text
 from tlens_callback.render.mosaic import LEVELS, ZERO, palette
 from tlens_callback.render.plain import cut
-from tlens_callback.render.slices import TOKENS, place, stands_for_text, take
+from tlens_callback.render.slices import place, stands_for_text, take
 from tlens_callback.render.svg import line
 
 _ROWS, _COLUMNS, _NUMBERS = 40, 64, 16
@@ -73,7 +73,7 @@ def _along(reading: Reading) -> str:
     """What one axis asks for."""
     (axis,) = reading.axes
     if reading.texts is None and reading.values.size > 1 and np.isfinite(reading.values).any():
-        if axis in TOKENS and axis in reading.labels:
+        if axis in TOKEN_AXES and axis in reading.labels:
             return _tokens(reading)
         if axis in ("layer", "update") or (axis not in reading.labels and axis != "rank"):
             return line(reading)

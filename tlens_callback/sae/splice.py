@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tlens_callback.intervene import edited
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.sae.autoencoder import Autoencoder, fvu
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.interventions import edited
 
 _LOGITS = 2**26
 """At most so many logits at once: 256 MiB in float32."""

@@ -15,12 +15,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tlens_callback.atomic import write_whole
+from tlens_callback.page import PageFolder, page
 from tlens_callback.reading import Reading
-from tlens_callback.render.page import PageFolder, page
-from tlens_callback.render.table import NAMES, long_frame
-from tlens_callback.sinks.numbered import newest, unused
-from tlens_callback.sinks.store import (
+from tlens_callback.store.atomic import write_whole
+from tlens_callback.store.numbered import newest, unused
+from tlens_callback.store.store import (
     FORMAT,
     MANIFEST,
     arrays_file,
@@ -30,6 +29,7 @@ from tlens_callback.sinks.store import (
     scores_file,
     steps_in,
 )
+from tlens_callback.store.tables import NAMES, long_frame
 
 logger = logging.getLogger("tlens_callback")
 
@@ -43,7 +43,7 @@ PAGE = "page.html"
 class LocalSink:
     """Writes every reading into one directory a run; `read_store` gives them back.
 
-    Layout: see `tlens_callback.sinks.store`. A process that is killed leaves every completed step
+    Layout: see `tlens_callback.store.store`. A process that is killed leaves every completed step
     readable (nothing is synced to disk; a power cut may cost the last steps).
 
     Attention patterns (axes ending in "query", "key", nothing above the diagonal, magnitude at

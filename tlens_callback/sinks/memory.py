@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tlens_callback.reading import Reading
-from tlens_callback.sinks.store import curve
+from tlens_callback.store.store import curve
 
 
 class MemorySink:

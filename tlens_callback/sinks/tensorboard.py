@@ -10,7 +10,6 @@ import pandas as pd
 
 from tlens_callback.reading import Reading
 from tlens_callback.sinks.event_file import EventFile
-from tlens_callback.sinks.numbered import newest, unused
 from tlens_callback.sinks.shown import (
     HasPage,
     Keys,
@@ -22,6 +21,7 @@ from tlens_callback.sinks.shown import (
     scalars,
     tables,
 )
+from tlens_callback.store.numbered import newest, unused
 
 _FILES = "events.out.tfevents.*"
 

@@ -1,0 +1,75 @@
+"""Runs that lack something, and views that fail."""
+
+from tests.browser import needs_browser
+from tests.page.five_steps import HOSTILE, pattern, readings, settled, step_of
+from tests.page.pages import page_of
+from tlens_callback.page.template import html
+from tlens_callback.reading import Reading
+
+pytestmark = needs_browser()
+
+
+def test_one_step(opens, tab):
+    (tab[2] / "one").mkdir()
+    page = opens(page_of(tab[2] / "one", {20: readings(20)}))
+    assert step_of(page) == 20
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowRight")
+    assert step_of(page) == 20
+    assert page.locator(".error:visible").count() == 0
+
+
+def test_only_numbers(opens, tab):
+    (tab[2] / "numbers").mkdir()
+    number = {s: [Reading(key="cost/seconds", values=s / 7, unit="seconds")] for s in (30, 60)}
+    page = opens(page_of(tab[2] / "numbers", number) + "#curves=cost/seconds")
+    assert step_of(page) == 60
+    assert "cost/seconds, seconds" in page.text_content("#curves")
+    assert not page.is_visible("#score") and not page.is_visible("#maps")
+    assert page.locator(".error:visible").count() == 0
+
+
+def test_only_patterns(opens, tab):
+    (tab[2] / "patterns").mkdir()
+    page = opens(page_of(tab[2] / "patterns", {0: [pattern(0)], 5: [pattern(5)]}))
+    assert step_of(page) == 5
+    assert not page.is_visible("#score") and page.is_visible("#maps")
+    assert page.locator(".error:visible").count() == 0
+
+
+def test_no_steps_and_notes(opens, tab):
+    notes = ["Patterns of 24 of 270 heads.", HOSTILE]
+    file = tab[2] / "empty.html"
+    file.write_text(html({"title": HOSTILE, "live": False, "notes": notes}), encoding="utf-8")
+    page = opens(file.as_uri() + "#step=5")
+    assert page.is_visible("#empty") and "no steps" in page.inner_text("#empty")
+    assert page.locator("#notes li").all_text_contents() == notes
+    assert page.text_content("#title") == page.title() == HOSTILE
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    settled(page)
+    assert not page.is_visible("#step")
+
+
+def test_an_error_stays_in_its_view(tab, run):
+    page, faults, _ = tab
+    page.goto("about:blank")
+    page.goto(run)
+    page.wait_for_selector("#stepname:not(:empty)")
+    settled(page)
+    page.evaluate(
+        """() => {
+          window.whole = tlens.data.slice;
+          tlens.data.slice = () => { throw new Error("broken on purpose"); };
+        }"""
+    )
+    page.keyboard.press("Home")
+    assert step_of(page) == 10
+    assert page.locator(".error:visible").count() >= 1
+    assert "broken on purpose" in page.locator(".error:visible").first.inner_text()
+    assert any("broken on purpose" in fault for fault in faults)
+    page.evaluate("() => { tlens.data.slice = whole; }")
+    page.keyboard.press("End")
+    assert step_of(page) == 101
+    assert page.locator(".error:visible").count() == 0
+    faults.clear()

@@ -1,0 +1,260 @@
+"""Probes are encoded as the tokenizer does it, and leave the tokenizer as it was."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from tests import tiny
+from tlens_callback import Probe, ProbeBatch
+from tlens_callback.probes.builtin import first_rows, repeated_blocks
+
+CHAT = [{"role": "user", "content": "the capital of France is"}]
+
+
+def encode(*probes, tokenizer="default", **kwargs):
+    tokenizer = tiny.tokenizer() if tokenizer == "default" else tokenizer
+    return ProbeBatch.encode(probes, tokenizer, vocab_size=tiny.VOCAB, **kwargs)
+
+
+def test_text_chat_and_ids_are_what_the_tokenizer_says():
+    tokenizer = tiny.tokenizer()
+    batch = encode(Probe("text", "the cat sat"), Probe("chat", CHAT), Probe("ids", [9, 8, 7]))
+    chat = tokenizer.apply_chat_template(
+        CHAT, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    want = [tokenizer("the cat sat")["input_ids"], chat["input_ids"], [9, 8, 7]]
+    for row, mask, ids in zip(batch.tokens, batch.mask, want, strict=True):
+        assert row[mask].tolist() == ids and mask[: len(ids)].all() and not mask[len(ids) :].any()
+    assert batch.lengths == tuple(map(len, want))
+    assert batch.last.tolist() == [len(ids) - 1 for ids in want]
+
+
+def test_a_chat_that_ends_with_the_assistant_is_continued():
+    tokenizer = tiny.tokenizer()
+    messages = [*CHAT, {"role": "assistant", "content": "Paris"}]
+    batch = encode(Probe("chat", messages))
+    want = tokenizer.apply_chat_template(
+        messages, continue_final_message=True, tokenize=True, return_dict=True
+    )
+    assert batch.tokens[0].tolist() == want["input_ids"]
+
+
+def test_labels_read_as_text_and_fragments_keep_their_names():
+    batch = encode(Probe("text", "The cat sat"))
+    assert "".join(batch.labels[0]).replace("<bos>", "").split() == ["The", "cat", "sat"]
+    assert encode(Probe("ids", [9, 8]), tokenizer=None).labels == (("9", "8"),)
+
+
+def test_ids_may_be_numpys_or_torchs():
+    want = encode(Probe("ids", [9, 8, 7], target=5)).tokens
+    for ids in (np.array([9, 8, 7]), list(np.array([9, 8, 7])), torch.tensor([9, 8, 7])):
+        batch = encode(Probe("ids", ids, target=np.int64(5)))
+        assert torch.equal(batch.tokens, want) and batch.targets == (5,)
+
+
+def test_the_tokenizer_is_left_as_it_was():
+    tokenizer = tiny.tokenizer()
+    tokenizer(["the cat", "a"], padding="max_length", max_length=7, truncation=True)
+    before = tokenizer.backend_tokenizer.to_str(), tokenizer.padding_side, len(tokenizer)
+    encode(Probe("text", "the cat sat"), Probe("chat", CHAT, target="Paris"), tokenizer=tokenizer)
+    assert before == (tokenizer.backend_tokenizer.to_str(), tokenizer.padding_side, len(tokenizer))
+    tokenizer("the cat sat")
+    assert before[0] != tokenizer.backend_tokenizer.to_str(), "an ordinary call does change it"
+
+
+def test_repeated_blocks_repeat_distinct_ordinary_tokens():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    batch = encode(Probe.repeated("r", block=10, times=3), Probe.repeated("s", block=10, seed=1))
+    assert torch.equal(state, torch.get_rng_state())
+    row, other = batch.tokens[0].tolist(), batch.tokens[1].tolist()
+    tokenizer = tiny.tokenizer()
+    assert row[0] == tokenizer.bos_token_id and len(row) == 31
+    assert row[1:11] == row[11:21] == row[21:31] and len(set(row[1:11])) == 10
+    assert not set(row[1:]) & set(tokenizer.all_special_ids)
+    assert other[1:11] != row[1:11]
+    assert encode(Probe.repeated("r", block=10, times=3)).tokens[0].tolist() == row
+
+
+@pytest.mark.parametrize("context", [13, 64, 2048, 2**31])
+def test_built_in_blocks_have_three_lengths_and_fit(context):
+    probes = repeated_blocks(context)
+    assert len({probe.block for probe in probes}) == 3 and len(probes) == 12
+    assert all(1 + probe.block * probe.times <= min(context, 49) for probe in probes)
+
+
+def test_a_context_too_short_for_blocks_says_so():
+    with pytest.raises(ValueError, match="too short for repeated blocks"):
+        repeated_blocks(6)
+
+
+def test_targets_and_foils_are_single_tokens():
+    tokenizer = tiny.tokenizer()
+    batch = encode(Probe("a", "the", target="Paris", foil=5), Probe("b", "the"))
+    assert batch.targets == (tokenizer.convert_tokens_to_ids("Paris"), None)
+    assert batch.foils == (5, None)
+
+
+def test_a_target_without_its_space_is_said(caplog):
+    encode(Probe("p", "the capital of France is", target="Paris", foil=" London"))
+    assert "target 'Paris' of probe 'p' has no leading space" in caplog.text
+    caplog.clear()
+    encode(Probe("p", "the capital is", target=" Paris"), Probe("chat", CHAT, target="Paris"))
+    assert caplog.text == ""
+
+
+BAD = [
+    (lambda: Probe("", "x"), "needs a name"),
+    (lambda: Probe("a/b", "x"), "without '/'"),
+    (lambda: Probe("p", "  "), "is empty"),
+    (lambda: Probe("p", []), "is empty"),
+    (lambda: Probe("p"), "is empty"),
+    (lambda: Probe("p", "x", foil="y"), "a foil but no target"),
+    (lambda: Probe(5, "x"), "needs a name"),
+    (lambda: Probe("p", ["The", "cat"]), "text, chat messages"),
+    (lambda: Probe("p", {"role": "user"}), "text, chat messages"),
+    (lambda: Probe("p", None), "text, chat messages"),
+    (lambda: Probe("p", torch.ones(2, 2)), "text, chat messages"),
+    (lambda: Probe("p", "x", target=True), "a string or a token id"),
+    (lambda: Probe("p", "x", target=1.5), "a string or a token id"),
+    (lambda: Probe.repeated("p", block=1), "block >= 2"),
+    (lambda: Probe.repeated("p", block=5, times=1), "times >= 2"),
+    (lambda: encode(), "no probes"),
+    (lambda: encode(Probe("p", "the"), Probe("p", "cat")), "Two probes are named 'p'"),
+    (lambda: encode(Probe("p", "the"), tokenizer=None), "needs a tokenizer"),
+    (lambda: encode(Probe("p", [1], target="x"), tokenizer=None), "Give the token id"),
+    (lambda: encode(Probe("p", "the cat", target="The cat")), r"is 2 tokens: \['The', ' cat'\]"),
+    (lambda: encode(Probe("p", "the cat", target="")), "is 0 tokens"),
+    (lambda: encode(Probe("p", [1], target=999)), "outside the model's vocabulary"),
+    (lambda: encode(Probe("p", [1, 999])), "token id 999"),
+    (lambda: encode(Probe("p", "the cat sat on the mat"), context=3), "context is 3"),
+    (lambda: encode(Probe.repeated("p", block=95)), "a vocabulary of at least"),
+]
+
+
+@pytest.mark.parametrize("act, text", BAD)
+def test_bad_probes_say_what_to_do(act, text):
+    with pytest.raises(ValueError, match=text):
+        act()
+
+
+def test_chat_without_a_template_says_so():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        encode(Probe("chat", CHAT), tokenizer=tokenizer)
+
+
+class Augmented:
+    """A data set that draws random numbers when it is read."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return {"input_ids": torch.randint(8, 90, (60,))}
+
+
+def test_first_rows_leave_the_loader_and_the_random_state_alone():
+    state = torch.get_rng_state()
+    probes = first_rows(DataLoader(Augmented()), None, context=64)
+    assert [p.name for p in probes] == ["train-0", "train-1"]
+    assert all(len(p.content) == 48 for p in probes)
+    assert torch.equal(state, torch.get_rng_state())
+    Augmented()[0]
+    assert not torch.equal(state, torch.get_rng_state()), "reading a row does draw"
+
+
+class Broken(Augmented):
+    def __getitem__(self, i):
+        raise NotImplementedError
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+    def __len__(self):
+        return 5
+
+
+@pytest.mark.parametrize("dataset", [Broken(), Stream(), None])
+def test_probes_that_nobody_asked_for_never_raise(dataset):
+    loader = type("Loader", (), {"dataset": dataset})()
+    assert first_rows(loader, tiny.tokenizer(), context=64) == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": [3, 3, 1, 20, 21, 3], "attention_mask": [0, 0, 1, 1, 1, 0]},
+        {"input_ids": [1, 20, 21, 3, 3]},
+        {"input_ids": [3, 3, 1, 20, 21]},
+    ],
+)
+def test_padding_of_the_training_rows_is_left_out(row):
+    loader = type("Loader", (), {"dataset": [row]})()
+    (probe,) = first_rows(loader, tiny.tokenizer(), context=64)
+    assert probe.content == (1, 20, 21)
+
+
+@pytest.mark.parametrize(
+    "ids, want", [([2, 5, 6, 2], (2, 5, 6, 2)), ([2, 2, 2, 5, 6, 2, 2, 2], (2, 5, 6, 2))]
+)
+def test_padding_that_is_also_the_end_of_a_text_keeps_the_end(ids, want):
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    loader = type("Loader", (), {"dataset": [{"input_ids": ids}]})()
+    (probe,) = first_rows(loader, tokenizer, context=64)
+    assert probe.content == want
+
+
+def test_rows_of_preference_data_give_their_prompts():
+    row = {"prompt_ids": [1, 20, 21], "chosen_ids": [22], "rejected_ids": [23]}
+    (probe,) = first_rows(type("Loader", (), {"dataset": [row]})(), tiny.tokenizer(), context=64)
+    assert probe.content == (1, 20, 21)
+
+
+def test_a_probe_that_pads_the_others_by_far_is_named(caplog):
+    short = [Probe(f"s{i}", [1, 2, 3]) for i in range(20)]
+    encode(*short, Probe("long", [5] * 400))
+    assert "'long' is 400 tokens long" in caplog.text
+    caplog.clear()
+    encode(*short, Probe("long", [5] * 10))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "rows, want",
+    [
+        ([{"prompt": "the cat sat"}, {"text": "a dog"}], 2),
+        ([{"prompt": CHAT}], 1),
+        ([{"label": 3}, {"text": ""}], 0),
+        ([(1, 2)], 0),
+        (iter([]), 0),
+    ],
+)
+def test_first_rows_take_what_makes_a_probe(rows, want):
+    loader = type("Loader", (), {"dataset": rows})()
+    assert len(first_rows(loader, tiny.tokenizer(), context=64)) == want
+
+
+def test_a_target_that_lacks_its_space_is_told_so():
+    class Pieces:
+        """One token with its space, two without, as byte pairs often are."""
+
+        bos_token_id, all_special_ids = 0, ()
+
+        def __call__(self, text, **_):
+            return {"input_ids": [1] if text == " Jupiter" else [2, 3]}
+
+        def decode(self, ids):
+            return {1: " Jupiter", 2: "J", 3: "upiter"}[ids[0]]
+
+    for target, said in (
+        ("Jupiter", r"target=' Jupiter'"),
+        ("Neptune", "first piece alone may do"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ProbeBatch.encode([Probe("p", [1, 2], target=target)], Pieces(), vocab_size=9)

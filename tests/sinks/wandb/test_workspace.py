@@ -1,0 +1,138 @@
+"""The saved view: its panels are of keys that a run has."""
+
+import inspect
+import re
+import sys
+
+import pytest
+import wandb
+
+from tests.sinks.wandb.test_training import FILES, NUMBERS
+from tlens_callback.sinks.shown import Keys
+from tlens_callback.sinks.wandb.workspace import (
+    REPEATED,
+    build,
+    probes_of,
+    split_project,
+    unreachable,
+)
+
+# Of pydantic's, in wandb-workspaces 0.4.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def panels(view):
+    model = view._to_model().model_dump(by_alias=True, mode="json")
+    return {s["name"]: s["panels"] for s in model["spec"]["section"]["panelBankConfig"]["sections"]}
+
+
+def test_sections_are_in_an_order_to_look_through():
+    view = build("me", "it", probes=["capital", "b"])
+    assert view.auto_generate_panels is False, "no other panels beside these"
+    shown = panels(view)
+    order = ["Training", "Events", "Heads", "Answers", "Pictures", "Tables", "Page"]
+    assert list(shown) == order and all(shown.values())
+    loss = shown["Training"][0]["config"]
+    assert loss["xAxis"] == "train/global_step" and loss["metrics"] == ["train/loss", "eval/loss"]
+    pictures = [panel["config"] for panel in shown["Pictures"]]
+    assert [p["mediaKeys"] for p in pictures] == [
+        ["tlens/attention_patterns/pattern/capital"],
+        ["tlens/attention_patterns/pattern/b"],
+    ]
+    assert {p["gallerySettings"]["axis"] for p in pictures} == {"step"}
+    assert shown["Page"][0]["config"]["mediaKeys"] == ["tlens/page"]
+
+
+def keys_of(shown):
+    for section in shown.values():
+        for panel in section:
+            yield from panel["config"].get("metrics") or ()
+            yield from panel["config"].get("mediaKeys") or ()
+
+
+def test_every_key_is_one_that_the_sink_logs():
+    """In a real run, with nothing set: see `test_wandb_training`."""
+    logged = {f"tlens/{key}" for key in (*NUMBERS, *FILES, "page", "watch/event_table")}
+    # The heads that it pins are those of its model.
+    logged.add("tlens/watch/induction_L1H0")
+    shown = panels(build("me", "it", probes=["capital", REPEATED]))
+    own = {key for key in keys_of(shown) if key.startswith("tlens/")}
+    assert own <= logged
+    assert {f"tlens/{key}" for key in FILES} <= own, "every file has its panel"
+    patterns = [
+        panel["config"]["metricRegex"]
+        for section in shown.values()
+        for panel in section
+        if panel["config"].get("useMetricRegex")
+    ]
+    assert len(patterns) == 4
+    for pattern in patterns:
+        assert any(re.search(pattern, key) for key in logged), pattern
+
+
+def test_a_probe_has_the_key_that_the_sink_gives_it():
+    odd = "what is 2+2?"
+    (picture,) = panels(build("me", "it", probes=[odd]))["Pictures"]
+    key = Keys("tlens")(f"attention_patterns/pattern/{odd}")
+    assert "?" not in key and picture["config"]["mediaKeys"] == [key]
+
+
+def test_the_name_of_the_callback_is_in_every_key():
+    keys = list(keys_of(panels(build("me", "it", name="slow-2"))))
+    ours = [key for key in keys if not key.startswith(("train/", "eval/"))]
+    assert ours and all(key.startswith("slow-2/") for key in ours)
+    with pytest.raises(ValueError, match="letters, digits"):
+        build("me", "it", name="a b")
+
+
+@pytest.mark.parametrize("text", ["project", "a/b/c", "/b", "a/", "a b/c", ""])
+def test_a_project_has_two_names(text):
+    with pytest.raises(ValueError, match=r"ENTITY/PROJECT"):
+        split_project(text)
+    assert split_project("my-team/my.project") == ("my-team", "my.project")
+
+
+def test_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    with pytest.raises(ImportError, match=r"pip install 'tlens-callback\[workspace\]'"):
+        build("me", "it")
+
+
+def test_says_why_nothing_can_be_saved(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "WANDB_MODE is offline" in str(unreachable())
+    monkeypatch.delenv("WANDB_MODE")
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr("wandb.login", lambda prompt: False)
+    assert "wandb login" in str(unreachable())
+    monkeypatch.setattr("wandb.login", lambda prompt: True)
+    assert unreachable() is None
+
+
+def test_the_probes_are_those_of_the_latest_run(monkeypatch):
+    class Run:
+        def __init__(self):
+            self.summary = {
+                "train/loss": 1,
+                "tlens/attention_patterns/pattern/b": {},
+                "tlens/attention_patterns/pattern/a c": {},
+                "slow/attention_patterns/pattern/d": {},
+            }
+
+    asked = inspect.signature(wandb.Api.runs)
+
+    class Api:
+        def runs(self, *given, **more):
+            settings = asked.bind(self, *given, **more).arguments
+            assert settings["path"] == "me/it"
+            runs = [Run(), type("Older", (), {"summary": {}})]
+            # W&B's own default is the oldest first.
+            return iter(runs if settings.get("order") == "-created_at" else runs[::-1])
+
+    monkeypatch.setattr("wandb.Api", Api)
+    assert probes_of("me", "it", name="tlens") == ["a c", "b"]
+    assert probes_of("me", "it", name="slow") == ["d"]
+    monkeypatch.setattr(Api, "runs", lambda *_, **__: iter([]))
+    assert probes_of("me", "it", name="tlens") == []

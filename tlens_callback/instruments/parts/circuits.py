@@ -1,0 +1,95 @@
+"""What heads read from and write to the residual stream: their weights with the norms folded in."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tlens_callback.instruments.parts.direct import before_norm, wide
+from tlens_callback.shadow import Shadow
+
+WEIGHTS = ("W_Q", "W_K", "W_V", "W_O")
+NORMS = ("ln1", "ln1_post", "q_norm", "k_norm")
+
+
+@dataclass(frozen=True, eq=False)
+class Circuits:
+    """The weights of one layer's heads, for row vectors, without biases and the norms' scales.
+
+    In front of Q, K and V stands the centring and the gain of the norm that the layer reads
+    through, if it has one; behind Q and K the gains (and centring) of the norms of queries and
+    keys; behind O those of the norm that the layer writes through (Gemma 2 and 3, OLMo 2). In
+    float64, or float32 where the device has none.
+
+    Attributes:
+        q, o: of every head.
+        k, v: of every head that has its own: `shared` query heads in a row read each.
+    """
+
+    q: Float[Tensor, "head d_model d_head"]
+    k: Float[Tensor, "kv_head d_model d_head"]
+    v: Float[Tensor, "kv_head d_model d_head"]
+    o: Float[Tensor, "head d_head d_model"]
+
+    @property
+    def shared(self) -> int:
+        """Query heads a key-value head."""
+        return len(self.q) // len(self.k)
+
+
+def circuits(shadow: Shadow, layer: int) -> Circuits:
+    """Of the shadow's current weights."""
+    attn, norms = _of_layer(shadow, layer)
+    q, k, v, o = (wide(getattr(attn, name).detach()) for name in WEIGHTS)
+    if "ln1" in norms:
+        q, k, v = (before_norm(norms["ln1"], w.mT).mT for w in (q, k, v))
+    if "q_norm" in norms:
+        q = _behind(norms["q_norm"], q)
+    if "k_norm" in norms:
+        k = _behind(norms["k_norm"], k)
+    if "ln1_post" in norms:
+        o = _behind(norms["ln1_post"], o)
+    return Circuits(q, k, v, o)
+
+
+def demand_circuits(shadow: Shadow, layers: Iterable[int], name: str) -> None:
+    """Refuses attention that has no such weights.
+
+    Raises:
+        ValueError: for keys and values behind a latent (DeepSeek), heads of several widths
+            (Gemma 4), or norms that the bridge does not take apart (StableLM 2's of queries and
+            keys); `name` is the instrument that wants them.
+    """
+    for layer in layers:
+        attn, norms = _of_layer(shadow, layer)
+        try:
+            for weight in WEIGHTS:
+                getattr(attn, weight)
+            for norm in norms.values():
+                _ = norm.uses_rms_norm, norm.uses_weight_offset
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            raise ValueError(
+                f"{name}: the attention of layer {layer} of this "
+                f"{type(shadow.bridge.original_model).__name__} is not made of weights by head "
+                f"between norms of a known kind: {error} Leave the instrument out."
+            ) from error
+
+
+def _of_layer(shadow: Shadow, layer: int) -> tuple[Any, dict[str, Any]]:
+    """The attention, and the norms around and in it."""
+    block: Any = shadow.bridge.blocks[layer]
+    parts = {**dict(block.named_children()), **dict(block.attn.named_children())}
+    return block.attn, {name: parts[name] for name in NORMS if name in parts}
+
+
+def _behind(norm: Any, w: Float[Tensor, "head n width"]) -> Float[Tensor, "head n width"]:
+    """With the gain and the centring of a norm that reads what w writes: each head by itself, or
+    all heads together."""
+    if not norm.uses_rms_norm:
+        w = w - w.mean(-1, keepdim=True)
+    if getattr(norm, "weight", None) is None:
+        return w
+    gain = wide(norm.weight.detach()) + (1 if norm.uses_weight_offset else 0)
+    return w * (gain.view(len(w), 1, -1) if gain.numel() > w.shape[-1] else gain)

@@ -1,0 +1,101 @@
+"""Numbers of weights, arranged by layer and module."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int, Real
+
+from tlens_callback.instruments.parts.selection import layer_labels
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Shadow
+
+_IN_LAYER = re.compile(r"(?P<before>.*?\.)(?P<layer>\d+)\.(?P<within>.+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where weights stand: in a full grid of layers and modules, the rest in a list.
+
+    In the grid are the layers that have any of the weights, and the modules that all those layers
+    have. A module is called by the shortest end of its path that no other in the layer has.
+
+    Attributes:
+        layers, modules: names of the grid's rows and columns.
+        grid: which of the weights stands there.
+        rest: the weights outside: embeddings, and what only some of the layers have.
+        names: of all weights, as they were given.
+    """
+
+    layers: tuple[int, ...]
+    modules: tuple[str, ...]
+    grid: Int[np.ndarray, "layer module"]
+    rest: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Places":
+        """The places of weights with these dotted paths."""
+        matches = [_IN_LAYER.match(name) for name in names]
+        before = Counter(m["before"] for m in matches if m)
+        stack = before.most_common(1)[0][0] if before else None
+        at = {
+            (int(m["layer"]), m["within"]): i
+            for i, m in enumerate(matches)
+            if m and m["before"] == stack
+        }
+        layers = sorted({layer for layer, _ in at})
+        within = list(dict.fromkeys(path for _, path in at))
+        shared = [path for path in within if all((layer, path) in at for layer in layers)]
+        grid = np.array([[at[layer, path] for path in shared] for layer in layers], dtype=int)
+        inside = set(grid.ravel().tolist())
+        return cls(
+            layers=tuple(layers) if shared else (),
+            modules=tuple(_short(path, within) for path in shared),
+            grid=grid.reshape(len(layers) if shared else 0, len(shared)),
+            rest=tuple(i for i in range(len(names)) if i not in inside),
+            names=tuple(names),
+        )
+
+    def readings(
+        self,
+        key: str,
+        values: Real[np.ndarray, "weight ..."],
+        shadow: Shadow,
+        *,
+        unit: str,
+        limits: tuple[float, float] | None = None,
+        more: tuple[str, ...] = (),
+    ) -> Iterator[Reading]:
+        """`key` for the grid, [layer, module, *more], and `key`_elsewhere for the rest, [weight,
+        *more]; neither where there is nothing for it."""
+        if self.grid.size:
+            yield Reading(
+                key=key,
+                values=values[self.grid],
+                axes=("layer", "module", *more),
+                unit=unit,
+                labels={"module": self.modules, **layer_labels(self.layers, shadow)},
+                limits=limits,
+            )
+        if self.rest:
+            yield Reading(
+                key=f"{key}_elsewhere",
+                values=values[list(self.rest)],
+                axes=("weight", *more),
+                unit=unit,
+                labels={"weight": [self.names[i] for i in self.rest]},
+                limits=limits,
+            )
+
+
+def _short(path: str, others: Sequence[str]) -> str:
+    """The shortest dotted end of the path that none of the others ends with."""
+    parts = path.split(".")
+    for n in range(1, len(parts)):
+        end = ".".join(parts[-n:])
+        if not any(other != path and f".{other}".endswith(f".{end}") for other in others):
+            return end
+    return path

@@ -1,0 +1,256 @@
+"""Readings as the page's script reads them: small integers, differences, byte planes, deflate.
+
+A step is a list of blobs, each compressed with raw deflate. The first, inflated, is: the length of
+a JSON text (uint32, little-endian), the text, zeros up to a multiple of 4, and payloads, each
+filled up to a multiple of 4. The text is a list of entries, one a reading, in order; an entry's
+payload begins at byte `at` behind the text, or is all there is in the further blob number `blob`.
+
+- `type` "f32" and "f16" are the bits of the numbers. "u8" is for attention patterns with limits
+  (0, scale) or, `signed`, (-scale, scale): 255 is "not a number", else v = scale * (q / 254)**2
+  or, with x = (q - 127) / 127, v = scale * sign(x) * x**2.
+- `tril`: the payload holds `values[..., rows, columns]` of `numpy.tril_indices(n)`; the rest is 0.
+- `select`: it holds only these of the leading axes, flat indices.
+- `delta`: it holds the difference, modulo 2**bits, to the step before in which the key occurs.
+- A payload is cut into byte planes: the lowest byte of every number, then the next, ...
+- `same`: all but `delta`, `at` and `blob` is as in the step before in which the key occurs.
+"""
+
+import base64
+import json
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from tlens_callback.reading import Reading
+from tlens_callback.store.triangle import is_pattern, lower_triangle
+
+LARGE = 20_000
+"""Payloads of more numbers have a blob of their own, which the page inflates when it is shown."""
+
+_KEY_FRAME_EVERY = 20
+_FEW = 4_000
+_LARGEST_HALF = 65504.0
+
+
+@dataclass(frozen=True)
+class Code:
+    """A reading as integers: what the page is told of it, and uint8, uint16 or uint32 [number]."""
+
+    about: dict[str, Any]
+    payload: np.ndarray
+
+    @property
+    def key(self) -> str:
+        return self.about["key"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A reading within a step: its entry and its bytes, compressed where they are a `blob`."""
+
+    entry: dict[str, Any]
+    content: bytes
+    blob: bool
+
+    @property
+    def size(self) -> float:
+        """About how many letters of the page it takes."""
+        content = len(self.content if self.blob else _deflate(self.content, 6))
+        return (content + len(_deflate(_json(self.entry), 6))) * 4 / 3 + 20
+
+
+def code(reading: Reading, select: Sequence[int] | None = None) -> Code:
+    """Integers for a reading; of patterns only those `select`ed, by flat index over what they are
+    many by (layer * heads + head).
+
+    An attention pattern with limits (0, x) or (-x, x) that it keeps to is off by at most half a
+    code, which is |v| / 254 or less for |v| near x: x / 254, for the two-sided x / 127. What has
+    more than 4,000 values, is no index, and is 2**-10 to 65504 at its largest, is off by at most
+    2**-11 of a value or, if that is less, 2**-25. All else is exact.
+    """
+    lower = lower_triangle(reading.values, reading.axes)
+    about = {
+        "key": reading.key,
+        "axes": list(reading.axes),
+        "unit": reading.unit,
+        "shape": list(reading.values.shape),
+        "limits": _limits(reading.limits),
+        "labels": {axis: list(names) for axis, names in reading.labels.items()},
+    }
+    if reading.texts is not None:
+        about["texts"] = reading.texts.ravel().tolist()
+    return _code(about, reading.values if lower is None else lower, lower is not None, select)
+
+
+def code_lower(
+    key: str, stored: Mapping[str, Any], lower: np.ndarray, select: Sequence[int] | None = None
+) -> Code:
+    """The same from a store: what `Store.about` says of it, and `Store.lower`."""
+    about = {
+        "key": key,
+        "axes": list(stored["axes"]),
+        "unit": stored["unit"],
+        "shape": list(stored["shape"]),
+        "limits": _limits(stored["limits"]),
+        "labels": {axis: list(names) for axis, names in stored["labels"].items()},
+    }
+    return _code(about, lower, True, select)
+
+
+def _code(
+    about: dict[str, Any], values: np.ndarray, tril: bool, select: Sequence[int] | None
+) -> Code:
+    if select is not None:
+        assert is_pattern(about["axes"])
+        each = values.shape[-1] if tril else values.shape[-1] * values.shape[-2]
+        values = values.reshape(-1, each)[list(select)]
+    values = values.astype(np.float32, copy=False).ravel()
+    about |= {"type": "f32", "tril": tril}
+    if select is not None:
+        about["select"] = [int(place) for place in select]
+    low, high = _range(values)
+    scale = _scale(about, low, high)
+    if scale is not None:
+        signed = about["limits"][0] != 0
+        about |= {"type": "u8", "scale": scale, "signed": signed}
+        payload = _bytes_of(values, scale, signed)
+    elif _fits_half(about, values, low, high):
+        about["type"] = "f16"
+        # numpy converts what is below 2**-14 in software, ten times slower than torch.
+        payload = torch.from_numpy(np.array(values)).half().numpy().view(np.uint16)
+    else:
+        payload = np.ascontiguousarray(values).view(np.uint32)
+    return Code(about, payload)
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest value that is a number; 0 where there is none."""
+    if not values.size:
+        return 0.0, 0.0
+    low, high = float(values.min()), float(values.max())
+    if math.isnan(low):
+        numbers = values[~np.isnan(values)]
+        return (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 0.0)
+    return low, high
+
+
+def _limits(limits: Sequence[float] | None) -> list[float | None] | None:
+    return None if limits is None else [float(x) if math.isfinite(x) else None for x in limits]
+
+
+def _scale(about: Mapping[str, Any], low: float, high: float) -> float | None:
+    """The scale of a pattern that goes into a byte a number; None where it does not."""
+    if not is_pattern(about["axes"]) or about["limits"] is None:
+        return None
+    least, most = about["limits"]
+    if least is None or most is None or most <= 0 or least not in (0, -most):
+        return None
+    # Limits are those of the colours. What is beyond them by more than rounding stays as it is.
+    room = most * 1e-3
+    return most if least - room <= low and high <= most + room else None
+
+
+def _bytes_of(values: np.ndarray, scale: float, signed: bool) -> UInt8[np.ndarray, " n"]:
+    x = np.abs(values)
+    x *= np.float32(1 / scale)
+    np.sqrt(x, out=x)
+    np.minimum(x, 1, out=x)
+    if signed:
+        np.copysign(x, values, out=x)
+        x *= 127
+        x += 127.5
+    else:
+        x *= 254
+        x += 0.5
+    unknown = np.isnan(x)
+    if unknown.any():
+        x[unknown] = 255
+    return x.astype(np.uint8)
+
+
+def _fits_half(about: Mapping[str, Any], values: np.ndarray, low: float, high: float) -> bool:
+    if values.size <= _FEW or about["unit"] == "index":
+        return False
+    largest = max(-low, high)
+    if math.isinf(largest):
+        finite = np.abs(values[np.isfinite(values)])
+        largest = float(finite.max(initial=0))
+    # float16 keeps 2**-24 and no less: small numbers, as those of an adapter just begun, would go.
+    return largest == 0 or 2**-10 <= largest < _LARGEST_HALF
+
+
+class Track:
+    """Turns the codes of one step after another into parts, against the step before.
+
+    With `deltas` False each step stands by itself.
+    """
+
+    def __init__(self, *, deltas: bool = True) -> None:
+        self._deltas = deltas
+        self._before: dict[str, tuple[Code, int]] = {}
+
+    def part(self, coded: Code, *, blob: bool | None = None) -> Part:
+        """The part of this reading; `blob` says whether it has one of its own, by default those
+        that are large. Of those every twentieth is no difference: a jump costs at most twenty."""
+        if blob is None:
+            blob = coded.payload.size > LARGE
+        about, payload = coded.about, coded.payload
+        before, since = self._before.get(coded.key, (None, 0))
+        same = before is not None and before.about == about
+        delta = same and not (blob and since + 1 == _KEY_FRAME_EVERY)
+        if self._deltas:
+            self._before[coded.key] = (coded, since + 1 if delta else 0)
+        entry = {"key": coded.key, "same": True} if same else dict(about)
+        entry["delta"] = delta
+        if delta:
+            assert before is not None
+            payload = payload - before.payload
+        content = _planes(payload)
+        return Part(entry, _deflate_noise(content) if blob else content, blob)
+
+
+def _planes(payload: np.ndarray) -> bytes:
+    width = payload.dtype.itemsize
+    little = payload.astype(payload.dtype.newbyteorder("<"), copy=False)
+    return little.view(np.uint8).reshape(-1, width).T.tobytes()
+
+
+def _deflate_noise(content: bytes) -> bytes:
+    """Deflated without looking for repetitions, of which attention has none but runs: fifteen
+    times faster than level 6, and smaller for differences."""
+    sizes = [_deflate(content, 6, how) for how in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)]
+    return min(sizes, key=len)
+
+
+def _deflate(content: bytes, level: int, how: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    stream = zlib.compressobj(level, zlib.DEFLATED, -15, 9, how)
+    return stream.compress(content) + stream.flush()
+
+
+def blobs(parts: Iterable[Part]) -> list[str]:
+    """A step in base64: what holds the entries and the small payloads, then the large ones."""
+    entries, payloads, large, at = [], [], [], 0
+    for part in parts:
+        if part.blob:
+            entries.append({**part.entry, "blob": len(large)})
+            large.append(part.content)
+        else:
+            entries.append({**part.entry, "at": at})
+            filled = part.content + bytes(-len(part.content) % 4)
+            payloads.append(filled)
+            at += len(filled)
+    text = _json(entries)
+    head = struct.pack("<I", len(text)) + text
+    small = _deflate(b"".join([head, bytes(-len(head) % 4), *payloads]), 6)
+    return [base64.b64encode(blob).decode("ascii") for blob in (small, *large)]
+
+
+def _json(entries: Any) -> bytes:
+    return json.dumps(entries, separators=(",", ":"), allow_nan=False).encode("ascii")

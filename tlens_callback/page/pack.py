@@ -1,0 +1,129 @@
+"""A whole store as the text of one HTML file, within a bound: what had to go is said on it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tlens_callback.page.encode import Part, Track, blobs, code
+from tlens_callback.page.template import html, step_element, title_of
+from tlens_callback.page.thin import evenly, is_bulky, thin
+
+if TYPE_CHECKING:
+    from tlens_callback.store.store import Store
+
+_FOR_NOTES = 4000
+"""Bytes kept free for the notes, which are known last."""
+
+
+def page(store: "Store", *, most_bytes: int = 15_000_000, view: str = "") -> str:
+    """One HTML file with all complete steps of a store.
+
+    If that takes more than `most_bytes` (of UTF-8), attention patterns, and readings of more than
+    4,000 numbers, are there at fewer steps: the first, the last, evenly between, at those with
+    events where they are near. If that would leave fewer than 20 steps, patterns are there of
+    fewer heads: those of the largest change since the first step and of the largest head scores, a
+    head of each in turn. Then come fewer steps, then none. All else stays, unless it is more than
+    `most_bytes` by itself: then the page has fewer steps. The page says each of these.
+
+    `view` is what it shows where its address says nothing, in the words of an address:
+    "step=1&other=0&change=1". Choosing something in the page writes these words into its address.
+
+    Holds the text, what it is made of and a step's patterns in memory, never those of all steps.
+
+    Raises:
+        ValueError: for a store without a complete step, or where not even the small readings of
+            its first and last step fit.
+    """
+    steps, torn = store.steps, store.torn
+    if not steps:
+        raise ValueError(f"{store.path} has no complete step: there is nothing to show yet.")
+    room = most_bytes - len(_html(store, [], [], view).encode()) - _FOR_NOTES
+    fits = _fitting(store, steps, room)
+    if fits is None:
+        raise ValueError(
+            f"most_bytes={most_bytes} is too few for {store.path}: the page without data and the "
+            f"small readings of its first and last step take more. Give more."
+        )
+    chosen, small = fits
+    # What is measured part by part comes out a little different in one piece.
+    for share in (0.99, 0.9, 0.5):
+        kept = thin(store, chosen, int((room - small) * share))
+        notes = [*_about_steps(steps, chosen, torn, most_bytes), *kept.notes]
+        if kept.notes:
+            notes.append(
+                f"That keeps the page within {most_bytes / 1e6:,.3g} MB. All of it is in the store."
+            )
+        text = _html(store, notes, list(_elements(store, chosen, kept.parts)), view)
+        if len(text.encode()) <= most_bytes:
+            return text
+    raise AssertionError(f"{len(text.encode())} bytes, not {most_bytes}")
+
+
+def _html(store: "Store", notes: Sequence[str], elements: Sequence[str], view: str) -> str:
+    about = {
+        "title": title_of(store.path),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "live": False,
+        "view": view,
+        "notes": notes,
+    }
+    return html(about, elements)
+
+
+def _elements(
+    store: "Store", steps: Sequence[int], parts: Mapping[tuple[int, str], Part]
+) -> Iterator[str]:
+    """The element of each step: its small readings, and those of the bulky ones that are given."""
+    track = Track()
+    for step in steps:
+        about = store.about(step)
+        bulky = {key for key in about if is_bulky(about[key]["axes"], about[key]["shape"])}
+        here = {r.key: r for r in store.readings(step, about.keys() - bulky)}
+        yield step_element(
+            step,
+            blobs(
+                parts[step, key] if key in bulky else track.part(code(here[key]))
+                for key in about
+                if key not in bulky or (step, key) in parts
+            ),
+        )
+
+
+def _fitting(store: "Store", steps: Sequence[int], room: int) -> tuple[list[int], int] | None:
+    """The steps whose small readings fit, all if they do, and how many letters they take."""
+    chosen = list(steps)
+    events: set[int] = set()
+    while True:
+        size = done = 0
+        for element in _elements(store, chosen, {}):
+            size += len(element)
+            if size > room:
+                break
+            done += 1
+        else:
+            return chosen, size
+        if len(chosen) <= 2:
+            return None
+        if not events:
+            events = {
+                s for s in steps if any(a["unit"] == "event" for a in store.about(s).values())
+            }
+        chosen = evenly(steps, max(2, int(done * 0.95)), events)
+
+
+def _about_steps(
+    steps: Sequence[int], chosen: Sequence[int], torn: Sequence[int], most_bytes: int
+) -> list[str]:
+    notes = []
+    if torn:
+        names = ", ".join(map(str, torn[:10])) + (", ..." if len(torn) > 10 else "")
+        notes.append(
+            f"{len(torn)} of {len(steps) + len(torn)} steps are cut short in the store, and not "
+            f"here: {names}."
+        )
+    if len(chosen) < len(steps):
+        notes.append(
+            f"This page has {len(chosen)} of {len(steps)} steps: even without attention patterns "
+            f"all of them take more than {most_bytes / 1e6:,.3g} MB."
+        )
+    return notes

@@ -1,0 +1,228 @@
+"""What of the attention patterns of a run fits into a page, if not all of them do."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tlens_callback.page.encode import Part, Track, code, code_lower
+from tlens_callback.page.heads import Place, Scores, in_turn, is_score, places, take_largest
+from tlens_callback.store.triangle import is_pattern
+
+if TYPE_CHECKING:
+    from tlens_callback.store.store import Store
+
+_FEW_STEPS, _FEW_HEADS = 20, 8
+"""Fewer than these are kept only where neither steps nor heads can be given up any more."""
+
+_MANY = 4_000
+_TRIALS, _LOOKS = 8, 8
+
+
+def is_bulky(axes: Sequence[str], shape: Sequence[int]) -> bool:
+    """Whether a reading may be left out at some steps: patterns, and what has more than 4,000
+    numbers."""
+    return is_pattern(axes) or math.prod(shape) > _MANY
+
+
+def evenly(steps: Sequence[int], most: int, wanted: Collection[int] = ()) -> list[int]:
+    """At most so many of the steps: first, last, evenly between; each but these two gives its place
+    to one of the `wanted` that is nearer to it than to the others."""
+    if most >= len(steps):
+        return list(steps)
+    chosen = [round(i * (len(steps) - 1) / max(most - 1, 1)) for i in range(most)]
+    for place in (i for i, step in enumerate(steps) if step in wanted):
+        nearest = min(range(most), key=lambda i: abs(chosen[i] - place))
+        if 0 < nearest < most - 1 and steps[chosen[nearest]] not in wanted:
+            chosen[nearest] = place
+    return sorted(steps[i] for i in set(chosen))
+
+
+@dataclass
+class Kept:
+    """What fits: a part by step and key, and a sentence for each thing that had to go."""
+
+    parts: dict[tuple[int, str], Part] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def thin(store: "Store", steps: Sequence[int], room: int) -> Kept:
+    """As many of the bulky readings of these steps as `room` bytes of page hold."""
+    run = _Bulky(store, steps)
+    if not run.steps_of:
+        return Kept()
+    share, fits, fails = 1.0, 0.0, math.inf
+    kept: Kept | None = None
+    for _ in range(_TRIALS):
+        plan = run.plan(share)
+        if plan is None:
+            break
+        found, size = run.trial(*plan, room)
+        if found is not None:
+            kept, fits = Kept(found, run.notes(*plan)), share
+            goal = min(1.0, share * room / max(size, 1) * 0.95, (share + fails) / 2)
+            if size > 0.8 * room or run.plan(goal) == plan:
+                break
+        else:
+            fails = share
+            # The first step is dearer than those that follow, so that this is rather too little.
+            goal = (fits + share) / 2 if kept else share * room / size * 0.95
+        share = goal
+    return kept or Kept(notes=run.notes(0, 0))
+
+
+class _Bulky:
+    """The bulky readings of some steps of a store."""
+
+    def __init__(self, store: "Store", steps: Sequence[int]) -> None:
+        self._store = store
+        self.steps_of: dict[str, list[int]] = {}
+        self._weight: dict[str, int] = {}
+        self._patterns: set[str] = set()
+        self._scores: dict[str, list[int]] = {}
+        self._events: set[int] = set()
+        heads: dict[Place, None] = {}
+        for step in steps:
+            for key, about in store.about(step).items():
+                axes, shape = about["axes"], about["shape"]
+                if about["unit"] == "event":
+                    self._events.add(step)
+                if is_score(axes, about["unit"]) and not key.endswith("_spread"):
+                    self._scores.setdefault(key, []).append(step)
+                if not is_bulky(axes, shape):
+                    continue
+                self.steps_of.setdefault(key, []).append(step)
+                self._weight[key] = math.prod(shape)
+                if is_pattern(axes):
+                    self._patterns.add(key)
+                    heads.update(dict.fromkeys(_heads(about)))
+        self._most = max(map(len, self.steps_of.values()), default=0)
+        self._heads = list(heads)
+        self._order: list[Place] | None = None
+        self._ranked_by: list[str] = []
+
+    def plan(self, share: float) -> tuple[int, int] | None:
+        """Numbers of steps and of heads that are about this share of all: steps go first, down to
+        20, then heads, down to 8, then steps, then heads. None where nothing is left."""
+        steps, heads = self._most, max(len(self._heads), 1)
+        amount = share * steps * heads + 1e-6
+        few_steps, few_heads, two = min(steps, _FEW_STEPS), min(heads, _FEW_HEADS), min(steps, 2)
+        if amount >= few_steps * heads:
+            return int(amount / heads), heads
+        if amount >= few_steps * few_heads:
+            return few_steps, int(amount / few_steps)
+        if amount >= two * few_heads:
+            return int(amount / few_heads), few_heads
+        return (two, int(amount / two)) if amount >= two else None
+
+    def trial(
+        self, n_steps: int, n_heads: int, room: int
+    ) -> tuple[dict[tuple[int, str], Part] | None, float]:
+        """The parts of so many steps and heads, and how many bytes they take: None and about how
+        many where that is more than `room`."""
+        chosen = self._choose(n_steps)
+        heads = None if n_heads >= len(self._heads) else set(self._ranked()[:n_heads])
+        total = sum(self._weight[key] * len(steps) for key, steps in chosen.items())
+        parts: dict[tuple[int, str], Part] = {}
+        track, size, done = Track(), 0.0, 0
+        for step in sorted(set().union(*chosen.values())):
+            keys = [key for key, steps in chosen.items() if step in steps]
+            for key, about, lower in self._store.stored(step, keys):
+                select = None
+                if heads is not None and key in self._patterns and (at := _heads(about)):
+                    select = [i for i, place in enumerate(at) if place in heads]
+                if lower is None:
+                    coded = code(self._store.reading(key, step), select)
+                else:
+                    coded = code_lower(key, about, lower, select)
+                part = parts[step, key] = track.part(coded)
+                size += part.size
+                done += self._weight[key]
+                if size > room:
+                    return None, size * total / done
+        return parts, size
+
+    def notes(self, n_steps: int, n_heads: int) -> list[str]:
+        """A sentence for each thing that is not there with so many steps and heads."""
+        groups: dict[tuple[bool, int, int], list[str]] = {}
+        chosen = self._choose(n_steps)
+        for key, steps in self.steps_of.items():
+            kind = (key in self._patterns, len(chosen[key]), len(steps))
+            groups.setdefault(kind, []).append(key)
+        notes = []
+        for (patterns, here, steps), keys in groups.items():
+            what = "Attention patterns" if patterns else "Readings of more than 4,000 numbers"
+            what = f"{what} ({named(keys)})"
+            if not here:
+                notes.append(f"{what} are not here: there is no room for them.")
+            elif here < steps:
+                notes.append(
+                    f"{what} are here at {here} of {steps} steps: the first, the last, and evenly "
+                    f"between, or at a step near by that has an event."
+                )
+        if 0 < n_heads < len(self._heads):
+            which = (
+                f"those that are first by {', '.join(self._ranked_by)}, one of each in turn"
+                if self._ranked_by
+                else "the first of them, since nothing that was measured tells them apart"
+            )
+            notes.append(
+                f"Attention patterns are here of {n_heads} of {len(self._heads)} heads: {which}."
+            )
+        return notes
+
+    def _choose(self, n_steps: int) -> dict[str, list[int]]:
+        """Key -> its steps that are kept: of each the same share, but two at least."""
+        if not n_steps:
+            return {key: [] for key in self.steps_of}
+        return {
+            key: evenly(steps, max(2, round(len(steps) * n_steps / self._most)), self._events)
+            for key, steps in self.steps_of.items()
+        }
+
+    def _ranked(self) -> list[Place]:
+        """All heads, the most telling first."""
+        if self._order is None:
+            rankings: dict[str, Scores] = {"change of the pattern since its first step": {}}
+            (change,) = rankings.values()
+            for key in self._patterns:
+                self._take_changes(key, change)
+            for key, steps in self._scores.items():
+                scores = rankings[key] = {}
+                for step in steps:
+                    take_largest(scores, self._store.reading(key, step))
+            told = {name: of for name, of in rankings.items() if len(set(of.values())) > 1}
+            self._ranked_by = list(told)
+            heads = set(self._heads)
+            order = dict.fromkeys([*in_turn(told.values()), *self._heads])
+            self._order = [place for place in order if place in heads]
+        return self._order
+
+    def _take_changes(self, key: str, into: Scores) -> None:
+        """Mean absolute difference of each head's pattern to the first, the largest of a few."""
+        first = None
+        for step in evenly(self.steps_of[key], _LOOKS + 1):
+            reading = self._store.reading(key, step)
+            at = places(reading.axes, reading.values.shape, reading.labels)
+            if not at:
+                return
+            values = reading.values.reshape(len(at), -1)
+            if first is None:
+                first = values
+            if first.shape != values.shape:
+                continue
+            for place, value in zip(at, np.abs(values - first).mean(-1).tolist(), strict=True):
+                into[place] = max(into.get(place, 0.0), value)
+
+
+def named(keys: Collection[str], most: int = 4) -> str:
+    """The instruments and measures of keys, the first few."""
+    names = list(dict.fromkeys("/".join(key.split("/")[:2]) for key in keys))
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _heads(about: Mapping[str, Any]) -> list[Place]:
+    return places(about["axes"], about["shape"], about["labels"])

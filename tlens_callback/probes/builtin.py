@@ -1,0 +1,139 @@
+"""The probes that are there when the user gives none."""
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from tlens_callback.probes.batch import own_tokenizer, token_ids
+from tlens_callback.probes.probe import Probe
+
+logger = logging.getLogger("tlens_callback")
+
+
+def repeated_blocks(context: int, *, sequences: int = 4) -> list[Probe]:
+    """The built-in repeated blocks: three block lengths, `sequences` seeds each.
+
+    Several lengths, because a head that learned "attend 15 tokens back" passes for an induction
+    head at one length and at no other. All rows have about the same length, so that little is
+    padding.
+
+    Args:
+        context: longest input of the model, tokens. Short contexts get shorter blocks.
+    """
+    room = min(context, 49) - 1
+    shapes = [(max(2, room // (2 * times)), 2 * times) for times in (1, 2, 3)]
+    if len({block for block, _ in shapes}) < 3:
+        raise ValueError(
+            f"A context of {context} tokens is too short for repeated blocks of three lengths; "
+            f"give your own Probe.repeated(...)."
+        )
+    return [
+        Probe.repeated(f"repeat-{block}-{seed}", block=block, times=times, seed=seed)
+        for block, times in shapes
+        for seed in range(sequences)
+    ]
+
+
+def first_rows(
+    train_dataloader: Any, tokenizer: Any, *, context: int | None, rows: int = 2, tokens: int = 48
+) -> list[Probe]:
+    """The first rows of the training data as probes; empty where they cannot be read by index.
+
+    Reads the data set, not its loader: asking the loader for a batch would change the order of
+    the training data. A data set that draws random numbers when read finds them as they were.
+    Never raises: nobody asked for these probes.
+    """
+    dataset: Any = getattr(train_dataloader, "dataset", None)
+    if isinstance(dataset, IterableDataset):
+        return []
+    tokenizer = own_tokenizer(tokenizer)
+    probes = []
+    for i in range(rows):
+        try:
+            with _random_states_kept():
+                example = dataset[i]
+            ids = _row_ids(example, tokenizer)
+        except Exception as error:
+            logger.info("tlens: row %d of the training data makes no probe: %r", i, error)
+            continue
+        if ids:
+            probes.append(Probe(f"train-{i}", ids[: min(tokens, context or tokens)]))
+    return probes
+
+
+def training_rows(
+    train_dataloader: Any, tokenizer: Any, *, tokens: int = 128
+) -> Callable[[int], list[list[int]]] | None:
+    """A function that gives the next n rows of the training data as token ids; None where they
+    cannot be read by index.
+
+    In an order of its own, from the beginning again after the last; cut to `tokens`. Rows that
+    cannot be read are left out. Leaves the data set's loader and the random states alone.
+    """
+    dataset: Any = getattr(train_dataloader, "dataset", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return None
+    try:
+        size = len(dataset)
+    except TypeError:
+        return None
+    tokenizer = own_tokenizer(tokenizer)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
+    position = 0
+
+    def take(n: int) -> list[list[int]]:
+        nonlocal position
+        rows: list[list[int]] = []
+        for _ in range(min(2 * n, size)):
+            if len(rows) == n:
+                break
+            index, position = order[position % size], position + 1
+            try:
+                with _random_states_kept():
+                    ids = _row_ids(dataset[index], tokenizer)
+            except Exception as error:
+                logger.info("tlens: row %d of the training data is left out: %r", index, error)
+                continue
+            if ids:
+                rows.append(ids[:tokens])
+        return rows
+
+    return take
+
+
+def _row_ids(example: Any, tokenizer: Any) -> list[int]:
+    """Token ids of one example, without padding."""
+    columns = [name for name in ("input_ids", "prompt_ids") if example.get(name) is not None]
+    if not columns:
+        content = example.get("prompt", example.get("text"))
+        return token_ids(Probe("row", content), tokenizer, vocab_size=0)
+    ids = [int(token) for token in example[columns[0]]]
+    if (mask := example.get("attention_mask")) is not None:
+        return [token for token, real in zip(ids, mask, strict=True) if real]
+    pad = getattr(tokenizer, "pad_token_id", None)
+    # Where padding is also the first or the last token of a text, one of it is kept.
+    edges = (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    spare = 1 if pad in edges else 0
+    while ids[-1:] == [pad] and ids[-1 - spare :] == [pad] * (1 + spare):
+        ids.pop()
+    while ids[:1] == [pad] and ids[: 1 + spare] == [pad] * (1 + spare):
+        ids.pop(0)
+    return ids
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,86 @@
+"""`Probe`: what to ask the model."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt that is shown to the model at every observation.
+
+    Args:
+        name: last segment of the keys of its readings; unique among the probes of a run.
+        content: text; or chat messages (`[{"role": "user", "content": "..."}]`, put through the
+            tokenizer's own chat template); or token ids.
+        target: the token that training should make more likely after the last token: a string
+            that is exactly one token (mind the leading space), or a token id.
+        foil: the token to compare the target with.
+
+    A repeated random block, the standard stimulus for induction heads, is made by
+    `Probe.repeated`.
+    """
+
+    name: str
+    content: str | Sequence[Mapping[str, str]] | Sequence[int] = ()
+    target: str | int | None = None
+    foil: str | int | None = None
+    block: int | None = None
+    times: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or "/" in self.name:
+            raise ValueError(f"A probe needs a name without '/', got {self.name!r}.")
+        for role in ("target", "foil"):
+            token = getattr(self, role)
+            if isinstance(token, bool) or not isinstance(token, str | SupportsIndex | None):
+                raise ValueError(
+                    f"The {role} of probe {self.name!r} is a string or a token id, got {token!r}."
+                )
+        if self.foil is not None and self.target is None:
+            raise ValueError(
+                f"Probe {self.name!r} has a foil but no target; the logit difference needs both."
+            )
+        if self.block is not None:
+            if len(self.content) > 0:
+                raise ValueError(f"Probe {self.name!r} has both content and a random block.")
+            if self.block < 2 or self.times < 2:
+                raise ValueError(
+                    f"Probe {self.name!r}: a repeated block needs block >= 2 and times >= 2, "
+                    f"got block={self.block}, times={self.times}."
+                )
+            return
+        content: Any = self.content
+        if not isinstance(content, str):
+            content = content.tolist() if hasattr(content, "tolist") else content
+            object.__setattr__(self, "content", _checked(self.name, content))
+        if not (content.strip() if isinstance(content, str) else self.content):
+            raise ValueError(
+                f"Probe {self.name!r} is empty. Give text, chat messages or token ids, or use "
+                f"Probe.repeated({self.name!r}, block=16)."
+            )
+
+    @classmethod
+    def repeated(cls, name: str, *, block: int, times: int = 2, seed: int = 0) -> "Probe":
+        """`[BOS, r_1..r_block, r_1..r_block, ...]`: distinct random tokens, `times` times over.
+
+        The tokens depend on `seed`, `block` and the vocabulary only; no global random state is
+        read or changed. A tokenizer without a BOS token gets its EOS token in front instead.
+        """
+        return cls(name, block=block, times=times, seed=seed)
+
+
+def _checked(name: str, content: Any) -> tuple[Any, ...]:
+    """Chat messages or token ids, as a tuple."""
+    try:
+        parts = tuple(content)
+        if all(isinstance(part, Mapping) and "role" in part for part in parts):
+            return parts
+        return tuple(operator.index(part) for part in parts)
+    except TypeError:
+        raise ValueError(
+            f"Probe {name!r} is text, chat messages ([{{'role': ..., 'content': ...}}, ...]) or "
+            f"token ids ([1, 2, ...]), got {content!r}."
+        ) from None

@@ -1,0 +1,116 @@
+"""What instruments keep from earlier observations, beside each checkpoint of the training run."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.store.atomic import write_whole
+
+Memories = Mapping[str, dict[str, Tensor]]
+"""Name of an instrument -> its `memory`."""
+
+logger = logging.getLogger("tlens_callback")
+
+
+def memories(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
+    """The memories of those instruments that have one, by name."""
+    return {
+        getattr(thing, "name"): memory  # noqa: B009
+        for thing in things
+        if isinstance(memory := getattr(thing, "memory", None), dict)
+    }
+
+
+def marks(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:
+    """What has to be equal for a comparison with earlier observations to mean something.
+
+    Args:
+        run: what tells a checkpoint from those of other training runs.
+    """
+    rows = zip(batch.tokens.tolist(), batch.lengths, strict=True)
+    probes = [(probe.name, row[:n]) for probe, (row, n) in zip(batch.probes, rows, strict=True)]
+    return {
+        "another training run": hashlib.sha256(run.encode()).hexdigest(),
+        "other probes": hashlib.sha256(repr(probes).encode()).hexdigest(),
+        "another precision": str(dtype),
+    }
+
+
+def check(of: Memories) -> None:
+    """A memory holds tensors, so that it can be kept.
+
+    Raises:
+        ValueError: where an instrument remembers something else than tensors.
+    """
+    for name, memory in of.items():
+        if wrong := [key for key, value in memory.items() if not isinstance(value, Tensor)]:
+            raise ValueError(
+                f"{name!r} has a {type(memory[wrong[0]]).__name__} in its memory, as {wrong[0]!r}; "
+                f"a memory holds tensors."
+            )
+
+
+def keep(path: Path, of: Memories, about: Mapping[str, str]) -> None:
+    """Writes the memories to a file, whole or not at all; none where nobody remembers a thing.
+
+    Args:
+        about: `marks`.
+
+    Raises:
+        OSError: a full disk, say.
+        ValueError: as `check`.
+    """
+    check(of)
+    # Copied: safetensors refuses tensors that share storage.
+    tensors = {
+        f"{name}/{key}": tensor.detach().to("cpu", copy=True).contiguous()
+        for name, memory in of.items()
+        for key, tensor in memory.items()
+    }
+    if tensors:
+        write_whole(path, save(tensors, metadata=dict(about)))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def recall(
+    path: Path, of: Memories, about: Mapping[str, str], device: torch.device
+) -> frozenset[str]:
+    """Fills the memories from a file, as far as it has them; returns the names of those it has.
+
+    Says so where it cannot: without the file, or where it is of another run, of other probes or
+    another precision, what is measured against the first observation is measured against the first
+    after resuming.
+    """
+    if not of:
+        return frozenset()
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            known = file.metadata() or {}
+            other = [what for what, mark in about.items() if known.get(what) != mark]
+            found = {} if other else {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        logger.warning(
+            "tlens: the first observation of the run that is resumed is not in %s (%s), so changes "
+            "are measured from here on. Where the checkpoint is in another directory, say so in "
+            "TrainingArguments(resume_from_checkpoint=...) too.",
+            *(path, error),
+        )
+        return frozenset()
+    if other:
+        logger.warning(
+            "tlens: %s is of %s, so changes are measured from here on.",
+            *(path, " and ".join(other)),
+        )
+    for key, tensor in found.items():
+        name, _, own = key.partition("/")
+        if name in of:
+            of[name][own] = tensor
+    return frozenset(key.partition("/")[0] for key in found)

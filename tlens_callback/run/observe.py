@@ -1,0 +1,118 @@
+"""`observe`: look once. One forward pass serves all instruments."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tlens_callback.interfaces import Instrument
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow.shadow import parts
+
+_SMALL = 2**18
+"""Elements of a tensor that is handed over beside others."""
+
+
+def observe(
+    shadow: Shadow,
+    batch: ProbeBatch,
+    instruments: Sequence[Instrument],
+    *,
+    on_error: Callable[[Instrument, Exception], None] | None = None,
+) -> list[Reading]:
+    """Runs the probes through the shadow once and returns what the instruments read.
+
+    The shadow is taken as it is; `shadow.sync()` first brings it up to the live model. Reductions
+    run on the shadow's device inside the forward pass; their results leave it together.
+
+    Args:
+        on_error: takes an instrument that raised, and what; the others go on. None raises, but
+            for an `optional` instrument that has nothing to measure here, which is left out.
+
+    Raises:
+        ValueError: where two readings have one key.
+    """
+    failed: set[int] = set()
+
+    def fail(i: int, error: Exception) -> None:
+        failed.add(i)
+        if on_error is not None:
+            on_error(instruments[i], error)
+        elif not (isinstance(error, ValueError) and getattr(instruments[i], "optional", False)):
+            raise error
+
+    taps: list[Mapping[str, Reduce]] = []
+    for i, instrument in enumerate(instruments):
+        try:
+            taps.append(instrument.taps(shadow, batch))
+        except Exception as error:
+            taps.append({})
+            fail(i, error)
+    taken = _hand_over(shadow.run(batch, taps, on_error=fail))
+    readings: list[Reading] = []
+    seen: set[str] = set()
+    for i, (instrument, got) in enumerate(zip(instruments, taken, strict=True)):
+        if i in failed:
+            continue
+        try:
+            fresh = list(instrument.read(got, shadow, batch))
+            keys = [reading.key for reading in fresh]
+            if other := [key for key in keys if not key.startswith(f"{instrument.name}/")]:
+                raise ValueError(
+                    f"The reading {other[0]!r} is not named after its instrument; its key begins "
+                    f"with '{instrument.name}/'."
+                )
+            if twice := [key for n, key in enumerate(keys) if key in seen or key in keys[:n]]:
+                raise ValueError(
+                    f"Two readings have the key {twice[0]!r}; give the instruments or their "
+                    f"measures different names."
+                )
+        except Exception as error:
+            fail(i, error)
+            continue
+        seen.update(keys)
+        readings += fresh
+    return readings
+
+
+def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
+    """Everything to the CPU, and there floating point to float32."""
+    flat = [t for got in taken for value in got.values() for t in parts(value)]
+    there = iter([t.float() if t.is_floating_point() else t for t in _to_cpu(flat)])
+    return [
+        {
+            name: tuple(next(there) for _ in value) if isinstance(value, tuple) else next(there)
+            for name, value in got.items()
+        }
+        for got in taken
+    ]
+
+
+def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    """From a GPU through pinned memory, with one wait for the device in all.
+
+    Small tensors travel side by side, one copy a dtype; a large one by itself, since to lay it
+    beside others would take its size once more on the device.
+    """
+    moved: list[Tensor] = [t.cpu() if t.device.type != "cuda" else t for t in tensors]
+    far = [i for i, t in enumerate(moved) if t.device.type == "cuda"]
+    small = [i for i in far if moved[i].numel() <= _SMALL]
+    for dtype in {moved[i].dtype for i in small}:
+        which = [i for i in small if moved[i].dtype == dtype]
+        line = _pinned(torch.cat([moved[i].flatten() for i in which]))
+        sizes = [moved[i].numel() for i in which]
+        for i, part in zip(which, line.split(sizes), strict=True):
+            moved[i] = part.view(moved[i].shape)
+    for i in set(far).difference(small):
+        moved[i] = _pinned(moved[i])
+    if far:
+        torch.cuda.current_stream(tensors[far[0]].device).synchronize()
+    return moved
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, there once the stream has been waited for."""
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return there.copy_(tensor, non_blocking=True)

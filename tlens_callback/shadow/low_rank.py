@@ -1,0 +1,46 @@
+"""The low-rank updates that LoRA adapters add to the live model's weights, as their factors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlens_callback.shadow.shadow import Shadow
+from tlens_callback.shadow.weights import low_rank_update
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankUpdate:
+    """What the active adapters add to one matrix: `b @ a`.
+
+    Attributes:
+        name: of the module, as a plain model of the live one's class names it.
+        weight: the live matrix without the update, [out, in]; not to be written to.
+        b: the scaling (alpha / r, or alpha / sqrt(r) for rsLoRA) folded in; float32 or wider.
+        a: as the adapter keeps it. With several active adapters their ranks stand side by side.
+        transposed: the module keeps the weight as [in, out] (Conv1D, embeddings), and so is
+            `weight`.
+    """
+
+    name: str
+    weight: Float[Tensor, "row column"]
+    b: Float[Tensor, "out rank"]
+    a: Float[Tensor, "rank in"]
+    transposed: bool
+
+
+@torch.no_grad()
+def low_rank_updates(shadow: Shadow) -> Iterator[LowRankUpdate]:
+    """The low-rank updates of the live model that `shadow` follows, in the order of its modules.
+
+    Plain LoRA on linear layers, Conv1D and embeddings, whatever its initialisation. Left out are
+    tuners whose effect is no such product alone (DoRA, LoRA with a bias of its own, LoHa, OFT, IA3
+    ...), adapters on stacked experts, and adapters that are disabled or merged into the live weight
+    at the moment.
+    """
+    for path, module in shadow.mirror.live_modules():
+        found = low_rank_update(module)
+        if found is not None:
+            yield LowRankUpdate(path, *found)

@@ -1,0 +1,239 @@
+"""`Mirror`: a module tree of the live model's class that holds its weights, adapters merged."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from tlens_callback.shadow.weights import adapted_leaves, fill, innermost, live_leaves, resolve
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One parameter of the model as it computes.
+
+    Attributes:
+        name: as a plain model of the live one's class names it.
+        value: the effective value, on the mirror's device and in its dtype: with adapters merged.
+        live: the live model's parameter, without adapters.
+        trained: whether training changes the effective value: the live parameter is trained, or an
+            adapter on it.
+    """
+
+    name: str
+    value: Tensor
+    live: nn.Parameter
+    trained: bool
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the parameters of one module come from; each name is in one mapping, or is tied."""
+
+    path: str
+    live: nn.Module
+    adapted: frozenset[str]
+    own: dict[str, Tensor] = field(default_factory=dict)
+    """Changed by an adapter: storage of the mirror's, filled with the merged weight."""
+    aliased: dict[str, int] = field(default_factory=dict)
+    """The live tensor itself, and where its data stood when it was borrowed."""
+    copied: dict[str, Tensor] = field(default_factory=dict)
+    """The live tensor's values on another device or in another dtype."""
+    stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of each copied live tensor: where its data stood and how often it had been written."""
+
+
+class Mirror:
+    """An empty model of the live one's class, filled with aliased, owned and copied tensors.
+
+    Args:
+        base: the live model, as `weights.unwrap` returns it.
+        device, dtype: of the mirror; None: the live model's.
+
+    Attributes:
+        module: the tree.
+        device, dtype: where it is, and in which precision most of it is.
+        coarsest: the live model's dtype of lowest precision.
+        mixed: whether the live model computes with parameters of several dtypes, for which
+            trainers use autocast. The mirror copies what is not of the common dtype into it,
+            except where the model's class keeps a module in float32 by design.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, base: PreTrainedModel, *, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        self.module = _skeleton(base)
+        self.device = device or next(base.parameters()).device
+        by_design = {
+            *(getattr(base, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(base, "_keep_in_fp32_modules_strict", None) or ()),
+        }
+        paths = [path for path, _ in self.module.named_modules(remove_duplicate=False)]
+        live = {path: resolve(base, path) for path in paths}
+        sizes: Counter[torch.dtype] = Counter()
+        for path, module in live.items():
+            if not by_design.intersection(path.split(".")):
+                for leaf in live_leaves(module).values():
+                    sizes[leaf.dtype] += leaf.numel()
+        self.mixed = len(sizes) > 1
+        self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
+        self.dtype = dtype or sizes.most_common(1)[0][0]
+        self._held: list[Tensor] = []
+        self._sources: list[_Source] = []
+        tied: dict[tuple[int, ...], nn.Parameter] = {}
+        for path, module in self.module.named_modules(remove_duplicate=False):
+            _borrow_buffers(module, live[path], self.device)
+            names = [name for name, p in module._parameters.items() if p is not None]
+            if not names:
+                continue
+            leaves = live_leaves(live[path])
+            source = _Source(path, live[path], adapted_leaves(live[path]))
+            kept = dtype is None and by_design.intersection(path.split("."))
+            for name in names:
+                origin = leaves[name]
+                wanted = origin.dtype if kept else self.dtype
+                # Tied weights stay one parameter, unless an adapter on one of them parts them.
+                key = (origin.data_ptr(), *origin.shape)
+                if name in source.adapted:
+                    parameter = self._own(source, name, origin, wanted)
+                elif key in tied:
+                    parameter = tied[key]
+                else:
+                    parameter = tied[key] = self._share(source, name, origin, wanted)
+                module._parameters[name] = parameter
+            self._sources.append(source)
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        left = [name for name, tensor in tensors if tensor.is_meta]
+        assert not left, f"no source for {left}"
+
+    def _own(self, source: _Source, name: str, origin: Tensor, dtype: torch.dtype) -> nn.Parameter:
+        own = torch.empty_like(origin, dtype=dtype, device=self.device)
+        source.own[name] = own
+        self._held.append(own)
+        return nn.Parameter(own, requires_grad=False)
+
+    def _share(
+        self, source: _Source, name: str, origin: Tensor, dtype: torch.dtype
+    ) -> nn.Parameter:
+        if origin.device == self.device and origin.dtype == dtype:
+            source.aliased[name] = origin.data_ptr()
+            return nn.Parameter(origin, requires_grad=False)
+        copied = torch.empty_like(origin, dtype=dtype, device=self.device)
+        source.copied[name] = copied
+        self._held.append(copied)
+        return nn.Parameter(copied, requires_grad=False)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes held beyond the live model's own."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._held)
+
+    @property
+    def n_owned(self) -> int:
+        """Number of parameters that hold a merged weight."""
+        return sum(len(source.own) for source in self._sources)
+
+    def weights(self) -> list[Weight]:
+        """Every parameter, in the order of the modules; tied ones once."""
+        found = []
+        for source in self._sources:
+            for name, live in innermost(source.live)._parameters.items():
+                if live is None:
+                    continue
+                if name in source.own:
+                    value = source.own[name]
+                    trained = any(p.requires_grad for p in source.live.parameters())
+                elif name in source.aliased or name in source.copied:
+                    value = source.copied.get(name, live.detach())
+                    trained = live.requires_grad
+                else:  # tied to one before it
+                    continue
+                path = f"{source.path}.{name}" if source.path else name
+                found.append(Weight(path, value, live, trained))
+        return found
+
+    def live_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules with parameters, by their names in a plain model: live, adapters included."""
+        for source in self._sources:
+            yield source.path, source.live
+
+    def fits(self, base: nn.Module) -> bool:
+        """Whether each module still has the source that it was built on. After `release`: no."""
+        if not self._sources:
+            return False
+        for source in self._sources:
+            live = resolve(base, source.path)
+            if live is not source.live or adapted_leaves(live) != source.adapted:
+                return False
+            leaves = live_leaves(live)
+            if any(leaves[name].data_ptr() != at for name, at in source.aliased.items()):
+                return False
+        return True
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Brings owned and copied tensors up to the live model's current values."""
+        # The bar shows only where filling takes long: a large model, or a costly kind of adapter.
+        for source in tqdm(self._sources, desc="tlens: weights", delay=5.0, leave=False):
+            if source.own:
+                self._merge(source)
+            for name, own in source.copied.items():
+                origin = innermost(source.live)._parameters[name]
+                assert origin is not None
+                stamp = origin.data_ptr(), origin._version
+                # Some optimizers write through `.data`, which the version does not count.
+                if origin.requires_grad or source.stamps.get(name) != stamp:
+                    own.copy_(origin)
+                    source.stamps[name] = stamp
+
+    def _merge(self, source: _Source) -> None:
+        """Merges where the live tensors are: a live model may be spread over several devices."""
+        places = {name: leaf.device for name, leaf in live_leaves(source.live).items()}
+        if set(places.values()) == {self.device}:
+            fill(source.live, source.own)
+            return
+        there = {n: torch.empty_like(own, device=places[n]) for n, own in source.own.items()}
+        fill(source.live, there)
+        for name, own in source.own.items():
+            own.copy_(there[name])
+
+    def release(self) -> None:
+        """Lets go of every tensor. Bridges are cycles, which would hold them until collected."""
+        for module in self.module.modules():
+            module._parameters.clear()
+            module._buffers.clear()
+        self._sources.clear()
+        self._held.clear()
+
+
+def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
+    """An empty model of the live one's class, on the meta device, with a config of its own.
+
+    Nothing is drawn or allocated. A deep copy of the live model would not do: trainers patch
+    `forward` on the instance, and the copy's patch still calls the live model.
+    """
+    config = copy.deepcopy(base.config)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+        part.use_cache = False
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        skeleton = type(base)(config)
+    return skeleton.eval()
+
+
+def _borrow_buffers(module: nn.Module, live: nn.Module, device: torch.device) -> None:
+    """Buffers, and tensors kept as plain attributes (the unscaled rotary frequencies)."""
+    live = innermost(live)
+    for name, value in live._buffers.items():
+        if name in module._buffers and value is not None:
+            module._buffers[name] = value.detach().to(device)
+    for name, value in vars(live).items():
+        if isinstance(value, Tensor) and isinstance(vars(module).get(name), Tensor):
+            setattr(module, name, value.detach().to(device))

@@ -1,0 +1,300 @@
+"""`Shadow`: the hooked copy of a live model, kept equal to it without touching it."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CAUSAL,
+)
+
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.shadow import bridge
+from tlens_callback.shadow.mirror import Mirror
+from tlens_callback.shadow.refusals import refuse
+from tlens_callback.shadow.weights import unwrap
+
+LOGITS = "logits"
+LAST_LOGITS = "last_logits"
+_OUTPUTS = (LOGITS, LAST_LOGITS)
+
+Taken = Tensor | tuple[Tensor, ...]
+"""What one reduction returned, on the CPU, floating point numbers as float32."""
+
+Reduce = Callable[[Tensor], Taken]
+"""Runs on the device, inside the forward pass: a hook's activation in, a few numbers out."""
+
+
+class Shadow:
+    """A `TransformerBridge` that holds the live model's current, adapter-merged weights.
+
+    `TransformerBridge` is TransformerLens 4's successor of `HookedTransformer`: same hook names.
+    Its module tree is the shadow's own; the tensors in it are of two kinds. A parameter that no
+    adapter changes is *aliased*: it is the live tensor, whatever training does to it. One that an
+    adapter changes has storage of its own, filled in place by `sync`. Full fine-tuning aliases
+    everything and a sync does nothing.
+
+    The bridge is raw (no compatibility mode): weights are not folded or centred, which would
+    break the aliases.
+
+    Attributes:
+        bridge: the bridge; `bridge.blocks[0].attn.W_O`, `bridge.W_U` and so on are views.
+        hooks: every hook point by every name it has.
+        n_layers, n_heads, d_model, vocab_size: of the model.
+        context: longest input in tokens, or None where the model sets no limit.
+        device, dtype: where the shadow computes, and in which precision.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._model = model
+        # A tensor's device has an index where "cuda" has none, and the two are not equal.
+        self._device = None if device is None else torch.empty(0, device=device).device
+        self._dtype = dtype
+        self.builds = 0
+        self._build()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Shadow":
+        """The shadow of a live model: a `PreTrainedModel`, or one wrapped by PEFT, DDP or compile.
+
+        Args:
+            device: where to put the shadow. Default: beside the live model. Another device takes a
+                full copy of the weights there, and each sync moves what training changes.
+            dtype: precision of the shadow. Default: that of most live parameters. Another dtype
+                takes a full copy of the weights in it: 4 bytes a parameter for float32.
+
+        Raises:
+            ValueError: for a model that is no causal language model, that TransformerLens's bridge
+                does not know, that has no single merged weight, or that cannot be read in place
+                (quantised, sharded, offloaded ...), by name and with the reason.
+        """
+        return cls(model, device=device, dtype=dtype)
+
+    def _build(self) -> None:
+        refuse(self._model, device=self._device)
+        base = _language_model(self._model)
+        self.mirror = Mirror(base, device=self._device, dtype=self._dtype)
+        self.device, self.dtype = self.mirror.device, self.mirror.dtype
+        text = base.config.get_text_config()
+        embeddings: Any = self.mirror.module.get_input_embeddings()
+        self.vocab_size = int(embeddings.weight.shape[0])
+        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+        try:
+            self.bridge = bridge.build(self.mirror.module, self.device)
+            self._split = bridge.split_copies(self.bridge)
+            bridge.round_rotated(self.bridge, self.dtype)
+        except Exception as error:
+            raise ValueError(
+                f"TransformerLens's bridge cannot take a {type(base).__name__}: {error} "
+                f"A later version of transformer-lens may."
+            ) from error
+        cfg = self.bridge.cfg
+        self.n_layers, self.n_heads, self.d_model = cfg.n_layers, cfg.n_heads, cfg.d_model
+        self.hooks: Mapping[str, nn.Module] = dict(self.bridge.hook_dict)
+        self.builds += 1
+        self._fill()
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that the shadow holds beyond the live model's own."""
+        split = sum(own.numel() * own.element_size() for own, _, _ in self._split)
+        return self.mirror.extra_bytes + split
+
+    @property
+    def n_owned(self) -> int:
+        """Number of parameters with storage of their own, for a merged weight."""
+        return self.mirror.n_owned
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Brings the shadow up to the live model's current weights; reads it, never writes it.
+
+        Cost: for plain LoRA one pass over the adapted weights (read W, A, B; write W + sBA, rounded
+        once); nothing where all is aliased. A live model whose parameters moved to other storage
+        or whose adapters were exchanged is mapped anew.
+        """
+        if self.mirror.fits(unwrap(self._model)):
+            self._fill()
+        else:
+            self.release()
+            self._build()
+
+    def _fill(self) -> None:
+        self.mirror.fill()
+        bridge.refresh(self._split)
+
+    def release(self) -> None:
+        """Frees the shadow's memory at once; it cannot run again until a `sync`."""
+        self.mirror.release()
+        self._split.clear()
+        for module in self.bridge.modules():
+            module._parameters.clear()
+            module._buffers.clear()
+            # transformer-lens 4.3's norms keep their weight beside that, in a cycle of references.
+            held = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+            for name in held:
+                delattr(module, name)
+
+    @torch.no_grad()
+    def run(
+        self,
+        batch: ProbeBatch,
+        taps: Sequence[Mapping[str, Reduce]],
+        *,
+        on_error: Callable[[int, Exception], None] | None = None,
+    ) -> list[dict[str, Taken]]:
+        """One forward pass over the batch; the reductions run inside it, on the device.
+
+        Args:
+            taps: one mapping of hook name to reduction per instrument. Besides the names in
+                `hooks` there are "logits", [probe, pos, vocab], and "last_logits", [probe, vocab]
+                at each probe's last real token; the full logits are computed only if asked for.
+            on_error: takes the index and the exception of an instrument whose reduction failed;
+                its mapping comes back empty. None raises.
+
+        Returns:
+            Per instrument, what its reductions returned, still on the device, under the names
+            asked for and in their order.
+
+        Raises:
+            ValueError: for a name that is no hook point of this model, or one that did not fire.
+        """
+        taken: list[dict[str, Taken]] = [{} for _ in taps]
+        failed: set[int] = set()
+
+        def fail(i: int, error: Exception) -> None:
+            if on_error is None:
+                raise error
+            failed.add(i)
+            on_error(i, error)
+
+        def take(i: int, name: str, reduce: Reduce, value: Tensor) -> None:
+            if i in failed:
+                return
+            try:
+                result = reduce(value)
+                if not all(isinstance(t, Tensor) for t in parts(result)):
+                    raise ValueError(
+                        f"The reduction on {name!r} returned {type(result).__name__}; it has to "
+                        f"return a tensor or a tuple of tensors."
+                    )
+                taken[i][name] = result
+            except Exception as error:
+                fail(i, error)
+
+        plan = [(i, name, reduce) for i, tap in enumerate(taps) for name, reduce in tap.items()]
+        if not plan:
+            return taken
+        handles = []
+        try:
+            for i, name, reduce in plan:
+                if name not in _OUTPUTS and i not in failed:
+                    try:
+                        point: Any = self.hook(name)
+                    except ValueError as error:
+                        fail(i, error)
+                        continue
+                    handles.append((point, point.add_hook(partial(_listen, take, i, name, reduce))))
+            last = batch.last
+            if any(name == LOGITS or name.startswith("unembed") for _, name, _ in plan):
+                logits, at = self.logits(batch.tokens), last
+            else:
+                kept, at = torch.unique(last, return_inverse=True)
+                logits = self.logits(batch.tokens, kept)
+        finally:
+            for point, handle in handles:
+                handle.hook.remove()
+                point.fwd_hooks.remove(handle)
+        rows = torch.arange(len(at), device=at.device)
+        for i, name, reduce in plan:
+            if name in _OUTPUTS:
+                take(i, name, reduce, logits if name == LOGITS else logits[rows, at])
+        for i, name, _ in plan:
+            if i not in failed and name not in taken[i]:
+                fail(i, ValueError(f"The forward pass never reached the hook point {name!r}."))
+        return [
+            {} if i in failed else {name: got[name] for name in tap}
+            for i, (tap, got) in enumerate(zip(taps, taken, strict=True))
+        ]
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "probe pos"],
+        positions: Int[Tensor, " kept"] | None = None,
+        *,
+        grad: bool = False,
+    ) -> Float[Tensor, "probe kept vocab"]:
+        """The model's output for right-padded tokens, at all positions or at some.
+
+        Args:
+            grad: keep the graph, for `torch.autograd.grad` towards an activation that
+                `intervene.edited` made a leaf of it. No weight gets a gradient otherwise.
+
+        No attention mask: under a causal model what stands right of a token cannot reach it, and
+        the rows of padding are never read.
+        """
+        kwargs: dict[str, Any] = {}
+        if positions is not None and self._keeps_logits:
+            kwargs["logits_to_keep"] = positions
+        with torch.set_grad_enabled(grad), torch.autocast(self.device.type, enabled=False):
+            logits = self.bridge.original_model(tokens, use_cache=False, **kwargs).logits
+        return logits if positions is None or kwargs else logits[:, positions]
+
+    def hook(self, name: str) -> nn.Module:
+        """The hook point of this name.
+
+        Raises:
+            ValueError: for a name that is no hook point of this model.
+        """
+        if name not in self.hooks:
+            near = difflib.get_close_matches(name, [*self.hooks, *_OUTPUTS], n=3)
+            raise ValueError(
+                f"This model has no hook point {name!r}. "
+                + (f"Near it are {near}. " if near else "")
+                + "All of them: list(Shadow.of(model).hooks)."
+            )
+        return self.hooks[name]
+
+
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    base = unwrap(model)
+    name = type(base).__name__
+    causal = name.endswith(("ForCausalLM", "LMHeadModel")) or name in _CAUSAL.values()
+    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder or not causal:
+        raise ValueError(
+            f"A {name} is no causal language model of transformers. The probes are read from left "
+            f"to right, without the mask that others need; train a ...ForCausalLM to watch it."
+        )
+    return base
+
+
+def parts(value: Any) -> tuple[Any, ...]:
+    """What one reduction returned, as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _listen(
+    take: Callable[..., None], i: int, name: str, reduce: Reduce, value: Any, hook: Any
+) -> None:
+    """A hook that only looks: what it returns would replace the activation."""
+    del hook
+    take(i, name, reduce, value)

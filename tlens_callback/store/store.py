@@ -1,0 +1,341 @@
+"""The local store on disk: its layout, and `read_store`, which gives the readings back.
+
+    manifest.json                    format, creation time, package versions
+    arrays/step-00000100.safetensors every reading of the step, a tensor per key
+    scores/step-00000100.parquet     its small readings as a long table, for pandas
+    page/index.html, page.html       the page to look at, live and in one file; no reader needs them
+
+`pandas.read_parquet(run / "scores")` reads all steps. In a safetensors file the metadata entry
+"readings" is JSON: key -> axes, unit, labels, limits, shape, packing. With packing "tril" a tensor
+holds `values[..., rows, columns]` for `rows, columns = numpy.tril_indices(n)`; the rest is 0. A
+reading with texts has the entry "texts/<key>", a JSON list of them in the order of the values.
+
+A step is complete if and only if its scores file exists; it is written last.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from tlens_callback.reading import Reading
+from tlens_callback.store.triangle import lower_triangle
+
+if TYPE_CHECKING:
+    from tlens_callback.page.notebook import PageView
+
+FORMAT = 1
+"""Goes up when a reader would take something in a store for what it is not. An entry that older
+readers pass over, as they do "texts/<key>", leaves it where it is."""
+MANIFEST = "manifest.json"
+
+
+def arrays_file(path: Path, step: int) -> Path:
+    """Where the arrays of a step are."""
+    return path / "arrays" / f"step-{step:08d}.safetensors"
+
+
+def scores_file(path: Path, step: int) -> Path:
+    """Where the table of a step is."""
+    return path / "scores" / f"step-{step:08d}.parquet"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a file in this folder (`arrays`, `scores`), in order."""
+    names = [re.fullmatch(r"step-(\d{8,})\.\w+", p.name) for p in folder.glob("step-*")]
+    return sorted(int(name[1]) for name in names if name)
+
+
+def is_store(path: Path) -> bool:
+    """Whether the directory holds a store of this package."""
+    try:
+        return "tlens_callback" in json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
+    """One safetensors file. `exact` keeps float32 where attention would become float16."""
+    tensors: dict[str, np.ndarray] = {}
+    about: dict[str, Any] = {}
+    # Beside "readings", which is parsed whole for every question about a step.
+    texts: dict[str, str] = {}
+    for reading in readings:
+        lower = lower_triangle(reading.values, reading.axes)
+        packing = None if lower is None else "tril"
+        values = reading.values if lower is None else lower
+        if packing and not exact and np.abs(values).max(initial=0) <= 1:
+            # numpy converts what is below 2**-14 in software, ten times slower than torch.
+            values = torch.from_numpy(values).half().numpy()
+        tensors[reading.key] = np.asarray(values, order="C")
+        about[reading.key] = {
+            "axes": reading.axes,
+            "unit": reading.unit,
+            "labels": reading.labels,
+            "limits": reading.limits,
+            "shape": reading.values.shape,
+            "packing": packing,
+        }
+        if reading.texts is not None:
+            texts[_texts_of(reading.key)] = json.dumps(reading.texts.ravel().tolist())
+    return save(tensors, metadata={"readings": json.dumps(about), **texts})
+
+
+def _texts_of(key: str) -> str:
+    """The metadata entry with a reading's texts."""
+    return f"texts/{key}"
+
+
+def _unpack(key: str, values: np.ndarray, about: Mapping[str, Any], texts: str | None) -> Reading:
+    if about["packing"] == "tril":
+        full = np.zeros(about["shape"], np.float32)
+        rows, columns = np.tril_indices(full.shape[-1])
+        full[..., rows, columns] = values
+        values = full
+    limits = about["limits"]
+    return Reading(
+        key=key,
+        values=values,
+        axes=tuple(about["axes"]),
+        unit=about["unit"],
+        labels=about["labels"],
+        limits=None if limits is None else (limits[0], limits[1]),
+        texts=None if texts is None else np.array(json.loads(texts), str).reshape(about["shape"]),
+    )
+
+
+def _nearest(key: str, keys: Collection[str]) -> str:
+    """Which keys may have been meant: those most alike, or of a few all."""
+    if len(keys) <= 12:
+        return f"it has {sorted(keys)}"
+    near = get_close_matches(key, keys, n=5, cutoff=0.4)
+    return f"of its {len(keys)} keys the nearest are {near}" if near else f"it has {len(keys)} keys"
+
+
+def curve(key: str, readings: Mapping[int, Reading]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [step] and values [step, *axes] of one reading at several steps.
+
+    What a trainer logged between observations comes as it was logged: steps [update] and values
+    [update].
+    """
+    if key.startswith("trainer/"):
+        logged = {
+            int(at): value
+            for reading in readings.values()
+            for at, value in zip(reading.labels["update"], reading.values, strict=True)
+        }
+        order = sorted(logged)
+        return np.array(order, np.int64), np.array([logged[at] for at in order], np.float32)
+    if len(shapes := {r.values.shape for r in readings.values()}) > 1:
+        raise ValueError(
+            f"{key!r} changes shape between steps: {sorted(shapes)}. Ask for one reading at a time."
+        )
+    steps = np.array(list(readings), dtype=np.int64)
+    return steps, np.stack([r.values for r in readings.values()])
+
+
+def read_store(path: str | Path) -> "Store":
+    """Opens what a `LocalSink` wrote. The run may still be going on: every access looks again.
+
+    Raises:
+        ValueError: where there is no such directory, it holds no store, or a newer one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        near = sorted(p.name for p in path.parent.glob("*") if is_store(p))
+        raise ValueError(f"There is no directory {path}; stores beside it: {near}.")
+    if not is_store(path):
+        inside = sorted(p.name for p in path.glob("*"))
+        stores = [name for name in inside if is_store(path / name)]
+        raise ValueError(
+            f"{path} is not a tlens_callback store: it has no {MANIFEST} of one. "
+            + (
+                f"In it are {', '.join(repr(str(path / name)) for name in stores)}."
+                if stores
+                else f"It holds {inside[:20]}."
+            )
+        )
+    version = json.loads((path / MANIFEST).read_text())["tlens_callback"]
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(
+            f"{path} has store format {version}, this package reads up to {FORMAT}: upgrade it."
+        )
+    return Store(path)
+
+
+class Store:
+    """The readings of one run, from disk; made by `read_store`. Complete steps only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The complete steps, in order. A file that was torn (a copy cut short) does not count."""
+        steps = steps_in(self.path / "scores")
+        return tuple(step for step in steps if self._about(step) is not None)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all complete steps, in order of appearance."""
+        about = [self._about(step) or {} for step in steps_in(self.path / "scores")]
+        return tuple(dict.fromkeys(key for of_step in about for key in of_step))
+
+    def reading(self, key: str, step: int) -> Reading:
+        """One reading.
+
+        Raises:
+            ValueError: for a step or key that is not there.
+        """
+        about = self._complete(step)
+        if key not in about:
+            raise ValueError(f"Step {step} of {self.path} has no {key!r}; {_nearest(key, about)}.")
+        return self._load(step, {key: about[key]})[0]
+
+    def readings(self, step: int, keys: Collection[str] | None = None) -> list[Reading]:
+        """The readings of a step, or those of these keys among them, as they were written.
+
+        Raises:
+            ValueError: for a step that is not there.
+        """
+        about = self._complete(step)
+        return self._load(step, {key: about[key] for key in about if keys is None or key in keys})
+
+    def about(self, step: int) -> dict[str, dict[str, Any]]:
+        """Key -> axes, unit, labels, limits, shape, packing of a step's readings, in the order in
+        which they were written; reads no values.
+
+        Raises:
+            ValueError: for a step that is not there.
+        """
+        return self._complete(step)
+
+    def stored(
+        self, step: int, keys: Collection[str]
+    ) -> Iterator[tuple[str, dict[str, Any], np.ndarray | None]]:
+        """Of these readings of a step: key, what `about` says, and [..., n (n + 1) / 2] as it is in
+        the file, float16 or float32, where that is lower triangles without texts; else None."""
+        about = self._complete(step)
+        with safe_open(arrays_file(self.path, step), "np") as file:
+            others = file.metadata()
+            for key in (key for key in about if key in keys):
+                lower = about[key]["packing"] == "tril" and _texts_of(key) not in others
+                yield key, about[key], file.get_tensor(key) if lower else None
+
+    @property
+    def torn(self) -> tuple[int, ...]:
+        """The steps that were written and are complete no more: a copy cut short, say."""
+        steps = steps_in(self.path / "scores")
+        return tuple(step for step in steps if self._about(step) is None)
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [step] and values [step, *axes] of one reading, at the steps that have it; of
+        `trainer/<name>` the steps at which it was logged, and its values there.
+
+        Raises:
+            ValueError: for a key that is not there, or values that change shape.
+        """
+        return curve(key, self._at_all_steps(key))
+
+    def frame(self, key: str | None = None) -> pd.DataFrame:
+        """A tidy table, a row per number: of one reading at all complete steps, attention patterns
+        as well; or, without a key, of all small readings. Those are the ones of at most 3 axes and
+        100,000 numbers: patterns, of 4 axes, are left out.
+
+        Of one reading the columns are: step, int64; key, category; for each axis its numbers,
+        int32 (counted from 0, or its labels where these are whole numbers, as of a selection of
+        layers), and where it has labels that say more, tokens say, "<axis>_name", category; value,
+        float32, in the order of `curve`; text, category, where the reading has texts. The axis
+        "key" is "key_index" and "key_name". A pattern takes 33 bytes a number, `curve` 4.
+
+        Of all small readings: `step` and the columns of `tlens_callback.render.long_frame`, as
+        `pandas.read_parquet(store.path / "scores")` has them.
+
+        Raises:
+            ValueError: for a key that is not there, or whose axes change between steps.
+        """
+        if key is not None:
+            return self._frame_of(key)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        tables = [pq.read_table(scores_file(self.path, step)) for step in self.steps]
+        if not tables:
+            return pd.DataFrame({"step": [], "key": [], "value": []})
+        return pa.concat_tables(tables, promote_options="default").to_pandas()
+
+    def _frame_of(self, key: str) -> pd.DataFrame:
+        from tlens_callback.store.tidy import tidy
+
+        found = self._at_all_steps(key)
+        if len(axes := {reading.axes for reading in found.values()}) > 1:
+            raise ValueError(f"{key!r} changes its axes between steps: {sorted(axes)}.")
+        return tidy(list(found), list(found.values()))
+
+    def _at_all_steps(self, key: str) -> dict[int, Reading]:
+        """Step -> the reading, at the complete steps that have it.
+
+        Raises:
+            ValueError: where none has.
+        """
+        found: dict[int, Reading] = {}
+        for step in steps_in(self.path / "scores"):
+            about = self._about(step)
+            if about is not None and key in about:
+                found[step] = self._load(step, {key: about[key]})[0]
+        if not found:
+            raise ValueError(f"{self.path} has no {key!r}; {_nearest(key, self.keys)}.")
+        return found
+
+    def page(self, *, most_bytes: int = 15_000_000, view: str = "") -> "PageView":
+        """The interactive page of the steps so far, which Jupyter shows as the last line of a cell;
+        its `save(path)` writes it as one HTML file.
+
+        Args:
+            most_bytes: of that file; see `tlens_callback.page.page`.
+            view: what it shows at first, "step=1&other=0&change=1" say; see there too.
+
+        Raises:
+            ValueError: for a store without a complete step, or too few bytes.
+        """
+        from tlens_callback.page import page
+        from tlens_callback.page.notebook import PageView
+
+        return PageView(page(self, most_bytes=most_bytes, view=view))
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}: {len(self.steps)} steps, {len(self.keys)} keys)"
+
+    def _complete(self, step: int) -> dict[str, Any]:
+        about = self._about(step)
+        if about is None:
+            raise ValueError(f"{self.path} has no complete step {step}; it has {self.steps}.")
+        return about
+
+    def _about(self, step: int) -> dict[str, Any] | None:
+        """Key -> description, or None where the step is not complete."""
+        try:
+            with scores_file(self.path, step).open("rb") as file:
+                file.seek(-4, 2)
+                whole = file.read() == b"PAR1"
+            # Opening checks the length against the header.
+            with safe_open(arrays_file(self.path, step), "np") as file:
+                return json.loads(file.metadata()["readings"]) if whole else None
+        except (OSError, SafetensorError):
+            return None
+
+    def _load(self, step: int, about: Mapping[str, Any]) -> list[Reading]:
+        with safe_open(arrays_file(self.path, step), "np") as file:
+            texts = file.metadata()
+            return [
+                _unpack(key, file.get_tensor(key), about[key], texts.get(_texts_of(key)))
+                for key in about
+            ]
