@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.instruments import pretend_device, tiny
+from tests import tiny
+from tests.instruments import pretend_device
 from tests.instruments.common import encoded
 from tests.instruments.pretend_device import DEVICE, WrongDevice
 from tests.shadow.test_shadow import lora
