@@ -1,10 +1,13 @@
 """`Reading`: one measured quantity, the only thing that travels from instruments to sinks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from tlens_callback.meaning import Description, Meaning
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -29,6 +32,7 @@ class Reading:
         texts: one string per value, in an array of the values' shape, where a value stands for
             something with a name: the tokens that a lens reads, behind their ids. numpy's strings
             lose a NUL at their end.
+        description: what the instrument says about itself; `observe` puts it there.
 
     Half a surrogate pair in key, labels or texts, which no file can hold, becomes its escape.
 
@@ -43,6 +47,7 @@ class Reading:
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
     texts: np.ndarray | None = None
+    description: Description = field(default=Description(), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", _encodable(self.key))
@@ -116,6 +121,17 @@ class Reading:
         parts = self.key.split("/", 2)
         return parts[2] if len(parts) == 3 else None
 
+    @property
+    def meaning(self) -> Meaning:
+        """What the instrument says of this measure."""
+        return self.description.meaning(self.measure)
+
+    def described(self, description: Description) -> "Reading":
+        """The same reading with what its instrument says about itself."""
+        same = copy(self)
+        object.__setattr__(same, "description", description)
+        return same
+
     def to_plotly(self, /, **at: int) -> "Figure":
         """An interactive figure: a number, a line or bars, a heat map of the last two axes with a
         slider over the axes before them.
@@ -134,6 +150,12 @@ class Reading:
         from tlens_callback.render.snippet import snippet
 
         return snippet(self)
+
+
+def descriptions(readings: Iterable[Reading]) -> dict[str, Description]:
+    """Instrument -> what it says about itself, of the instruments that say something."""
+    said = {reading.instrument: reading.description for reading in readings}
+    return {name: one for name, one in said.items() if one != Description()}
 
 
 def _encodable(text: str) -> str:

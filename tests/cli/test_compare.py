@@ -11,7 +11,7 @@ from tests import browser, tiny
 from tests.offline.two_models import DOG, adapter, fine_tune, save, watched
 from tlens_callback import read_store
 from tlens_callback.cli import main
-from tlens_callback.store.store import arrays_file
+from tlens_callback.store.format import arrays_file
 
 ASKED = ["--prompt", DOG.content, "--target", DOG.target, "--foil", DOG.foil]
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tests.offline.replaying import train, unlike
 from tlens_callback import TargetScores, read_store
 from tlens_callback.cli import main
-from tlens_callback.store.store import steps_in
+from tlens_callback.store.format import steps_in
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tlens_callback import LocalSink, Reading, read_store
 from tlens_callback.cli import main
 from tlens_callback.offline.summary import summary
-from tlens_callback.store.store import arrays_file
+from tlens_callback.store.format import arrays_file
 
 
 def run(*arguments):

@@ -75,24 +75,15 @@ def of_one_look(
 ) -> "list[Instrument]":
     """Those given without the default ones that only compare with an earlier observation, or
     measure what is not there."""
-    from tlens_callback import instruments as made
+    from tlens_callback.meaning import Needs
+    from tlens_callback.offline.stages import with_what_is_there
 
-    out: list[type] = [
-        made.AttentionDrift,
-        made.ActivationDrift,
-        made.DifferenceLens,
-        made.UpdateSparsity,
-        made.FrozenWeights,
-    ]
-    if checkpoint.adapter is None:
-        out.append(made.AdapterSpectrum)
-    if all(probe.target is None for probe in probes):
-        out += [made.TargetScores, made.LogitAttribution]
-    return [
-        one
-        for one in given
-        if not (isinstance(one, tuple(out)) and getattr(one, "optional", False))
-    ]
+    there = Needs.BLOCKS
+    if checkpoint.adapter is not None:
+        there |= Needs.ADAPTER
+    if any(probe.target is not None for probe in probes):
+        there |= Needs.TARGET
+    return with_what_is_there(given, there)
 
 
 def demand_ids(checkpoint: "Checkpoint", probes: "Sequence[Probe]") -> None:
@@ -112,8 +103,8 @@ def unused_store(out: Path) -> Path:
     Raises:
         ValueError: where nothing can be written.
     """
+    from tlens_callback.store.format import is_store
     from tlens_callback.store.numbered import newest, unused
-    from tlens_callback.store.store import is_store
 
     out = out.expanduser().absolute()
     number, path = newest(out, is_store)

@@ -108,7 +108,7 @@ def _pair(
 
 def _is_store(given: str) -> bool:
     """Whether it is no model and a store is in it; what is neither is left to the loader."""
-    from tlens_callback.store.store import is_store
+    from tlens_callback.store.format import is_store
 
     path = Path(given).expanduser()
     if is_store(path):
@@ -120,6 +120,7 @@ def _is_store(given: str) -> bool:
 def _of_stores(a: str, b: str, step: int | None, given: list[str]) -> "Pair":
     from dataclasses import replace
 
+    from tlens_callback.meaning import Quantity
     from tlens_callback.offline.compare_stores import compare_stores
     from tlens_callback.store.find import find_store
 
@@ -129,7 +130,8 @@ def _of_stores(a: str, b: str, step: int | None, given: list[str]) -> "Pair":
         )
     stores = [find_store(each)[0] for each in (a, b)]
     pair = compare_stores(*stores, step=step)
-    if any(reading.instrument == "target_scores" for reading in pair.first):
+    answers = Quantity.ANSWER_PROBABILITY
+    if any(reading.meaning.quantity is answers for reading in pair.first):
         said = (
             "Taken to be the same in both, since stores do not say: the probes' targets and foils."
         )

@@ -159,7 +159,6 @@ def made(text: str) -> "Instrument":
         ValueError: for no such instrument, and for arguments that it does not take.
     """
     from tlens_callback import instruments
-    from tlens_callback.sae import load_sae
 
     try:
         call: Any = ast.parse(text.strip(), mode="eval").body
@@ -179,10 +178,6 @@ def made(text: str) -> "Instrument":
         there = f"{'Near it' if near else 'There are'}: {', '.join(found)}"
         raise ValueError(f"There is no instrument {name!r}. {there}.")
     try:
-        if name == "SparseFeatures":
-            args = [load_sae(one) if isinstance(one, str) else one for one in args[:1]] + args[1:]
-            if isinstance(kwargs.get("sae"), str):
-                kwargs["sae"] = load_sae(kwargs["sae"])
         return getattr(instruments, name)(*args, **kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--instruments {text!r}: {error}") from error

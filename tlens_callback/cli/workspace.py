@@ -31,8 +31,9 @@ def workspace(project: str, name: str, title: str, probes: tuple[str, ...], prin
     """
     from tlens_callback.sinks.wandb.workspace import (
         REPEATED,
+        Logged,
         build,
-        probes_of,
+        logged_by,
         split_project,
         unreachable,
     )
@@ -43,10 +44,9 @@ def workspace(project: str, name: str, title: str, probes: tuple[str, ...], prin
         raise click.BadParameter(str(error), param_hint="ENTITY/PROJECT") from error
     try:
         why = None if printed else unreachable()
-        found = list(probes)
-        if not found and not printed and not why:
-            found = probes_of(entity, project, name=name)
-        view = build(entity, project, name=name, title=title, probes=found or [REPEATED])
+        logged = Logged() if printed or why else logged_by(entity, project, name=name)
+        shown = list(probes) or logged.probes or [REPEATED]
+        view = build(entity, project, name=name, title=title, probes=shown, logged=logged)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
     except ImportError as error:

@@ -1,18 +1,17 @@
 """`Watch`: says when something happens. Reads what the instruments read; runs no model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tlens_callback.events.rules import HISTORY, Rule, entry
+from tlens_callback.meaning import Description, Meaning, Quantity, described
 from tlens_callback.reading import Reading
-
-ROLES = ("previous", "duplicate", "induction")
-"""The scores of `HeadScores` that make a head a head of a kind."""
 
 Event = tuple[float, str]
 """The number that it is about, and a sentence."""
@@ -23,21 +22,27 @@ _SAID = 8
 _LONG_AGO = -(2**62)
 
 
+def lowest_over_blocks(reading: Reading) -> np.ndarray:
+    """[layer, head], a head's lowest score over the block lengths, where there are several."""
+    return reading.values.min(0) if reading.axes[0] == "block" else reading.values
+
+
 @dataclass(frozen=True)
 class Watch:
     """Follows roles of heads, rules and guards, and raises an event when one of them changes.
 
-    - Roles: a head's score in a role is the minimum over the block lengths of
-      `head_scores/<role>_by_block`, for the roles previous, duplicate and induction (a positional
-      copy scores high at one length only). Of a `HeadScores(strict=False)` it is
-      `induction_diagonal_by_block`. A head takes a role when its score reaches `takes`, and loses
+    - Roles: a reading of `Quantity.HEAD_ROLE` scores each head in a role; over several block
+      lengths, by its lowest score (a positional copy scores high at one length only). Of the
+      package's own these are the roles previous, duplicate and induction of `HeadScores`. A head
+      takes a role when its score reaches `takes`, and loses
       it when it falls below `loses`, if that is `moves` above the lowest, or below the highest,
       since it last changed; both are events, and what a head is at the first observation is none.
-    - Entropy collapse: a layer's mean of `head_scores/entropy` over its heads falls below
+    - Entropy collapse: a layer's mean of `Quantity.HEAD_ENTROPY` over its heads falls below
       `collapse` times that of the first observation.
-    - Features: one that is shown by `<instrument>/frequency` begins to fire, on a share `fires` of
-      the tokens, or falls silent.
-    - A frozen base weight has changed: `frozen_weights/changed` is above 0.
+    - Features: one of `Quantity.FEATURE_FREQUENCY` begins to fire, on a share `fires` of the
+      tokens, or falls silent.
+    - Alarms: a number with a `Meaning.alarm` is above 0; of the package's own, the number of frozen
+      base weights that have changed.
     - Fidelity is breached: the observer says so, and watching ends.
     - `rules`, for whatever else is read.
 
@@ -56,7 +61,8 @@ class Watch:
         collapse: share of a layer's first mean entropy.
         fires: share of the tokens.
         cooldown: observations.
-        scores: name of the `HeadScores` whose readings are followed; None: the first there is.
+        scores: name of the instrument whose roles and entropy are followed; None: the first that
+            scores heads in a role.
 
     Keys:
         watch/count: [], count, 0..inf; events at this observation
@@ -70,6 +76,16 @@ class Watch:
     Raises:
         ValueError: for thresholds out of order.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Events",
+        group="Events",
+        measures={
+            "count": Meaning(title="Events", axes=(), headline=True, of_run=True),
+            "events": Meaning(title="What happened", axes=("event",), headline=True, of_run=True),
+        },
+        others=Meaning(title="Heads that are followed", axes=(), headline=True, of_run=True),
+    )
 
     rules: Sequence[Rule] = ()
     heads: Sequence[tuple[int, int]] | None = None
@@ -115,16 +131,17 @@ class Watch:
         self.memory["looks"] = torch.tensor(now)
         found: list[Event] = []
         curves: list[Reading] = []
-        scores = self._scores(by_key)
-        for role in ROLES:
-            names = (f"{scores}/{role}{kind}_by_block" for kind in ("", "_diagonal"))
-            for reading in (by_key[name] for name in names if name in by_key):
-                score = reading.values.min(0)
+        followed = self._scores(by_key.values())
+        for reading in followed:
+            if reading.meaning.quantity is Quantity.HEAD_ROLE:
+                score, role = lowest_over_blocks(reading), reading.meaning.role
                 layers = reading.labels.get("layer") or [str(i) for i in range(len(score))]
                 found += self._role(role, score, layers)
                 curves += self._curves(role, score, layers)
-        found += self._entropy(by_key.get(f"{scores}/entropy"))
-        found += self._frozen(by_key.get("frozen_weights/changed"))
+        for reading in followed:
+            if reading.meaning.quantity is Quantity.HEAD_ENTROPY:
+                found += self._entropy(reading)
+        found += self._alarms(by_key.values())
         found += self._features(by_key.values())
         for rule in self.rules:
             if rule.key in by_key:
@@ -132,11 +149,11 @@ class Watch:
             elif f"past {rule}" not in self.memory:
                 near = get_close_matches(rule.key, by_key, cutoff=0.3)
                 raise ValueError(f"Watch: nothing reads {rule.key!r}; the nearest are {near}.")
-        return [*curves, *self._events(found)]
+        return [r.described(described(self)) for r in [*curves, *self._events(found)]]
 
     def breach(self, error: Exception) -> list[Reading]:
         """The event of a shadow that is not the live model any more."""
-        return self._events([(float("nan"), str(error))])
+        return [r.described(described(self)) for r in self._events([(float("nan"), str(error))])]
 
     def _events(self, events: Sequence[Event]) -> list[Reading]:
         count = Reading(key=f"{self.name}/count", values=np.asarray(len(events)), unit="count")
@@ -151,17 +168,20 @@ class Watch:
         )
         return [count, about]
 
-    def _scores(self, by_key: Mapping[str, Reading]) -> str | None:
-        """Name of the `HeadScores` to follow; None where there is none, and none was asked for."""
-        there = [r.instrument for r in by_key.values() if r.measure == "previous_by_block"]
+    def _scores(self, readings: Iterable[Reading]) -> list[Reading]:
+        """The readings of the instrument that is followed; none where none scores heads in a role,
+        and none was asked for."""
+        readings = list(readings)
+        roles = [r for r in readings if r.meaning.quantity is Quantity.HEAD_ROLE]
+        there = list(dict.fromkeys(reading.instrument for reading in roles))
         asked = self.scores is not None or self.heads is not None
         known = there if self.scores is None else [name for name in there if name == self.scores]
-        if asked and not known and "previous head held" not in self.memory:
+        if asked and not known and not any(key.endswith(" head held") for key in self.memory):
             raise ValueError(
-                f"Watch follows heads, and no HeadScores{f' {self.scores!r}' * bool(self.scores)} "
-                f"is among the instruments; there are {there}."
+                f"Watch follows heads, and no instrument{f' {self.scores!r}' * bool(self.scores)} "
+                f"scores them in a role, as HeadScores does; there are {there}."
             )
-        return known[0] if known else None
+        return [reading for reading in readings if reading.instrument in known[:1]]
 
     def _fresh(self, about: str, where: np.ndarray) -> np.ndarray:
         """Which of these were not raised a short while ago; from now on they were."""
@@ -190,7 +210,7 @@ class Watch:
     def _features(self, readings: Iterable[Reading]) -> Iterator[Event]:
         """Features of sparse autoencoders that begin to fire, and those that fall silent."""
         for reading in readings:
-            if reading.axes == ("feature",) and reading.measure == "frequency":
+            if reading.meaning.quantity is Quantity.FEATURE_FREQUENCY:
                 often, key = reading.values, f"{reading.instrument} features"
                 names = reading.labels.get("feature") or [str(i) for i in range(len(often))]
                 shown = np.frombuffer("\n".join(names).encode(), np.uint8)
@@ -275,9 +295,7 @@ class Watch:
                 limits=(0.0, 1.0),
             )
 
-    def _entropy(self, reading: Reading | None) -> Iterator[Event]:
-        if reading is None:
-            return
+    def _entropy(self, reading: Reading) -> Iterator[Event]:
         mean = reading.values.mean(1)
         first = self._old("entropy first")
         if first is None:
@@ -291,11 +309,11 @@ class Watch:
             yield float(mean[i]), f"{said} now {mean[i]:.2f} (1 is uniform attention)"
         self._keep("entropy low", low)
 
-    def _frozen(self, reading: Reading | None) -> Iterator[Event]:
-        if reading is not None and self._fresh("frozen", reading.values > 0):
-            many = int(reading.values)
-            said = f"{many} frozen weights of the base model are not what they were at first"
-            yield float(many), f"{said}: something writes to what should not be trained"
+    def _alarms(self, readings: Iterable[Reading]) -> Iterator[Event]:
+        for reading in readings:
+            alarm = reading.meaning.alarm
+            if alarm and not reading.axes and self._fresh(reading.key, reading.values > 0):
+                yield float(reading.values), f"{float(reading.values):g} {alarm}"
 
     def _follow(self, rule: Rule, reading: Reading) -> Iterator[Event]:
         past, new = self._old(f"past {rule}"), reading.values

@@ -1,14 +1,15 @@
 """The instruments: one family a file. What is exported here is under the contract tests."""
 
 from tlens_callback.instruments.ablation import HeadAblation
+from tlens_callback.instruments.activations import ActivationDrift
 from tlens_callback.instruments.adapters import AdapterSpectrum
-from tlens_callback.instruments.attention import AttentionPatterns
+from tlens_callback.instruments.attention import AttentionPatterns, PatternChange
 from tlens_callback.instruments.attribution import LogitAttribution
 from tlens_callback.instruments.composition import Composition
 from tlens_callback.instruments.contrast import Contrast
 from tlens_callback.instruments.copying import CopyingScores
 from tlens_callback.instruments.difference import DifferenceLens
-from tlens_callback.instruments.drift import ActivationDrift, AttentionDrift, PatternChange
+from tlens_callback.instruments.drift import AttentionDrift
 from tlens_callback.instruments.features import SparseFeatures
 from tlens_callback.instruments.frozen import FrozenWeights
 from tlens_callback.instruments.heads import HeadScores
@@ -48,8 +49,21 @@ __all__ = [
     "TrainedFeatures",
     "UpdateSparsity",
     "VirtualHeads",
+    "explaining",
     "fast",
 ]
+
+
+def explaining() -> list[Instrument]:
+    """The instruments that say why a model goes on as it does, for one look at one prompt."""
+    return [
+        TargetScores(),
+        AttentionPatterns(),
+        LogitLens(every_token=True),
+        LogitAttribution(),
+        TopNeurons(),
+        TokenLoss(),
+    ]
 
 
 def fast() -> list[Instrument]:

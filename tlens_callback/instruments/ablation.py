@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tlens_callback.instruments.parts.selection import (
     plain_rows,
     z_hook,
 )
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -108,6 +109,24 @@ class HeadAblation:
             repeated selection; from `taps`, a probe that is not there, or nothing to measure; from
             `read`, a model whose hook_z is not cut into heads.
     """
+
+    description: ClassVar[Description] = Description(
+        title="What is lost without a head",
+        group="Heads",
+        measures={
+            f"{measure}{kind}": Meaning(title=f"{title}{of}", axes=axes, headline=True)
+            for measure, title in {
+                "loss": "Loss of the answer without a head",
+                "logit_diff": "Lead of the answer without a head",
+                "token_loss": "Loss of a probe without a head",
+            }.items()
+            for kind, of, axes in (
+                ("", "", ("layer", "head")),
+                ("_error", ": error of the estimate", ()),
+                ("_rank_correlation", ": ranks of the estimate against the exact ones", ()),
+            )
+        },
+    )
 
     mode: Mode = "mean"
     method: Method = "exact"

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tlens_callback.instruments.parts.direct import wide
 from tlens_callback.instruments.parts.places import Places
+from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -82,6 +84,34 @@ class AdapterSpectrum:
     Raises:
         ValueError: k < 1; from `taps`, when no active adapter is plain LoRA.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Adapters by layer and module",
+        group="Weights",
+        needs=Needs.ADAPTER,
+        measures={
+            f"{measure}{where}": Meaning(
+                title=title + of,
+                axes=(*axes, "rank") if measure == "singular_values" else axes,
+                headline=measure in ("relative_norm", "singular_values"),
+                of_run=measure == "rotation",
+                sometimes=where != "",
+            )
+            for where, of, axes in (
+                ("", "", ("layer", "module")),
+                ("_elsewhere", ", outside the layers", ("weight",)),
+            )
+            for measure, title in {
+                "norm": "Size of the update",
+                "relative_norm": "Size of the update, relative to its weight",
+                "top": "Largest singular value",
+                "stable_rank": "Stable rank",
+                "effective_rank": "Effective rank",
+                "rotation": "Direction, against the observation before",
+                "singular_values": "Singular values",
+            }.items()
+        },
+    )
 
     k: int = 8
     name: str = "adapter_spectrum"

@@ -1,12 +1,14 @@
-"""Where every head looks."""
+"""Where every head looks, and where it did not at first."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlens_callback.instruments.parts.baseline import first_seen, of_probes
 from tlens_callback.instruments.parts.selection import (
     attention_layers,
     block_rows,
@@ -16,6 +18,7 @@ from tlens_callback.instruments.parts.selection import (
     plain_rows,
     rows_named,
 )
+from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -51,6 +54,19 @@ class AttentionPatterns:
     Raises:
         ValueError: an empty or repeated selection; from `taps`, a probe or layer that is not there.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Attention",
+        group="Pictures",
+        measures={
+            "pattern": Meaning(
+                title="Attention",
+                axes=("layer", "head", "query", "key"),
+                headline=True,
+                quantity=Quantity.ATTENTION,
+            ),
+        },
+    )
 
     probes: Sequence[str] | None = None
     layers: Sequence[int] | None = None
@@ -109,3 +125,93 @@ class AttentionPatterns:
             return rows_named(batch, self.probes)
         blocks = block_rows(batch)
         return plain_rows(batch) + (blocks[max(blocks)][:1] if blocks else [])
+
+
+@dataclass(frozen=True)
+class PatternChange(AttentionPatterns):
+    """The attention pattern of every head minus its pattern at the first observation.
+
+    `pattern[layer, head, query, key]` is A - A0, positive where the head looks more than it did;
+    a row of keys sums to zero (or to what the model's own attention sinks lost). Exactly 0 at the
+    first observation. Padding is cut off.
+
+    Args:
+        probes: names of the probes to show. Default: every probe that is no repeated block; the
+            blocks where there are no others.
+        layers: layers to show. Default: all.
+
+    Keys:
+        pattern_change/pattern/<probe>: [layer, head, query, key], probability, -1..1
+
+    Reads:
+        blocks.{layer}.attn.hook_pattern
+
+    Cost:
+        layers * n_heads * length^2 per probe; keeps as many numbers, of the model's precision, on
+        the device.
+
+    Source:
+        Vaswani et al. 2017, section 3.2 (the pattern).
+
+    Raises:
+        ValueError: an empty or repeated selection; from `taps`, a probe or layer that is not there.
+    """
+
+    description: ClassVar[Description] = Description(
+        title="Attention: change of each pattern",
+        group="Pictures",
+        needs=Needs.EARLIER,
+        measures={
+            "pattern": Meaning(
+                title="Change of attention",
+                axes=("layer", "head", "query", "key"),
+                headline=True,
+                of_run=True,
+            ),
+        },
+    )
+
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    name: str = "pattern_change"
+
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+        """One reduction a layer: the chosen rows, cropped to their tokens and laid end to end."""
+        names = of_probes(batch, self._rows(batch))
+
+        def change(hook: str, crop: Callable[[Tensor], Any]) -> Reduce:
+            def minus_first(
+                pattern: Float[Tensor, "probe head query key"],
+            ) -> Float[Tensor, " entry"]:
+                now = crop(pattern)
+                return now.float() - first_seen(self.memory, hook + names, now).float()
+
+            return minus_first
+
+        return {hook: change(hook, crop) for hook, crop in super().taps(shadow, batch).items()}
+
+    def read(
+        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+    ) -> Iterator[Reading]:
+        """One reading a probe, all layers and heads in it."""
+        for reading in super().read(taken, shadow, batch):
+            yield replace(reading, limits=(-1.0, 1.0))
+
+    def between(
+        self, first: Mapping[str, Reading], last: Mapping[str, Reading]
+    ) -> Iterator[Reading]:
+        """Its readings of `last` against `first`, from the patterns that both hold."""
+        patterns = {
+            reading.probe: (key, reading)
+            for key, reading in first.items()
+            if reading.meaning.quantity is Quantity.ATTENTION
+        }
+        for reading in last.values():
+            if reading.instrument == self.name and reading.probe in patterns:
+                key, before = patterns[reading.probe]
+                if key in last and before.values.shape == reading.values.shape:
+                    yield replace(reading, values=last[key].values - before.values)
+
+    def _rows(self, batch: ProbeBatch) -> list[int]:
+        if self.probes is not None:
+            return rows_named(batch, self.probes)
+        return plain_rows(batch) or list(range(len(batch.probes)))

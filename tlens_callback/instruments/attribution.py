@@ -2,24 +2,26 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tlens_callback.instruments.neurons import FINAL
+from tlens_callback.instruments.parts.baseline import changes, first_seen
 from tlens_callback.instruments.parts.direct import (
     against,
     before_norm,
     dots,
     has_direct_path,
+    head_writes,
+    neuron_writes,
     soft_cap,
     uncapped,
     unembedded,
     wide,
 )
-from tlens_callback.instruments.parts.first import first_seen
 from tlens_callback.instruments.parts.selection import (
     layer_labels,
     mlp_norm_hook,
@@ -30,6 +32,7 @@ from tlens_callback.instruments.parts.selection import (
     rows_named,
     z_hook,
 )
+from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
@@ -109,6 +112,44 @@ class LogitAttribution:
             which magnifies rounding without limit).
     """
 
+    description: ClassVar[Description] = Description(
+        title="What each head adds to the answer",
+        group="Answers",
+        needs=Needs.TARGET,
+        measures={
+            "head": Meaning(
+                title="What each head adds to the answer",
+                axes=("layer", "head"),
+                headline=True,
+                quantity=Quantity.DIRECT_EFFECT,
+            ),
+            "head_change": Meaning(
+                title="Change of what each head adds", axes=("layer", "head"), of_run=True
+            ),
+            "attention": Meaning(
+                title="What each layer's heads add to the answer", axes=("layer",)
+            ),
+            "mlp": Meaning(
+                title="What each MLP adds to the answer",
+                axes=("layer",),
+                quantity=Quantity.DIRECT_EFFECT,
+            ),
+            "mlp_change": Meaning(
+                title="Change of what each MLP adds", axes=("layer",), of_run=True
+            ),
+            "embed": Meaning(title="What the embedding adds", axes=()),
+            "bias": Meaning(title="What the biases add", axes=()),
+            "total": Meaning(
+                title="What all components add", axes=(), quantity=Quantity.DIRECT_TOTAL
+            ),
+            "remainder": Meaning(
+                title="What no component accounts for", axes=(), quantity=Quantity.DIRECT_REMAINDER
+            ),
+            "neuron": Meaning(title="Neurons that add most", axes=("layer", "rank")),
+            "neuron_write": Meaning(title="What these neurons add", axes=("layer", "rank")),
+        },
+    )
+
     probes: Sequence[str] | None = None
     neurons: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -162,7 +203,7 @@ class LogitAttribution:
                 through = before_norm(block.ln1_post, worth)
                 taps[_attn_norm(i)] = scale
             bias = getattr(block.attn, "b_O", None)
-            taps[z_hook(i)] = _heads(row, last, block.attn.W_O, bias, through)
+            taps[z_hook(i)] = head_writes(row, last, block.attn.W_O, bias, through)
             taps[_mlp(i)] = part
         taps[FINAL] = scale_and_constant
         taps[LAST_LOGITS] = lead
@@ -175,7 +216,7 @@ class LogitAttribution:
             if mlp_norm_hook(i) in shadow.hooks:
                 through = before_norm(bridge.blocks[i].ln2_post, worth)
                 taps[mlp_norm_hook(i)] = scale
-            taps[neuron_hook(i)] = _top(self.neurons, row, last, w_out, through)
+            taps[neuron_hook(i)] = neuron_writes(self.neurons, row, last, w_out, through)
         return taps
 
     def read(
@@ -223,6 +264,13 @@ class LogitAttribution:
                 yield self._reading("neuron", probe, index, axes, "index", labels)
                 yield self._reading("neuron_write", probe, write, axes, "logit", labels)
 
+    def between(
+        self, first: Mapping[str, Reading], last: Mapping[str, Reading]
+    ) -> Iterator[Reading]:
+        """Its changes from `first` to `last`."""
+        of = {"head_change": "head", "mlp_change": "mlp"}
+        return changes(self.name, first, last, of)
+
     def _with_change(
         self, measure: str, probe: str, values: Tensor, axes: tuple[str, ...]
     ) -> Iterator[Reading]:
@@ -253,42 +301,6 @@ class LogitAttribution:
                 f"Probe({without[0]!r}, ..., target=...), or leave it out of probes."
             )
         return rows
-
-
-def _heads(
-    row: Int[Tensor, " row"],
-    last: Int[Tensor, " row"],
-    w_o: Float[Tensor, "head d_head d_model"],
-    b_o: Float[Tensor, " d_model"] | None,
-    worth: Float[Tensor, "row d_model"],
-) -> Reduce:
-    """What each head writes, and the output bias, before the norms divide.
-
-    The direction goes back through W_O, so that no head's output is ever built.
-    """
-
-    def heads(z: Float[Tensor, "probe pos head d_head"]) -> tuple[Tensor, Tensor]:
-        each = (wide(z[row, last]) * dots(w_o, worth)).sum(2)
-        return each, each.new_zeros(len(row)) if b_o is None else dots(b_o[None], worth)[:, 0]
-
-    return heads
-
-
-def _top(
-    k: int,
-    row: Int[Tensor, " row"],
-    last: Int[Tensor, " row"],
-    w_out: Float[Tensor, "neuron d_model"],
-    worth: Float[Tensor, "row d_model"],
-) -> Reduce:
-    """The k neurons that write most, and what they write before the norms divide."""
-
-    def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, Tensor]:
-        write = wide(post[row, last]) * dots(w_out, worth)
-        index = write.abs().topk(k, dim=1).indices
-        return index, write.gather(1, index)
-
-    return top
 
 
 def _check(shadow: Shadow) -> None:

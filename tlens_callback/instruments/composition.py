@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tlens_callback.instruments.parts.circuits import Circuits, circuits, demand_circuits
 from tlens_callback.instruments.parts.direct import wide
 from tlens_callback.instruments.parts.selection import attention_layers
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -69,6 +71,18 @@ class Composition:
         ValueError: k < 1, every < 1; from `taps`, fewer than two layers of attention, or attention
             that has no such weights.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Heads that read other heads",
+        group="Heads",
+        measures={
+            "q": Meaning(title="Queries that read a head", axes=("layer", "source"), headline=True),
+            "k": Meaning(title="Keys that read a head", axes=("layer", "source")),
+            "v": Meaning(title="Values that read a head", axes=("layer", "source")),
+            "strongest": Meaning(title="Strongest pairs", axes=("kind", "rank"), headline=True),
+            "baseline": Meaning(title="What random weights would give", axes=(), headline=True),
+        },
+    )
 
     k: int = 10
     every: int = 10

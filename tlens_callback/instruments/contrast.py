@@ -3,21 +3,22 @@
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tlens_callback.instruments.parts.baseline import first_seen
 from tlens_callback.instruments.parts.distance import cosine_distance
-from tlens_callback.instruments.parts.first import first_seen
 from tlens_callback.instruments.parts.selection import (
     layer_labels,
     neuron_hook,
     neuron_layers,
     resid_hook,
 )
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import Probe, ProbeBatch, token_ids
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -93,6 +94,40 @@ class Contrast:
             is there twice; k or every < 1; from `read`, a text of one token, one longer than the
             model's context, or more neurons asked for than a layer has.
     """
+
+    description: ClassVar[Description] = Description(
+        title="What tells texts with a feature from others",
+        group="Neurons and features",
+        measures={
+            "auroc": Meaning(
+                title="How well each layer tells the texts apart",
+                axes=("layer",),
+                headline=True,
+                better="higher",
+            ),
+            "chance": Meaning(title="The same with labels exchanged at random", axes=("layer",)),
+            "best": Meaning(
+                title="How well the best layer tells the texts apart",
+                axes=(),
+                headline=True,
+                better="higher",
+            ),
+            "best_chance": Meaning(
+                title="The same with labels exchanged at random", axes=(), headline=True
+            ),
+            "cosine": Meaning(
+                title="Direction, against that at the start", axes=("layer",), of_run=True
+            ),
+            "norm": Meaning(title="Size of the difference", axes=("layer",)),
+            "neuron": Meaning(
+                title="Neurons that tell the texts apart", axes=("layer", "rank"), headline=True
+            ),
+            "difference": Meaning(title="Difference of their activations", axes=("layer", "rank")),
+            "held_out_difference": Meaning(
+                title="The same on texts held out", axes=("layer", "rank")
+            ),
+        },
+    )
 
     having: Sequence[Any]
     without: Sequence[Any]

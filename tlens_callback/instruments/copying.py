@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from tlens_callback.instruments.parts.circuits import Circuits, circuits, demand_circuits
 from tlens_callback.instruments.parts.direct import before_norm, wide
 from tlens_callback.instruments.parts.selection import attention_layers, layer_labels, picked
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -82,6 +83,23 @@ class CopyingScores:
             outside the vocabulary, no attention or one that has no such weights, embeddings of
             another width than the stream, or a norm of their own (BLOOM).
     """
+
+    description: ClassVar[Description] = Description(
+        title="Heads that copy",
+        group="Heads",
+        measures={
+            "eigenvalue": Meaning(
+                title="Copying by eigenvalues", axes=("layer", "head"), headline=True
+            ),
+            "eigenvalue_permuted": Meaning(
+                title="The same with tokens exchanged", axes=("layer", "head")
+            ),
+            "top5": Meaning(title="Copying among the five likeliest", axes=("layer", "head")),
+            "top5_permuted": Meaning(
+                title="The same with tokens exchanged", axes=("layer", "head")
+            ),
+        },
+    )
 
     tokens: int | Sequence[int] = 64
     centred: bool = True

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.parts.first import first_seen, of_probes
+from tlens_callback.instruments.parts.baseline import first_seen, of_probes
 from tlens_callback.instruments.parts.selection import (
     after_first,
     chosen_rows,
@@ -16,6 +17,7 @@ from tlens_callback.instruments.parts.selection import (
     resid_hook,
 )
 from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, token_texts, unembed
+from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
@@ -71,6 +73,24 @@ class DifferenceLens:
             no probe of two tokens, or k above the vocabulary; from `read`, a family whose output
             is not norm and unembedding of the last layer.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Tokens that training adds",
+        group="Changes",
+        needs=Needs.EARLIER,
+        measures={
+            "token": Meaning(
+                title="Tokens that training adds",
+                axes=("layer", "rank"),
+                headline=True,
+                of_run=True,
+            ),
+            "probability": Meaning(
+                title="Probability of these tokens", axes=("layer", "rank"), of_run=True
+            ),
+            "norm": Meaning(title="Size of what training adds", axes=("layer",), of_run=True),
+        },
+    )
 
     k: int = 10
     probes: Sequence[str] | None = None

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tlens_callback.instruments.parts.selection import picked, plain_rows
+from tlens_callback.meaning import Description, Meaning, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
+from tlens_callback.sae import load_sae
 from tlens_callback.sae.autoencoder import Autoencoder
 from tlens_callback.sae.splice import Spliced, counted_tokens, splice
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -48,7 +52,7 @@ class SparseFeatures:
     same ever after. A run that is resumed with an autoencoder of another size begins anew.
 
     Args:
-        sae: from `load_sae("path/to/sae")`, or an `Autoencoder` of your own.
+        sae: a directory that `load_sae` reads, or an `Autoencoder`.
         hook: the hook point it is for. Default: the one its configuration names.
         features: which to show.
         k: how many to show where `features` is left out; also the length of `drifting`.
@@ -91,6 +95,52 @@ class SparseFeatures:
             among the probes; at `read`, activations of another width than the autoencoder's.
     """
 
+    description: ClassVar[Description] = Description(
+        title="Sparse features",
+        group="Neurons and features",
+        measures={
+            "frequency": Meaning(
+                title="How often each feature fires",
+                axes=("feature",),
+                headline=True,
+                quantity=Quantity.FEATURE_FREQUENCY,
+            ),
+            "mean": Meaning(title="Mean activation of each feature", axes=("feature",)),
+            "drift": Meaning(
+                title="Change of that since the start", axes=("feature",), of_run=True
+            ),
+            "drifting": Meaning(
+                title="Features that changed most", axes=("rank",), headline=True, of_run=True
+            ),
+            "drifting_change": Meaning(title="Their change", axes=("rank",), of_run=True),
+            "activation": Meaning(
+                title="Features on each token", axes=("feature", "pos"), headline=True
+            ),
+            "top": Meaning(
+                title="Tokens on which a feature fires most",
+                axes=("feature", "rank"),
+                headline=True,
+            ),
+            "l0": Meaning(title="Features that fire on a token", axes=(), headline=True),
+            "dead": Meaning(
+                title="Features that never fire", axes=(), headline=True, better="lower"
+            ),
+            "fvu": Meaning(
+                title="What the autoencoder does not explain",
+                axes=(),
+                headline=True,
+                better="lower",
+            ),
+            "massive": Meaning(title="Tokens left out as massive", axes=()),
+            "recovered": Meaning(
+                title="Loss that the autoencoder recovers", axes=(), headline=True, better="higher"
+            ),
+            "loss_clean": Meaning(title="Loss of the model", axes=()),
+            "loss_zero": Meaning(title="Loss without the layer", axes=()),
+            "loss_sae": Meaning(title="Loss through the autoencoder", axes=(), better="lower"),
+        },
+    )
+
     sae: Autoencoder
     hook: str | None = None
     features: Sequence[int | np.integer] | None = None
@@ -101,10 +151,11 @@ class SparseFeatures:
     name: str = "sparse_features"
 
     def __post_init__(self) -> None:
+        if isinstance(self.sae, str | PathLike):
+            object.__setattr__(self, "sae", load_sae(self.sae))  # as a command line gives it
         if not isinstance(self.sae, Autoencoder):
             raise ValueError(
-                f"SparseFeatures takes an Autoencoder, got {self.sae!r}. A directory becomes one "
-                f"by load_sae: SparseFeatures(load_sae('path/to/sae'))."
+                f"SparseFeatures takes an Autoencoder or its directory, got {self.sae!r}."
             )
         check_counts(k=self.k, tokens=self.tokens, every=self.every)
         if self.hook is None and self.sae.hook is None:

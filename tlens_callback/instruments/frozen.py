@@ -2,18 +2,25 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
 
 _STEP = -7046029254386353131
 """2^64 divided by the golden ratio, as a signed number; odd."""
+
+_ALARM = (
+    "frozen weights of the base model are not what they were at first: something writes to what "
+    "should not be trained"
+)
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,6 +67,26 @@ class FrozenWeights:
     Raises:
         ValueError: every < 1.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Frozen weights",
+        group="Weights",
+        needs=Needs.EARLIER | Needs.TRAINING,
+        measures={
+            "changed": Meaning(
+                title="Frozen weights that have changed",
+                axes=(),
+                headline=True,
+                of_run=True,
+                better="lower",
+                alarm=_ALARM,
+            ),
+            "watched": Meaning(title="Frozen weights that are watched", axes=(), of_run=True),
+            "first_changed": Meaning(
+                title="Frozen weights that have changed", axes=("rank",), of_run=True
+            ),
+        },
+    )
 
     every: int = 10
     name: str = "frozen_weights"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,11 +16,73 @@ from tlens_callback.instruments.parts.selection import (
     layer_labels,
     pattern_hook,
 )
+from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
 
 Pairs = list[tuple[int, int]]
+
+_TITLES = {
+    "previous": "Attention to the token before",
+    "current": "Attention to the token itself",
+    "duplicate": "Attention to the same token, one block before",
+    "induction": "Attention to what followed the same token",
+    "induction_diagonal": "Attention to what followed the same token, along the diagonal",
+    "prefix_matching": "Attention to what followed any earlier occurrence of the token",
+    "sink": "Attention to the first token",
+    "entropy": "Entropy of the attention",
+    "lag": "Distance that the head looks back",
+    "lag_mass": "Attention at that distance",
+}
+
+_ROLES = {
+    "previous": "previous",
+    "duplicate": "duplicate",
+    "induction": "induction",
+    "induction_diagonal": "induction",
+}
+"""The measures that make a head a head of a kind, and what it is called."""
+
+_EITHER = ("induction", "induction_diagonal")
+"""Only one of them is measured, as `strict` says."""
+
+
+def _meanings() -> dict[str, Meaning]:
+    axes, found = ("layer", "head"), {}
+    for measure, title in _TITLES.items():
+        role = _ROLES.get(measure, "")
+        quantity = Quantity.HEAD_ENTROPY if measure == "entropy" else None
+        found |= {
+            measure: Meaning(
+                title=title,
+                axes=axes,
+                headline=bool(role),
+                quantity=quantity,
+                role=role,
+                sometimes=measure in _EITHER,
+            ),
+            # One block length is not enough: a positional copy scores high at one alone.
+            f"{measure}_by_block": Meaning(
+                title=f"{title}, by block length",
+                axes=("block", *axes),
+                quantity=Quantity.HEAD_ROLE if role else None,
+                role=role,
+            ),
+            f"{measure}_spread": Meaning(title=f"{title}: spread over block lengths", axes=axes),
+        }
+    for measure in (*_ROLES, "prefix_matching"):
+        found[f"max_{measure}"] = Meaning(
+            title="Strongest head in each role",
+            axes=(),
+            headline=measure not in ("duplicate", "prefix_matching"),
+            sometimes=measure in _EITHER,
+        )
+    return found | {
+        "sink_share": Meaning(title="Heads that attend to the first token", axes=(), headline=True),
+        "min_entropy": Meaning(title="Entropy of the most focused head", axes=()),
+        "mean_entropy": Meaning(title="Entropy of attention", axes=(), headline=True),
+    }
 
 
 @dataclass(frozen=True)
@@ -87,6 +150,10 @@ class HeadScores:
     Raises:
         ValueError: from `taps`, when no probe is a repeated block.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Heads by their roles", group="Heads", needs=Needs.BLOCKS, measures=_meanings()
+    )
 
     strict: bool = True
     name: str = "head_scores"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from tlens_callback.instruments.parts.unembed import (
     token_texts,
     unembed,
 )
+from tlens_callback.meaning import Description, Meaning, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
@@ -85,6 +87,73 @@ class LogitLens:
             not there or k above the vocabulary; from `read`, a family whose output is not made as
             the formula says.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Logit lens by layer",
+        group="Answers",
+        measures={
+            "token": Meaning(
+                title="What each layer would say",
+                axes=("layer", "rank"),
+                headline=True,
+                quantity=Quantity.NEXT_TOKEN,
+                explanation="The lens reads the last token only; LogitLens(every_token=True) reads every token.",
+            ),
+            "top": Meaning(
+                title="Probability of what each layer would say",
+                axes=("layer", "rank"),
+                quantity=Quantity.NEXT_TOKEN_PROBABILITY,
+            ),
+            "rank": Meaning(
+                title="Tokens likelier than the answer, by layer",
+                axes=("layer",),
+                quantity=Quantity.ANSWER_RANK,
+                better="lower",
+            ),
+            "probability": Meaning(
+                title="Probability of the answer, by layer",
+                axes=("layer",),
+                headline=True,
+                quantity=Quantity.ANSWER_PROBABILITY,
+                better="higher",
+            ),
+            "logit_diff": Meaning(
+                title="Lead of the answer, by layer", axes=("layer",), better="higher"
+            ),
+            "kl": Meaning(
+                title="How far each layer is from the output", axes=("layer",), headline=True
+            ),
+            "entropy": Meaning(title="How undecided each layer is", axes=("layer",)),
+            "first_layer": Meaning(
+                title="First layer that reads the answer",
+                axes=(),
+                headline=True,
+                quantity=Quantity.ANSWER_LAYER,
+                better="lower",
+            ),
+            "token_by_pos": Meaning(
+                sometimes=True,
+                title="What each layer would say at each token",
+                axes=("layer", "pos"),
+            ),
+            "top_by_pos": Meaning(
+                sometimes=True,
+                title="Probability of what each layer would say at each token",
+                axes=("layer", "pos"),
+                headline=True,
+            ),
+            "kl_by_pos": Meaning(
+                sometimes=True,
+                title="How far each layer is from the output at each token",
+                axes=("layer", "pos"),
+            ),
+            "entropy_by_pos": Meaning(
+                sometimes=True,
+                title="How undecided each layer is at each token",
+                axes=("layer", "pos"),
+            ),
+        },
+    )
 
     k: int = 5
     probes: Sequence[str] | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlens_callback.instruments.parts.first import first_seen
+from tlens_callback.instruments.parts.baseline import changes, first_seen
 from tlens_callback.instruments.parts.selection import (
     block_rows,
     chosen_rows,
@@ -18,6 +19,7 @@ from tlens_callback.instruments.parts.selection import (
     resid_hook,
 )
 from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, unembed
+from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
@@ -56,6 +58,30 @@ class TokenLoss:
             `read`, a family whose output is not its unembedded final norm.
     """
 
+    description: ClassVar[Description] = Description(
+        title="Loss by token",
+        group="Answers",
+        measures={
+            "loss": Meaning(
+                title="Loss by token",
+                axes=("token",),
+                headline=True,
+                quantity=Quantity.TOKEN_LOSS,
+                better="lower",
+            ),
+            "change": Meaning(
+                title="Change of the loss by token", axes=("token",), of_run=True, better="lower"
+            ),
+            "mean": Meaning(
+                title="Loss of a probe",
+                axes=(),
+                headline=True,
+                quantity=Quantity.PROBE_LOSS,
+                better="lower",
+            ),
+        },
+    )
+
     probes: Sequence[str] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "token_loss"
@@ -89,6 +115,12 @@ class TokenLoss:
                     labels={"token": batch.labels[row][1:]},
                 )
             yield Reading(key=f"{self.name}/mean/{probe}", values=loss.mean().numpy(), unit="nats")
+
+    def between(
+        self, first: Mapping[str, Reading], last: Mapping[str, Reading]
+    ) -> Iterator[Reading]:
+        """Its change from `first` to `last`."""
+        return changes(self.name, first, last, {"change": "loss"})
 
     def _rows(self, batch: ProbeBatch) -> list[int]:
         rows = chosen_rows(batch, self.probes)
@@ -136,6 +168,39 @@ class RepeatLoss:
         ValueError: from `taps`, when no probe is a repeated block; from `read`, a family whose
             output is not its unembedded final norm.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Learning in context",
+        group="Answers",
+        needs=Needs.BLOCKS,
+        measures={
+            "first": Meaning(title="Loss of a block when it comes first", axes=("block",)),
+            "second": Meaning(
+                title="Loss of a block when it comes again", axes=("block",), better="lower"
+            ),
+            "difference": Meaning(
+                title="Loss of a block when it comes again, less at first",
+                axes=("block",),
+                better="lower",
+            ),
+            "spread": Meaning(
+                title="Spread of that over the blocks of one length", axes=("block",)
+            ),
+            "mean": Meaning(
+                title="Loss of a repeated block, second time less first",
+                axes=(),
+                headline=True,
+                better="lower",
+            ),
+            "max_difference": Meaning(
+                title="Loss of a repeated block, second time less first, at the worst length",
+                axes=(),
+                headline=True,
+                quantity=Quantity.REPEAT_GAIN,
+                better="lower",
+            ),
+        },
+    )
 
     name: str = "repeat_loss"
 

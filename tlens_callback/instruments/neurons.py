@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,7 @@ from tlens_callback.instruments.parts.selection import (
     neuron_layers,
     picked,
 )
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -78,6 +80,30 @@ class TopNeurons:
         ValueError: k < 1; an empty or repeated selection; from `taps`, a probe that is not there,
             or more neurons asked for than a layer has.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Neurons that fire most",
+        group="Neurons and features",
+        measures={
+            "neuron": Meaning(title="Neuron", axes=("layer", "rank")),
+            "activation": Meaning(
+                title="Neurons that fire most", axes=("layer", "rank", "pos"), headline=True
+            ),
+            "peak": Meaning(title="Where it fires most", axes=("layer", "rank")),
+            "write": Meaning(
+                sometimes=True, title="What the neuron adds to the answer", axes=("layer", "rank")
+            ),
+            "expert_share": Meaning(
+                sometimes=True,
+                title="Share of the tokens that each expert takes",
+                axes=("layer", "expert"),
+                headline=True,
+            ),
+            "router": Meaning(
+                sometimes=True, title="Probability of each expert", axes=("layer", "expert")
+            ),
+        },
+    )
 
     k: int = 5
     probes: Sequence[str] | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlens_callback.instruments.parts.selection import layer_labels, picked, rows_named
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -88,6 +89,27 @@ class ActivationPatching:
             model whose hook_z is not cut into heads; from the first `read`,
             D(clean) = D(corrupt) to rounding.
     """
+
+    description: ClassVar[Description] = Description(
+        title="What brings the answer back",
+        group="Answers",
+        measures={
+            "resid": Meaning(
+                title="Answer that comes back with the residual stream",
+                axes=("layer", "pos"),
+                headline=True,
+            ),
+            "attn": Meaning(
+                title="Answer that comes back with an attention layer", axes=("layer", "pos")
+            ),
+            "mlp": Meaning(title="Answer that comes back with an MLP", axes=("layer", "pos")),
+            "head": Meaning(
+                title="Answer that comes back with a head", axes=("layer", "head"), headline=True
+            ),
+            "clean": Meaning(title="Lead of the answer, clean prompt", axes=(), headline=True),
+            "corrupt": Meaning(title="Lead of the answer, corrupt prompt", axes=(), headline=True),
+        },
+    )
 
     clean: str | None = None
     corrupt: str | Probe | None = None

@@ -1,14 +1,16 @@
 """How large the residual stream is."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.first import first_seen
+from tlens_callback.instruments.parts.baseline import first_seen
 from tlens_callback.instruments.parts.selection import after_first, plain_rows, resid_hook
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -43,6 +45,18 @@ class ResidualNorms:
         (massive activations on the first token).
     """
 
+    description: ClassVar[Description] = Description(
+        title="Size of the residual stream",
+        group="Changes",
+        measures={
+            "median": Meaning(title="Size of the residual stream", axes=("layer",)),
+            "spread": Meaning(title="Its spread over the tokens", axes=("layer",)),
+            "ratio": Meaning(
+                title="Its size now over that at the start", axes=("layer",), of_run=True
+            ),
+        },
+    )
+
     memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "residual_norms"
 
@@ -74,3 +88,12 @@ class ResidualNorms:
             yield Reading(
                 key=f"{self.name}/{measure}", values=values.numpy(), axes=("layer",), unit=unit
             )
+
+    def between(
+        self, first: Mapping[str, Reading], last: Mapping[str, Reading]
+    ) -> Iterator[Reading]:
+        """Its ratio of `last` to `first`."""
+        median, ratio = f"{self.name}/median", f"{self.name}/ratio"
+        if median in first and median in last and ratio in last:
+            values = last[median].values / first[median].values
+            yield replace(last[ratio], values=values)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlens_callback.instruments.parts.places import Places
+from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -58,6 +60,30 @@ class UpdateSparsity:
         ValueError: tolerance <= 0 or sample < 1; from `taps`, when training changes no weight;
             from `read`, when the memory is of a model with other weights.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Weights that training has not moved",
+        group="Weights",
+        needs=Needs.EARLIER | Needs.SAME_WEIGHTS,
+        measures={
+            "share": Meaning(
+                title="Share of the weights that have not moved",
+                axes=("layer", "module"),
+                of_run=True,
+            ),
+            "share_elsewhere": Meaning(
+                title="Share of the weights that have not moved, outside the layers",
+                axes=("weight",),
+                of_run=True,
+            ),
+            "all": Meaning(
+                title="Share of all weights that have not moved",
+                axes=(),
+                headline=True,
+                of_run=True,
+            ),
+        },
+    )
 
     tolerance: float = 1e-5
     sample: int | None = 4096

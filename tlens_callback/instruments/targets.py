@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -39,6 +41,36 @@ class TargetScores:
     Raises:
         ValueError: from `taps`, if no probe has a target.
     """
+
+    description: ClassVar[Description] = Description(
+        title="The answer",
+        group="Answers",
+        needs=Needs.TARGET,
+        measures={
+            "probability": Meaning(
+                title="Probability of the answer",
+                axes=(),
+                headline=True,
+                quantity=Quantity.ANSWER_PROBABILITY,
+                better="higher",
+            ),
+            "rank": Meaning(
+                title="Tokens likelier than the answer",
+                axes=(),
+                headline=True,
+                quantity=Quantity.ANSWER_RANK,
+                better="lower",
+            ),
+            "loss": Meaning(title="Loss of the answer", axes=(), better="lower"),
+            "logit_diff": Meaning(
+                title="Lead of the answer",
+                axes=(),
+                headline=True,
+                quantity=Quantity.ANSWER_LEAD,
+                better="higher",
+            ),
+        },
+    )
 
     name: str = "target_scores"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tlens_callback.instruments.features import (
     shown_readings,
     text_rows,
 )
+from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.sae.autoencoder import fvu
@@ -107,6 +109,72 @@ class TrainedFeatures:
             have, or too few tokens among the probes; at `read`, first activations that are all
             one.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Features trained beside the model",
+        group="Neurons and features",
+        needs=Needs.TRAINING,
+        measures={
+            "frequency": Meaning(
+                title="How often each feature fires",
+                axes=("feature",),
+                headline=True,
+                of_run=True,
+                quantity=Quantity.FEATURE_FREQUENCY,
+            ),
+            "mean": Meaning(
+                title="Mean activation of each feature", axes=("feature",), of_run=True
+            ),
+            "cosine": Meaning(
+                title="Direction of each feature, against the observation before",
+                axes=("feature",),
+                of_run=True,
+            ),
+            "activation": Meaning(
+                title="Features on each token", axes=("feature", "pos"), headline=True, of_run=True
+            ),
+            "top": Meaning(
+                title="Tokens on which a feature fires most",
+                axes=("feature", "rank"),
+                headline=True,
+                of_run=True,
+            ),
+            "l0": Meaning(
+                title="Features that fire on a token", axes=(), headline=True, of_run=True
+            ),
+            "dead": Meaning(
+                title="Features that never fire",
+                axes=(),
+                headline=True,
+                of_run=True,
+                better="lower",
+            ),
+            "resampled": Meaning(title="Features begun anew", axes=(), headline=True, of_run=True),
+            "fvu": Meaning(
+                title="What the autoencoder does not explain",
+                axes=(),
+                headline=True,
+                of_run=True,
+                better="lower",
+            ),
+            "fvu_before": Meaning(
+                title="The same before it was trained further", axes=(), of_run=True
+            ),
+            "massive": Meaning(title="Tokens left out as massive", axes=(), of_run=True),
+            "recovered": Meaning(
+                title="Loss that the autoencoder recovers",
+                axes=(),
+                headline=True,
+                of_run=True,
+                better="higher",
+            ),
+            "loss_clean": Meaning(title="Loss of the model", axes=(), of_run=True),
+            "loss_zero": Meaning(title="Loss without the layer", axes=(), of_run=True),
+            "loss_sae": Meaning(
+                title="Loss through the autoencoder", axes=(), of_run=True, better="lower"
+            ),
+        },
+    )
 
     hook: str
     n_features: int | None = None

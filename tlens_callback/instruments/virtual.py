@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from tlens_callback.instruments.parts.selection import (
     demand_blocks,
     pattern_hook,
 )
+from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -86,6 +88,32 @@ class VirtualHeads:
         ValueError: k < 1 or strongest < 2; from `taps`, when no probe is a repeated block, or
             when fewer than two layers of the model have attention patterns.
     """
+
+    description: ClassVar[Description] = Description(
+        title="Pairs of heads that look together",
+        group="Heads",
+        needs=Needs.BLOCKS,
+        measures={
+            "lag_pair": Meaning(title="Pairs that look back a fixed distance", axes=("rank",)),
+            "lag": Meaning(title="Distance that they look back", axes=("rank",)),
+            "lag_mass": Meaning(title="Attention at that distance", axes=("rank",)),
+            "lag_gain": Meaning(
+                title="What the pair adds to its parts, at that distance", axes=("rank",)
+            ),
+            "induction_pair": Meaning(
+                title="Pairs that look where an induction head does", axes=("rank",)
+            ),
+            "induction": Meaning(title="Induction score of the pair", axes=("rank",)),
+            "induction_gain": Meaning(
+                title="What the pair adds to its parts, for induction", axes=("rank",)
+            ),
+            "max_lag_gain": Meaning(title="Most that a pair adds at a fixed distance", axes=()),
+            "max_induction": Meaning(title="Strongest induction of a pair", axes=()),
+            "max_induction_gain": Meaning(
+                title="Most that a pair adds for induction", axes=(), headline=True
+            ),
+        },
+    )
 
     k: int = 8
     strongest: int = 32

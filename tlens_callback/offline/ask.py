@@ -7,21 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tlens_callback.instruments import (
-    AttentionPatterns,
-    LogitAttribution,
-    LogitLens,
-    TargetScores,
-    TokenLoss,
-    TopNeurons,
-)
+from tlens_callback.instruments import explaining
 from tlens_callback.interfaces import Instrument
-from tlens_callback.offline.changes import LEAST_SAID
-from tlens_callback.offline.stages import CheckpointName
+from tlens_callback.meaning import Quantity
+from tlens_callback.offline.changes import LEAST_SAID, component
+from tlens_callback.offline.stages import name_reading
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
@@ -65,14 +60,13 @@ class Answer:
     @property
     def writers(self) -> list[tuple[str, float]]:
         """The three heads and MLPs that add most to the target's lead over the foil, in logits
-        before any soft cap, as `LogitAttribution` has it; fewer, where fewer add anything. A head
+        before any soft cap; fewer, where fewer add anything. A head
         is L21H7, an MLP L21 MLP."""
-        parts = []
-        if head := self._of("logit_attribution/head"):
-            for layer, row in enumerate(head.values.tolist()):
-                parts += [(f"L{layer}H{i}", logit) for i, logit in enumerate(row)]
-        if mlp := self._of("logit_attribution/mlp"):
-            parts += [(f"L{layer} MLP", logit) for layer, logit in enumerate(mlp.values.tolist())]
+        parts = [
+            (component(effect, at), float(effect.values[at]))
+            for effect in self._all(Quantity.DIRECT_EFFECT)
+            for at in np.ndindex(effect.values.shape)
+        ]
         towards = sorted((part for part in parts if part[1] > 0), key=lambda part: -part[1])
         return towards[:WRITERS]
 
@@ -82,21 +76,22 @@ class Answer:
         said = [f"{self.probe.name}:"]
         said += [f"{p:7.3f}  {text!r}" for text, p in self.next_tokens]
         if self.target not in [text for text, _ in self.next_tokens]:
-            probability, rank = self._number("probability"), self._number("rank")
+            probability = self._number(Quantity.ANSWER_PROBABILITY)
+            rank = self._number(Quantity.ANSWER_RANK)
             likelier = f"{rank:.0f} token{'s are' if rank != 1 else ' is'} likelier"
             said.append(f"{probability:7.2g}  {meant}; {likelier}")
-        lead = self._number("logit_diff")
+        lead = self._number(Quantity.ANSWER_LEAD)
         said.append(f"  lead of {meant} over {other}: {lead:+.2f} logits")
         if writers := self.writers:
             named = ", ".join(f"{name} {logit:+.2f}" for name, logit in writers)
-            parts = (self._reading(f"logit_attribution/{part}") for part in ("total", "remainder"))
-            apart = abs(sum(float(part.values) for part in parts) - lead)
+            parts = Quantity.DIRECT_TOTAL, Quantity.DIRECT_REMAINDER
+            apart = abs(sum(self._number(part) for part in parts) - lead)
             # The parts add up to the lead before a soft cap.
             uncapped = ", in logits before the soft cap" if apart > LEAST_SAID else ""
             said.append(f"  added to the lead most, directly{uncapped}: {named}")
-        if lens := self._of("logit_lens/token"):
+        for lens in self._all(Quantity.NEXT_TOKEN)[:1]:
             assert lens.texts is not None
-            first, last = int(self._reading("logit_lens/first_layer").values), len(lens.values) - 1
+            first, last = int(self._number(Quantity.ANSWER_LAYER)), len(lens.values) - 1
             top = repr(str(lens.texts[-1, 0]))
             if first > last:
                 said.append(f"  the logit lens ends in {top}, not in {meant}")
@@ -118,14 +113,11 @@ class Answer:
             store.write(list(self.readings.values()), step=self.step)
             return read_store(store.path).page().save(path)
 
-    def _of(self, key: str) -> Reading | None:
-        return self.readings.get(f"{key}/{self.probe.name}")
+    def _all(self, quantity: Quantity) -> list[Reading]:
+        return [one for one in self.readings.values() if one.meaning.quantity is quantity]
 
-    def _reading(self, key: str) -> Reading:
-        return self.readings[f"{key}/{self.probe.name}"]
-
-    def _number(self, measure: str) -> float:
-        return float(self._reading(f"target_scores/{measure}").values)
+    def _number(self, quantity: Quantity) -> float:
+        return next(float(one.values) for one in self._all(quantity) if not one.axes)
 
 
 class Asker:
@@ -194,18 +186,9 @@ class Asker:
                 raise error
             left_out.append(f"{instrument.name}: {error}")
 
-        instruments = [
-            TargetScores(),
-            AttentionPatterns(),
-            LogitLens(every_token=True),
-            LogitAttribution(),
-            TopNeurons(),
-            TokenLoss(),
-            CheckpointName(now=[self.name]),
-        ]
-        readings = observe(shadow, batch, instruments, on_error=failed) + fidelity.readings()
+        readings = observe(shadow, batch, explaining(), on_error=failed) + fidelity.readings()
         # There is nothing yet that these could be a change from.
-        shown = [one for one in readings if not one.key.split("/")[1].endswith("change")]
+        shown = [one for one in readings if not one.meaning.of_run] + [name_reading(self.name)]
         chance = logits.softmax(0)
         return Answer(
             probe=probe,

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tlens_callback.events.watch import ROLES, Watch
+from tlens_callback import instruments
+from tlens_callback.events.watch import Watch, lowest_over_blocks
+from tlens_callback.meaning import Description, Meaning, Quantity, described_class
 from tlens_callback.reading import Reading
 from tlens_callback.store import Store
 
@@ -48,18 +50,22 @@ class History:
         store: where they come from; every step is asked for its keys once, here.
         steps: key -> the steps that have it.
         observed: the steps at which more than `BESIDE` was read.
+        descriptions: instrument -> what it says about itself; of a store that does not know, what
+            the package's instrument of that name does.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.steps: dict[str, list[int]] = {}
         self.observed: list[int] = []
+        self.descriptions = own_descriptions()
         for step in store.steps:
             about = store.about(step)
             if any(key.split("/", 1)[0] not in BESIDE for key in about):
                 self.observed.append(step)
             for key in about:
                 self.steps.setdefault(key, []).append(step)
+            self.descriptions |= store.descriptions(step)
 
     def ends(self, key: str) -> tuple[Reading, Reading] | None:
         """The first reading that can be compared with the last, and the last; None without any."""
@@ -84,12 +90,25 @@ class History:
                     break
         return dict(sorted(found.items()))
 
-    def keys(self, instrument: str, measure: str) -> Iterator[tuple[str, str]]:
-        """The probes that a measure is read of, and its key for each."""
-        start = f"{instrument}/{measure}/"
-        for key in self.steps:
-            if key.startswith(start):
-                yield key.removeprefix(start), key
+    def meaning(self, key: str) -> Meaning:
+        """What the readings of a key mean."""
+        instrument, measure = key.split("/", 2)[:2]
+        return self.descriptions.get(instrument, Description()).meaning(measure)
+
+    def keys(self, *quantities: Quantity, numbers: bool = False) -> list[str]:
+        """The keys of these quantities, in their order and that of appearance.
+
+        Args:
+            numbers: only those whose readings are one number.
+        """
+        found = [
+            key for one in quantities for key in self.steps if self.meaning(key).quantity is one
+        ]
+        return [key for key in found if not (numbers and self.meaning(key).axes)]
+
+    def key(self, quantity: Quantity, probe: str | None = None) -> str | None:
+        """The first key of this quantity for this probe, or for no single probe."""
+        return next((key for key in self.keys(quantity) if probe_of(key) == probe), None)
 
     def number(self, key: str) -> Change | None:
         """A reading that is one number."""
@@ -105,6 +124,18 @@ def _change(what: str, values: Mapping[int, float]) -> Change:
     at = int(moves.argmax()) if len(moves) > 1 and moves.any() else None
     when = None if at is None else (steps[at], steps[at + 1])
     return Change(what, values[steps[0]], values[steps[-1]], when)
+
+
+def own_descriptions() -> dict[str, Description]:
+    """Usual name -> what the package's instrument says about itself."""
+    there = [getattr(instruments, name) for name in instruments.__all__]
+    return {one.name: described_class(one) for one in there if isinstance(one, type)}
+
+
+def probe_of(key: str) -> str | None:
+    """The probe that a key is of; None where it is of no single one."""
+    parts = key.split("/", 2)
+    return parts[2] if len(parts) == 3 else None
 
 
 def place(reading: Reading, at: tuple[int, ...]) -> str:
@@ -125,28 +156,30 @@ def _largest(reading: Reading, most: int) -> list[tuple[str, float]]:
 
 
 def moved_heads(history: History, most: int) -> list[tuple[str, float]]:
-    """The heads of largest `attention_drift/js` at the end, in bits."""
-    ends = history.ends("attention_drift/js")
-    return _largest(ends[1], most) if ends else []
+    """The heads whose attention is farthest from where it was, at the end."""
+    return _farthest(history, Quantity.ATTENTION_CHANGE, most)
 
 
 def moved_layers(history: History, most: int) -> list[tuple[str, float]]:
-    """The layers and parts of largest `activation_drift/cosine` at the end."""
-    ends = history.ends("activation_drift/cosine")
+    """The layers and parts whose activations are farthest from where they were, at the end."""
+    return _farthest(history, Quantity.ACTIVATION_CHANGE, most)
+
+
+def _farthest(history: History, quantity: Quantity, most: int) -> list[tuple[str, float]]:
+    key = history.key(quantity)
+    ends = history.ends(key) if key else None
     return _largest(ends[1], most) if ends else []
 
 
 def role_scores(history: History) -> Iterator[tuple[str, dict[int, np.ndarray], Reading]]:
     """Role, step -> [layer, head], and a reading with the names of the layers.
 
-    A head's score in a role is the minimum over the block lengths of
-    `head_scores/<role>_by_block`, as `Watch` takes it.
+    A head's score in a role is the lowest over the block lengths, as `Watch` takes it.
     """
-    for role in ROLES:
-        for kind in ("", "_diagonal"):
-            if found := history.all(f"head_scores/{role}{kind}_by_block"):
-                last = found[max(found)]
-                yield role, {step: r.values.min(0) for step, r in found.items()}, last
+    for key in history.keys(Quantity.HEAD_ROLE):
+        found = history.all(key)
+        scores = {step: lowest_over_blocks(reading) for step, reading in found.items()}
+        yield history.meaning(key).role, scores, found[max(found)]
 
 
 def changed_roles(history: History, most: int) -> list[Change]:
@@ -183,7 +216,8 @@ def roles_taken(history: History, watch: Watch) -> tuple[list[Change], list[Chan
 
 def changed_tokens(history: History, probe: str, most: int) -> list[Change]:
     """The tokens of a probe whose loss changed most, in nats."""
-    ends = history.ends(f"token_loss/loss/{probe}")
+    key = history.key(Quantity.TOKEN_LOSS, probe)
+    ends = history.ends(key) if key else None
     if ends is None:
         return []
     first, last = ends
@@ -198,11 +232,12 @@ def changed_tokens(history: History, probe: str, most: int) -> list[Change]:
 def changed_writers(history: History, probe: str, most: int) -> list[Change]:
     """The heads and MLPs whose direct attribution changed most, in logits."""
     changes = []
-    for measure in ("head", "mlp"):
-        if ends := history.ends(f"logit_attribution/{measure}/{probe}"):
+    for key in history.keys(Quantity.DIRECT_EFFECT):
+        ends = history.ends(key) if probe_of(key) == probe else None
+        if ends is not None:
             first, last = ends
             for at in _order(np.abs(last.values - first.values), most, LEAST_SAID):
-                name = _head(last, at) if measure == "head" else f"L{_layer(last, at[0])} MLP"
+                name = component(last, at)
                 changes.append(Change(name, float(first.values[at]), float(last.values[at])))
     return sorted(changes, key=lambda change: -change.size)[:most]
 
@@ -239,6 +274,13 @@ def _order(far: np.ndarray, most: int, least: float) -> list[tuple[int, ...]]:
 
 def _head(reading: Reading, at: tuple[int, ...]) -> str:
     return f"L{_layer(reading, at[0])}H{at[1]}"
+
+
+def component(reading: Reading, at: tuple[int, ...]) -> str:
+    """The name of a head, or of the MLP of a layer."""
+    if reading.axes == ("layer", "head"):
+        return _head(reading, at)
+    return f"L{_layer(reading, at[0])} MLP"
 
 
 def _layer(reading: Reading, at: int) -> str:

@@ -10,20 +10,22 @@ from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.checkpoints.adapters import UnknownStart
 from tlens_callback.checkpoints.files import same_place
 from tlens_callback.events import Watch
-from tlens_callback.instruments import AdapterSpectrum, FrozenWeights, UpdateSparsity
 from tlens_callback.interfaces import Sink
+from tlens_callback.meaning import Needs, Quantity
 from tlens_callback.offline.changes import (
     History,
     changed_keys,
     changed_tokens,
     changed_writers,
     moved_heads,
+    probe_of,
     role_scores,
     roles_taken,
 )
-from tlens_callback.offline.stages import Stage, look_at
+from tlens_callback.offline.stages import Stage, look_at, with_what_is_there
 from tlens_callback.offline.summary import (
     arrow,
+    attributed,
     change_list,
     listed,
     moved,
@@ -81,9 +83,8 @@ def compare_models(
     these ids; where both have one, it is checked that the ids mean the same tokens. Where A is the
     base of B's adapter, the base is loaded once. Nothing is written.
 
-    Of the default instruments those are left out that speak of one training run: `FrozenWeights`;
-    and unless both are adapters over one base, `AdapterSpectrum`, and with it `UpdateSparsity`, if
-    one of them is an adapter.
+    Of the default instruments those are left out that need what there is not: a training run that
+    goes on; two adapters over one base, or, for what compares weights, two models without adapters.
 
     Args:
         names: what they are called in `checkpoint/name`. None: where they are.
@@ -105,14 +106,12 @@ def compare_models(
         except UnknownStart:
             pass  # An adapter that began with random values: the base is seen by itself.
     adapters = [one for one in (base, b) if one.adapter is not None]
-    unfit: tuple[type, ...] = (FrozenWeights,)
-    if len(adapters) < 2 or not same_place(base.model, b.model):
-        unfit = FrozenWeights, AdapterSpectrum, *([UpdateSparsity] if adapters else [])
-    arguments.instruments = [
-        one
-        for one in arguments.instruments
-        if not (isinstance(one, unfit) and getattr(one, "optional", False))
-    ]
+    there = Needs.BLOCKS | Needs.TARGET | Needs.EARLIER
+    if len(adapters) == 2 and same_place(base.model, b.model):
+        there |= Needs.ADAPTER | Needs.SAME_WEIGHTS
+    elif not adapters:
+        there |= Needs.SAME_WEIGHTS
+    arguments.instruments = with_what_is_there(arguments.instruments, there)
     memory = MemorySink()
     stages = [Stage(0, base, names[0]), Stage(1, b, names[1])]
     dtypes: list[str] = []
@@ -159,7 +158,7 @@ def differences(store: Store) -> str:
     Plain text of 72 columns:
 
     - where no number differs: that, and nothing else.
-    - heads of largest `attention_drift/js` and parts of largest `activation_drift/cosine`.
+    - heads whose attention, and parts whose activations, are farthest apart.
     - every head that has a role in one and not in the other: `roles_taken`, by the thresholds of
       `Watch`, but eight at most of each kind.
     - per probe P(target) and its rank; its mean loss, with the tokens whose loss differs most; the
@@ -174,13 +173,14 @@ def differences(store: Store) -> str:
             lines.append(paragraph(f"Roles {what}: {change_list(found, 8) or 'none'}"))
     same = " in both"
     lines += [*repeats(history), *targets(history, same=same)]
-    for probe, key in history.keys("token_loss", "mean"):
+    for key in history.keys(Quantity.PROBE_LOSS):
+        probe = probe_of(key) or ""
         if mean := history.number(key):
             tokens = changed_tokens(history, probe, 4)
             most = ", ".join(whole(f"{one.what} {one.last - one.first:+.2f}") for one in tokens)
             said = f"Loss of {probe}, nats a token: {arrow(mean, same=same)}"
             lines.append(paragraph(f"{said}; differs most: {most}" if most else said))
-    for probe, _ in history.keys("logit_attribution", "head"):
+    for probe in attributed(history):
         if changes := changed_writers(history, probe, 4):
             parts = [(one.what, one.last - one.first) for one in changes]
             said = f"Direct attribution of {probe}, B - A: {listed(parts, '+.3g')} (logits)"

@@ -1,81 +1,53 @@
 """Two watched runs, side by side: the readings of a step of each, from their stores."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
+from tlens_callback import instruments as own_instruments
 from tlens_callback.events import Watch
-from tlens_callback.instruments.parts.distance import js_terms, with_sink
+from tlens_callback.interfaces import Instrument
+from tlens_callback.meaning import Description, Needs, described
 from tlens_callback.offline.changes import History
 from tlens_callback.offline.compare import Pair
 from tlens_callback.offline.stages import name_reading
 from tlens_callback.reading import TOKEN_AXES, Reading
 from tlens_callback.store import Store
 
-PATTERN = "attention_patterns/pattern/"
 
-OF_ONE_RUN = (
-    "cost",
-    "trainer",
-    "checkpoint",
-    "watch",
-    "activation_drift",
-    "difference_lens",
-    "update_sparsity",
-    "frozen_weights",
-    "adapter_spectrum/rotation",
-    "contrast/cosine",
-    "sparse_features/drift",
-    "trained_features",
-)
-"""Beginnings of keys that say something of a run, or compare with a run's own first observation by
-what its store does not hold. Of runs that began with one model their difference would say nothing
-of B against A either."""
-
-AGAIN = {
-    "token_loss/change": "token_loss/loss",
-    "logit_attribution/head_change": "logit_attribution/head",
-    "logit_attribution/mlp_change": "logit_attribution/mlp",
-    "pattern_change/pattern": "attention_patterns/pattern",
-}
-"""What is measured anew from what the stores hold: B's minus A's."""
-
-
-def compare_stores(a: Store, b: Store, *, step: int | None = None) -> Pair:
+def compare_stores(
+    a: Store, b: Store, *, step: int | None = None, instruments: Sequence[Instrument] = ()
+) -> Pair:
     """The last observation of A and of B, or both at one step, with B's measured against A's.
 
-    Readings that both have are taken as they are. What compares with the first observation of a run
-    is made anew, of B against A: `token_loss/change`, the changes of `logit_attribution`,
-    `residual_norms/ratio`, `pattern_change`, and `attention_drift` from the stored patterns, over
-    the probes that it was measured on in either and that both have patterns of. So are the watch's
-    events. Stored patterns are float16, with a relative error of 2**-12: js is off by 2**-11 bits
-    at worst, usually by less than 3e-5. The rest of that kind cannot be made from a store and is
-    left out (`OF_ONE_RUN`, under the instruments' own names), as what belongs to a run is.
+    Readings that both have are taken as they are, but for those that say something of the run that
+    read them (`Meaning.of_run`): what compares with the first observation of a run is made anew, of
+    B against A, where the instrument can (`Instrument.between`), and so are the watch's events; the
+    rest of that kind is left out.
 
     A probe whose tokens differ is left out, and so is what only one has, or has in another shape;
     `left_out` says so. Not seen in a store, and taken to be the same, are targets and foils.
 
     Args:
         step: None: the last observation of each, at whatever steps these are.
+        instruments: of the caller's own, to make their readings anew; by the names in the stores.
 
     Raises:
         ValueError: a step that is not in both, models of another shape, or nothing in common.
     """
-    first, last = _step(a, step), _step(b, step)
+    histories = History(a), History(b)
+    first, last = (_step(history, step) for history in histories)
     if first is None or last is None:
-        raise ValueError(_no_step(a, b, step))
-    about = _measured(a.about(first)), _measured(b.about(last))
+        raise ValueError(_no_step(a, b, histories, step))
+    said = histories[0].descriptions | histories[1].descriptions
+    again = {one.name: one for one in (*_own(said), *instruments) if hasattr(one, "between")}
+    about = _measured(a.about(first), said, again), _measured(b.about(last), said, again)
     _demand_shape(*about)
-    common, left_out = _common(*about)
+    common, left_out = _common(*about, said)
     readings = [
-        {reading.key: reading for reading in store.readings(at, common)}
+        {r.key: _with_description(r, said) for r in store.readings(at, common)}
         for store, at in ((a, first), (b, last))
     ]
-    probes = {key.split("/", 2)[2] for of in about for key in of if _is_drift(key)}
-    both = _against(readings[0], readings[1], probes)
+    both = [_against(readings[0], now, again) for now in readings]
     if not any(key.split("/", 1)[0] != "fidelity" for key in common):
         raise ValueError(
             f"{a.path} at step {first} and {b.path} at step {last} have nothing in common: "
@@ -89,15 +61,29 @@ def compare_stores(a: Store, b: Store, *, step: int | None = None) -> Pair:
     return Pair(names, *with_events, left_out=tuple(left_out))
 
 
-def _step(store: Store, step: int | None) -> int | None:
-    observed = History(store).observed
+def _own(said: Mapping[str, Description]) -> Iterator[Any]:
+    """The package's instruments that the stores have readings of, under the names they had."""
+    for name, description in said.items():
+        if description.kind in own_instruments.__all__:
+            kind = getattr(own_instruments, description.kind)
+            if hasattr(kind, "between"):
+                yield kind(name=name)
+
+
+def _with_description(reading: Reading, said: Mapping[str, Description]) -> Reading:
+    """A store from before instruments described themselves lacks it."""
+    return reading.described(said.get(reading.instrument, reading.description))
+
+
+def _step(history: History, step: int | None) -> int | None:
+    observed = history.observed
     if step is None:
         return observed[-1] if observed else None
     return step if step in observed else None
 
 
-def _no_step(a: Store, b: Store, step: int | None) -> str:
-    steps = [History(store).observed for store in (a, b)]
+def _no_step(a: Store, b: Store, histories: Sequence[History], step: int | None) -> str:
+    steps = [history.observed for history in histories]
     empty = [str(store.path) for store, of in zip((a, b), steps, strict=True) if not of]
     if empty:
         return f"{' and '.join(empty)} has no complete observation, so there is nothing to compare."
@@ -109,17 +95,18 @@ def _no_step(a: Store, b: Store, step: int | None) -> str:
     )
 
 
-def _measured(about: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        key: of
-        for key, of in about.items()
-        if not any(key == name or key.startswith((f"{name}/", f"{name}_")) for name in OF_ONE_RUN)
-        and not key.startswith("sparse_features/drifting")
-    }
-
-
-def _is_drift(key: str) -> bool:
-    return key.startswith("attention_drift/js/")
+def _measured(
+    about: Mapping[str, dict[str, Any]],
+    said: Mapping[str, Description],
+    again: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """The keys that can be compared, or made anew."""
+    found = {}
+    for key, of in about.items():
+        instrument, measure = key.split("/", 2)[:2]
+        if instrument in again or not said.get(instrument, Description()).meaning(measure).of_run:
+            found[key] = of
+    return found
 
 
 def _demand_shape(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
@@ -141,7 +128,9 @@ def _demand_shape(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 
 
 def _common(
-    a: Mapping[str, dict[str, Any]], b: Mapping[str, dict[str, Any]]
+    a: Mapping[str, dict[str, Any]],
+    b: Mapping[str, dict[str, Any]],
+    descriptions: Mapping[str, Description],
 ) -> tuple[set[str], list[str]]:
     """The keys to compare, and sentences about the others."""
     others = {
@@ -157,7 +146,9 @@ def _common(
     if all(blocks) and blocks[0] != blocks[1]:
         # Their other numbers are means, or the worst, of all blocks.
         on_blocks = {key.split("/")[0] for of in (a, b) for key in of if "block" in of[key]["axes"]}
-        on_blocks |= {"virtual_heads"} & {key.split("/")[0] for key in (*a, *b)}
+        there = {key.split("/")[0] for key in (*a, *b)}
+        needing = {name for name, one in descriptions.items() if Needs.BLOCKS in one.needs}
+        on_blocks |= needing & there
         lengths = [", ".join(of) for of in blocks]
         said.append(
             f"The repeated blocks are of {lengths[0]} tokens in A and of {lengths[1]} in B, so "
@@ -209,60 +200,17 @@ def _probe(key: str) -> str | None:
 
 
 def _against(
-    a: Mapping[str, Reading], b: Mapping[str, Reading], drifting: set[str]
-) -> tuple[list[Reading], list[Reading]]:
-    """The readings of both, with what is relative measured against A."""
-    patterns = [key for key in a if key.startswith(PATTERN)]
-    measured = [key for key in patterns if key.removeprefix(PATTERN) in drifting] or patterns
-    sides: tuple[list[Reading], list[Reading]] = [], []
-    for now, out in zip((a, b), sides, strict=True):
-        for key, reading in now.items():
-            instrument, measure, *probe = key.split("/", 2)
-            of = AGAIN.get(f"{instrument}/{measure}")
-            of = "/".join([of, *probe]) if of else None
-            if of is not None and of in a and a[of].values.shape == reading.values.shape:
-                out.append(replace(reading, values=now[of].values - a[of].values))
-            elif key == "residual_norms/ratio":
-                median = "residual_norms/median"
-                out.append(replace(reading, values=now[median].values / a[median].values))
-            elif of is None and not key.startswith("attention_drift/"):
-                out.append(reading)
-        out += _drift([(a[key], now[key]) for key in measured])
-    return sides
-
-
-def _drift(patterns: list[tuple[Reading, Reading]]) -> Iterator[Reading]:
-    """As `AttentionDrift` measures it, of the second of each pair against the first."""
-    patterns = [(one, other) for one, other in patterns if one.values.shape[-1] > 1]
-    if not patterns:
-        return
-    js = [_js(one.values, other.values) for one, other in patterns]
-    layers = {axis: n for axis, n in patterns[0][0].labels.items() if axis == "layer"}
-    names = [one.key.removeprefix(PATTERN) for one, _ in patterns]
-    mean = np.mean(js, 0)
-    for key, values in (("js", mean), *((f"js/{n}", v) for n, v in zip(names, js, strict=True))):
-        yield Reading(
-            key=f"attention_drift/{key}",
-            values=values,
-            axes=("layer", "head"),
-            unit="bits",
-            labels=layers,
-            limits=(0.0, 1.0),
-        )
-    for measure, value in (("max", mean.max()), ("mean", mean.mean())):
-        values = np.asarray(value)
-        yield Reading(
-            key=f"attention_drift/{measure}", values=values, unit="bits", limits=(0.0, 1.0)
-        )
-
-
-def _js(first: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """[layer, head], from two patterns [layer, head, query, key], over the queries from 1 on."""
-    out = []
-    for p, q in zip(now, first, strict=True):
-        one, other = (torch.from_numpy(np.array(x[:, 1:])) for x in (p, q))
-        # A model with attention sinks of its own: more is missing from a row than rounding takes.
-        if min(one.sum(-1).min(), other.sum(-1).min()) < 1 - 2**-7:
-            one, other = with_sink(one), with_sink(other)
-        out.append(js_terms(one, other).sum(-1).mean(-1).clamp(0, 1).numpy())
-    return np.stack(out)
+    first: Mapping[str, Reading], now: Mapping[str, Reading], again: Mapping[str, Any]
+) -> list[Reading]:
+    """The readings of now, with those that compare made anew, against `first`."""
+    anew = {
+        reading.key: reading.described(described(one))
+        for one in again.values()
+        for reading in one.between(first, now)
+    }
+    found = [
+        anew.pop(key, reading)
+        for key, reading in now.items()
+        if key in anew or not reading.meaning.of_run
+    ]
+    return [*found, *anew.values()]

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from tlens_callback.offline.stages import Stage
 from tlens_callback.run.printing import print_lines
 from tlens_callback.store.atomic import write_whole
+from tlens_callback.store.format import is_store, scores_file, steps_in
 from tlens_callback.store.numbered import newest, unused
-from tlens_callback.store.store import is_store, scores_file, steps_in
 
 RECORD = "replay.json"
 

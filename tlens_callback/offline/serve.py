@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from tlens_callback.page import PageFolder
 from tlens_callback.page.template import title_of
 from tlens_callback.reading import Reading
-from tlens_callback.store.store import Store, scores_file, steps_in
+from tlens_callback.store.format import scores_file, steps_in
+from tlens_callback.store.store import Store
 
 HOST = "127.0.0.1"
 _NAMES = re.compile(r"data/(index|\d{8,}(-\d+)?)\.js", re.ASCII)

@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
 from tqdm import tqdm
 
 from tlens_callback.checkpoints import Checkpoint, Loader
-from tlens_callback.interfaces import Sink
+from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.meaning import Description, Meaning, Needs, described
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
@@ -37,10 +38,17 @@ class Stage:
     logged: Logged | Callable[[], Logged] = ()
 
 
+_CHECKPOINT = Description(title="Checkpoint", group="Training", others=Meaning(of_run=True))
+
+
 def name_reading(name: str) -> Reading:
     """`checkpoint/name`, with the name as its text."""
     return Reading(
-        key="checkpoint/name", values=np.asarray(0.0), unit="path", texts=np.asarray(name)
+        key="checkpoint/name",
+        values=np.asarray(0.0),
+        unit="path",
+        texts=np.asarray(name),
+        description=_CHECKPOINT,
     )
 
 
@@ -52,6 +60,8 @@ class CheckpointName:
         checkpoint/name: [], path; the name is its text.
     """
 
+    description: ClassVar[Description] = _CHECKPOINT
+
     name: str = "checkpoint"
     now: list[str] = field(default_factory=list)
 
@@ -62,6 +72,15 @@ class CheckpointName:
     def read(self, taken: Any, shadow: Shadow, batch: ProbeBatch) -> Iterator[Reading]:
         """The name."""
         yield name_reading(self.now[-1])
+
+
+def with_what_is_there(instruments: Sequence[Instrument], there: Needs) -> list[Instrument]:
+    """The instruments without those optional ones that need something else than is there."""
+    return [
+        one
+        for one in instruments
+        if not (described(one).needs & ~there and getattr(one, "optional", False))
+    ]
 
 
 def look_at(

@@ -6,6 +6,7 @@ from textwrap import shorten, wrap
 import numpy as np
 
 from tlens_callback.events import Watch
+from tlens_callback.meaning import Quantity
 from tlens_callback.offline.changes import (
     LEAST,
     Change,
@@ -15,6 +16,7 @@ from tlens_callback.offline.changes import (
     changed_writers,
     moved_heads,
     moved_layers,
+    probe_of,
     roles_taken,
 )
 from tlens_callback.store import Store
@@ -33,18 +35,18 @@ _WHOLE = "\N{NO-BREAK SPACE}"
 def summary(store: Store) -> str:
     """What changed most between the first and the last observation, when, and the events.
 
-    Plain text of about 20 lines of 72 columns, from the readings of the package's instruments
-    under their own names, as far as they are there:
+    Plain text of about 20 lines of 72 columns, from the readings of these quantities, whoever
+    measured them, as far as they are there:
 
     - what the trainer logged: `trainer/loss`, `eval_loss` and `reward`, the first value and the
       last, and their steps.
-    - each probe: `target_scores/probability` and `rank`, first and last; the four probes whose
+    - each probe: probability and rank of its target, first and last; the four probes whose
       probability changed most. A rank is the number of tokens that are likelier.
-    - heads of largest `attention_drift/js`, parts of largest `activation_drift/cosine`, at the end.
+    - heads whose attention, and parts whose activations, are farthest from the first observation.
     - heads that took or lost a role, by the thresholds of `Watch`, or where none did, those whose
       score in a role (minimum over the block lengths) changed most, from 0.01 on.
-    - `repeat_loss/max_difference`, where it changed by 0.01 nats: of the block length that gains
-      least from the repetition.
+    - what the repetition of a random block gains, where it changed by 0.01 nats: of the block
+      length that gains least.
     - heads and MLPs whose direct attribution changed most.
     - events, and where shadow and model differed most (`fidelity/max_abs_diff`).
 
@@ -88,9 +90,12 @@ def whole(text: str) -> str:
 def targets(history: History, *, same: str = "") -> Iterator[str]:
     """A line for each of the probes whose target's probability changed most; `same` as `arrow`."""
     found = []
-    for probe, key in history.keys("target_scores", "probability"):
+    for key in history.keys(Quantity.ANSWER_PROBABILITY, numbers=True):
+        probe = probe_of(key) or ""
         if chance := history.number(key):
-            found.append((probe, chance, history.number(f"target_scores/rank/{probe}")))
+            ranks = history.keys(Quantity.ANSWER_RANK, numbers=True)
+            rank = next((one for one in ranks if probe_of(one) == probe), None)
+            found.append((probe, chance, history.number(rank) if rank else None))
     found.sort(key=lambda one: -np.nan_to_num(one[1].size))
     width = max([len(_short(probe)) for probe, _, _ in found[:_PROBES]], default=0)
     ranked = False
@@ -113,7 +118,11 @@ def moved(history: History) -> Iterator[str]:
     """The heads whose attention moved most, and where activations did."""
     if heads := moved_heads(history, _HEADS):
         yield paragraph(f"Attention moved most: {listed(heads)} (JS divergence, 1 bit at most)")
-    elif (ends := history.ends("attention_drift/js")) and len(history.observed) > 1:
+    elif (
+        (key := history.key(Quantity.ATTENTION_CHANGE))
+        and (ends := history.ends(key))
+        and len(history.observed) > 1
+    ):
         if np.isfinite(ends[1].values).all():
             yield f"Attention has not moved: no head by {LEAST:.0e} bits of JS divergence."
         else:
@@ -155,15 +164,14 @@ def _opening(history: History) -> str:
     looks = f"{len(steps)} observations, steps {min(steps)} to {max(steps)}"
     if len(steps) == 1:
         looks = f"1 observation, step {steps[0]}"
-    probes = {probe for probe, _ in history.keys("target_scores", "probability")}
-    probes |= {probe for probe, _ in history.keys("token_loss", "loss")}
-    probes |= {probe for probe, _ in history.keys("logit_lens", "token")}
+    of_probes = Quantity.ANSWER_PROBABILITY, Quantity.TOKEN_LOSS, Quantity.NEXT_TOKEN
+    probes = {probe for key in history.keys(*of_probes) if (probe := probe_of(key))}
     said = [looks]
     if probes:
         said.append(f"{len(probes)} probe{'s' * (len(probes) > 1)}")
-    for key in ("attention_drift/js", "head_scores/induction"):
+    for key in history.keys(Quantity.ATTENTION_CHANGE, Quantity.HEAD_ROLE):
         if ends := history.ends(key):
-            layers, heads = ends[1].values.shape
+            layers, heads = ends[1].values.shape[-2:]
             said.append(f"{layers} layers x {heads} heads")
             break
     return ", ".join(said)
@@ -195,16 +203,23 @@ def _roles(history: History) -> Iterator[str]:
 
 def repeats(history: History) -> Iterator[str]:
     """How learning in context changed."""
-    change = history.number("repeat_loss/max_difference")
+    key = history.key(Quantity.REPEAT_GAIN)
+    change = history.number(key) if key else None
     if change and change.size >= 0.01:
         said = "Loss of a repeated block, second time less first, at the worst length"
         yield paragraph(f"{said}: {arrow(change)} nats{when(change)}")
 
 
+def attributed(history: History) -> list[str]:
+    """The probes whose answer was attributed to heads and MLPs."""
+    keys = history.keys(Quantity.DIRECT_EFFECT)
+    return list(dict.fromkeys(probe for key in keys if (probe := probe_of(key))))
+
+
 def _writers(history: History) -> Iterator[str]:
     found = [
         (change, probe)
-        for probe, _ in history.keys("logit_attribution", "head")
+        for probe in attributed(history)
         for change in changed_writers(history, probe, 3)
     ]
     found.sort(key=lambda one: -one[0].size)

@@ -1,7 +1,8 @@
 """The page of a run that is going on: a directory that a browser reads from file://.
 
     index.html           the page; it loads the rest by adding <script src="data/...">
-    data/index.js        tlens.index({title, notes, done, steps: [[step, stamp, large blobs], ...]})
+    data/index.js        tlens.index({title, notes, done, steps: [[step, stamp, large blobs], ...],
+                         instruments: {instrument: what it says about itself}})
     data/00000100.js     tlens.chunk(100, stamp, "a step's blob in base64")
     data/00000100-0.js   tlens.blob(100, stamp, 0, "its first large blob")
 
@@ -17,7 +18,7 @@ from typing import Any
 from tlens_callback.page.encode import Part, Track, blobs, code
 from tlens_callback.page.heads import in_turn, is_score, places, take_largest
 from tlens_callback.page.template import html, title_of
-from tlens_callback.reading import Reading
+from tlens_callback.reading import Reading, descriptions
 from tlens_callback.store.atomic import write_whole
 from tlens_callback.store.triangle import is_pattern
 
@@ -69,6 +70,7 @@ class PageFolder:
         self._write(f"{step:08d}.js", f'tlens.chunk({step},{stamp},"{small}")\n')
         index["steps"] = sorted([*index["steps"], [step, stamp, len(large)]])
         index["done"] = False
+        index["instruments"] |= {k: one.as_json() for k, one in descriptions(readings).items()}
         if note:
             index["notes"] = [note]
         self._write_index()
@@ -105,7 +107,7 @@ class PageFolder:
     def _read(self) -> dict[str, Any]:
         """The index; an empty one where there is none, or none that can be read."""
         if self._index is None:
-            empty = {"title": self._title, "notes": [], "done": False}
+            empty = {"title": self._title, "notes": [], "done": False, "instruments": {}}
             try:
                 text = (self.path / "data" / "index.js").read_text("ascii")
                 there = json.loads(text.removeprefix("tlens.index(").rstrip().removesuffix(")"))
@@ -115,6 +117,7 @@ class PageFolder:
                     **empty,
                     "notes": [str(note) for note in there["notes"]],
                     "done": bool(there["done"]),
+                    "instruments": dict(there.get("instruments", {})),
                     "steps": steps,
                 }
             except (OSError, ValueError, KeyError, TypeError):

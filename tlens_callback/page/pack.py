@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from tlens_callback.meaning import Description
 from tlens_callback.page.encode import Part, Track, blobs, code
 from tlens_callback.page.template import html, step_element, title_of
 from tlens_callback.page.thin import evenly, is_bulky, thin
@@ -37,7 +38,10 @@ def page(store: "Store", *, most_bytes: int = 15_000_000, view: str = "") -> str
     steps, torn = store.steps, store.torn
     if not steps:
         raise ValueError(f"{store.path} has no complete step: there is nothing to show yet.")
-    room = most_bytes - len(_html(store, [], [], view).encode()) - _FOR_NOTES
+    instruments: dict[str, Description] = {}
+    for step in steps:
+        instruments |= store.descriptions(step)
+    room = most_bytes - len(_html(store, instruments, [], [], view).encode()) - _FOR_NOTES
     fits = _fitting(store, steps, room)
     if fits is None:
         raise ValueError(
@@ -53,18 +57,25 @@ def page(store: "Store", *, most_bytes: int = 15_000_000, view: str = "") -> str
             notes.append(
                 f"That keeps the page within {most_bytes / 1e6:,.3g} MB. All of it is in the store."
             )
-        text = _html(store, notes, list(_elements(store, chosen, kept.parts)), view)
+        text = _html(store, instruments, notes, list(_elements(store, chosen, kept.parts)), view)
         if len(text.encode()) <= most_bytes:
             return text
     raise AssertionError(f"{len(text.encode())} bytes, not {most_bytes}")
 
 
-def _html(store: "Store", notes: Sequence[str], elements: Sequence[str], view: str) -> str:
+def _html(
+    store: "Store",
+    instruments: Mapping[str, Description],
+    notes: Sequence[str],
+    elements: Sequence[str],
+    view: str,
+) -> str:
     about = {
         "title": title_of(store.path),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "live": False,
         "view": view,
+        "instruments": {name: one.as_json() for name, one in instruments.items()},
         "notes": notes,
     }
     return html(about, elements)

@@ -7,8 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tlens_callback.page.meanings import meanings
-
 # In this order: a later one uses what an earlier one declares.
 _SCRIPTS = [
     f"{name}.js"
@@ -20,11 +18,11 @@ _SCRIPTS = [
 
 
 def html(about: Mapping[str, Any], steps: Iterable[str] = ()) -> str:
-    """The page. `about` is what it says of itself, besides what the instruments measure; `steps`
-    are `step_element`s, or nothing for a page that loads its data."""
+    """The page. `about` is what it says of itself; `steps` are `step_element`s, or nothing for a
+    page that loads its data."""
     before, after = _frame()
     # No letter of the data can end the element or begin another.
-    text = json.dumps({**about, "instruments": meanings()}, allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(about, allow_nan=False).replace("<", "\\u003c")
     return "".join(
         [
             before,

@@ -6,7 +6,29 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.reading import Reading
+
+_DESCRIPTION = Description(
+    title="What watching costs",
+    group="Training",
+    measures={
+        "share": Meaning(
+            title="Share of the time spent on looking",
+            axes=(),
+            headline=True,
+            better="lower",
+            of_run=True,
+        )
+    },
+    others=Meaning(of_run=True),
+)
+
+
+def cost_reading(measure: str, value: float, unit: str) -> Reading:
+    """A number `cost/<measure>`."""
+    values = np.asarray(value)
+    return Reading(key=f"cost/{measure}", values=values, unit=unit, description=_DESCRIPTION)
 
 
 class Cost:
@@ -51,8 +73,8 @@ class Cost:
         spent = self.seconds + time.perf_counter() - self._entered
         since, self._accounted = spent - self._accounted, spent
         return [
-            Reading(key="cost/seconds", values=np.asarray(since), unit="seconds"),
-            Reading(key="cost/share", values=np.asarray(self._share(spent)), unit="fraction"),
+            cost_reading("seconds", since, "seconds"),
+            cost_reading("share", self._share(spent), "fraction"),
         ]
 
     def _share(self, spent: float) -> float:

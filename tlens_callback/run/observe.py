@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tlens_callback.interfaces import Instrument
+from tlens_callback.meaning import described
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
@@ -57,7 +58,8 @@ def observe(
         if i in failed:
             continue
         try:
-            fresh = list(instrument.read(got, shadow, batch))
+            description = described(instrument)
+            fresh = [r.described(description) for r in instrument.read(got, shadow, batch)]
             keys = [reading.key for reading in fresh]
             if other := [key for key in keys if not key.startswith(f"{instrument.name}/")]:
                 raise ValueError(

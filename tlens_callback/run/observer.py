@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run.baselines import check, keep, marks, memories, recall
-from tlens_callback.run.cost import Cost
+from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.observe import observe
 from tlens_callback.run.printing import print_lines
@@ -324,8 +323,7 @@ class Observer:
             readings += fidelity.readings()
         readings += self.cost.readings()
         if self.writer.writing == "drop_old":
-            dropped = np.asarray(self.writer.dropped)
-            readings.append(Reading(key="cost/dropped", values=dropped, unit="count"))
+            readings.append(cost_reading("dropped", self.writer.dropped, "count"))
         readings += self._events(readings, step, strict=self.on_error == "raise" or first)
         if step not in self.steps:
             self.steps.append(step)

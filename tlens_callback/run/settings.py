@@ -11,8 +11,9 @@ from typing import Any, Literal, SupportsIndex
 import torch
 
 from tlens_callback.events import Watch
-from tlens_callback.instruments import HeadScores, RepeatLoss, VirtualHeads, fast
+from tlens_callback.instruments import fast
 from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.meaning import Needs, described
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import repeated_blocks
 from tlens_callback.probes.entries import ENDINGS
@@ -94,8 +95,7 @@ class Arguments:
         self.device, self.dtype = device, dtype
         self.on_error: OnError = on_error
         self.writing: Writing = writing
-        on_blocks = HeadScores, VirtualHeads, RepeatLoss
-        self.repeats = repeats and any(isinstance(i, on_blocks) for i in self.instruments)
+        self.repeats = repeats and any(Needs.BLOCKS in described(i).needs for i in self.instruments)
 
     def observer(self, sinks: Sequence[Sink]) -> Observer:
         """One that watches as asked for."""

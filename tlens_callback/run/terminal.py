@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from tlens_callback.meaning import Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
@@ -70,18 +71,23 @@ def looked(observer: Observer, readings: Mapping[str, Reading], *, name: str) ->
 
 def _answer(batch: ProbeBatch, row: int, readings: Mapping[str, Reading]) -> str | None:
     """What was measured of the model's next token behind a probe: of the target, if it has one."""
-    name, target = batch.probes[row].name, batch.targets[row]
+    target = batch.targets[row]
+    measured: dict[Quantity | None, Reading] = {}
+    for reading in readings.values():
+        if reading.probe == batch.probes[row].name:
+            measured.setdefault(reading.meaning.quantity, reading)
     if target is not None:
-        for source in ("target_scores", "logit_lens"):  # of the lens: the last layer, the output
-            if probability := readings.get(f"{source}/probability/{name}"):
-                rank = readings[f"{source}/rank/{name}"].values.reshape(-1)[-1]
-                text = batch.token_text(target)
-                return f"P({text!r}) {probability.values.reshape(-1)[-1]:.3f}, rank {rank:.0f}"
-    elif tokens := readings.get(f"logit_lens/token/{name}"):
-        assert tokens.texts is not None
-        likely = zip(
-            tokens.texts[-1].tolist(), readings[f"logit_lens/top/{name}"].values[-1], strict=True
-        )
+        probability = measured.get(Quantity.ANSWER_PROBABILITY)
+        rank = measured.get(Quantity.ANSWER_RANK)
+        if probability and rank:
+            # By layer, the last is the output.
+            p, likelier = (one.values.reshape(-1)[-1] for one in (probability, rank))
+            return f"P({batch.token_text(target)!r}) {p:.3f}, rank {likelier:.0f}"
+        return None
+    tokens = measured.get(Quantity.NEXT_TOKEN)
+    chances = measured.get(Quantity.NEXT_TOKEN_PROBABILITY)
+    if tokens is not None and tokens.texts is not None and chances is not None:
+        likely = zip(tokens.texts[-1].tolist(), chances.values[-1], strict=True)
         return "next " + ", ".join(f"{text!r} {p:.3f}" for text, p in [*likely][:3])
     return None
 

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.reading import Reading
 
 SUMMARY = "total_flos"
 """Is logged by the trainer once, with what it says of the whole run."""
+
+_DESCRIPTION = Description(title="Training", group="Training", others=Meaning(of_run=True))
 
 
 class TrainerLogs:
@@ -67,6 +70,7 @@ class TrainerLogs:
                     axes=("update",),
                     unit="as logged",
                     labels={"update": [str(at) for at in by_step]},
+                    description=_DESCRIPTION,
                 )
                 for name, by_step in series.items()
             ]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow.shadow import Shadow
@@ -21,6 +22,17 @@ _CHUNK = 2**24
 
 class FidelityError(RuntimeError):
     """The shadow computes something else than the live model."""
+
+
+_DESCRIPTION = Description(
+    title="Shadow against model",
+    group="Training",
+    measures={
+        "max_abs_diff": Meaning(title="Largest difference of a logit", axes=(), better="lower"),
+        "kl": Meaning(title="KL from the model", axes=(), headline=True, better="lower"),
+        "top1_agreement": Meaning(title="Same likeliest token", axes=(), better="higher"),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,12 @@ class Fidelity:
             ("top1_agreement", self.top1_agreement, "fraction"),
         )
         return [
-            Reading(key=f"fidelity/{name}", values=np.asarray(value), unit=unit)
+            Reading(
+                key=f"fidelity/{name}",
+                values=np.asarray(value),
+                unit=unit,
+                description=_DESCRIPTION,
+            )
             for name, value, unit in figures
         ]
 

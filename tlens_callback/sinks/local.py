@@ -18,17 +18,17 @@ import pyarrow.parquet as pq
 from tlens_callback.page import PageFolder, page
 from tlens_callback.reading import Reading
 from tlens_callback.store.atomic import write_whole
-from tlens_callback.store.numbered import newest, unused
-from tlens_callback.store.store import (
+from tlens_callback.store.format import (
     FORMAT,
     MANIFEST,
     arrays_file,
     is_store,
     pack,
-    read_store,
     scores_file,
     steps_in,
 )
+from tlens_callback.store.numbered import newest, unused
+from tlens_callback.store.store import read_store
 from tlens_callback.store.tables import NAMES, long_frame
 
 logger = logging.getLogger("tlens_callback")
@@ -43,7 +43,7 @@ PAGE = "page.html"
 class LocalSink:
     """Writes every reading into one directory a run; `read_store` gives them back.
 
-    Layout: see `tlens_callback.store.store`. A process that is killed leaves every completed step
+    Layout: see `tlens_callback.store.format`. A process that is killed leaves every completed step
     readable (nothing is synced to disk; a power cut may cost the last steps).
 
     Attention patterns (axes ending in "query", "key", nothing above the diagonal, magnitude at

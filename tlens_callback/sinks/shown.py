@@ -94,7 +94,7 @@ def matrices(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]
     for own in by_instrument(readings).values():
         found = [reading for reading in own if is_matrix(reading)]
         for axes in dict.fromkeys(reading.axes for reading in found):
-            yield _key(own, _figure(*axes)), [r for r in found if r.axes == axes]
+            yield _key(own, figure_name(*axes)), [r for r in found if r.axes == axes]
 
 
 def curves(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
@@ -104,8 +104,10 @@ def curves(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
             yield _key(own, "by_layer"), found
 
 
-def tables(readings: Sequence[Reading]) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
-    """Key of each table, and what makes it.
+def tables(
+    readings: Sequence[Reading],
+) -> Iterator[tuple[str, list[Reading], Callable[[], pd.DataFrame]]]:
+    """Key of each table, the readings in it, and what makes it.
 
     <instrument>/table of its ("layer", "rank", ...) readings, <instrument>/<axis>_rank_table of
     (<axis>, "rank", ...), any other, and <instrument>/<axis>_table of those of any single axis
@@ -113,12 +115,13 @@ def tables(readings: Sequence[Reading]) -> Iterator[tuple[str, Callable[[], pd.D
     """
     for own in by_instrument(readings).values():
         for axis in dict.fromkeys(reading.axes[0] for reading in own if is_ranked(reading)):
-            name = "table" if axis == "layer" else f"{axis}_rank_table"
-            yield _key(own, name), partial(neuron_table, own, axis)
+            ranked = [r for r in own if is_ranked(r) and r.axes[0] == axis]
+            yield _key(own, table_name(axis, "rank")), ranked, partial(neuron_table, own, axis)
         lists = [r for r in own if r.values.ndim == 1 and not is_curve(r)]
         lists = [r for r in lists if 0 < r.values.size <= _MOST_ENTRIES]
         for axis in dict.fromkeys(reading.axes[0] for reading in lists):
-            yield _key(own, f"{axis}_table"), partial(axis_table, lists, axis)
+            listed = [r for r in lists if r.axes == (axis,)]
+            yield _key(own, table_name(axis)), listed, partial(axis_table, lists, axis)
 
 
 def pictures(readings: Sequence[Reading], step: int) -> Iterator[tuple[str, bytes]]:
@@ -197,7 +200,15 @@ def _key(own: Sequence[Reading], name: str) -> str:
     return f"{key}_2" if any(reading.key == key for reading in own) else key
 
 
-def _figure(down: str, across: str) -> str:
+def figure_name(down: str, across: str) -> str:
+    """The second segment of the key of a figure of matrices with these axes."""
     if down == "layer":
         return f"{across}s" if across in ("head", "expert") else f"by_{across}"
     return f"{down}_by_{across}"
+
+
+def table_name(axis: str, *then: str) -> str:
+    """The second segment of the key of a table whose rows go along these axes."""
+    if then:
+        return "table" if axis == "layer" else f"{axis}_rank_table"
+    return f"{axis}_table"

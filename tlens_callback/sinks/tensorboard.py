@@ -156,7 +156,7 @@ class TensorBoardSink:
                 encoded_image_string=png, width=width, height=height, colorspace=3
             )
             summary.value.add(tag=self._keys(key), image=picture)
-        for key, table in tables(readings):
+        for key, _, table in tables(readings):
             summary.MergeFrom(self._text(self._keys(key), _markdown_table(table())))
         return summary
 

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tlens_callback.store.store import Store, is_store, read_store
+from tlens_callback.store.format import is_store
+from tlens_callback.store.store import Store, read_store
 
 
 def find_store(path: str | Path) -> tuple[Store, Sequence[str]]:

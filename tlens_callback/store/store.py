@@ -1,115 +1,31 @@
-"""The local store on disk: its layout, and `read_store`, which gives the readings back.
-
-    manifest.json                    format, creation time, package versions
-    arrays/step-00000100.safetensors every reading of the step, a tensor per key
-    scores/step-00000100.parquet     its small readings as a long table, for pandas
-    page/index.html, page.html       the page to look at, live and in one file; no reader needs them
-
-`pandas.read_parquet(run / "scores")` reads all steps. In a safetensors file the metadata entry
-"readings" is JSON: key -> axes, unit, labels, limits, shape, packing. With packing "tril" a tensor
-holds `values[..., rows, columns]` for `rows, columns = numpy.tril_indices(n)`; the rest is 0. A
-reading with texts has the entry "texts/<key>", a JSON list of them in the order of the values.
-
-A step is complete if and only if its scores file exists; it is written last.
-"""
+"""`read_store`: the readings that a `LocalSink` wrote, given back; `format` has the layout."""
 
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from tlens_callback.meaning import Description
 from tlens_callback.reading import Reading
-from tlens_callback.store.triangle import lower_triangle
+from tlens_callback.store.format import (
+    FORMAT,
+    MANIFEST,
+    arrays_file,
+    described_in,
+    is_store,
+    scores_file,
+    steps_in,
+    texts_of,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from tlens_callback.page.notebook import PageView
-
-FORMAT = 1
-"""Goes up when a reader would take something in a store for what it is not. An entry that older
-readers pass over, as they do "texts/<key>", leaves it where it is."""
-MANIFEST = "manifest.json"
-
-
-def arrays_file(path: Path, step: int) -> Path:
-    """Where the arrays of a step are."""
-    return path / "arrays" / f"step-{step:08d}.safetensors"
-
-
-def scores_file(path: Path, step: int) -> Path:
-    """Where the table of a step is."""
-    return path / "scores" / f"step-{step:08d}.parquet"
-
-
-def steps_in(folder: Path) -> list[int]:
-    """The steps that have a file in this folder (`arrays`, `scores`), in order."""
-    names = [re.fullmatch(r"step-(\d{8,})\.\w+", p.name) for p in folder.glob("step-*")]
-    return sorted(int(name[1]) for name in names if name)
-
-
-def is_store(path: Path) -> bool:
-    """Whether the directory holds a store of this package."""
-    try:
-        return "tlens_callback" in json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
-    """One safetensors file. `exact` keeps float32 where attention would become float16."""
-    tensors: dict[str, np.ndarray] = {}
-    about: dict[str, Any] = {}
-    # Beside "readings", which is parsed whole for every question about a step.
-    texts: dict[str, str] = {}
-    for reading in readings:
-        lower = lower_triangle(reading.values, reading.axes)
-        packing = None if lower is None else "tril"
-        values = reading.values if lower is None else lower
-        if packing and not exact and np.abs(values).max(initial=0) <= 1:
-            # numpy converts what is below 2**-14 in software, ten times slower than torch.
-            values = torch.from_numpy(values).half().numpy()
-        tensors[reading.key] = np.asarray(values, order="C")
-        about[reading.key] = {
-            "axes": reading.axes,
-            "unit": reading.unit,
-            "labels": reading.labels,
-            "limits": reading.limits,
-            "shape": reading.values.shape,
-            "packing": packing,
-        }
-        if reading.texts is not None:
-            texts[_texts_of(reading.key)] = json.dumps(reading.texts.ravel().tolist())
-    return save(tensors, metadata={"readings": json.dumps(about), **texts})
-
-
-def _texts_of(key: str) -> str:
-    """The metadata entry with a reading's texts."""
-    return f"texts/{key}"
-
-
-def _unpack(key: str, values: np.ndarray, about: Mapping[str, Any], texts: str | None) -> Reading:
-    if about["packing"] == "tril":
-        full = np.zeros(about["shape"], np.float32)
-        rows, columns = np.tril_indices(full.shape[-1])
-        full[..., rows, columns] = values
-        values = full
-    limits = about["limits"]
-    return Reading(
-        key=key,
-        values=values,
-        axes=tuple(about["axes"]),
-        unit=about["unit"],
-        labels=about["labels"],
-        limits=None if limits is None else (limits[0], limits[1]),
-        texts=None if texts is None else np.array(json.loads(texts), str).reshape(about["shape"]),
-    )
 
 
 def _nearest(key: str, keys: Collection[str]) -> str:
@@ -227,8 +143,18 @@ class Store:
         with safe_open(arrays_file(self.path, step), "np") as file:
             others = file.metadata()
             for key in (key for key in about if key in keys):
-                lower = about[key]["packing"] == "tril" and _texts_of(key) not in others
+                lower = about[key]["packing"] == "tril" and texts_of(key) not in others
                 yield key, about[key], file.get_tensor(key) if lower else None
+
+    def descriptions(self, step: int) -> dict[str, Description]:
+        """Instrument -> what it says about itself, of those that do.
+
+        Raises:
+            ValueError: for a step that is not there.
+        """
+        self._complete(step)
+        with safe_open(arrays_file(self.path, step), "np") as file:
+            return described_in(file.metadata())
 
     @property
     def torn(self) -> tuple[int, ...]:
@@ -335,7 +261,9 @@ class Store:
     def _load(self, step: int, about: Mapping[str, Any]) -> list[Reading]:
         with safe_open(arrays_file(self.path, step), "np") as file:
             texts = file.metadata()
-            return [
-                _unpack(key, file.get_tensor(key), about[key], texts.get(_texts_of(key)))
+            readings = [
+                unpack(key, file.get_tensor(key), about[key], texts.get(texts_of(key)))
                 for key in about
             ]
+        said = described_in(texts)
+        return [r.described(said[r.instrument]) if r.instrument in said else r for r in readings]

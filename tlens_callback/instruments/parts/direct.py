@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Reduce, Shadow
 
 _RESCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier", "residual_multiplier")
 """Configuration fields of families that scale what a block writes, or the logits (Granite,
@@ -123,3 +123,39 @@ def soft_cap(shadow: Shadow) -> float | None:
 def text_config(shadow: Shadow) -> Any:
     """The configuration of the language model, also where it is part of another."""
     return shadow.bridge.original_model.config.get_text_config()  # type: ignore[operator, union-attr]
+
+
+def head_writes(
+    row: Int[Tensor, " row"],
+    last: Int[Tensor, " row"],
+    w_o: Float[Tensor, "head d_head d_model"],
+    b_o: Float[Tensor, " d_model"] | None,
+    worth: Float[Tensor, "row d_model"],
+) -> Reduce:
+    """What each head writes, and the output bias, before the norms divide.
+
+    The direction goes back through W_O, so that no head's output is ever built.
+    """
+
+    def heads(z: Float[Tensor, "probe pos head d_head"]) -> tuple[Tensor, Tensor]:
+        each = (wide(z[row, last]) * dots(w_o, worth)).sum(2)
+        return each, each.new_zeros(len(row)) if b_o is None else dots(b_o[None], worth)[:, 0]
+
+    return heads
+
+
+def neuron_writes(
+    k: int,
+    row: Int[Tensor, " row"],
+    last: Int[Tensor, " row"],
+    w_out: Float[Tensor, "neuron d_model"],
+    worth: Float[Tensor, "row d_model"],
+) -> Reduce:
+    """The k neurons that write most, and what they write before the norms divide."""
+
+    def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, Tensor]:
+        write = wide(post[row, last]) * dots(w_out, worth)
+        index = write.abs().topk(k, dim=1).indices
+        return index, write.gather(1, index)
+
+    return top

@@ -47,7 +47,9 @@ function numbersOf(key) {
 
 // How the training goes, and how likely the answer of the shown probe has become.
 function usualCurves() {
-  const answer = keyOf("target_scores", "probability", state.probe), there = new Set(numberKeys());
+  const there = new Set(numberKeys());
+  const answer = [...there].find((key) => parts(key).probe === state.probe
+    && meaningOf(key).quantity === "answer_probability");
   return ["trainer/loss", "trainer/reward", answer].filter((key) => there.has(key));
 }
 

@@ -215,8 +215,13 @@ function parts(key) {
   return { instrument, measure, probe: rest.length ? rest.join("/") : null };
 }
 
-// What an instrument of this package measures, in a sentence; "" of another's.
-function meaningOf(instrument) {
+// What an instrument says about itself, and of a key: {title, quantity, headline, role, ...}, as
+// far as it says so.
+function describedBy(instrument) {
   const told = data.about.instruments ?? {};
-  return Object.hasOwn(told, instrument) ? told[instrument] : "";
+  return Object.hasOwn(told, instrument) ? told[instrument] : {};
+}
+function meaningOf(key) {
+  const { instrument, measure } = parts(key), { measures = {}, others = {} } = describedBy(instrument);
+  return Object.hasOwn(measures, measure) ? measures[measure] : others;
 }

@@ -266,7 +266,7 @@ function lensAt(keys, i, tokens) {
   const last = i === tokens.length - 1 && texts.find((key) => entryOf(key).axes.join() === "layer,rank");
   const key = byToken ?? (last || null);
   if (!key) {
-    return texts.length ? ["the lens reads the last token only; LogitLens(every_token=True) reads every token", []]
+    return texts.length ? [meaningOf(texts[0]).explanation ?? "only the last token was read", []]
       : [null, []];
   }
   const step = data.latest(key, state.step), entry = entryOf(key), numbers = numbersOfTexts(key);

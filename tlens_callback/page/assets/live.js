@@ -25,9 +25,9 @@ const live = {
     poll();
     setInterval(() => this.tell(), 1000);
   },
-  index({ steps, title, notes = [], done = false }) {
+  index({ steps, title, notes = [], done = false, instruments = {} }) {
     const finished = done !== data.about.done;
-    Object.assign(data.about, { title: title ?? data.about.title, notes, done });
+    Object.assign(data.about, { title: title ?? data.about.title, notes, done, instruments });
     // A stamp is the time of writing, in milliseconds.
     this.changedAt = Math.max(0, ...steps.map(([, stamp]) => stamp));
     this.named = new Map(steps.map(([step, ...rest]) => [step, rest]));

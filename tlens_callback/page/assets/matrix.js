@@ -36,7 +36,7 @@ function matrixView(root) {
       changing.hidden = isAlone();
     }
     choose.value = state.score ?? "";
-    write(meaning, meaningOf(parts(scoreOf(state.score)?.key ?? "").instrument));
+    write(meaning, describedBy(parts(scoreOf(state.score)?.key ?? "").instrument).sentence ?? "");
     change.checked = state.change;
     const got = scoreAt(state.score, state.step, state.change);
     for (const node of [frame, axes, bar, list.root]) node.hidden = !got;
@@ -327,7 +327,7 @@ function fillScores(choose) {
     if (!groups.has(instrument)) {
       groups.set(instrument, el("optgroup", { label: plain(instrument) }));
     }
-    groups.get(instrument).append(el("option", { value: name, title: meaningOf(instrument) },
+    groups.get(instrument).append(el("option", { value: name, title: describedBy(instrument).sentence ?? "" },
       plain(`${instrument}: ${measure}`)));
   }
   choose.replaceChildren(...groups.values());

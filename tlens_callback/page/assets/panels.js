@@ -46,7 +46,7 @@ function measureOf(key) {
 }
 
 function sectionOf(instrument) {
-  const body = el("div", { class: "panels" }), note = el("small"), meaning = meaningOf(instrument);
+  const body = el("div", { class: "panels" }), note = el("small"), meaning = describedBy(instrument).sentence ?? "";
   const root = el("details", { class: "card section", open: true, "data-instrument": instrument },
     el("summary", {}, el("h2", {}, instrument.replaceAll("_", " "), note)),
     ...(meaning ? [el("p", { class: "told meaning" }, meaning)] : []), body);
@@ -82,7 +82,7 @@ function panelsOf(instrument, keys) {
     if (some.length) wanted.push([`${kind} ${some.join(" ")}`, () => make(some)]);
   };
   const inLens = new Set(lensKeys().flatMap((key) => [key, numbersOfTexts(key)]));
-  if (instrument === "logit_attribution") add("parts", keys, partsPanel);
+  if (keys.some((key) => meaningOf(key).quantity === "direct_effect")) add("parts", keys, partsPanel);
   add("numbers", group((axes) => axes.length === 0), numbersPanel);
   const named = (axes, entry) => entry.unit === "index" && entry.texts;
   for (const key of group((axes, entry) => axes.join() === "layer" && !named(axes, entry))) add("line", [key], linePanel);

@@ -6,7 +6,7 @@ function patternView(root) {
   const probe = el("select", { id: "probe", "aria-label": "probe",
     onchange: () => set({ probe: probe.value, query: null }) });
   const kind = el("select", { id: "kind", "aria-label": "what is shown of the attention",
-    onchange: () => set({ pattern: kind.value === ATTENTION ? null : kind.value }) });
+    onchange: () => set({ pattern: isAttention(kind.value) ? null : kind.value }) });
   const other = el("select", { id: "other", "aria-label": "compare with step",
     onchange: () => set({ other: other.value === "" ? null : Number(other.value) }) });
   const pinning = el("button", { id: "pin", onclick: () => pin(state.layer, state.head) }, "pin");
@@ -34,7 +34,7 @@ function patternView(root) {
       : `${pinned ? "unpin" : "pin"} L${state.layer}H${state.head}`);
     if (!room || [...changed].some((name) => name !== "step")) room = body.clientWidth;
     const mine = ++turn, key = shownPattern();
-    kind.value = key ? kindOf(key) : state.pattern ?? ATTENTION;
+    kind.value = key ? kindOf(key) : state.pattern ?? [...kind.options].map(({ value }) => value).find(isAttention) ?? "";
     const steps = (state.other === null ? [state.step] : [state.step, state.other])
       .map((step) => (key ? data.latest(key, step) : null));
     const missing = steps.filter((step) => step !== null && !data.codes(key, step));
@@ -75,14 +75,14 @@ function patternView(root) {
   return { draw };
 }
 
-const ATTENTION = "attention_patterns/pattern";
+const isAttention = (kind) => meaningOf(kind).quantity === "attention";
 const kindOf = (key) => key.split("/", 2).join("/");
 
 // The pattern that the card shows: attention, unless another is chosen.
 function shownPattern() {
   const own = patterns().filter((key) => [state.probe, null].includes(parts(key).probe));
   if (state.pattern) return own.find((key) => kindOf(key) === state.pattern) ?? null;
-  return own.find((key) => kindOf(key) === ATTENTION) ?? own[0] ?? null;
+  return own.find((key) => isAttention(kindOf(key))) ?? own[0] ?? null;
 }
 
 function noPattern() {
@@ -105,8 +105,8 @@ function fillPatternChoices(probe, kind, other) {
   const lacking = (name) => (having.has(name) ? "" : " (no patterns)");
   fill(probe, probes().map((name) => [name, plain(name) + lacking(name)]));
   const all = [...new Set(patterns().map(kindOf))];
-  const kinds = all.sort((a, b) => (b === ATTENTION) - (a === ATTENTION));
-  fill(kind, kinds.map((name) => [name, name === ATTENTION ? "attention" : plain(name)]));
+  const kinds = all.sort((a, b) => isAttention(b) - isAttention(a));
+  fill(kind, kinds.map((name) => [name, isAttention(name) ? "attention" : plain(name)]));
   kind.hidden = kinds.length < 2;
   fill(other, [["", "compare with step …"],
     ...data.steps.map((step) => [step, `compare with ${stepName(step)}`])]);

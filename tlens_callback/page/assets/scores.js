@@ -45,12 +45,14 @@ const scoreOf = (name) => allScores().get(name) ?? null;
 // What a page opens with: which heads attend elsewhere than at first, as far as any does; of one
 // look at a model, which of them write the answer.
 function usualScore() {
-  const all = scores(), drift = "attention_drift/js";
+  const all = scores(), keyed = (name) => scoreOf(name).key;
+  const known = (wanted) => all.find((name) => wanted(meaningOf(keyed(name))));
+  const moved = known(({ quantity }) => quantity === "attention_change");
   const axes = ({ key }) => data.entry(key, data.first(key)).axes;
-  if (all.includes(drift) && data.range(drift)[1] > 0) return drift;
-  const written = all.find((name) => name.startsWith("logit_attribution/head/"));
+  if (moved && data.range(keyed(moved))[1] > 0) return moved;
+  const written = known(({ quantity }) => quantity === "direct_effect");
   if (isAlone() && written) return written;
-  return all.find((name) => name === "head_scores/induction")
+  return known(({ headline, role }) => headline && role === "induction")
     ?? all.find((name) => axes(scoreOf(name)).at(-1) === "head") ?? all[0] ?? null;
 }
 

@@ -143,7 +143,7 @@ function tokensView(root) {
     const got = headAt(shownPattern(), step);
     if (!got) return absent(`There is no attention of L${state.layer}H${state.head} here.`);
     const kind = kindOf(entry.key), scale = scaleOf(entry, got.values, { root: true });
-    const head = `${kind === ATTENTION ? "attention" : kind} of L${state.layer}H${state.head}`;
+    const head = `${isAttention(kind) ? "attention" : kind} of L${state.layer}H${state.head}`;
     const from = query(), { values, causal, n } = got;
     const means = tint === "received" ? receivedBy(got) : null;
     return { unit: entry.unit, step, scale,

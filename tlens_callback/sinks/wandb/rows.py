@@ -20,44 +20,8 @@ from tlens_callback.sinks.shown import (
     top_rows,
 )
 
-NUMBERS: Mapping[str, tuple[str, ...]] = {
-    "target_scores": ("probability", "rank", "logit_diff"),
-    "head_scores": (
-        "max_previous",
-        "max_induction",
-        "max_induction_diagonal",
-        "sink_share",
-        "mean_entropy",
-    ),
-    "virtual_heads": ("max_induction_gain",),
-    "logit_lens": ("first_layer",),
-    "logit_attribution": (),
-    "token_loss": ("mean",),
-    "repeat_loss": ("mean", "max_difference"),
-    "attention_drift": ("max", "mean"),
-    "frozen_weights": ("changed",),
-    "sparse_features": ("l0", "dead", "fvu", "recovered"),
-    "trained_features": ("l0", "dead", "resampled", "fvu", "recovered"),
-    "fidelity": ("kl",),
-    "cost": ("share",),
-}
-"""Instrument -> the measures whose numbers are curves by default; of others, `MOST_NUMBERS`."""
-
-MEDIA: Mapping[str, tuple[str, ...]] = {
-    "head_scores": ("heads",),
-    "virtual_heads": (),
-    "logit_attribution": ("heads",),
-    "repeat_loss": (),
-    "difference_lens": ("table",),
-    "residual_norms": (),
-    "update_sparsity": (),
-    "frozen_weights": (),
-}
-"""Instrument -> its figures and tables by default; of others, all."""
-
 MOST_NUMBERS = 8
-"""Of an instrument that `NUMBERS` does not know, for one probe. The watch has them all: they are
-the heads that its user named."""
+"""Of the measures that an instrument says nothing of, for one probe."""
 
 _MOST_ROWS = 10_000
 
@@ -75,25 +39,23 @@ class Medium:
 
 
 def numbers(readings: Sequence[Reading], *, everything: bool) -> tuple[list[Reading], set[str]]:
-    """The readings that become curves, in their order; and the instruments that had more than
-    `MOST_NUMBERS`."""
+    """The readings that become curves, in their order: the headlines among the numbers, and the
+    first `MOST_NUMBERS` of those of which their instrument says nothing; and the instruments that
+    had more of these."""
     single = scalars(readings)
     if everything:
         return single, set()
     shown: list[Reading] = []
     counts: dict[tuple[str, str | None], int] = {}
     for reading in single:
-        known = NUMBERS.get(reading.instrument)
-        if known is not None:
-            if reading.measure in known:
-                shown.append(reading)
-            continue
-        group = reading.instrument, reading.probe
-        counts[group] = counts.get(group, 0) + 1
-        if counts[group] <= MOST_NUMBERS or reading.instrument == "watch":
+        headline = reading.meaning.headline
+        if headline is None:
+            group = reading.instrument, reading.probe
+            counts[group] = counts.get(group, 0) + 1
+            headline = counts[group] <= MOST_NUMBERS
+        if headline:
             shown.append(reading)
-    cut_short = {name for (name, _), count in counts.items() if count > MOST_NUMBERS}
-    return shown, cut_short - {"watch"}
+    return shown, {name for (name, _), count in counts.items() if count > MOST_NUMBERS}
 
 
 def head_numbers(readings: Sequence[Reading], wanted: Sequence[str]) -> dict[str, float]:
@@ -132,11 +94,15 @@ def media(
         if is_mosaic(reading)
     ]
     for name, own in matrices(readings):
-        found.append(Medium(name, "figure", lambda own=own: score_figure(own)))
+        if everything or _to_show(own):
+            found.append(Medium(name, "figure", lambda own=own: score_figure(own)))
     for name, own in curves(readings):
-        found.append(Medium(name, "figure", lambda own=own: lines(own)))
-    found += [Medium(name, "table", make) for name, make in tables(readings)]
-    return found if everything else [medium for medium in found if _by_default(medium)]
+        if everything or _to_show(own):
+            found.append(Medium(name, "figure", lambda own=own: lines(own)))
+    for name, own, make in tables(readings):
+        if everything or _to_show(own):
+            found.append(Medium(name, "table", make))
+    return found
 
 
 def made(wandb: Any, medium: Medium, path: Path) -> Any:
@@ -164,9 +130,9 @@ def _table(wandb: Any, frame: pd.DataFrame) -> Any:
     return table
 
 
-def _by_default(medium: Medium) -> bool:
-    instrument, name = medium.name.split("/", 1)
-    return instrument not in MEDIA or medium.kind == "picture" or name in MEDIA[instrument]
+def _to_show(own: Sequence[Reading]) -> bool:
+    """Whether something in a figure or a table is a headline, or may be one."""
+    return any(reading.meaning.headline is not False for reading in own)
 
 
 def _padded(reading: Reading, axis: str) -> list[str]:

@@ -3,28 +3,16 @@
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tlens_callback.sinks.shown import STEP, Keys
+from tlens_callback.events import Watch
+from tlens_callback.instruments import fast
+from tlens_callback.meaning import Description, Quantity, described
+from tlens_callback.sinks.shown import STEP, Keys, figure_name, table_name
 
 REPEATED = "repeat-24-0"
-"""The repeated block that `AttentionPatterns` shows unless told otherwise."""
-
-_FIGURES = (
-    ("head_scores/heads", "Heads by their roles"),
-    ("attention_drift/heads", "Attention: change since the start"),
-    ("logit_attribution/heads", "What each head adds to the answer"),
-    ("logit_lens/by_layer", "Logit lens by layer"),
-    ("activation_drift/by_part", "Activations: change since the start"),
-    ("adapter_spectrum/by_module", "Adapters by layer and module"),
-)
-_TABLES = (
-    ("logit_lens/table", "What each layer would say"),
-    ("top_neurons/table", "Neurons that fire most"),
-    ("difference_lens/table", "Tokens that training adds"),
-    ("token_loss/token_table", "Loss by token"),
-)
-
+"""The repeated block that shown unless told otherwise."""
 
 _MISSING = "a workspace needs wandb-workspaces: pip install 'tlens-callback[workspace]'"
 
@@ -66,16 +54,62 @@ def unreachable() -> str | None:
     return None
 
 
-def probes_of(entity: str, project: str, *, name: str) -> list[str]:
-    """The probes whose pictures the project's latest run has; none where it has none, or no run."""
+@dataclass(frozen=True)
+class Logged:
+    """What the latest run of a project has logged.
+
+    Attributes:
+        probes: those whose attention patterns it shows.
+        numbers, media: keys, without the name of the callback, of the instruments that the package
+            does not have.
+    """
+
+    probes: Sequence[str] = ()
+    numbers: Sequence[str] = ()
+    media: Sequence[str] = ()
+
+
+def logged_by(entity: str, project: str, *, name: str) -> Logged:
+    """What the project's latest run has; nothing where it has none, or no run."""
     import wandb
 
+    pattern = _patterns()
+    known = {instrument for instrument, _ in _described()} | {pattern.split("/")[0], "page"}
     for run in wandb.Api().runs(f"{entity}/{project}", order="-created_at", per_page=1):
-        start = f"{name}/attention_patterns/pattern/"
-        return sorted(
-            key.removeprefix(start) for key in run.summary.keys() if key.startswith(start)
+        keys = [k.removeprefix(f"{name}/") for k in run.summary.keys() if k.startswith(f"{name}/")]
+        probes = sorted(k.removeprefix(pattern) for k in keys if k.startswith(pattern))
+        others = sorted(k for k in keys if k.split("/")[0] not in known)
+        is_file = {k: hasattr(run.summary[f"{name}/{k}"], "keys") for k in others}
+        return Logged(
+            probes, [k for k in others if not is_file[k]], [k for k in others if is_file[k]]
         )
-    return []
+    return Logged()
+
+
+def _described() -> list[tuple[str, Description]]:
+    """The instruments that a callback has unless told otherwise, what the observer and the watch
+    read, and what each says about itself."""
+    return [(one.name, described(one)) for one in (*fast(), Watch())]
+
+
+def _patterns() -> str:
+    """What the keys of attention patterns begin with."""
+    return next(
+        f"{name}/{measure}/"
+        for name, said in _described()
+        for measure, meaning in said.measures.items()
+        if meaning.quantity is Quantity.ATTENTION
+    )
+
+
+def _headlines(said: Description) -> dict[tuple[str, ...], dict[str, list[str]]]:
+    """Axes -> title of a panel -> measures, where every run has one of them."""
+    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    always = {meaning.title for meaning in said.measures.values() if not meaning.sometimes}
+    for measure, meaning in said.measures.items():
+        if meaning.headline and meaning.axes is not None and meaning.title in always:
+            found.setdefault(meaning.axes, {}).setdefault(meaning.title, []).append(measure)
+    return found
 
 
 def build(
@@ -85,16 +119,19 @@ def build(
     name: str = "tlens",
     title: str = "Inside the model",
     probes: Sequence[str] = (REPEATED,),
+    logged: Logged | None = None,
 ) -> Any:
     """The view, a `wandb_workspaces.workspaces.Workspace`, which is not saved yet.
 
     Sections, in this order: Training (loss, reward and gradient norm, evaluation loss, and what
-    watching costs), Events, Heads, Answers, Pictures, Tables, Page. Curves are over
-    `train/global_step`; a media panel shows one step, with a slider.
+    watching costs), Events, one for each group of instruments with their headlines (Heads, Answers,
+    ...), Pictures, Tables, Page. Curves are over `train/global_step`; a media panel shows one step,
+    with a slider.
 
     Args:
         name: the first segment of the keys, `name=` of the callback.
         probes: whose attention to show, one panel each.
+        logged: of a run; what it has of other instruments is shown too, under "Others".
 
     Raises:
         ImportError: where wandb-workspaces is not installed.
@@ -132,8 +169,26 @@ def build(
             for key, heading in media
         ]
 
-    scores = f"{name}/head_scores"
-    pictures = [(f"attention_patterns/pattern/{probe}", f"Attention: {probe}") for probe in probes]
+    groups: dict[str, list[Any]] = {"Heads": [[], []]}
+    tables: list[tuple[str, str]] = []
+    for instrument, said in _described():
+        if said.group in ("Events", "Pictures"):
+            continue
+        numbers, figures = groups.setdefault(said.group, [[], []])
+        for axes, titled in _headlines(said).items():
+            if not axes:
+                numbers += [(title, _any_of(name, instrument, of)) for title, of in titled.items()]
+            elif len(axes) == 1 and axes != ("layer",):
+                tables.append((f"{instrument}/{table_name(*axes)}", next(iter(titled))))
+            elif axes[1:2] == ("rank",):
+                tables.append((f"{instrument}/{table_name(*axes)}", next(iter(titled))))
+            elif len(axes) <= 2:
+                figure = "by_layer" if axes == ("layer",) else figure_name(*axes)
+                figures.append((f"{instrument}/{figure}", said.title))
+    watch = Watch()
+    followed = [(described(watch).others.title, f"^{name}/{watch.name}/.*_L[0-9]+H[0-9]+$")]
+    groups["Heads"][0][:0] = followed
+    pictures = [(f"{_patterns()}{probe}", f"Attention: {probe}") for probe in probes]
     sections = [
         (
             "Training",
@@ -147,43 +202,24 @@ def build(
         (
             "Events",
             [
-                *curves(("Events", [f"{name}/watch/count"])),
-                *shown([("watch/event_table", "What happened")]),
+                *curves(("Events", [f"{name}/{watch.name}/count"])),
+                *shown([(f"{watch.name}/{table_name('event')}", "What happened")]),
             ],
         ),
-        (
-            "Heads",
-            [
-                *searched(("Heads that are followed", f"^{name}/watch/.*_L[0-9]+H[0-9]+$")),
-                *curves(
-                    (
-                        "Strongest head in each role",
-                        [f"{scores}/max_previous", f"{scores}/max_induction"],
-                    ),
-                    ("Attention to the first token", [f"{scores}/sink_share"]),
-                    (
-                        "Change of attention",
-                        [f"{name}/attention_drift/mean", f"{name}/attention_drift/max"],
-                    ),
-                ),
-                *shown(_FIGURES[:2]),
-            ],
-        ),
-        (
-            "Answers",
-            [
-                *searched(
-                    ("Probability of the answer", f"^{name}/target_scores/probability/.*$"),
-                    ("Lead of the answer", f"^{name}/target_scores/logit_diff/.*$"),
-                    ("Loss of a probe", f"^{name}/token_loss/mean/.*$"),
-                ),
-                *shown(_FIGURES[2:]),
-            ],
+        *(
+            (group, [*searched(*numbers), *shown(figures)])
+            for group, (numbers, figures) in groups.items()
+            if numbers or figures
         ),
         ("Pictures", shown(pictures)),
-        ("Tables", shown(_TABLES)),
-        ("Page", shown([("page", "The page")])),
+        ("Tables", shown(tables)),
     ]
+    if logged is not None and (logged.numbers or logged.media):
+        of_measures = dict.fromkeys("/".join(key.split("/")[:2]) for key in logged.numbers)
+        split = [key.split("/") for key in of_measures]
+        others = [("/".join(both), _any_of(name, both[0], both[1:])) for both in split]
+        sections.append(("Others", [*searched(*others), *shown([(k, k) for k in logged.media])]))
+    sections.append(("Page", shown([("page", "The page")])))
     across = {"Pictures": 1, "Tables": 2, "Page": 1}
     return workspaces.Workspace(
         entity=entity,
@@ -204,3 +240,8 @@ def build(
         settings=workspaces.WorkspaceSettings(x_axis=STEP),
         auto_generate_panels=False,
     )
+
+
+def _any_of(name: str, instrument: str, measures: Sequence[str]) -> str:
+    """A pattern for the keys of these measures, of a probe or of none."""
+    return f"^{name}/{re.escape(instrument)}/({'|'.join(map(re.escape, measures))})(/.*)?$"

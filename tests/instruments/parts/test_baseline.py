@@ -3,7 +3,7 @@
 import torch
 
 from tests.instruments.common import PROBES, encoded
-from tlens_callback.instruments.parts.first import first_seen, of_probes
+from tlens_callback.instruments.parts.baseline import first_seen, of_probes
 from tlens_callback.instruments.parts.selection import after_first
 
 

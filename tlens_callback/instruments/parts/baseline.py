@@ -1,0 +1,62 @@
+"""What an instrument compares with: what it has seen first."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from tlens_callback.instruments.parts.selection import plain_rows, rows_named
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+
+
+def first_seen(memory: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
+    """What was seen first under this key, on the device of `now`: equal to `now` where nothing was.
+
+    The memory keeps a copy with storage of its own.
+    """
+    if key not in memory:
+        memory[key] = now.clone()
+    return memory[key].to(now.device)
+
+
+def of_probes(batch: ProbeBatch, rows: Sequence[int]) -> str:
+    """An ending for the keys of what is taken over several probes together: a run that is resumed
+    with another choice of probes is compared with that choice's own first."""
+    return f" of {'/'.join(batch.probes[row].name for row in rows)}"
+
+
+def changes(
+    name: str, first: Mapping[str, Reading], last: Mapping[str, Reading], of: Mapping[str, str]
+) -> Iterator[Reading]:
+    """The readings `<name>/<change>` between two observations: `last` minus `first`.
+
+    Args:
+        first, last: the readings of the two, by key.
+        of: measure of a change -> measure that it is the change of.
+    """
+    for reading in last.values():
+        if reading.instrument == name and reading.measure in of:
+            source = "/".join(filter(None, (name, of[reading.measure], reading.probe)))
+            if source in first and first[source].values.shape == last[source].values.shape:
+                yield replace(reading, values=last[source].values - first[source].values)
+
+
+def rows_to_compare(instrument: str, probes: Sequence[str] | None, batch: ProbeBatch) -> list[int]:
+    """The probes' rows that a drift compares; each has a token beside its first.
+
+    Raises:
+        ValueError: for a probe that is not there, or has one token.
+    """
+    if probes is None:
+        plain = [i for i in plain_rows(batch) if batch.lengths[i] > 1]
+        rows = plain or [i for i, n in enumerate(batch.lengths) if n > 1]
+    else:
+        rows = rows_named(batch, probes)
+    short = [batch.probes[i].name for i in rows if batch.lengths[i] < 2]
+    if short or not rows:
+        raise ValueError(
+            f"{instrument} leaves the first token of the probes out, and "
+            f"{repr(short[0]) if short else 'each of them'} has no other. Give a longer one."
+        )
+    return rows

@@ -1,0 +1,118 @@
+"""The local store on disk: where what is, and how readings are packed.
+
+    manifest.json                    format, creation time, package versions
+    arrays/step-00000100.safetensors every reading of the step, a tensor per key
+    scores/step-00000100.parquet     its small readings as a long table, for pandas
+    page/index.html, page.html       the page to look at, live and in one file; no reader needs them
+
+`pandas.read_parquet(run / "scores")` reads all steps. In a safetensors file the metadata entry
+"readings" is JSON: key -> axes, unit, labels, limits, shape, packing. With packing "tril" a tensor
+holds `values[..., rows, columns]` for `rows, columns = numpy.tril_indices(n)`; the rest is 0. A
+reading with texts has the entry "texts/<key>", a JSON list of them in the order of the values.
+The entry "instruments" is JSON: instrument -> what it says about itself, as far as it does.
+
+A step is complete if and only if its scores file exists; it is written last.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from tlens_callback.meaning import Description
+from tlens_callback.reading import Reading, descriptions
+from tlens_callback.store.triangle import lower_triangle
+
+FORMAT = 1
+"""Goes up when a reader would take something in a store for what it is not. An entry that older
+readers pass over, as they do "texts/<key>", leaves it where it is."""
+MANIFEST = "manifest.json"
+
+_INSTRUMENTS = "instruments"
+
+
+def arrays_file(path: Path, step: int) -> Path:
+    """Where the arrays of a step are."""
+    return path / "arrays" / f"step-{step:08d}.safetensors"
+
+
+def scores_file(path: Path, step: int) -> Path:
+    """Where the table of a step is."""
+    return path / "scores" / f"step-{step:08d}.parquet"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a file in this folder (`arrays`, `scores`), in order."""
+    names = [re.fullmatch(r"step-(\d{8,})\.\w+", p.name) for p in folder.glob("step-*")]
+    return sorted(int(name[1]) for name in names if name)
+
+
+def is_store(path: Path) -> bool:
+    """Whether the directory holds a store of this package."""
+    try:
+        return "tlens_callback" in json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
+    """One safetensors file. `exact` keeps float32 where attention would become float16."""
+    tensors: dict[str, np.ndarray] = {}
+    about: dict[str, Any] = {}
+    # Beside "readings", which is parsed whole for every question about a step.
+    texts: dict[str, str] = {}
+    for reading in readings:
+        lower = lower_triangle(reading.values, reading.axes)
+        packing = None if lower is None else "tril"
+        values = reading.values if lower is None else lower
+        if packing and not exact and np.abs(values).max(initial=0) <= 1:
+            # numpy converts what is below 2**-14 in software, ten times slower than torch.
+            values = torch.from_numpy(values).half().numpy()
+        tensors[reading.key] = np.asarray(values, order="C")
+        about[reading.key] = {
+            "axes": reading.axes,
+            "unit": reading.unit,
+            "labels": reading.labels,
+            "limits": reading.limits,
+            "shape": reading.values.shape,
+            "packing": packing,
+        }
+        if reading.texts is not None:
+            texts[texts_of(reading.key)] = json.dumps(reading.texts.ravel().tolist())
+    said = {name: one.as_json() for name, one in descriptions(readings).items()}
+    metadata = {"readings": json.dumps(about), _INSTRUMENTS: json.dumps(said), **texts}
+    return save(tensors, metadata=metadata)
+
+
+def texts_of(key: str) -> str:
+    """The metadata entry with a reading's texts."""
+    return f"texts/{key}"
+
+
+def unpack(key: str, values: np.ndarray, about: Mapping[str, Any], texts: str | None) -> Reading:
+    if about["packing"] == "tril":
+        full = np.zeros(about["shape"], np.float32)
+        rows, columns = np.tril_indices(full.shape[-1])
+        full[..., rows, columns] = values
+        values = full
+    limits = about["limits"]
+    return Reading(
+        key=key,
+        values=values,
+        axes=tuple(about["axes"]),
+        unit=about["unit"],
+        labels=about["labels"],
+        limits=None if limits is None else (limits[0], limits[1]),
+        texts=None if texts is None else np.array(json.loads(texts), str).reshape(about["shape"]),
+    )
+
+
+def described_in(metadata: Mapping[str, str]) -> dict[str, Description]:
+    """Instrument -> what it says about itself."""
+    told = json.loads(metadata.get(_INSTRUMENTS, "{}"))
+    return {name: Description.from_json(one) for name, one in told.items()}
