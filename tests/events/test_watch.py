@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.described import as_read
 from tests.instruments.test_contract import documented
 from tlens_callback import HeadScores, ProbeBatch, Reading, Rule, Shadow, Watch, observe
 from tlens_callback.probes.builtin import repeated_blocks
@@ -45,11 +46,11 @@ def scores(induction=(), previous=(), entropy=0.5, layers=None) -> list[Reading]
             labels=labels,
         )
     )
-    return made
+    return as_read(*made)
 
 
 def number(key: str, value: float) -> Reading:
-    return Reading(key=key, values=np.asarray(value), unit="1")
+    return as_read(Reading(key=key, values=np.asarray(value), unit="1"))[0]
 
 
 def sentences(watch: Watch, readings) -> list[str]:

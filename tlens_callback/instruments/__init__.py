@@ -49,7 +49,6 @@ __all__ = [
     "TrainedFeatures",
     "UpdateSparsity",
     "VirtualHeads",
-    "explaining",
     "fast",
 ]
 
