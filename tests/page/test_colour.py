@@ -8,6 +8,7 @@ import pytest
 
 from tests.browser import needs_browser, opened
 from tests.page.cells import STOPS, colour, number
+from tlens_callback.page import template
 
 ASSETS = files("tlens_callback.page") / "assets"
 
@@ -44,7 +45,8 @@ def lab(rgb, blind=None):
 @pytest.fixture(scope="module")
 def maps():
     """The tables that the page paints with."""
-    source = "\n".join((ASSETS / name).read_text() for name in ("colour.js", "draw.js"))
+    scripts = [(ASSETS / name).read_text() for name in ("colour.js", "draw.js")]
+    source = "\n".join([template.colour_script(), *scripts])
     ask = """() => { %s
       const legends = {};
       for (const root of [false, true]) for (const diverging of [false, true]) {

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from tlens_callback.palette import colours
 from tlens_callback.reading import Reading
-from tlens_callback.render.colours import colours
 from tlens_callback.render.markup import image, text
 from tlens_callback.render.mosaic import is_mosaic, mosaic
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tlens_callback.reading import Reading
-from tlens_callback.render.colours import (
+from tlens_callback.palette import (
+    BLANK,
+    UNCOLOURED,
     colour_range,
     colour_scale,
+    is_diverging,
     is_fixed,
     on_root_scale,
 )
+from tlens_callback.reading import Reading
 from tlens_callback.render.markup import decimal
 from tlens_callback.render.panels import axis_names, figure, ticks
 from tlens_callback.render.plain import number, plain
@@ -175,7 +178,7 @@ def _heat(reading: Reading, layout: dict[str, Any]) -> "Figure":
         "zmax": high,
         "colorbar": {"title": {"text": plain(reading.unit)}, "thickness": 14},
         "colorscale": colour_scale(
-            diverging=low == -high, root=on_root_scale(reading, (low, high))
+            diverging=is_diverging((low, high)), root=on_root_scale(reading, (low, high))
         ),
         "hovertemplate": f"{plain(down)} %{{y}}, {plain(across)} %{{x}}: %{{z:.6~g}}",
     }
@@ -183,12 +186,12 @@ def _heat(reading: Reading, layout: dict[str, Any]) -> "Figure":
         first["hovertemplate"] += " %{text}"
     first["hovertemplate"] += "<extra></extra>"
     if reading.unit == "index":
-        first |= {"colorscale": [[0, "#eef1f6"], [1, "#eef1f6"]], "showscale": False}
+        first |= {"colorscale": [[0, UNCOLOURED], [1, UNCOLOURED]], "showscale": False}
         first |= {"xgap": 1, "ygap": 1}
         if reading.values.shape[-1] <= _WRITTEN:
             first["texttemplate"] = "%{z}" if reading.texts is None else "%{text}"
     layout |= {
-        "plot_bgcolor": "#ccc",
+        "plot_bgcolor": BLANK,
         "xaxis": {**_axis(reading, across), "showgrid": False},
         "yaxis": {**_axis(reading, down), "showgrid": False, "autorange": "reversed"},
         "height": min(900, max(480, 15 * reading.values.shape[-2] + 160)),

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tlens_callback.palette import LINES, is_fixed
 from tlens_callback.reading import Reading
-from tlens_callback.render.colours import is_fixed
 from tlens_callback.render.panels import figure, panel_title
 from tlens_callback.render.plain import cut, number, plain
 from tlens_callback.render.slices import stands_for_text
@@ -19,7 +19,6 @@ _COLUMNS = 3
 _GAP_X, _GAP_Y, _ROW = 0.075, 62, 210
 """Between panels: a share of the width, pixels of height; height of a panel in a tall figure."""
 
-_COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #80864b #a53c3c #5a5a5a".split()
 _MOST_DECADES = 2
 
 
@@ -95,7 +94,7 @@ def line_figure(
         layout["annotations"].append(panel_title(measure, left, top))
         lines = [(r, True) for r in behind] + [(r, False) for r in shown]
         for reading, dotted in lines:
-            trace = _trace(reading, names, _COLOURS[probes.index(reading.probe) % len(_COLOURS)])
+            trace = _trace(reading, names, LINES[probes.index(reading.probe) % len(LINES)])
             trace |= {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
             if dotted:
                 trace |= {"mode": "lines", "line": {**trace["line"], "dash": "dot"}, "opacity": 0.5}
@@ -139,7 +138,7 @@ def _trace(reading: Reading, names: list[str] | None, colour: str) -> dict[str, 
 def _legend(probes: Sequence[str | None], first_name: str | None) -> list[dict[str, Any]]:
     """Empty lines that carry the names: a probe's own may be missing from the first panel."""
     entries = [
-        (plain(cut(probe, 28)), plain(probe), {"color": _COLOURS[i % len(_COLOURS)], "width": 1.5})
+        (plain(cut(probe, 28)), plain(probe), {"color": LINES[i % len(LINES)], "width": 1.5})
         for i, probe in enumerate(probes)
         if probe
     ]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tlens_callback.palette import BLANK, colour_range, colour_scale, is_diverging, is_fixed
 from tlens_callback.reading import TOKEN_AXES, Reading
-from tlens_callback.render.colours import colour_range, is_fixed
 from tlens_callback.render.panels import axis_names, figure, panel_title, ticks
 from tlens_callback.render.plain import number, plain
 from tlens_callback.render.slices import stands_for_text
@@ -69,7 +69,7 @@ def score_figure(readings: Sequence[Reading]) -> "Figure":
     layout: dict[str, Any] = {
         "margin": {"l": 48, "r": 96, "t": 40, "b": 44 + gap - _GAP_Y},
         "annotations": [],
-        "plot_bgcolor": "#ccc",
+        "plot_bgcolor": BLANK,
         "font": {"size": 11},
         "template": "none",
     }
@@ -152,7 +152,7 @@ def _colour_axis(
     return {
         "cmin": low,
         "cmax": high,
-        "colorscale": "RdBu_r" if low == -high else "Viridis",
+        "colorscale": colour_scale(diverging=is_diverging((low, high)), root=False),
         "colorbar": {
             "title": {"text": title},
             "thickness": 12,

@@ -5,62 +5,26 @@ import zlib
 from functools import lru_cache, reduce
 
 import numpy as np
-from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
+from tlens_callback.palette import (
+    MASKED,
+    PAPER,
+    ZERO,
+    along_root,
+    bar_slots,
+    colour_table,
+    slots,
+)
 from tlens_callback.reading import Reading
-from tlens_callback.render.text import INK, PAPER, RAMP, drawable, font, lines, shorten
+from tlens_callback.render.text import RAMP, drawable, font, lines, shorten
 
-LEVELS = 240
-"""Palette slots 0..239: the colours of attention 0..1. Slots 240..253 are ink and paper."""
-
-ZERO = 119
-"""Palette slot of no change; 0 and 238 are the ends of a diverging scale."""
-
-NOT_A_NUMBER, MASKED = 254, 255
-"""Palette slots of a value that is not finite and of what a query cannot see (key > query)."""
-
-# Ten published stops of viridis (van der Walt & Smith, CC0); linear in between.
-_STOPS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725".split()
+# Shares of the largest value that have a number on the colour bar.
 _TICKS = (0, 0.02, 0.1, 0.25, 0.5, 1)
-# ColorBrewer's RdBu, blue to red; its middle is neutral.
-_TWO_SIDED = "053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f".split()
-_TWO_SIDED_TICKS = (-1, -0.5, -0.1, 0, 0.1, 0.5, 1)
+_DIVERGING_TICKS = (-1, -0.5, -0.1, 0, 0.1, 0.5, 1)
 _EDGE, _GAP, _BAR, _BAR_TOP = 10, 2, (170, 10), 31
 _NARROWEST = 440
 _MANY = 6_000_000
-
-
-def palette(*, diverging: bool = False) -> UInt8[np.ndarray, "256 3"]:
-    """[slot, rgb]: viridis, then ink to paper, then red (not a number) and grey (masked).
-
-    Diverging: blue, near-white at `ZERO`, red; not a number is green.
-    """
-    names = _TWO_SIDED if diverging else _STOPS
-    stops = np.array([[int(name[i : i + 2], 16) for i in (0, 2, 4)] for name in names])
-    last = 2 * ZERO if diverging else LEVELS - 1
-    at = np.arange(LEVELS) / last * (len(stops) - 1)
-    colours = [np.interp(at, range(len(stops)), stops[:, i]) for i in range(3)]
-    grey = np.linspace(25, 255, PAPER - INK + 1)[:, None].repeat(3, 1)
-    extra = np.array([[0, 170, 0] if diverging else [220, 30, 30], [222, 222, 226]])
-    return np.rint(np.concatenate([np.stack(colours, 1), grey, extra])).astype(np.uint8)
-
-
-def slots(p: Float[np.ndarray, "..."], limit: float | None = None) -> UInt8[np.ndarray, "..."]:
-    """Palette slot of each probability: `round(sqrt(p) * (LEVELS - 1))`.
-
-    The square root, since on a linear scale nothing but the first token's column shows. With a
-    `limit`, of values from -limit to limit, x = p / limit: `ZERO + round(sign(x) sqrt(|x|) ZERO)`.
-    """
-    if limit is None:
-        index = np.sqrt(np.clip(p, 0, 1)) * (LEVELS - 1) + 0.5
-    else:
-        x = np.clip(p / limit, -1, 1)
-        index = ZERO + np.copysign(np.sqrt(np.abs(x)) * ZERO, x) + 0.5
-    finite = np.isfinite(p)
-    if finite.all():
-        return index.astype(np.uint8)
-    return np.where(finite, np.nan_to_num(index), NOT_A_NUMBER).astype(np.uint8)
 
 
 def mosaic(reading: Reading, *, step: int | None = None) -> bytes:
@@ -112,7 +76,7 @@ def mosaic(reading: Reading, *, step: int | None = None) -> bytes:
     grid = grid.reshape(bottom - top, -1)
     canvas[top:bottom, left : left + grid.shape[1]] = grid
     image = Image.fromarray(canvas, "P")
-    image.putpalette(palette(diverging=limit is not None).tobytes())
+    image.putpalette(colour_table(diverging=limit is not None).tobytes())
     out = io.BytesIO()
     # Run lengths alone are faster than zlib's search for repeats, and here also smaller.
     image.save(out, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
@@ -200,10 +164,9 @@ def _surroundings(
     for i, line in enumerate(guide):
         draw.text((_EDGE, 29 + 14 * i), line, 60, small)
     (long, thick), bar = _BAR, total - _BAR[0] - 16
-    last = LEVELS - 1 if limit is None else 2 * ZERO
-    for tick in _TICKS if limit is None else _TWO_SIDED_TICKS:
-        along = np.sqrt(tick) if limit is None else (1 + np.copysign(np.sqrt(abs(tick)), tick)) / 2
-        x = bar + round(along * (long - 1))
+    diverging = limit is not None
+    for tick in _DIVERGING_TICKS if diverging else _TICKS:
+        x = bar + round(along_root(tick, diverging=diverging) * (long - 1))
         draw.line((x, _BAR_TOP + thick, x, _BAR_TOP + thick + 2), 60)
         draw.text((x, _BAR_TOP + thick + 3), f"{tick * (limit or 1):g}", 60, small, anchor="ma")
     for i, name in enumerate(rows):
@@ -215,8 +178,7 @@ def _surroundings(
     for i, line in enumerate(caption):
         draw.text((_EDGE, bottom + 6 + 15 * i), line, 0, font(12))
     canvas = RAMP[np.asarray(page)]
-    colours = np.linspace(0, last, long).round().astype(np.uint8)
-    canvas[_BAR_TOP : _BAR_TOP + thick, bar : bar + long] = colours
+    canvas[_BAR_TOP : _BAR_TOP + thick, bar : bar + long] = bar_slots(long, diverging=diverging)
     parts = canvas[:top], canvas[top:bottom, :left], canvas[bottom:]
     return parts[0].copy(), parts[1].copy(), parts[2].copy()
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
+from tlens_callback.palette import BLANK, colour_range, is_diverging, is_fixed, linear_colours
 from tlens_callback.reading import Reading
-from tlens_callback.render.colours import colour_range, is_fixed, linear_colours
 from tlens_callback.render.matrices import is_matrix, spread_key
 from tlens_callback.render.plain import cut
 from tlens_callback.render.slices import stands_for_text
@@ -21,7 +21,6 @@ _PANEL, _CELL, _LOWEST = 250, 32, 12
 
 _BAR = (120, 9)
 _LONGEST = 12
-_GREY = (204, 204, 204)
 _NARROWEST = 200
 
 
@@ -128,7 +127,7 @@ def _panel(reading: Reading, ends: tuple[float, float]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     draw.text((left, 2), shorten(name, width - left, font(12)), "black", font(12))
     colours = linear_colours(reading.values, ends)
-    colours[~np.isfinite(reading.values)] = _GREY
+    colours[~np.isfinite(reading.values)] = ImageColor.getrgb(BLANK)
     grid = Image.fromarray(colours.repeat(tall, 0).repeat(wide, 1))
     picture.paste(grid, (left, top))
     every = math.ceil(_LOWEST / tall)
@@ -149,7 +148,7 @@ def _panel(reading: Reading, ends: tuple[float, float]) -> Image.Image:
     bar = np.linspace(low, high, _BAR[0], dtype=np.float32)[None].repeat(_BAR[1], 0)
     picture.paste(Image.fromarray(linear_colours(bar, ends)), (left, y))
     draw.text((left, y + 10), f"{low:.3g}", "black", small)
-    if low == -high:
+    if is_diverging(ends):
         draw.text((left + _BAR[0] / 2, y + 10), "0", "black", small, anchor="ma")
     draw.text((left + _BAR[0], y + 10), f"{high:.3g}", "black", small, anchor="ra")
     draw.text((left + _BAR[0] + 6, y - 2), words, "black", small)

@@ -9,11 +9,18 @@ from itertools import islice, product
 
 import numpy as np
 
+from tlens_callback.palette import (
+    LINE,
+    bar_slots,
+    colour_range,
+    colour_table,
+    colours,
+    is_diverging,
+    on_root_scale,
+)
 from tlens_callback.reading import TOKEN_AXES, Reading
 from tlens_callback.render.bitmap import attention, picture
-from tlens_callback.render.colours import colour_range, colours, on_root_scale
 from tlens_callback.render.markup import decimal, index_name, more, text
-from tlens_callback.render.mosaic import LEVELS, ZERO, palette
 from tlens_callback.render.plain import cut
 from tlens_callback.render.slices import place, stands_for_text, take
 from tlens_callback.render.svg import line
@@ -188,7 +195,7 @@ def _bar(value: float, low: float, high: float) -> str:
     start, width = (min(value, 0) - low) * scale, abs(value) * scale
     return (
         f'<div style="width:120px"><div style="height:9px;margin-left:{start:.1f}px;'
-        f'width:{width:.1f}px;background:#3b82c4"></div></div>'
+        f'width:{width:.1f}px;background:{LINE}"></div></div>'
     )
 
 
@@ -236,9 +243,9 @@ def _ink(colour: np.ndarray) -> str:
 
 def _legend(reading: Reading, ends: tuple[float, float]) -> str:
     low, high = ends
-    diverging = low == -high
-    slots = np.linspace(0, 2 * ZERO if diverging else LEVELS - 1, 9).round().astype(int)
-    stops = ",".join("rgb({},{},{})".format(*c) for c in palette(diverging=diverging)[slots])
+    diverging = is_diverging(ends)
+    colours_of_bar = colour_table(diverging=diverging)[bar_slots(9, diverging=diverging)]
+    stops = ",".join("rgb({},{},{})".format(*colour) for colour in colours_of_bar)
     note = ", square-root scale" if on_root_scale(reading, ends) else ""
     return (
         f'<div style="opacity:.85;font-size:12px">{decimal(low)} <span style="display:inline-block;'

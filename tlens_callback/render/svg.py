@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tlens_callback.palette import LINE
 from tlens_callback.reading import Reading
 from tlens_callback.render.markup import decimal, index_name, text
 
 _LEFT, _TOP, _WIDTH, _HEIGHT = 64, 6, 520, 110
-_BLUE = "#3b82c4"
 
 
 def line(reading: Reading) -> str:
@@ -39,13 +39,13 @@ def line(reading: Reading) -> str:
             f'stroke-opacity=".4"/>'
         )
     parts += [
-        f'<polyline points="{" ".join(run)}" fill="none" stroke="{_BLUE}" stroke-width="1.6"/>'
+        f'<polyline points="{" ".join(run)}" fill="none" stroke="{LINE}" stroke-width="1.6"/>'
         for run in runs
         if len(run) > 1
     ]
     if len(values) <= 64:
         parts += [
-            f'<circle cx="{across[i]:.1f}" cy="{down[i]:.1f}" r="3" fill="{_BLUE}"><title>'
+            f'<circle cx="{across[i]:.1f}" cy="{down[i]:.1f}" r="3" fill="{LINE}"><title>'
             f"{text(axis)} {index_name(reading, axis, i)}: {decimal(value, 7)}</title></circle>"
             for i, value in enumerate(values)
             if math.isfinite(value)

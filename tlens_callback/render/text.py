@@ -5,8 +5,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-INK, PAPER = 240, 253
-"""First and last palette slot of the ramp from ink to paper."""
+from tlens_callback.palette import INK, PAPER
 
 RAMP = np.linspace(INK, PAPER, 256).round().astype(np.uint8)
 """[grey level] -> palette slot: how antialiased text in an "L" picture enters a palette one."""
