@@ -9,7 +9,8 @@ from PIL import Image
 from tests.sinks.samples import small
 from tlens_callback.palette import colour_table
 from tlens_callback.reading import Reading
-from tlens_callback.render.scores_png import pictured, score_picture, strips
+from tlens_callback.render.score_panels import curves_as_rows, score_panels
+from tlens_callback.render.scores_png import score_picture
 
 GREY = (204, 204, 204)
 
@@ -99,8 +100,10 @@ def test_spreads_and_ids_are_left_out():
     values = np.ones((2, 3))
     ids = matrix(values, "token", unit="index", texts=np.full((2, 3), "x"))
     induction, spread = matrix(values), matrix(values, "induction_spread")
-    assert pictured([induction, spread, ids]) == [induction]
-    assert pictured([spread]) == [spread], "there is nothing that it is the spread of"
+    (panel,) = score_panels([induction, spread, ids], with_ids=False)
+    assert panel.reading is induction
+    (panel,) = score_panels([spread], with_ids=False)
+    assert panel.reading is spread, "there is nothing that it is the spread of"
 
 
 def test_curves_become_a_row_for_each_probe():
@@ -108,7 +111,9 @@ def test_curves_become_a_row_for_each_probe():
         key = f"logit_lens/{measure}/{probe}"
         return Reading(key=key, values=values, axes=("layer",), unit=unit)
 
-    kl, rank = strips([curve("a", [1, 2]), curve("b", [3, 4]), curve("a", [5, 6], "rank", "rank")])
+    kl, rank = curves_as_rows(
+        [curve("a", [1, 2]), curve("b", [3, 4]), curve("a", [5, 6], "rank", "rank")]
+    )
     assert (kl.key, kl.axes, kl.labels["probe"]) == (
         "logit_lens/kl",
         ("probe", "layer"),

@@ -20,7 +20,8 @@ from tlens_callback import LocalSink, TLensCallback
 from tlens_callback.instruments import AttentionPatterns, HeadScores, LogitLens
 from tlens_callback.reading import Reading
 from tlens_callback.render import axis_table, mosaic
-from tlens_callback.render.scores_png import score_picture, strips
+from tlens_callback.render.score_panels import curves_as_rows
+from tlens_callback.render.scores_png import score_picture
 from tlens_callback.sinks import TrackioSink
 
 trackio = pytest.importorskip("trackio")
@@ -96,7 +97,7 @@ def test_what_an_observation_becomes(project, tmp_path):
             "attention_patterns/pattern/capital": mosaic(pattern(step), step=step),
             "head_scores/heads": score_picture(scores, step=step),
             "logit_lens/by_layer": score_picture(
-                strips([by_key["logit_lens/kl/capital"]]), step=step
+                curves_as_rows([by_key["logit_lens/kl/capital"]]), step=step
             ),
         }
         for key, png in pictures.items():

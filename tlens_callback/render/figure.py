@@ -19,7 +19,7 @@ from tlens_callback.palette import (
 )
 from tlens_callback.reading import Reading
 from tlens_callback.render.markup import decimal
-from tlens_callback.render.panels import axis_names, figure, ticks
+from tlens_callback.render.panels import LOOK, axis_names, figure, ticks
 from tlens_callback.render.plain import number, plain
 from tlens_callback.render.slices import place, take
 
@@ -61,10 +61,9 @@ def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure"
             f"to_plotly({reading.axes[0]}=0)."
         )
     layout: dict[str, Any] = {
+        **LOOK,
         "title": {"text": _title(reading, where), "font": {"size": 14}},
         "margin": {"l": 64, "r": 24, "t": 56, "b": 56},
-        "font": {"size": 11},
-        "template": "none",
         "hovermode": "closest",
     }
     if reading.values.size == 0:

@@ -8,9 +8,9 @@ import numpy as np
 
 from tlens_callback.palette import LINES, is_fixed
 from tlens_callback.reading import Reading
-from tlens_callback.render.panels import figure, panel_title
+from tlens_callback.render.panels import LOOK, Grid, figure
 from tlens_callback.render.plain import cut, number, plain
-from tlens_callback.render.slices import stands_for_text
+from tlens_callback.render.slices import check_one_instrument, stands_for_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -48,21 +48,17 @@ def line_figure(
             f"line_figure needs at least one reading of axes ('layer',), got "
             f"{[(r.key, r.axes) for r in readings]}."
         )
-    if len(instruments := {r.instrument for r in curves}) > 1:
-        raise ValueError(f"One figure shows one instrument, got {sorted(instruments)}.")
+    check_one_instrument(curves)
     earlier = {r.key: r for r in first if is_curve(r)}
     panels = list(dict.fromkeys(r.measure for r in curves))
     probes = list(dict.fromkeys(r.probe for r in curves))
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     inner = max(420, rows * _ROW)
-    across = (1 - _GAP_X * (columns - 1)) / columns
-    down = (1 - _GAP_Y / inner * (rows - 1)) / rows
+    grid = Grid(len(panels), columns, _GAP_X, _GAP_Y / inner)
     layout: dict[str, Any] = {
+        **LOOK,
         "margin": {"l": 56, "r": 24, "t": 40, "b": 44},
-        "annotations": [],
-        "font": {"size": 11},
-        "template": "none",
         "hovermode": "closest",
         "legend": {"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top", "tracegroupgap": 2},
     }
@@ -71,31 +67,20 @@ def line_figure(
     names = _layer_names(curves)
     data: list[dict[str, Any]] = []
     for i, measure in enumerate(panels):
-        row, column = divmod(i, columns)
-        left, top = column * (across + _GAP_X), 1 - row * (down + _GAP_Y / inner)
-        axis = str(i + 1) if i else ""
         shown = [r for r in curves if r.measure == measure]
         behind = [earlier[r.key] for r in shown if r.key in earlier]
-        layout[f"xaxis{axis}"] = {
-            "domain": [left, min(1, left + across)],
-            "anchor": f"y{axis}",
-            "title": {"text": "layer" if i + columns >= len(panels) else "", "standoff": 4},
+        x = {
+            "title": {"text": "layer" if grid.is_lowest(i) else "", "standoff": 4},
             "gridcolor": "#eee",
             "zeroline": False,
             **_layer_axis(names),
         }
-        layout[f"yaxis{axis}"] = {
-            "domain": [max(0, top - down), top],
-            "anchor": f"x{axis}",
-            "gridcolor": "#ddd",
-            "zerolinecolor": "#888",
-            **_value_axis(shown, behind),
-        }
-        layout["annotations"].append(panel_title(measure, left, top))
+        y = {"gridcolor": "#ddd", "zerolinecolor": "#888", **_value_axis(shown, behind)}
+        axes = grid.place(layout, i, measure, x, y)
         lines = [(r, True) for r in behind] + [(r, False) for r in shown]
         for reading, dotted in lines:
             trace = _trace(reading, names, LINES[probes.index(reading.probe) % len(LINES)])
-            trace |= {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
+            trace |= axes
             if dotted:
                 trace |= {"mode": "lines", "line": {**trace["line"], "dash": "dot"}, "opacity": 0.5}
                 trace["hovertemplate"] += f" ({plain(first_name)})"

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +13,65 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-def panel_title(name: str, left: float, top: float) -> dict[str, Any]:
-    """The annotation above a panel whose upper left corner is there, in shares of the figure."""
-    return {
-        "text": plain(cut(name, 34)),
-        "x": left,
-        "y": top,
-        "xref": "paper",
-        "yref": "paper",
-        "xanchor": "left",
-        "yanchor": "bottom",
-        "showarrow": False,
-        "font": {"size": 12},
-    }
+LOOK: dict[str, Any] = {"font": {"size": 11}, "template": "none"}
+"""Layout of every figure."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Places of panels in a figure, row by row.
+
+    Attributes:
+        panels: how many there are.
+        columns: how many stand side by side.
+        gap_x: between two columns, a share of the figure's width.
+        gap_y: between two rows, a share of its height.
+    """
+
+    panels: int
+    columns: int
+    gap_x: float
+    gap_y: float
+
+    def is_lowest(self, i: int) -> bool:
+        """Whether no panel stands below this one."""
+        return i + self.columns >= self.panels
+
+    def place(
+        self, layout: dict[str, Any], i: int, name: str, x: dict[str, Any], y: dict[str, Any]
+    ) -> dict[str, str]:
+        """Puts the title and the two axes of a panel into a figure's layout.
+
+        Returns:
+            what says in a trace that it is drawn in this panel.
+        """
+        rows = math.ceil(self.panels / self.columns)
+        across = (1 - self.gap_x * (self.columns - 1)) / self.columns
+        down = (1 - self.gap_y * (rows - 1)) / rows
+        row, column = divmod(i, self.columns)
+        left, top = column * (across + self.gap_x), 1 - row * (down + self.gap_y)
+        title = {
+            "text": plain(cut(name, 34)),
+            "x": left,
+            "y": top,
+            "xref": "paper",
+            "yref": "paper",
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "showarrow": False,
+            "font": {"size": 12},
+        }
+        layout.setdefault("annotations", []).append(title)
+        n = nth(i)
+        layout[f"xaxis{n}"] = {"domain": [left, min(1, left + across)], "anchor": f"y{n}", **x}
+        layout[f"yaxis{n}"] = {"domain": [max(0, top - down), top], "anchor": f"x{n}", **y}
+        return {"xaxis": f"x{n}", "yaxis": f"y{n}"}
+
+
+def nth(i: int) -> str:
+    """What plotly writes behind the name of an axis, counted from 0: nothing for the first, "2" for
+    the second."""
+    return str(i + 1) if i else ""
 
 
 def axis_names(reading: Reading, axis: str) -> list[str] | list[int]:

@@ -1,6 +1,6 @@
 """Parts of a reading, and what they are called."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tlens_callback.reading import TOKEN_AXES, Reading
@@ -11,6 +11,12 @@ _LETTERS = {"layer": "L", "head": "H"}
 def stands_for_text(reading: Reading) -> bool:
     """Whether its numbers only stand for its texts: token ids and the like."""
     return reading.unit == "index" and reading.texts is not None
+
+
+def check_one_instrument(readings: Sequence[Reading]) -> None:
+    """Raises ValueError where the readings are of several instruments."""
+    if len(instruments := {r.instrument for r in readings}) > 1:
+        raise ValueError(f"One picture or table shows one instrument, got {sorted(instruments)}.")
 
 
 def take(reading: Reading, at: Mapping[str, int]) -> Reading:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from tlens_callback.reading import TOKEN_AXES, Reading
+from tlens_callback.render.slices import check_one_instrument
 from tlens_callback.store.tables import is_numbered, numbering
 
 
@@ -53,8 +54,7 @@ def axis_table(readings: Sequence[Reading], axis: str) -> pd.DataFrame:
 
 def _rows(chosen: Sequence[Reading], lead: tuple[str, ...]) -> pd.DataFrame:
     """A row per probe and index along the leading axes, a column or more per measure."""
-    if len(instruments := {r.instrument for r in chosen}) > 1:
-        raise ValueError(f"One table shows one instrument, got {sorted(instruments)}.")
+    check_one_instrument(chosen)
     if len({r.key for r in chosen}) < len(chosen):
         raise ValueError(f"Two readings have one key: {sorted(r.key for r in chosen)}.")
     measures = {r.measure for r in chosen}

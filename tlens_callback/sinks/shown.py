@@ -20,7 +20,8 @@ from tlens_callback.render import (
     neuron_table,
 )
 from tlens_callback.render.plain import number
-from tlens_callback.render.scores_png import pictured, score_picture, strips
+from tlens_callback.render.score_panels import curves_as_rows, score_panels
+from tlens_callback.render.scores_png import score_picture
 
 STEP = "train/global_step"
 """The key that the Hugging Face trainer logs its step under, in each of its rows: the x axis."""
@@ -128,15 +129,17 @@ def pictures(readings: Sequence[Reading], step: int) -> Iterator[tuple[str, byte
         if is_mosaic(reading):
             yield reading.key, mosaic(reading, step=step)
     for key, own in matrices(readings):
-        if pictured(own):
+        if score_panels(own, with_ids=False):
             yield key, score_picture(own, step=step)
     for key, own in curves(readings):
-        yield key, score_picture(strips(own), step=step)
+        yield key, score_picture(curves_as_rows(own), step=step)
 
 
 def histograms(readings: Sequence[Reading]) -> Iterator[tuple[str, np.ndarray]]:
     """Key and finite values, float64, of each ("layer", "head") reading but the spreads."""
-    for reading in pictured([r for r in readings if r.axes == ("layer", "head")]):
+    heads = [reading for reading in readings if reading.axes == ("layer", "head")]
+    for panel in score_panels(heads, with_ids=False):
+        reading = panel.reading
         # The width of a range of large float32 may be infinite.
         finite = reading.values[np.isfinite(reading.values)].astype(float)
         if finite.size:
