@@ -4,13 +4,13 @@ import io
 import math
 from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 
 from tlens_callback.palette import colours
 from tlens_callback.reading import Reading
 from tlens_callback.render.markup import image, text
 from tlens_callback.render.mosaic import is_mosaic, mosaic
+from tlens_callback.render.slices import farthest_from_zero
 
 _MOST = 2_000_000
 _WIDE, _TALL = 640, 320
@@ -62,7 +62,8 @@ def picture(matrix: Reading, ends: tuple[float, float]) -> str:
     one farthest from zero."""
     rows, columns = matrix.values.shape
     pooled = math.ceil(rows / _TALL), math.ceil(columns / _WIDE)
-    values = _pool(_pool(matrix.values, 0, pooled[0]), 1, pooled[1])
+    values = farthest_from_zero(matrix.values, 0, pooled[0])
+    values = farthest_from_zero(values, 1, pooled[1])
     rgb = colours(replace(matrix, values=values, labels={}, texts=None), ends)
     sides = [room // size for room, size in zip((_TALL, _WIDE), values.shape, strict=True)]
     if matrix.axes == ("query", "key"):
@@ -76,16 +77,3 @@ def picture(matrix: Reading, ends: tuple[float, float]) -> str:
     if pooled != (1, 1):
         guide += f"; a pixel: farthest from 0 of {pooled[0]} x {pooled[1]} values"
     return f"<div>{text(guide)}</div>" + image(out.getvalue(), matrix.key)
-
-
-def _pool(values: np.ndarray, axis: int, n: int) -> np.ndarray:
-    """Of each n along an axis the one farthest from zero, or one that is not a number."""
-    if n == 1:
-        return values
-    fill = [(0, 0), (0, 0)]
-    fill[axis] = (0, -values.shape[axis] % n)
-    values = np.moveaxis(np.pad(values, fill), axis, -1)
-    values = values.reshape(values.shape[0], -1, n)
-    # argmax takes the first that is not a number for the largest.
-    at = np.abs(values).argmax(-1)[..., None]
-    return np.moveaxis(np.take_along_axis(values, at, -1)[..., 0], -1, axis)

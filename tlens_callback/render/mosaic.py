@@ -2,7 +2,7 @@
 
 import io
 import zlib
-from functools import lru_cache, reduce
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,6 +17,7 @@ from tlens_callback.palette import (
     slots,
 )
 from tlens_callback.reading import Reading
+from tlens_callback.render.slices import farthest_from_zero
 from tlens_callback.render.text import RAMP, drawable, font, lines, shorten
 
 # Shares of the largest value that have a number on the colour bar.
@@ -101,20 +102,8 @@ def _fit(values: np.ndarray) -> tuple[np.ndarray, int]:
     are too many."""
     side = max(values.shape[2:])
     pooled = min(int(np.ceil(np.sqrt(values.size / _MANY))), side // 48)
-    if pooled <= 1:
-        return values, 1
-    for axis in (2, 3):
-        fill = [(0, 0)] * 4
-        fill[axis] = (0, -values.shape[axis] % pooled)
-        values = np.moveaxis(np.pad(values, fill), axis, -1)
-        squares = [values[..., i::pooled] for i in range(pooled)]
-        high = reduce(np.maximum, squares)
-        if not (values >= 0).all():
-            low = reduce(np.minimum, squares)
-            # What is not a number fails the comparison, and is the smallest, too.
-            high = np.where(high >= -low, high, low)
-        values = np.moveaxis(high, -1, axis)
-    return values, pooled
+    pooled = max(1, pooled)
+    return farthest_from_zero(farthest_from_zero(values, 2, pooled), 3, pooled), pooled
 
 
 def _cells(patterns: np.ndarray, limit: float | None) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+
+import numpy as np
 
 from tlens_callback.reading import TOKEN_AXES, Reading
 
@@ -30,6 +33,23 @@ def take(reading: Reading, at: Mapping[str, int]) -> Reading:
         labels={axis: names for axis, names in reading.labels.items() if axis in axes},
         texts=None if reading.texts is None else reading.texts[index],
     )
+
+
+def farthest_from_zero(values: np.ndarray, axis: int, n: int) -> np.ndarray:
+    """Joins each `n` values along an axis to one: the one farthest from zero, or, if there is one,
+    the one that is not a number."""
+    if n == 1:
+        return values
+    fill = [(0, 0)] * values.ndim
+    fill[axis] = (0, -values.shape[axis] % n)
+    values = np.moveaxis(np.pad(values, fill), axis, -1)
+    parts = [values[..., i::n] for i in range(n)]
+    high = reduce(np.maximum, parts)
+    if not (values >= 0).all():
+        low = reduce(np.minimum, parts)
+        # What is not a number fails the comparison, and is the smallest, too.
+        high = np.where(high >= -low, high, low)
+    return np.moveaxis(high, -1, axis)
 
 
 def place(reading: Reading, at: Mapping[str, int]) -> str:
