@@ -1,7 +1,7 @@
-"""The colours of everything that is drawn: ramps, scales, and the range that a reading's cover.
+"""Defines all colours: the ramps, the scales, and the range of values that they stand for.
 
-Pictures and figures take them from here. The page is handed `page_colours`, and its script
-`colour.js` follows the same rules: a test holds both to each other.
+Pictures and figures take them from here. The page is given `page_colours`, and its script
+`colour.js` follows the same rules; a test compares the two.
 """
 
 import math
@@ -21,19 +21,19 @@ _PAGE_LIGHT = "053061 1460a5 3c8ebd 8ec1da d0e4ef f7f7f7 fcdac6 f6a784 d8624f b7
 _PAGE_DARK = "b1ddfc 73b6de 3c8dc1 226597 1c3e5b 1c1c1c 5f2c28 9e453a d8624f e99b79 f2d1bd"
 
 LINES = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #80864b #a53c3c #5a5a5a".split()
-"""Of the curves of a figure, on white paper."""
+"""Colours of the curves in a figure, on white paper."""
 
-# Of the page's curves: 3 to 1 against paper and card, dark and light.
+# Colours of the page's curves: contrast 3 to 1 with paper and card in both themes.
 _PAGE_LINES = "#0072b2 #d55e00 #009e73 #c06a9a #b87f00 #2e90c8 #9b59ab #80864b".split()
 
 LINE = "#3b82c4"
-"""Of a line or bar that stands alone, on dark and on light."""
+"""Colour of a line or bar that stands alone, on a dark or a light page."""
 
 BLANK = "#ccc"
-"""Of a value that is not finite, in figures and pictures of matrices."""
+"""Colour of a value that is not finite, in figures and pictures of matrices."""
 
 UNCOLOURED = "#eef1f6"
-"""Of a cell whose number only stands for a text."""
+"""Colour of a cell whose number only stands for a text."""
 
 LEVELS = 240
 """Palette slots 0..239 are the colours of a range from its low to its high end."""
@@ -52,7 +52,7 @@ _BENT = 33
 
 
 def ramp(stops: str, size: int) -> UInt8[np.ndarray, "size 3"]:
-    """[place, rgb]: so many colours, evenly along the stops."""
+    """Gives `size` colours, [place, rgb], evenly spaced along the stops."""
     rgb = [_rgb(stop) for stop in stops.split()]
     at = np.arange(size) / (size - 1) * (len(rgb) - 1)
     channels = [np.interp(at, range(len(rgb)), channel) for channel in zip(*rgb, strict=True)]
@@ -60,9 +60,9 @@ def ramp(stops: str, size: int) -> UInt8[np.ndarray, "size 3"]:
 
 
 def colour_table(*, diverging: bool = False) -> UInt8[np.ndarray, "256 3"]:
-    """[slot, rgb]: viridis, then ink to paper, then red (not a number) and grey (masked).
+    """Gives the palette, [slot, rgb].
 
-    Diverging: blue, near-white at `ZERO`, red; not a number is green.
+    It is viridis, then ink to paper, then red (not a number) and grey (masked). A diverging palette goes from blue over near-white at `ZERO` to red; not a number is green.
     """
     colours = ramp(_DIVERGING, 2 * ZERO + 1) if diverging else ramp(_SEQUENTIAL, LEVELS)
     colours = np.pad(colours, ((0, LEVELS - len(colours)), (0, 0)), "edge")
@@ -72,10 +72,10 @@ def colour_table(*, diverging: bool = False) -> UInt8[np.ndarray, "256 3"]:
 
 
 def colour_range(*readings: Reading) -> tuple[float, float]:
-    """The values at the two ends of the colours of these readings, which have the same limits.
+    """Gives the values at the two ends of the colours of readings that have the same limits.
 
-    The limits; in place of an infinite one, and where there are none, the smallest or largest
-    finite value. A range with zero inside becomes symmetric around zero, for a diverging scale.
+    These are the limits. An infinite or missing limit is replaced by the smallest or largest finite
+    value. A range with zero inside becomes symmetric around zero, for a diverging scale.
     """
     low, high = readings[0].limits or (-math.inf, math.inf)
     finite = np.concatenate([reading.values.ravel() for reading in readings])
@@ -91,29 +91,29 @@ def colour_range(*readings: Reading) -> tuple[float, float]:
 
 
 def is_fixed(limits: tuple[float, float] | None) -> TypeGuard[tuple[float, float]]:
-    """Whether the limits are a range by themselves, the same at every step."""
+    """Whether the limits are finite, so that the range is the same at every step."""
     return limits is not None and all(map(math.isfinite, limits))
 
 
 def on_root_scale(reading: Reading, ends: tuple[float, float]) -> bool:
-    """Whether its colours are those of attention, a square root of the share of the range: on a
-    linear scale nothing but the first token's column shows."""
+    """Whether the reading has the square-root scale of attention patterns. On a linear scale only
+    the first token's column could be seen."""
     low, high = ends
     return reading.axes[-2:] == ("query", "key") and low in (0, -high)
 
 
 def along_root(share: float, *, diverging: bool) -> float:
-    """The place 0..1 on a square-root colour bar of a share of the largest value, -1..1 where the
-    scale diverges."""
+    """Gives the place 0..1 on a square-root colour bar of a share of the largest value; the share
+    is 0..1, or -1..1 where the scale diverges."""
     bent = math.copysign(math.sqrt(abs(share)), share)
     return (1 + bent) / 2 if diverging else bent
 
 
 def slots(p: Float[np.ndarray, "..."], limit: float | None = None) -> UInt8[np.ndarray, "..."]:
-    """Palette slot of each probability on the square-root scale: `round(sqrt(p) * (LEVELS - 1))`.
+    """Gives the palette slot of each probability on the square-root scale.
 
-    With a `limit`, of values from -limit to limit, x = p / limit:
-    `ZERO + round(sign(x) sqrt(|x|) ZERO)`.
+    It is `round(sqrt(p) * (LEVELS - 1))`. With a `limit` the values go from -limit to limit, and it
+    is `ZERO + round(sign(x) sqrt(|x|) ZERO)` with x = p / limit.
     """
     if limit is None:
         index = np.sqrt(np.clip(p, 0, 1)) * (LEVELS - 1) + 0.5
@@ -127,8 +127,11 @@ def slots(p: Float[np.ndarray, "..."], limit: float | None = None) -> UInt8[np.n
 
 
 def colours(reading: Reading, ends: tuple[float, float]) -> UInt8[np.ndarray, "... 3"]:
-    """[..., rgb] of each value. `ends` as of `colour_range`, of the whole of which this is a
-    part."""
+    """Gives the colour of each value, [..., rgb], on the scale of its reading.
+
+    Args:
+        ends: the `colour_range` of the whole reading, where this is a part of one.
+    """
     high = ends[1]
     diverging = is_diverging(ends)
     if on_root_scale(reading, ends):
@@ -138,7 +141,7 @@ def colours(reading: Reading, ends: tuple[float, float]) -> UInt8[np.ndarray, ".
 
 
 def linear_colours(values: np.ndarray, ends: tuple[float, float]) -> UInt8[np.ndarray, "... 3"]:
-    """[..., rgb] of each value, evenly between the ends."""
+    """Gives the colour of each value, [..., rgb], on a linear scale between the ends."""
     low, high = ends
     diverging = is_diverging(ends)
     finite = np.isfinite(values)
@@ -155,13 +158,16 @@ def is_diverging(ends: tuple[float, float]) -> bool:
 
 
 def bar_slots(size: int, *, diverging: bool) -> UInt8[np.ndarray, " size"]:
-    """Palette slots of a colour bar with so many places."""
+    """Gives the palette slots of a colour bar with `size` places."""
     return np.linspace(0, _last(diverging), size).round().astype(np.uint8)
 
 
 def colour_scale(*, diverging: bool, root: bool) -> list[list[Any]]:
-    """Plotly's: shares of the range, each with its colour. For a square-root scale the shares are
-    its squares, so that the figure holds the values as they are."""
+    """Gives a scale in plotly's form: shares of the range, each with its colour.
+
+    Plotly's scales are linear. For a square-root scale the shares are squared, so that the figure
+    can hold the values as they are.
+    """
     names = (_DIVERGING if diverging else _SEQUENTIAL).split()
     along = np.linspace(0, 1, len(names))
     rgb: Any = [_rgb(name) for name in names]
@@ -177,8 +183,11 @@ def colour_scale(*, diverging: bool, root: bool) -> list[list[Any]]:
 
 
 def page_colours() -> dict[str, Any]:
-    """What the page's scripts know of colours, for JSON: tables as one hexadecimal text each, the
-    diverging ones of an odd size, so that zero has a colour of its own; and those of curves."""
+    """Gives the colours that the page draws with, for JSON.
+
+    Each table of colours is one hexadecimal text. The diverging ones have an odd size, so that zero
+    has a colour of its own.
+    """
     tables = {
         "sequential": ramp(_SEQUENTIAL, 256),
         "light": ramp(_PAGE_LIGHT, 257),
@@ -193,5 +202,5 @@ def _rgb(name: str) -> tuple[int, int, int]:
 
 
 def _last(diverging: bool) -> int:
-    """Palette slot of the high end."""
+    """Gives the palette slot of the high end."""
     return 2 * ZERO if diverging else LEVELS - 1

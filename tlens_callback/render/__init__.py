@@ -1,4 +1,4 @@
-"""Readings as pictures and tables. Knows no logging package: a sink takes what is made here."""
+"""Draws readings as pictures, figures and tables, without any logging package; sinks use these."""
 
 from tlens_callback.render.lines import is_curve as is_curve
 from tlens_callback.render.lines import line_figure as line_figure

@@ -1,4 +1,4 @@
-"""A reading as a PNG inside HTML: attention patterns, and matrices too large for a table."""
+"""Draws a reading as a PNG inside HTML: attention patterns, and matrices too large for a table."""
 
 import io
 import math
@@ -18,9 +18,11 @@ _LARGEST_CELL = 12
 
 
 def attention(reading: Reading) -> str | None:
-    """The mosaic, of a single head's or layer's pattern too; None where it is no such reading.
+    """Draws the mosaic of attention patterns, also of a single head or layer; None for any other
+    reading.
 
-    Of more than two million values the first layers, and of a layer with more the first heads.
+    Of more than two million values it shows the first layers; of a layer with more, its first
+    heads.
     """
     leading = reading.axes[:-2]
     known = leading in ((), ("layer",), ("head",), ("layer", "head"))
@@ -28,7 +30,7 @@ def attention(reading: Reading) -> str | None:
         return None
     sizes = dict(zip(reading.axes, reading.values.shape, strict=True))
     layers, heads = sizes.get("layer", 1), sizes.get("head", 1)
-    names = {axis: [""] for axis in ("layer", "head") if axis not in leading}
+    unnamed = {axis: [""] for axis in ("layer", "head") if axis not in leading}
     cell = sizes["query"] * sizes["key"]
     shown = {
         "layer": min(layers, max(1, _MOST // max(1, heads * cell))),
@@ -40,7 +42,7 @@ def attention(reading: Reading) -> str | None:
         values=values[: shown["layer"], : shown["head"]],
         axes=("layer", "head", "query", "key"),
         labels={
-            axis: all_[: shown.get(axis)] for axis, all_ in {**reading.labels, **names}.items()
+            axis: names[: shown.get(axis)] for axis, names in {**reading.labels, **unnamed}.items()
         },
         texts=None,
     )
@@ -58,8 +60,8 @@ def _left_out(shown: dict[str, int], layers: int, heads: int) -> str:
 
 
 def picture(matrix: Reading, ends: tuple[float, float]) -> str:
-    """A square of pixels per value, or, where they are too many, a pixel per square of values: the
-    one farthest from zero."""
+    """Draws each value as a square of pixels. Of too many values each pixel shows a square of them:
+    the value farthest from zero."""
     rows, columns = matrix.values.shape
     pooled = math.ceil(rows / _TALL), math.ceil(columns / _WIDE)
     values = farthest_from_zero(matrix.values, 0, pooled[0])

@@ -1,4 +1,4 @@
-"""One reading, of any axes, as an interactive figure."""
+"""Draws one reading, of any axes, as an interactive figure."""
 
 import math
 from collections.abc import Mapping
@@ -27,25 +27,26 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MOST_VALUES, MOST_SLICES = 1_000_000, 2_000
-"""What a figure takes: about ten bytes a value; slices are places of its slider."""
+"""The most that a figure takes: about ten bytes a value; each slice is a place of its slider."""
 
 _LINES = ("layer", "update")
 _MANY, _WRITTEN = 200, 24
-"""Above so many values bars become a line; up to so many cells in a row, or bars, have their text
-written on them."""
+"""With more values than the first, bars become a line. Up to as many bars, or cells in a row, as
+the second have their text written on them."""
 
 
 def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure":
-    """The figure of one reading: a number, a line or bars, or a heat map with its first axis down.
+    """Draws the figure of one reading: a number, a line or bars, or a heat map with its first axis
+    down.
 
-    More than two axes: a heat map of the last two, and a slider over those before them. Colours
-    run over `colours.colour_range`; of attention (query down, key across) on a square-root scale,
-    while hovering says the values as they are. Values of unit "index" stand for something: they are
-    written in their cells, without a colour. What is not finite is left blank, and counted in the
-    title.
+    A reading of more than two axes is a heat map of the last two, with a slider over the others.
+    Colours run over `palette.colour_range`. Attention patterns (query down, key across) have a
+    square-root scale; hovering shows the values themselves. Values of unit "index" stand for
+    something else: they are written in their cells, without a colour. Values that are not finite
+    are left blank and counted in the title.
 
     Args:
-        at: axis -> index, to show only what is there: `{"layer": 5}`.
+        at: axis -> index, to show only the part at this index: `{"layer": 5}`.
 
     Raises:
         ValueError: for an axis or index that the reading lacks, or more than `MOST_VALUES` values
@@ -81,7 +82,7 @@ def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure"
 
 
 def _chosen(reading: Reading, at: Mapping[str, int]) -> tuple[Reading, str]:
-    """What is left of the reading, and where that is."""
+    """Gives the part of the reading at these indices, and the name of that place."""
     for axis, i in at.items():
         if axis not in reading.axes:
             raise ValueError(f"{reading.key!r} has no axis {axis!r}; it has {reading.axes}.")
@@ -148,14 +149,14 @@ def _line_axes(reading: Reading) -> dict[str, Any]:
 
 
 def _numbers_of(reading: Reading, axis: str) -> list[int] | None:
-    """Layers and steps as numbers, where their labels are; of a line these need not be even."""
+    """Gives layers and steps as numbers, where their labels are numbers; a line may have gaps."""
     labels = reading.labels.get(axis, ("",))
     whole = axis in _LINES and all(label.isascii() and label.isdecimal() for label in labels)
     return [int(label) for label in labels] if whole else None
 
 
 def _as_column(reading: Reading) -> Reading:
-    """What is only a list of names, in cells."""
+    """Turns a list of names into a column of cells."""
     return replace(
         reading,
         values=reading.values[:, None],
@@ -218,7 +219,8 @@ def _cells(matrix: Reading) -> dict[str, Any]:
 
 
 def _slider(axes: str, places: list[str], cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each place puts its cells into the heat map. Not frames: plotly plays these by itself."""
+    """Makes the slider, of which each place puts its cells into the heat map. Frames would not do:
+    plotly plays them by itself."""
     steps = [
         {
             "label": plain(name),

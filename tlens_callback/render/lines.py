@@ -1,4 +1,4 @@
-"""All readings along the layers of one instrument as one interactive figure of lines."""
+"""Draws all readings along the layers of one instrument as one interactive figure of lines."""
 
 import math
 from collections.abc import Sequence
@@ -25,19 +25,20 @@ _MOST_DECADES = 2
 def line_figure(
     readings: Sequence[Reading], first: Sequence[Reading] = (), *, first_name: str = "first"
 ) -> "Figure":
-    """A panel per measure, over the layers, and in it a line per probe, from one instrument's
-    ("layer",) readings.
+    """Draws the ("layer",) readings of one instrument: a panel for each measure, with a line over
+    the layers for each probe.
 
-    Readings of other axes are left out, and token ids and the like: those of unit "index" that
-    have texts. A probe has one colour in all panels; a click on its name hides it everywhere.
-    Hovering says "L5 kl capital 0.93", and the text behind the value where there is one. A y axis
-    has the range of the reading's finite limits; else that of what is drawn, and it is logarithmic,
-    which its title says, where all values are positive and the largest is more than 100 times the
-    smallest. What is not finite is a gap.
+    Readings of other axes are left out, and so are ids that stand for texts (unit "index"). A probe
+    has the same colour in all panels; a click on its name hides it everywhere. Hovering shows
+    "L5 kl capital 0.93", and the text that the value stands for, if there is one.
+
+    The y axis covers the reading's limits if these are finite, otherwise the values. In the second
+    case it is logarithmic, and its title says so, if all values are positive and the largest is
+    more than 100 times the smallest. Values that are not finite leave a gap.
 
     Args:
         first: the readings of an earlier observation, drawn dotted behind those of the same key.
-        first_name: what the legend calls these.
+        first_name: their name in the legend.
 
     Raises:
         ValueError: where no reading has this axis, or they are of several instruments.
@@ -121,7 +122,7 @@ def _trace(reading: Reading, names: list[str] | None, colour: str) -> dict[str, 
 
 
 def _legend(probes: Sequence[str | None], first_name: str | None) -> list[dict[str, Any]]:
-    """Empty lines that carry the names: a probe's own may be missing from the first panel."""
+    """Makes empty lines for the legend, since a probe may have no line in the first panel."""
     entries = [
         (plain(cut(probe, 28)), plain(probe), {"color": LINES[i % len(LINES)], "width": 1.5})
         for i, probe in enumerate(probes)
@@ -145,7 +146,7 @@ def _legend(probes: Sequence[str | None], first_name: str | None) -> list[dict[s
 
 
 def _layer_names(readings: Sequence[Reading]) -> list[str] | None:
-    """The layers in order, if one of them has a name that is no number."""
+    """Gives the names of the layers in order, or None where all of them are numbers."""
     names: list[str] = []
     for reading in sorted(readings, key=lambda r: -len(r.values)):
         labels = reading.labels.get("layer") or [str(i) for i in range(len(reading.values))]
@@ -154,7 +155,7 @@ def _layer_names(readings: Sequence[Reading]) -> list[str] | None:
 
 
 def _layer_axis(names: list[str] | None) -> dict[str, Any]:
-    """At most about eight ticks, on whole layers."""
+    """Gives the axis of layers at most about eight ticks, each at a whole layer."""
     if names is None:
         return {"type": "linear", "tickformat": "d", "nticks": 8, "minallowed": -1}
     shown = [plain(name) for name in names]

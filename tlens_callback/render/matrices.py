@@ -1,4 +1,4 @@
-"""All matrices of one instrument, layer x head or the like, as one interactive figure."""
+"""Draws all matrices of one instrument, layer x head or the like, as one interactive figure."""
 
 import math
 from collections.abc import Sequence
@@ -29,21 +29,22 @@ of a colour bar with its title."""
 
 
 def score_figure(readings: Sequence[Reading]) -> "Figure":
-    """Small multiples of one instrument's readings of two axes: "layer" or "feature", and another
-    but "rank".
+    """Draws a panel for each reading of one instrument that has two axes: "layer" or "feature", and
+    any other than "rank".
 
-    Readings of other axes are left out. Layer 0 is at the top, head 0 on the left, a panel is
-    titled by measure and probe, hovering says "L5H1 induction 0.93". Labels of the axes are at the
-    ticks, cut to 12 characters and, where there are many, not at each; hovering says them whole.
-    Names that occur twice, and tokens, have their position before them. A measure
-    `<other>_spread` beside `<other>` has no panel of its own: hovering says "L5H1 induction 0.93 ±
-    0.02". Nor have token ids and the like, a reading of unit "index" with texts: hovering over its
-    probe's other panels of the same axes and shape says the text too.
+    Readings of other axes are left out. Layer 0 is at the top and head 0 on the left. The title of
+    a panel is its measure and probe; hovering shows "L5H1 induction 0.93". The ticks carry the
+    labels of the axes, cut to 12 characters; where there are many, some ticks have none. Hovering
+    shows the whole label. Tokens, and names that occur twice, begin with their position.
 
-    Panels of one unit and equal `limits` share a colour bar. Without limits, or with infinite
-    ones, they share the range of their own values, which the bar says, as it changes from step to
-    step. A range with zero inside is symmetric around zero, with a diverging scale, white at zero.
-    What is not finite is left blank.
+    A measure `<other>_spread` beside `<other>` has no panel of its own: hovering shows
+    "L5H1 induction 0.93 ± 0.02". A reading of ids that stand for texts has none either: hovering
+    over the other panels of its probe, axes and shape shows the text too.
+
+    Panels of one unit and equal `limits` share a colour bar. If the limits are missing or infinite,
+    the bar covers the values of this step, and its title says so. A range with zero inside is
+    symmetric around zero, with a diverging scale that is white at zero. Values that are not finite
+    are left blank.
 
     Raises:
         ValueError: where no reading has these axes, or they are of several instruments.
@@ -134,7 +135,7 @@ def _numbers(values: np.ndarray) -> list[list[float | None]]:
 
 
 def _ticks(reading: Reading, axis: str) -> dict[str, Any]:
-    """On whole layers and heads; the names of columns read from below."""
+    """Gives an axis ticks at whole layers and heads; the names of columns are written upwards."""
     room = _room(reading, axis)
     shown = ticks(reading, axis, most=16 if room else 8, longest=LONGEST_NAME)
     upright = {"tickangle": 90} if room and axis == reading.axes[1] else {}
@@ -142,7 +143,7 @@ def _ticks(reading: Reading, axis: str) -> dict[str, Any]:
 
 
 def _room(reading: Reading, axis: str) -> int:
-    """Pixels that the names of an axis need when they are written upwards; 0 for numbers."""
+    """Gives the pixels that the names of an axis need when written upwards; 0 for numbers."""
     names = reading.labels.get(axis, ())
     if axis not in TOKEN_AXES and all(name.isdecimal() for name in names):
         return 0

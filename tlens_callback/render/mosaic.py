@@ -1,4 +1,4 @@
-"""All attention patterns of one probe as one labelled PNG, without a browser or matplotlib."""
+"""Draws all attention patterns of one probe as one labelled PNG, without browser or matplotlib."""
 
 import io
 import zlib
@@ -29,15 +29,15 @@ _MANY = 6_000_000
 
 
 def mosaic(reading: Reading, *, step: int | None = None) -> bytes:
-    """One PNG of a `("layer", "head", "query", "key")` reading: a row per layer, a column per head.
+    """Draws a `("layer", "head", "query", "key")` reading as one PNG, with a row for each layer and
+    a column for each head.
 
-    Colours run over the fixed range 0..1 on a square-root scale, so that two steps compare; over
-    limits that are symmetric around zero they diverge, from blue to red, on a square-root scale to
-    either side. Keys after the query are grey; in a model that sees them they are drawn. A cell is
-    at least 48 pixels wide. Of many heads on a long probe (more than six million values) a pixel
-    is the value farthest from zero in a square of them, and the picture says so. Labels of "layer"
-    and "head" name rows and columns (a selection of layers), labels of "key" are listed below the
-    picture.
+    Colours run over the fixed range 0..1 on a square-root scale, so that steps can be compared.
+    Where the limits are symmetric around zero, they go from blue to red, with the square root on
+    both sides. Keys after the query are grey, unless the model sees them. A cell is at least 48
+    pixels wide. Of more than six million values (many heads and a long probe) each pixel shows the
+    value farthest from zero in a square of them, and the picture says so. Labels of "layer" and
+    "head" name the rows and columns, labels of "key" are listed below the picture.
 
     Args:
         reading: probabilities, `limits` (0, 1) or none; or their change, `limits` (-x, x).
@@ -92,14 +92,14 @@ def is_mosaic(reading: Reading) -> bool:
 
 
 def _limit(reading: Reading) -> float | None:
-    """x of limits (-x, x); None of others."""
+    """Gives x where the limits are (-x, x), otherwise None."""
     low, high = reading.limits or (0, 1)
     return high if low == -high and np.isfinite(high) else None
 
 
 def _fit(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """The values, or in each square of `pooled` x `pooled` the one farthest from zero where they
-    are too many."""
+    """Gives the values and 1; or, where they are too many, of each square of n x n values the one
+    farthest from zero, and n."""
     side = max(values.shape[2:])
     pooled = min(int(np.ceil(np.sqrt(values.size / _MANY))), side // 48)
     pooled = max(1, pooled)
@@ -107,7 +107,7 @@ def _fit(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _cells(patterns: np.ndarray, limit: float | None) -> np.ndarray:
-    """[layer, head, y, x]: palette slots, each value a square of whole pixels."""
+    """Gives the palette slots, [layer, head, y, x], with each value as a square of whole pixels."""
     layers, heads, queries, keys = patterns.shape
     index = slots(patterns, limit)
     hidden = ~np.tri(queries, keys, dtype=bool)
@@ -136,7 +136,7 @@ def _surroundings(
     pooled: int,
     limit: float | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What stands above the cells (guide, colour bar, heads), beside (layers), below (tokens)."""
+    """Draws what is above the cells (guide, colour bar, heads), beside (layers), below (tokens)."""
     height, width = cell[0] + _GAP, cell[1] + _GAP
     small = font(11)
     guide = ["row: layer, column: head", "in a cell: query down, key across, grey: masked"]
@@ -173,7 +173,7 @@ def _surroundings(
 
 
 def _names(reading: Reading, axis: str, letter: str) -> tuple[str, ...]:
-    """Labels of an axis, a plain number with its letter: L5, H1."""
+    """Gives the labels of an axis; a number with its letter: L5, H1."""
     size = reading.values.shape[reading.axes.index(axis)]
     names = reading.labels.get(axis) or [str(i) for i in range(size)]
     return tuple(letter + name if name.isdecimal() else drawable(name)[:16] for name in names)

@@ -1,4 +1,4 @@
-"""What the figures have in common."""
+"""Holds what the interactive figures share: panels, ticks, and how plotly is loaded."""
 
 import math
 import warnings
@@ -43,7 +43,7 @@ class Grid:
         """Puts the title and the two axes of a panel into a figure's layout.
 
         Returns:
-            what says in a trace that it is drawn in this panel.
+            the two entries by which a trace is drawn in this panel.
         """
         rows = math.ceil(self.panels / self.columns)
         across = (1 - self.gap_x * (self.columns - 1)) / self.columns
@@ -69,13 +69,12 @@ class Grid:
 
 
 def nth(i: int) -> str:
-    """What plotly writes behind the name of an axis, counted from 0: nothing for the first, "2" for
-    the second."""
+    """Gives the number behind the name of plotly's axis `i`: none for the first, 2 for the second."""
     return str(i + 1) if i else ""
 
 
 def axis_names(reading: Reading, axis: str) -> list[str] | list[int]:
-    """One name per index; none twice, since cells of one name would cover each other."""
+    """Gives each index a name of its own: cells of the same name would cover each other."""
     labels = reading.labels.get(axis)
     if labels is None:
         return list(range(reading.values.shape[reading.axes.index(axis)]))
@@ -85,7 +84,7 @@ def axis_names(reading: Reading, axis: str) -> list[str] | list[int]:
 
 
 def ticks(reading: Reading, axis: str, *, most: int, longest: int) -> dict[str, Any]:
-    """At about eight numbers, or at `most` names, cut to a length at which they can stand."""
+    """Gives an axis about eight ticks with numbers, or up to `most` with names cut to `longest`."""
     names = axis_names(reading, axis)
     labels = reading.labels.get(axis)
     if labels is None:
@@ -100,10 +99,10 @@ def ticks(reading: Reading, axis: str, *, most: int, longest: int) -> dict[str, 
 
 @cache
 def load_plotly() -> Any:
-    """plotly.graph_objects, loaded without the warning filters that it adds.
+    """Loads plotly.graph_objects without the warning filters that it adds.
 
-    Best called on the main thread before another one draws: what keeps the filters as they were
-    is of the whole process (until Python 3.14).
+    Best called on the main thread before another thread draws: warning filters belong to the whole
+    process (until Python 3.14).
     """
     # The first figure loads modules of plotly that add filters (plotly 7.1).
     with warnings.catch_warnings():
@@ -114,5 +113,5 @@ def load_plotly() -> Any:
 
 
 def figure(data: list[dict[str, Any]], layout: dict[str, Any]) -> "Figure":
-    """The plotly figure."""
+    """Makes the plotly figure."""
     return load_plotly().Figure({"data": data, "layout": layout})

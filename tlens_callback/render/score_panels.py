@@ -1,4 +1,4 @@
-"""The panels of a picture or figure of scores: which readings have one, and over which range."""
+"""Decides what a picture or figure of scores shows: its panels, their names and colour ranges."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ LONGEST_NAME = 12
 
 @dataclass(frozen=True)
 class Scale:
-    """A range of colours that panels of one unit and equal limits share.
+    """The range of colours of panels that have one unit and equal limits.
 
     Attributes:
         unit: of the values.
-        moves: whether the range is that of this step's values, and another at the next step.
+        moves: whether the range is that of this step's values, so that the next step has another.
         ends: the values at the two ends of the colours.
     """
 
@@ -33,14 +33,14 @@ class Scale:
 
 @dataclass(frozen=True)
 class Panel:
-    """A matrix that is drawn, and what belongs to it.
+    """One matrix as it is drawn.
 
     Attributes:
         reading: the matrix; its first axis goes down, its second across.
         name: its measure and probe.
         scale: its colours, the same object in all panels that share them.
-        spread: the spread of each value, where a reading of the same shape says it.
-        texts: what each value stands for, from the reading itself or from one of ids beside it.
+        spread: the spread of each value, if it is known.
+        texts: the text that each value stands for, if there is one.
     """
 
     reading: Reading
@@ -51,7 +51,7 @@ class Panel:
 
 
 def is_matrix(reading: Reading) -> bool:
-    """Whether a reading is one of scores: "layer" or "feature", and another axis but "rank"."""
+    """Whether a reading has two axes: "layer" or "feature", and any other than "rank"."""
     first, *rest = reading.axes or ("",)
     two = first in ("layer", "feature") and len(rest) == 1 and rest != ["rank"]
     return two and reading.values.size > 0

@@ -1,4 +1,4 @@
-"""All matrices of one instrument as one labelled PNG, where no interactive figure is to be had."""
+"""Draws all matrices of one instrument as one labelled PNG, for where no figure can be shown."""
 
 import io
 import math
@@ -22,24 +22,24 @@ from tlens_callback.render.text import drawable, font, shorten
 
 _WIDEST, _EDGE, _GAP_X, _GAP_Y = 1200, 12, 26, 18
 _PANEL, _CELL, _LOWEST = 250, 32, 12
-"""Pixels: of a panel's cells across, of the widest cell, of the lowest row that has its name."""
+"""In pixels: width of a panel's cells, of the widest cell; least height of a row with a name."""
 
 _BAR = (120, 9)
 _NARROWEST = 200
 
 
 def score_picture(readings: Sequence[Reading], *, step: int | None = None) -> bytes:
-    """One PNG of readings of one instrument and two axes: a panel each, in a grid.
+    """Draws the readings of one instrument that have two axes as one PNG, with a panel for each.
 
-    The first axis goes down, the second across; panels are titled by measure and probe. Below each
-    is its colour bar with the numbers at its ends and the unit. Panels of one unit and equal limits
-    share a range: the limits, or, where these are missing or infinite, that of their own values,
-    which the bar says as it changes from step to step; with zero inside it is symmetric around
-    zero. Over a range that is so colours go from blue to red, near-white at zero, and are viridis
-    elsewhere. Grey is no finite number. Numbers are written in cells that are wide enough for them.
+    The first axis goes down, the second across. The title of a panel is its measure and probe.
+    Below it is its colour bar, with the unit and the numbers at its ends. Panels of one unit and
+    equal limits share a range: the limits, or, where these are missing or infinite, the values of
+    this step, and the bar says so. A range with zero inside is symmetric around zero: its colours
+    go from blue over near-white to red. Other ranges have the colours of viridis. Values that are
+    not finite are grey. Numbers are written in cells that are wide enough for them.
 
-    A measure `<other>_spread` beside `<other>` is left out, and so are ids that stand for texts (of
-    unit "index"): both need a pointer to be read.
+    A measure `<other>_spread` beside `<other>` is left out, and so are ids that stand for texts
+    (unit "index"): one could read them only by hovering.
 
     Args:
         step: written into the title.
@@ -140,7 +140,7 @@ def _write_numbers(
 
 @lru_cache(maxsize=1000)
 def _upright(name: str) -> Image.Image:
-    """A column's name, read from below."""
+    """Draws the name of a column, written upwards."""
     small = font(11)
     strip = Image.new("RGB", (math.ceil(small.getlength(name)) + 1, 14), "white")
     ImageDraw.Draw(strip).text((0, 0), name, "black", small)
@@ -148,7 +148,7 @@ def _upright(name: str) -> Image.Image:
 
 
 def _names(reading: Reading, axis: str) -> list[str]:
-    """Labels of an axis, or numbers."""
+    """Gives the labels of an axis, or its numbers where it has no labels."""
     names = reading.labels.get(axis)
     if names is None:
         return [str(i) for i in range(reading.values.shape[reading.axes.index(axis)])]

@@ -1,4 +1,4 @@
-"""Parts of a reading, and what they are called."""
+"""Takes parts of a reading, and names them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ def check_one_instrument(readings: Sequence[Reading]) -> None:
 
 
 def take(reading: Reading, at: Mapping[str, int]) -> Reading:
-    """The reading without these axes, at these indices of them."""
+    """Gives the part of a reading at these indices, without their axes."""
     index = tuple(at.get(axis, slice(None)) for axis in reading.axes)
     axes = tuple(axis for axis in reading.axes if axis not in at)
     return replace(
@@ -53,7 +53,7 @@ def farthest_from_zero(values: np.ndarray, axis: int, n: int) -> np.ndarray:
 
 
 def place(reading: Reading, at: Mapping[str, int]) -> str:
-    """Where a value is: "L5H1", "layer 5, pos 3 ' the'"."""
+    """Names the place of a value: "L5H1", "layer 5, pos 3 ' the'"."""
     if all(axis in _LETTERS and axis not in reading.labels for axis in at):
         return "".join(f"{_LETTERS[axis]}{i}" for axis, i in at.items())
     return ", ".join(f"{axis} {_name(reading, axis, i)}" for axis, i in at.items())
