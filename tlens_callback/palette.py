@@ -62,7 +62,8 @@ def ramp(stops: str, size: int) -> UInt8[np.ndarray, "size 3"]:
 def colour_table(*, diverging: bool = False) -> UInt8[np.ndarray, "256 3"]:
     """Gives the palette, [slot, rgb].
 
-    It is viridis, then ink to paper, then red (not a number) and grey (masked). A diverging palette goes from blue over near-white at `ZERO` to red; not a number is green.
+    It is viridis, then ink to paper, then red (not a number) and grey (masked). A diverging palette
+    goes from blue over near-white at `ZERO` to red; not a number is green.
     """
     colours = ramp(_DIVERGING, 2 * ZERO + 1) if diverging else ramp(_SEQUENTIAL, LEVELS)
     colours = np.pad(colours, ((0, LEVELS - len(colours)), (0, 0)), "edge")

@@ -226,7 +226,7 @@ def test_after_the_owner_finished_it_says_so_once(project, tmp_path, caplog):
     assert rows(project) == before
     assert trackio.context_vars.current_run.get() is None
     assert [r.message for r in caplog.records if "was finished" in r.message] == [
-        "tlens: the trackio run was finished by whoever started it; what comes now is not logged "
+        "tlens: the trackio run was finished by whoever started it; later readings are not logged "
         "there."
     ]
     again = begun(project)

@@ -57,9 +57,9 @@ def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure"
     if reading.values.size > MOST_VALUES or slices > MOST_SLICES:
         sizes = dict(zip(reading.axes, reading.values.shape, strict=True))
         raise ValueError(
-            f"{reading.key!r} has {reading.values.size:,} values in {slices:,} slices, {sizes}; a "
-            f"figure takes {MOST_VALUES:,} in {MOST_SLICES:,}. Choose an index of an axis: "
-            f"to_plotly({reading.axes[0]}=0)."
+            f"{reading.key!r} is too large for one figure: it has {reading.values.size:,} values "
+            f"in {slices:,} slices, {sizes}; a figure takes {MOST_VALUES:,} values in "
+            f"{MOST_SLICES:,} slices. Choose an index of an axis: to_plotly({reading.axes[0]}=0)."
         )
     layout: dict[str, Any] = {
         **LOOK,
@@ -89,7 +89,7 @@ def _chosen(reading: Reading, at: Mapping[str, int]) -> tuple[Reading, str]:
         size = reading.values.shape[reading.axes.index(axis)]
         if i not in range(size):
             raise ValueError(
-                f"{reading.key!r}: {axis}={i!r} is no index of an axis of {size}; the first is 0."
+                f"{reading.key!r}: {axis}={i!r} is not one of the {size} indices from 0."
             )
     return take(reading, at), place(reading, at)
 

@@ -46,7 +46,7 @@ def line_figure(
     curves = [r for r in readings if is_curve(r)]
     if not curves:
         raise ValueError(
-            f"line_figure needs at least one reading of axes ('layer',), got "
+            f"line_figure needs at least one reading of axes ('layer',), but got "
             f"{[(r.key, r.axes) for r in readings]}."
         )
     check_one_instrument(curves)

@@ -69,7 +69,7 @@ class Grid:
 
 
 def nth(i: int) -> str:
-    """Gives the number behind the name of plotly's axis `i`: none for the first, 2 for the second."""
+    """Gives the end of the name of plotly's axis `i`: nothing for the first, then 2, 3, ..."""
     return str(i + 1) if i else ""
 
 

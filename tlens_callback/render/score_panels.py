@@ -105,7 +105,7 @@ def check_panels(panels: Sequence[Panel], readings: Sequence[Reading]) -> None:
     if not panels:
         raise ValueError(
             f"There are no scores to draw. A reading of scores has two axes, ('layer', 'head') or "
-            f"the like; got {[(r.key, r.axes) for r in readings]}."
+            f"the like, but got {[(r.key, r.axes) for r in readings]}."
         )
     check_one_instrument([panel.reading for panel in panels])
 

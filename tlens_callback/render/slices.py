@@ -19,7 +19,7 @@ def stands_for_text(reading: Reading) -> bool:
 def check_one_instrument(readings: Sequence[Reading]) -> None:
     """Raises ValueError where the readings are of several instruments."""
     if len(instruments := {r.instrument for r in readings}) > 1:
-        raise ValueError(f"One picture or table shows one instrument, got {sorted(instruments)}.")
+        raise ValueError(f"A picture or table shows one instrument, but got {sorted(instruments)}.")
 
 
 def take(reading: Reading, at: Mapping[str, int]) -> Reading:

@@ -59,7 +59,7 @@ def _rows(chosen: Sequence[Reading], lead: tuple[str, ...]) -> pd.DataFrame:
     """Makes a row for each probe and index of the leading axes, with columns for each measure."""
     check_one_instrument(chosen)
     if len({r.key for r in chosen}) < len(chosen):
-        raise ValueError(f"Two readings have one key: {sorted(r.key for r in chosen)}.")
+        raise ValueError(f"Two readings have the same key: {sorted(r.key for r in chosen)}.")
     measures = {r.measure for r in chosen}
     along = [r for r in chosen if r.values.ndim > len(lead)]
     several = len({r.measure for r in along}) > 1
