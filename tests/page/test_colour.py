@@ -8,6 +8,9 @@ import pytest
 
 from tests.browser import needs_browser, opened
 from tests.page.cells import STOPS, colour, number
+from tlens_callback.page import template
+from tlens_callback.palette import colour_range, is_diverging, is_fixed, slots
+from tlens_callback.reading import Reading
 
 ASSETS = files("tlens_callback.page") / "assets"
 
@@ -44,7 +47,8 @@ def lab(rgb, blind=None):
 @pytest.fixture(scope="module")
 def maps():
     """The tables that the page paints with."""
-    source = "\n".join((ASSETS / name).read_text() for name in ("colour.js", "draw.js"))
+    scripts = [(ASSETS / name).read_text() for name in ("colour.js", "draw.js")]
+    source = "\n".join([template.colour_script(), *scripts])
     ask = """() => { %s
       const legends = {};
       for (const root of [false, true]) for (const diverging of [false, true]) {
@@ -122,6 +126,67 @@ def test_a_red_and_a_green_that_look_alike_would_be_seen():
 @needs_browser()
 def test_zero_has_the_colour_of_the_middle(maps):
     assert maps["zero"] == [0xF7] * 3
+
+
+INF = float("inf")
+LIMITS = [
+    *(None, (0, 1), (-3, 3), (-1, 3), (-3, -1), (-2, 0), (2, 5), (-INF, INF)),
+    *((0, INF), (5, INF), (-INF, 2.5), (-INF, 0)),
+]
+VALUES = [
+    *([0.5, 2], [-3, -1], [-4, 1], [0, 0], [7e7, 7e7], [float("nan")] * 2),
+    *([0.25, INF], [-INF, -2.0], [float("nan"), -0.5]),
+]
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """A page with the scripts of colours, to be asked for what they give."""
+    with opened("about:blank") as (page, faults):
+        source = "\n".join([template.colour_script(), (ASSETS / "colour.js").read_text()])
+        yield lambda what, given: page.evaluate(f"(given) => {{ {source}\n{what} }}", given)
+        assert faults == []
+
+
+def page_range(limits, values):
+    """The range of the package's pictures; but without a lower limit the page begins at zero or
+    below, and negative values are never on the sequential scale."""
+    values = [*values, 0] if limits is None or limits[0] == -INF else values
+    reading = Reading(key="a/b", values=values, axes=("pos",), unit="nats", limits=limits)
+    low, high = colour_range(reading)
+    return (low, high) if low >= 0 else (-max(-low, high), max(-low, high))
+
+
+@needs_browser()
+def test_the_page_follows_the_rule_of_ranges(asked):
+    cases = [(limits, values) for limits in LIMITS for values in VALUES]
+    ask = """return given.map(([limits, values]) => {
+      const { low, high, diverging, given } = scaleOf({ limits, unit: "nats" }, values);
+      return [[low, high], diverging, given];
+    });"""
+    found = asked(ask, [[limits and list(limits), values] for limits, values in cases])
+    for (limits, values), (ends, diverging, fixed) in zip(cases, found, strict=True):
+        assert ends == pytest.approx(page_range(limits, values)), (limits, values)
+        assert diverging == is_diverging(tuple(ends)) and fixed == is_fixed(limits)
+    # The rules differ only where the docstring above says so.
+    plain = [(limits, values) for limits, values in cases if limits and limits[0] >= 0]
+    for limits, values in plain:
+        reading = Reading(key="a/b", values=values, axes=("pos",), unit="nats", limits=limits)
+        assert page_range(limits, values) == colour_range(reading)
+    assert len(plain) == 4 * len(VALUES)
+
+
+@needs_browser()
+@pytest.mark.parametrize("limit", [None, 2.0])
+def test_the_page_follows_the_square_root_scale(asked, limit):
+    values = np.linspace(0 if limit is None else -limit, limit or 1, 97)
+    scale = {"low": values[0], "high": limit or 1, "diverging": limit is not None, "root": True}
+    ask = "return given.values.map((value) => placeOf(given.scale, value));"
+    places = np.array(asked(ask, {"scale": scale, "values": values.tolist()}))
+    shares = slots(values, limit) / (239 if limit is None else 238)
+    size = 255 if limit is None else 256
+    assert np.abs(places / size - shares).max() <= 0.5 / size + 0.5 / 238
+    assert np.abs(places / size - np.linspace(0, 1, 97)).max() > 0.1, "a linear one is another"
 
 
 @needs_browser()

@@ -9,7 +9,7 @@ import yaml
 
 from tests import tiny
 from tlens_callback import Probe, ProbeBatch, read_probes
-from tlens_callback.probes.file import CORRUPT_KEYS, ELSEWHERE, KEYS, short_name
+from tlens_callback.probes.file import CORRUPT_KEYS, KEYS, OTHER_NAMES, short_name
 
 SAID = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is two?"}]
 ENTRIES = [
@@ -139,57 +139,63 @@ BAD_YAML = [
     ("", r"probes\.yaml has no probes"),
     ("# nothing\n", "no probes"),
     ("[]", "no probes"),
-    ("text: a\n", "is a list of probes, but holds a mapping.*begins with '- '"),
+    ("text: a\n", "must be a list of probes, but holds a mapping.*begins with '- '"),
     ("just words", "but holds a string"),
     ("- text: a\n  text: b\n", "'text' stands twice in one entry; is a '- ' missing, line 2"),
-    ("- text: The answer: 42\n", "not YAML.*line 1, column 19.*in quotes"),
-    ("- text: a\n- text: 'b\n", "not YAML.*line 3"),
-    ("- text: a\n---\n- text: b\n", "not YAML.*line 2"),
-    ("- \x01\n", "not YAML.*special characters are not allowed"),
-    ("- text: a\n- 5\n", r"entry 2 \(line 2\) is a text or a mapping.*got 5 \(number\).*in quotes"),
+    ("- text: The answer: 42\n", "not valid YAML.*line 1, column 19.*in quotes"),
+    ("- text: a\n- text: 'b\n", "not valid YAML.*line 3"),
+    ("- text: a\n---\n- text: b\n", "not valid YAML.*line 2"),
+    ("- \x01\n", "not valid YAML.*special characters are not allowed"),
+    (
+        "- text: a\n- 5\n",
+        r"entry 2 \(line 2\) must be a text or a map.*got 5 \(number\).*in quotes",
+    ),
     ("- yes\n", r"got True \(boolean\).*yes, no, on and off"),
     ("- a\n-\n", r"entry 2 .*got None \(null\)"),
     ("- [a]\n", r"got \['a'\] \(list\)"),
     ("- prompt: a\n", "unknown key 'prompt'; did you mean 'text'"),
     ("- messages: []\n", "unknown key 'messages'; did you mean 'chat'"),
     ("- text: a\n  taget: b\n", "unknown key 'taget'; did you mean 'target'"),
-    ("- text: a\n  zzz: b\n", "unknown key 'zzz'; There are name, text, chat"),
+    ("- text: a\n  zzz: b\n", "unknown key 'zzz'; The keys are name, text, chat"),
     ("- text: a\n  5: b\n", "unknown key 5"),
     ("- text: a\n  chat: b\n", r"entry 1 \(line 1\) has text and chat"),
     ("- target: a\n", "has none of text, chat, tokens, block"),
     ("- text:\n", "has none of text"),
     ("- text: '  '\n", "is empty"),
-    ("- text: 1984\n", r"text is a string, got 1984 \(number\).*in quotes"),
-    ("- text: 2024-01-01\n", r"text is a string.*\(date\).*in quotes"),
-    ("- text: [a]\n", r"text is a string, got \['a'\] \(list\)\.$"),
-    ("- {name: no, text: a}\n", r"name is a string, got False \(boolean\).*YAML takes"),
+    ("- text: 1984\n", r"text must be a string, got 1984 \(number\).*in quotes"),
+    ("- text: 2024-01-01\n", r"text must be a string.*\(date\).*in quotes"),
+    ("- text: [a]\n", r"text must be a string, got \['a'\] \(list\)\.$"),
+    ("- {name: no, text: a}\n", r"name must be a string, got False \(boolean\).*YAML takes"),
     ("- {name: a/b, text: a}\n", r"entry 1 \(line 1\): A probe needs a name without '/'"),
-    ("- {text: a, target: yes}\n", "target is a string.*True.*YAML takes"),
-    ("- {text: a, target: 5.0}\n", r"target is a string.*5\.0.*in quotes"),
-    ("- {text: a, target: b, foil: [c]}\n", "foil is a string that is one token"),
+    ("- {text: a, target: yes}\n", "target must be a string.*True.*YAML takes"),
+    ("- {text: a, target: 5.0}\n", r"target must be a string.*5\.0.*in quotes"),
+    ("- {text: a, target: b, foil: [c]}\n", "foil must be a string that is one token"),
     ("- {text: a, foil: b}\n", r"entry 1 \(line 1\): Probe 'a' has a foil but no target"),
-    ("- tokens: a\n", "tokens is a list of token ids, got 'a'"),
-    ("- tokens: [1, true]\n", "tokens is a list of token ids"),
-    ("- tokens: [1, 2.0]\n", "tokens is a list of token ids"),
+    ("- tokens: a\n", "tokens must be a list of token ids, got 'a'"),
+    ("- tokens: [1, true]\n", "tokens must be a list of token ids"),
+    ("- tokens: [1, 2.0]\n", "tokens must be a list of token ids"),
     ("- tokens: []\n", "is empty"),
-    ("- chat: 5\n", "chat is a string, got 5"),
-    ("- chat: [hello]\n", "a message of chat is {role: user"),
-    ("- chat: [{role: user}]\n", "a message of chat is"),
-    ("- chat: [{role: user, content: 5}]\n", "content of a message is a string, got 5"),
+    ("- chat: 5\n", "chat must be a string, got 5"),
+    ("- chat: [hello]\n", "a message of chat must be {role: user"),
+    ("- chat: [{role: user}]\n", "a message of chat must be"),
+    ("- chat: [{role: user, content: 5}]\n", "content of a message must be a string, got 5"),
     ("- block: 1\n", "block >= 2"),
-    ("- block: '6'\n", "block is a whole number, got '6'"),
-    ("- block: true\n", "block is a whole number"),
-    ("- {block: 6, times: 1.5}\n", "times is a whole number"),
-    ("- {text: a, times: 2}\n", "times is of a block"),
+    ("- block: '6'\n", "block must be a whole number, got '6'"),
+    ("- block: true\n", "block must be a whole number"),
+    ("- {block: 6, times: 1.5}\n", "times must be a whole number"),
+    ("- {text: a, times: 2}\n", "times goes with block, not with text"),
     ("- {name: a, text: a}\n- b\n- {name: a, text: c}\n", "entry 3 .line 3.: the probe of entry 1"),
     ("- {name: a, text: a, corrupt: b}\n- {name: a-corrupt, text: c}\n", "named 'a-corrupt'"),
-    ("- {block: 4, corrupt: b}\n", "corrupt: beside a block it is a mapping"),
-    ("- {text: a, corrupt: 5}\n", "corrupt: text is a string, got 5"),
-    ("- {tokens: [1], corrupt: b}\n", "corrupt: tokens is a list"),
+    ("- {block: 4, corrupt: b}\n", "corrupt: beside a block it must be a mapping"),
+    ("- {text: a, corrupt: 5}\n", "corrupt: text must be a string, got 5"),
+    ("- {tokens: [1], corrupt: b}\n", "corrupt: tokens must be a list"),
     ("- {text: a, corrupt: {}}\n", "corrupt has none of text, chat, tokens"),
     ("- {text: a, corrupt: {text: b, tokens: [1]}}\n", "corrupt has text and tokens"),
     ("- {text: a, corrupt: {prompt: b}}\n", "corrupt: unknown key 'prompt'; did you mean 'text'"),
-    ("- {text: a, corrupt: {id: b}}\n", "unknown key 'id'; There are text, chat, tokens, target"),
+    (
+        "- {text: a, corrupt: {id: b}}\n",
+        "unknown key 'id'; The keys are text, chat, tokens, ",
+    ),
     ("- {text: a, corrupt: {text: b, foil: c}}\n", "corrupt: Probe 'a-corrupt' has a foil but"),
 ]
 
@@ -204,14 +210,14 @@ def test_what_is_wrong_in_a_list_is_named(tmp_path, text, says):
 
 BAD_LINES = [
     ("\n\n", "no probes"),
-    ('"a"\n\n{"text": 5}\n', r"line 3: text is a string, got 5"),
+    ('"a"\n\n{"text": 5}\n', r"line 3: text must be a string, got 5"),
     ('"a"\n{"text": "b"\n', r"line 2 is not JSON.*column"),
     ('[\n  {"text": "b"}\n]\n', r"line 1 is not JSON.*ends in \.json"),
-    ('[{"text": "b"}]\n', "line 1 is a text or a mapping"),
+    ('[{"text": "b"}]\n', "line 1 must be a text or a mapping"),
     ('{"prompt": "a", "target": "b"}\n', "line 1: unknown key 'prompt'; did you mean 'text'"),
     ('{"messages": []}\n', "did you mean 'chat'"),
     ('{"text": "a", "text": "b"}\n', "line 1: the key 'text' stands twice"),
-    ('{"text": "a", "target": NaN}\n', "line 1: target is a string"),
+    ('{"text": "a", "target": NaN}\n', "line 1: target must be a string"),
     ('{"name": "x", "text": "a"}\n{"name": "x", "text": "b"}\n', "line 2: the probe of line 1 is"),
 ]
 
@@ -232,7 +238,7 @@ def test_what_is_wrong_in_lines_is_named(tmp_path, text, says):
         ("[" * 99999, "nested too deeply"),
         ('{"text": "a"}', "holds a mapping"),
         ('[{"text": "a", "text": "b"}]', "'text' stands twice"),
-        ('[{"text": "a"}, {"text": 5}]', "entry 2: text is a string"),
+        ('[{"text": "a"}, {"text": 5}]', "entry 2: text must be a string"),
     ],
 )
 def test_what_is_wrong_in_json_is_named(tmp_path, text, says):
@@ -254,9 +260,9 @@ def test_a_file_that_is_none_is_named(tmp_path):
         read_probes(tmp_path)
     with pytest.raises(ValueError, match=r"ends in one of \.yaml.*Rename"):
         read_probes(written(tmp_path, "- a\n", "probes.txt"))
-    with pytest.raises(ValueError, match="not UTF-8 text: its byte 4 is none"):
+    with pytest.raises(ValueError, match="not UTF-8 text, as its byte 4 shows"):
         read_probes(written(tmp_path, b"- Ca\xe9\n"))
 
 
 def test_hints_lead_to_keys():
-    assert set(ELSEWHERE.values()) <= set(KEYS) and not set(ELSEWHERE) & set(KEYS)
+    assert set(OTHER_NAMES.values()) <= set(KEYS) and not set(OTHER_NAMES) & set(KEYS)

@@ -93,7 +93,7 @@ def test_at_shows_what_is_there():
     assert "L1" in layer.layout.title.text
     for at, text in (
         ({"neuron": 1}, "no axis 'neuron'"),
-        ({"layer": 2}, "layer=2 is no index of an axis of 2"),
+        ({"layer": 2}, "layer=2 is not one of the 2 indices from 0"),
     ):
         with pytest.raises(ValueError, match=text):
             each.to_plotly(**at)

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tlens_callback.palette import LEVELS, MASKED, NOT_A_NUMBER, ZERO, slots
 from tlens_callback.reading import Reading
 from tlens_callback.render import mosaic
-from tlens_callback.render.mosaic import LEVELS, MASKED, NOT_A_NUMBER, ZERO, slots
 from tlens_callback.render.text import drawable
 
 ODD = ["<s>", " Paris", "\n", "", "\x00", "\u200b", "中文", "é", "😀", "\ud83d", "</script>", "%"]

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from tests.sinks.samples import small
+from tlens_callback.palette import colour_table
 from tlens_callback.reading import Reading
-from tlens_callback.render.mosaic import palette
-from tlens_callback.render.scores_png import pictured, score_picture, strips
+from tlens_callback.render.score_panels import curves_as_rows, score_panels
+from tlens_callback.render.scores_png import score_picture
 
 GREY = (204, 204, 204)
 
@@ -40,7 +41,7 @@ def test_every_cell_has_the_colour_of_its_value_at_its_place():
     # Three slots apart, so that no two cells share a colour, and too many for numbers in them.
     slots = 2 + 2 * np.arange(10 * 9).reshape(10, 9)
     picture = pixels([matrix(slots / 239)], step=3)
-    places = np.array([[blocks(picture, palette()[slot]) for slot in row] for row in slots])
+    places = np.array([[blocks(picture, colour_table()[slot]) for slot in row] for row in slots])
     x, y, width = np.moveaxis(places, -1, 0)
     assert (np.diff(x, axis=1) == 27).all(), "heads go to the right"
     assert (np.ptp(x, axis=0) == 0).all()
@@ -52,7 +53,7 @@ def test_every_cell_has_the_colour_of_its_value_at_its_place():
 def test_signed_values_diverge_from_white():
     values = np.linspace(-3, 3, 9)[None].repeat(9, 0)
     picture = pixels([matrix(values, limits=None, unit="logit")])
-    colours = palette(diverging=True)
+    colours = colour_table(diverging=True)
     at = [blocks(picture, colours[slot]) for slot in (0, 119, 238)]
     assert all(at)
     assert at[0][0] < at[1][0] < at[2][0]
@@ -74,11 +75,11 @@ def test_what_is_no_number_is_grey():
 def test_panels_of_one_unit_share_a_range():
     low, high = np.zeros((9, 9)), np.full((9, 9), 2.0)
     alone = pixels([matrix(high, limits=(0, np.inf), unit="nats")])
-    yellow = palette()[239]
+    yellow = colour_table()[239]
     assert blocks(alone, yellow)
     both = [matrix(v, m, limits=(0, np.inf), unit="nats") for v, m in ((low, "a"), (high, "b"))]
     picture = pixels(both)
-    assert blocks(picture, palette()[0])[0] < blocks(picture, yellow)[0]
+    assert blocks(picture, colour_table()[0])[0] < blocks(picture, yellow)[0]
     other = [both[1], matrix(high / 2, "c", limits=(0, np.inf), unit="bits")]
     one = (pixels(other) == yellow).all(-1).sum()
     assert one > 1.9 * 81 * 27 * 18, "each unit has a range of its own"
@@ -86,7 +87,7 @@ def test_panels_of_one_unit_share_a_range():
 
 def test_numbers_stand_in_wide_cells_alone():
     few, many = np.full((2, 8), 0.5), np.full((2, 9), 0.5)
-    colour = palette()[120]
+    colour = colour_table()[120]
 
     def filled(values, cell):
         return (pixels([matrix(values)]) == colour).all(-1).sum() / (values.size * cell)
@@ -99,8 +100,10 @@ def test_spreads_and_ids_are_left_out():
     values = np.ones((2, 3))
     ids = matrix(values, "token", unit="index", texts=np.full((2, 3), "x"))
     induction, spread = matrix(values), matrix(values, "induction_spread")
-    assert pictured([induction, spread, ids]) == [induction]
-    assert pictured([spread]) == [spread], "there is nothing that it is the spread of"
+    (panel,) = score_panels([induction, spread, ids], with_ids=False)
+    assert panel.reading is induction
+    (panel,) = score_panels([spread], with_ids=False)
+    assert panel.reading is spread, "there is nothing that it is the spread of"
 
 
 def test_curves_become_a_row_for_each_probe():
@@ -108,7 +111,9 @@ def test_curves_become_a_row_for_each_probe():
         key = f"logit_lens/{measure}/{probe}"
         return Reading(key=key, values=values, axes=("layer",), unit=unit)
 
-    kl, rank = strips([curve("a", [1, 2]), curve("b", [3, 4]), curve("a", [5, 6], "rank", "rank")])
+    kl, rank = curves_as_rows(
+        [curve("a", [1, 2]), curve("b", [3, 4]), curve("a", [5, 6], "rank", "rank")]
+    )
     assert (kl.key, kl.axes, kl.labels["probe"]) == (
         "logit_lens/kl",
         ("probe", "layer"),

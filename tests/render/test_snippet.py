@@ -11,11 +11,10 @@ from PIL import Image
 
 from tests.browser import needs_browser, opened
 from tests.sinks.samples import everything, pattern
+from tlens_callback.palette import NOT_A_NUMBER, ZERO, colour_range, colour_table, colours
 from tlens_callback.reading import Reading
 from tlens_callback.render import mosaic
 from tlens_callback.render.bitmap import picture
-from tlens_callback.render.colours import colour_range, colours
-from tlens_callback.render.mosaic import NOT_A_NUMBER, ZERO, palette
 from tlens_callback.render.snippet import snippet
 
 RNG = np.random.default_rng(0)
@@ -207,7 +206,7 @@ def test_what_is_not_finite_is_said():
         assert said in Markup(snippet(reading(value))).texts
     matrix = reading([[np.nan, INF], [1, 2]], ("x", "y"))
     assert [t for t in Markup(snippet(matrix)).texts if t in ("NaN", "inf")] == ["NaN", "inf"]
-    assert (colours(matrix, (1, 2))[0] == palette()[NOT_A_NUMBER]).all()
+    assert (colours(matrix, (1, 2))[0] == colour_table()[NOT_A_NUMBER]).all()
     assert "4 of 4 NaN" in snippet(reading(np.full((2, 2), np.nan), ("x", "y")))
 
 
@@ -249,7 +248,7 @@ def test_a_large_matrix_keeps_what_is_farthest_from_zero():
     png = base64.b64decode(Markup(html).all("img")[0]["src"].split(",")[1])
     pixels = np.array(Image.open(io.BytesIO(png)))
     assert "farthest from 0 of 3 x 3 values" in html and pixels.shape == (234, 434, 3)
-    table = palette(diverging=True)
+    table = colour_table(diverging=True)
     assert (pixels[233, 1] == table[0]).all() and (pixels[0, 0] == table[NOT_A_NUMBER]).all()
     assert (pixels[1, 433] == table[round(7 / 8 * 2 * ZERO)]).all()
     middle = (pixels == table[ZERO]).all(-1)
@@ -274,8 +273,8 @@ def test_colours():
     assert colour_range(reading([0, 0], ("x",))) == (0, 1)
     attention = reading([[0.25, 1.0]], ("query", "key"))
     other = reading([[0.25, 1.0]], ("layer", "pos"))
-    assert (colours(attention, (0, 1))[0, 0] == palette()[120]).all()
-    assert (colours(other, (0, 1))[0, 0] == palette()[60]).all()
+    assert (colours(attention, (0, 1))[0, 0] == colour_table()[120]).all()
+    assert (colours(other, (0, 1))[0, 0] == colour_table()[60]).all()
 
 
 @pytest.mark.parametrize("large", [1e20, 3e38])
@@ -284,6 +283,6 @@ def test_large_numbers(large):
     same, opposite = [large, large], [-large, large]
     assert colour_range(reading(same, ("x",)))[1] > np.float32(large)
     rgb = colours(reading([opposite], ("layer", "pos")), (-large, large))[0]
-    assert (rgb == palette(diverging=True)[[0, 238]]).all()
+    assert (rgb == colour_table(diverging=True)[[0, 238]]).all()
     for values in (same, opposite):
         assert "<circle" in snippet(reading(values, ("layer",)))

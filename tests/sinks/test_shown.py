@@ -18,10 +18,10 @@ from tlens_callback.sinks.shown import (
     excerpt,
     histograms,
     matrices,
-    not_the_trainers,
     scalars,
     tables,
     top_rows,
+    without_trainer_logs,
 )
 
 
@@ -94,14 +94,14 @@ def test_histograms_have_what_is_finite():
 
 @pytest.mark.parametrize("sink", [TrackioSink, partial(TensorBoardSink, "tb"), WandbSink])
 def test_a_store_has_a_page(sink):
-    with pytest.raises(ValueError, match="store is a LocalSink"):
+    with pytest.raises(ValueError, match="store must be a LocalSink"):
         sink(store="out/tlens")
 
 
 def test_what_the_trainer_logged_is_left_out():
     theirs = Reading(key="trainer/loss", values=[1], axes=("update",), unit="as logged")
     ours = small()
-    assert not_the_trainers([theirs, *ours]) == ours
+    assert without_trainer_logs([theirs, *ours]) == ours
 
 
 def test_a_name_is_no_curve():

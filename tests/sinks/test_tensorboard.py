@@ -18,7 +18,8 @@ from tlens_callback import LocalSink, TLensCallback
 from tlens_callback.instruments import AttentionPatterns, HeadScores, LogitLens
 from tlens_callback.reading import Reading
 from tlens_callback.render import mosaic
-from tlens_callback.render.scores_png import score_picture, strips
+from tlens_callback.render.score_panels import curves_as_rows
+from tlens_callback.render.scores_png import score_picture
 from tlens_callback.sinks import TensorBoardSink
 from tlens_callback.sinks.event_file import EventFile
 
@@ -110,7 +111,7 @@ def test_what_an_observation_becomes(tmp_path):
             [r for r in small(step) if r.axes == ("layer", "head") and r.values.size], step=step
         ),
         "logit_lens/by_layer": lambda step: score_picture(
-            strips([r for r in small(step) if r.key == "logit_lens/kl/capital"]), step=step
+            curves_as_rows([r for r in small(step) if r.key == "logit_lens/kl/capital"]), step=step
         ),
     }
     assert set(tags["images"]) == {f"tlens/{key}" for key in pictures}

@@ -20,7 +20,8 @@ from tlens_callback import LocalSink, TLensCallback
 from tlens_callback.instruments import AttentionPatterns, HeadScores, LogitLens
 from tlens_callback.reading import Reading
 from tlens_callback.render import axis_table, mosaic
-from tlens_callback.render.scores_png import score_picture, strips
+from tlens_callback.render.score_panels import curves_as_rows
+from tlens_callback.render.scores_png import score_picture
 from tlens_callback.sinks import TrackioSink
 
 trackio = pytest.importorskip("trackio")
@@ -96,7 +97,7 @@ def test_what_an_observation_becomes(project, tmp_path):
             "attention_patterns/pattern/capital": mosaic(pattern(step), step=step),
             "head_scores/heads": score_picture(scores, step=step),
             "logit_lens/by_layer": score_picture(
-                strips([by_key["logit_lens/kl/capital"]]), step=step
+                curves_as_rows([by_key["logit_lens/kl/capital"]]), step=step
             ),
         }
         for key, png in pictures.items():
@@ -225,7 +226,7 @@ def test_after_the_owner_finished_it_says_so_once(project, tmp_path, caplog):
     assert rows(project) == before
     assert trackio.context_vars.current_run.get() is None
     assert [r.message for r in caplog.records if "was finished" in r.message] == [
-        "tlens: the trackio run was finished by whoever started it; what comes now is not logged "
+        "tlens: the trackio run was finished by whoever started it; later readings are not logged "
         "there."
     ]
     again = begun(project)

@@ -7,6 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tlens_callback.palette import page_colours
+
 # In this order: a later one uses what an earlier one declares.
 _SCRIPTS = [
     f"{name}.js"
@@ -45,12 +47,18 @@ def step_element(step: int, blobs: Iterable[str]) -> str:
     ) + "</script>\n"
 
 
+def colour_script() -> str:
+    """The line of script that hands the page its colours."""
+    return f"const PALETTE = {json.dumps(page_colours())};"
+
+
 @lru_cache
 def _frame() -> tuple[str, str]:
     """The template with style and scripts in it, cut where the data belong."""
     assets = files("tlens_callback.page") / "assets"
     there = {file.name for file in assets.iterdir()}
-    script = "\n".join((assets / name).read_text("utf-8") for name in _SCRIPTS if name in there)
+    scripts = [(assets / name).read_text("utf-8") for name in _SCRIPTS if name in there]
+    script = "\n".join([colour_script(), *scripts])
     style = (assets / "style.css").read_text("utf-8")
     assert "</script" not in script.lower() and "<!--" not in script, "it would end the element"
     assert "</style" not in style.lower(), "it would end the element"

@@ -1,4 +1,4 @@
-"""What the model is asked, and the same as tensors."""
+"""Prompts that are shown to the model, and the same as tensors."""
 
 from tlens_callback.probes.batch import ProbeBatch as ProbeBatch
 from tlens_callback.probes.batch import own_tokenizer as own_tokenizer

@@ -1,4 +1,4 @@
-"""`ProbeBatch`: the probes as tensors, fixed for the run."""
+"""`ProbeBatch`: the probes as tensors, the same for the whole run."""
 
 import copy
 import logging
@@ -26,10 +26,10 @@ class ProbeBatch:
         mask: [probe, pos], True where there is a real token.
         labels: per probe, one printable string per real token.
         targets, foils: per probe, a token id or None.
-        vocab_size, context: of the model that they are for.
+        vocab_size, context: number of token ids, and longest input in tokens, of the model.
         tokenizer: a copy of the trainer's, or None.
-        training: gives the token ids of so many further rows of the training data at each call;
-            None where there are none to read.
+        training: a function that gives the token ids of the next n rows of the training data; None
+            where these cannot be read.
     """
 
     probes: tuple[Probe, ...]
@@ -64,7 +64,7 @@ class ProbeBatch:
         device: torch.device | str = "cpu",
         training: Callable[[int], list[list[int]]] | None = None,
     ) -> "ProbeBatch":
-        """Tokenises the probes. Works on a copy of the tokenizer: the trainer's own stays as it is.
+        """Tokenises the probes, with a copy of the tokenizer, so that the trainer's stays as it is.
 
         Args:
             tokenizer: the trainer's `processing_class`; may be None for token ids and repeated
@@ -91,12 +91,15 @@ class ProbeBatch:
         device: torch.device | str,
         training: Callable[[int], list[list[int]]] | None = None,
     ) -> "ProbeBatch":
-        """`encode` with a tokenizer that is a copy already."""
+        """Does the work of `encode`, with a tokenizer that is already a copy."""
         if not probes:
-            raise ValueError("There are no probes; give at least one Probe.")
+            raise ValueError("There are no probes. Give at least one Probe.")
         names = [probe.name for probe in probes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"Two probes are named {twice[0]!r}; names become keys, so vary them.")
+            raise ValueError(
+                f"Two probes are named {twice[0]!r}. Names are parts of keys, so each needs "
+                f"its own."
+            )
         rows = [token_ids(probe, tokenizer, vocab_size) for probe in probes]
         for probe, row in zip(probes, rows, strict=True):
             if context is not None and len(row) > context:
@@ -137,7 +140,7 @@ class ProbeBatch:
         )
 
     def beside(self, probes: Sequence[Probe]) -> "ProbeBatch":
-        """Other probes for the same model: a batch of their own, for a forward pass of their own.
+        """Makes a batch of other probes for the same model, for a forward pass of their own.
 
         Raises:
             ValueError: as `encode`.
@@ -147,18 +150,20 @@ class ProbeBatch:
         )
 
     def token_text(self, token: int) -> str:
-        """The token as a person reads it, as in `labels`; its number without a tokenizer."""
+        """Writes a token so that a person can read it; without a tokenizer, its number."""
         return _label(self.tokenizer, int(token))
 
 
 def own_tokenizer(tokenizer: Any) -> Any:
-    """A copy to encode with: padding and truncation settings live in a tokenizer's backend and
-    change with its calls. A multimodal processor holds its tokenizer as a member."""
+    """Copies the tokenizer, since calls change its settings of padding and truncation.
+
+    Of a multimodal processor it copies the tokenizer inside.
+    """
     return copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer))
 
 
 def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
-    """The probe as token ids, encoded by `own_tokenizer`'s copy.
+    """Encodes a probe as token ids; the tokenizer is a copy made by `own_tokenizer`.
 
     Raises:
         ValueError: a text without a tokenizer, chat without a chat template, or a vocabulary too
@@ -171,7 +176,7 @@ def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
         return [int(i) for i in content]
     if tokenizer is None:
         raise ValueError(
-            f"Probe {probe.name!r} needs a tokenizer and there is none. Pass one "
+            f"Probe {probe.name!r} needs a tokenizer, but there is none. Pass one "
             f"(to a trainer as processing_class=), or give the probe as token ids."
         )
     if isinstance(content, str):
@@ -231,8 +236,8 @@ def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | N
         return text
     if tokenizer is None:
         raise ValueError(
-            f"The {role} {text!r} of probe {probe.name!r} needs a tokenizer and there is "
-            f"none. Give the token id."
+            f"The {role} {text!r} of probe {probe.name!r} needs a tokenizer, but there "
+            f"is none. Give the token id."
         )
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(ids) != 1:
@@ -243,8 +248,8 @@ def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | N
             first = f", such as {role}={pieces[0]!r}" if pieces else ""
             instead = f"the first piece alone may do{first}, and a leading space matters."
         raise ValueError(
-            f"The {role} {text!r} of probe {probe.name!r} is {len(ids)} tokens: {pieces}. It has "
-            f"to be one token; {instead}"
+            f"The {role} {text!r} of probe {probe.name!r} is {len(ids)} tokens: {pieces}. It "
+            f"must be one token; {instead}"
         )
     # Behind plain text a word begins with its space; without it, it is another token.
     if isinstance(probe.content, str) and not probe.content[-1:].isspace() and text[0].isalnum():
@@ -259,7 +264,8 @@ def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | N
 
 
 def _label(tokenizer: Any, token: int) -> str:
-    """The token as a person reads it; a fragment of a character keeps its vocabulary name."""
+    """Writes a token so that a person can read it; a part of a character keeps its name in the
+    vocabulary."""
     if tokenizer is None:
         return str(token)
     text = tokenizer.decode([token])

@@ -1,4 +1,4 @@
-"""The probes that are there when the user gives none."""
+"""Makes the probes that are used when the user gives none."""
 
 import logging
 import random
@@ -17,11 +17,11 @@ logger = logging.getLogger("tlens_callback")
 
 
 def repeated_blocks(context: int, *, sequences: int = 4) -> list[Probe]:
-    """The built-in repeated blocks: three block lengths, `sequences` seeds each.
+    """Makes the built-in repeated blocks: three block lengths, with `sequences` seeds each.
 
-    Several lengths, because a head that learned "attend 15 tokens back" passes for an induction
-    head at one length and at no other. All rows have about the same length, so that little is
-    padding.
+    There are several lengths because a head that has only learned to attend 15 tokens back looks
+    like an induction head at one length. All rows have about the same length, so that there is
+    little padding.
 
     Args:
         context: longest input of the model, tokens. Short contexts get shorter blocks.
@@ -43,11 +43,11 @@ def repeated_blocks(context: int, *, sequences: int = 4) -> list[Probe]:
 def first_rows(
     train_dataloader: Any, tokenizer: Any, *, context: int | None, rows: int = 2, tokens: int = 48
 ) -> list[Probe]:
-    """The first rows of the training data as probes; empty where they cannot be read by index.
+    """Makes probes of the first rows of the training data; none where rows cannot be read by index.
 
-    Reads the data set, not its loader: asking the loader for a batch would change the order of
-    the training data. A data set that draws random numbers when read finds them as they were.
-    Never raises: nobody asked for these probes.
+    It reads the data set, not its loader: asking the loader for a batch would change the order of
+    the training data. The random states are put back afterwards, in case the data set draws random
+    numbers. It never raises, since nobody asked for these probes.
     """
     dataset: Any = getattr(train_dataloader, "dataset", None)
     if isinstance(dataset, IterableDataset):
@@ -70,11 +70,12 @@ def first_rows(
 def training_rows(
     train_dataloader: Any, tokenizer: Any, *, tokens: int = 128
 ) -> Callable[[int], list[list[int]]] | None:
-    """A function that gives the next n rows of the training data as token ids; None where they
-    cannot be read by index.
+    """Makes a function that gives the next n rows of the training data as token ids; None where
+    rows cannot be read by index.
 
-    In an order of its own, from the beginning again after the last; cut to `tokens`. Rows that
-    cannot be read are left out. Leaves the data set's loader and the random states alone.
+    The rows come in an order of their own, which begins again after the last, and are cut to
+    `tokens`. Rows that cannot be read are left out. The data set's loader and the random states
+    stay as they are.
     """
     dataset: Any = getattr(train_dataloader, "dataset", None)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
@@ -108,7 +109,7 @@ def training_rows(
 
 
 def _row_ids(example: Any, tokenizer: Any) -> list[int]:
-    """Token ids of one example, without padding."""
+    """Gives the token ids of one example, without padding."""
     columns = [name for name in ("input_ids", "prompt_ids") if example.get(name) is not None]
     if not columns:
         content = example.get("prompt", example.get("text"))

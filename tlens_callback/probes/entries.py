@@ -1,4 +1,4 @@
-"""Files that list entries, as YAML, JSON or JSON lines: what each entry is, and where it stands."""
+"""Reads files that list entries, as YAML, JSON or JSON lines, and says where each entry stands."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ ENDINGS = (*LISTS, *LINES)
 
 
 def entries_in(path: Path) -> list[tuple[str, Any]]:
-    """Where each entry stands, for a person, and what it is; none in an empty file.
+    """Reads the place of each entry, in words, and the entry; an empty file has none.
 
     Raises:
         ValueError: no such file, another ending, not UTF-8, not YAML or JSON, no list; a key twice
@@ -22,27 +22,27 @@ def entries_in(path: Path) -> list[tuple[str, Any]]:
         raise ValueError(f"There is no file of probes {path}: {why}.")
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(
-            f"{path}: a file of probes ends in one of {', '.join(ENDINGS)}, which says how it is "
-            f"written. Rename it."
+            f"{path}: the name of a file of probes ends in one of {', '.join(ENDINGS)}, by "
+            f"its format. Rename the file."
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text: its byte {error.start} is none. Save it as UTF-8."
+            f"{path} is not UTF-8 text, as its byte {error.start} shows. Save it as UTF-8."
         ) from error
     return _lines(path, text) if path.suffix.lower() in LINES else _list(path, text)
 
 
 def kind_of(value: Any) -> str:
-    """What a person calls the value's type."""
+    """Names the type of a value in words."""
     names = {dict: "mapping", str: "string", int: "number", float: "number", bool: "boolean"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, as where the dash of an entry was forgotten; YAML takes the
-    last."""
+    """Refuses a key that stands twice in one entry. YAML takes the last one, also where the dash of
+    the second entry was forgotten."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: list[Any] = []
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _list(path: Path, text: str) -> list[tuple[str, Any]]:
-    """Where each entry of a YAML or JSON list is, and what it is."""
+    """Reads the entries of a YAML or JSON list, with their places."""
     entries: Any = None
     at: list[str] = []
     try:
@@ -77,25 +77,25 @@ def _list(path: Path, text: str) -> list[tuple[str, Any]]:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        hint = "A text with ': ' or ' #' in it stands in quotes."
+        hint = "Put a text with ': ' or ' #' in it in quotes."
         if "\\t" in str(problem):
             hint = "YAML has no tabs before a key; indent with spaces."
-        raise ValueError(f"{path} is not YAML as it should be: {problem}{place}. {hint}") from error
+        raise ValueError(f"{path} is not valid YAML: {problem}{place}. {hint}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is no list of probes: it is nested too deeply.") from error
+        raise ValueError(f"{path} is not a list of probes: it is nested too deeply.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(entries := entries or [], list):
         raise ValueError(
-            f"{path} is a list of probes, but holds a {kind_of(entries)}. In YAML each probe "
-            f"begins with '- ', in JSON all stand in [ ]."
+            f"{path} must be a list of probes, but holds a {kind_of(entries)}. In YAML each "
+            f"probe begins with '- '; in JSON the list stands in [ ]."
         )
     at = at or [""] * len(entries)
     return [(f"{path}, entry {i + 1}{at[i]}", entry) for i, entry in enumerate(entries)]
 
 
 def _lines(path: Path, text: str) -> list[tuple[str, Any]]:
-    """The same of JSON lines."""
+    """Reads the entries of JSON lines, with their places."""
     found = []
     # Not splitlines: a JSON string may hold other signs that end a line.
     for i, line in enumerate(text.split("\n"), start=1):
@@ -106,8 +106,8 @@ def _lines(path: Path, text: str) -> list[tuple[str, Any]]:
             found.append((where, _json(line)))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{where} is not JSON: {error.msg}, column {error.colno}. Each line is an entry of "
-                f"its own; a list over several lines goes into a file that ends in .json."
+                f"{where} is not JSON: {error.msg}, column {error.colno}. Each line must be a "
+                f"whole entry; put a list over several lines into a file that ends in .json."
             ) from error
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -115,10 +115,10 @@ def _lines(path: Path, text: str) -> list[tuple[str, Any]]:
 
 
 def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once)
+    return json.loads(text, object_pairs_hook=_without_repeats)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,4 +1,4 @@
-"""Probes from a file: the callback, the tracer and the command line read the same."""
+"""Reads probes from a file, for the callback, the tracer and the command line alike."""
 
 import difflib
 import logging
@@ -14,7 +14,7 @@ from tlens_callback.probes.probe import Probe
 CONTENT = "text", "chat", "tokens", "block"
 KEYS = ("name", *CONTENT, "times", "seed", "target", "foil", "corrupt")
 CORRUPT_KEYS = "text", "chat", "tokens", "target", "foil"
-ELSEWHERE = {
+OTHER_NAMES = {
     "prompt": "text",
     "question": "text",
     "content": "text",
@@ -26,16 +26,16 @@ ELSEWHERE = {
     "answer": "target",
     "completion": "target",
 }
-"""Keys of other kinds of files -> what stands for them here."""
+"""Keys of other kinds of files -> the key that is used here."""
 
 logger = logging.getLogger("tlens_callback")
 
 
 def read_probes(path: str | os.PathLike[str]) -> list[Probe]:
-    """The probes that a file lists, in its order.
+    """Reads the probes that a file lists, in their order.
 
-    A YAML or JSON list of entries (`.yaml`, `.yml`, `.json`), or JSON lines, an entry each
-    (`.jsonl`, `.ndjson`):
+    The file is a YAML or JSON list of entries (`.yaml`, `.yml`, `.json`), or JSON lines with an
+    entry each (`.jsonl`, `.ndjson`):
 
         - name: capital
           text: The capital of France is
@@ -51,26 +51,27 @@ def read_probes(path: str | os.PathLike[str]) -> list[Probe]:
 
     An entry is a text, or has these keys:
 
-    - `text`; or `chat`, a list of messages with role and content, or what the user says as a
-      string; or `tokens`, a list of token ids; or `block`, the length of a repeated random block,
-      with `times` and `seed` as `Probe.repeated` takes them. One of the four.
-    - `name`: without it, the first words are.
+    - One of four says what the model is shown: `text`; `chat`, a list of messages with role and
+      content, or a string, which is what the user says; `tokens`, a list of token ids; `block`,
+      the length of a repeated random block, with `times` and `seed` as in `Probe.repeated`.
+    - `name`: without it, the probe is named by its first words.
     - `target`, `foil`: a string that is one token, or a token id.
-    - `corrupt`: makes a second probe, `<name>-corrupt`, the other of a pair for
-      `ActivationPatching()`. A content of the entry's kind; or a mapping with one of `text`,
-      `chat` and `tokens`, and a `target` and `foil` of its own.
+    - `corrupt`: makes a second probe, `<name>-corrupt`, for a pair in `ActivationPatching()`. Its
+      value is of the same kind as the entry's text, chat or tokens; or it is a mapping with one of
+      `text`, `chat` and `tokens`, and with a `target` and `foil` of its own.
 
-    A key whose value is null is as good as left out.
+    A key whose value is null counts as left out.
 
     Raises:
-        ValueError: no such file, another ending, not UTF-8, not YAML or JSON, nothing in it; an
-            entry with an unknown key, with no content or two, with a value of another type, or
-            that `Probe` refuses; two probes of one name. Says which entry or line.
+        ValueError: for a file that does not exist, has another ending, is empty, or is not UTF-8,
+            YAML or JSON; for an entry with an unknown key, with none or two of the four contents,
+            with a value of the wrong type, or that `Probe` refuses; for two probes of one name.
+            The message names the entry or line.
     """
     path = Path(path)
     entries = [(where, _entry(where, entry)) for where, entry in entries_in(path)]
     if not entries:
-        raise ValueError(f"{path} has no probes in it; an entry is as little as: - text: Hello")
+        raise ValueError(f"{path} has no probes in it. The shortest entry is: - text: Hello")
     names = {entry["name"] for _, entry in entries if "name" in entry}
     found: dict[str, str] = {}
     probes: list[Probe] = []
@@ -78,38 +79,38 @@ def read_probes(path: str | os.PathLike[str]) -> list[Probe]:
         for probe in _probes(where, entry, names):
             if probe.name in found:
                 raise ValueError(
-                    f"{where}: the probe of {found[probe.name]} is named {probe.name!r} as well; "
-                    f"names become keys, so vary them."
+                    f"{where}: the probe of {found[probe.name]} is also named {probe.name!r}. "
+                    f"Names are parts of keys, so each needs its own."
                 )
             found[probe.name] = where.removeprefix(f"{path}, ")
             names.add(probe.name)
             probes.append(probe)
-    _say_ids(path, [(found[probe.name], probe) for probe in probes])
+    _warn_of_ids(path, [(found[probe.name], probe) for probe in probes])
     return probes
 
 
-def _say_ids(path: Path, probes: Sequence[tuple[str, Probe]]) -> None:
-    """Once, that answers to words are token ids: the text "5" may have been meant."""
+def _warn_of_ids(path: Path, probes: Sequence[tuple[str, Probe]]) -> None:
+    """Warns once where the answer to a text is a token id, since the text "5" may be meant."""
     ids = [
         (where, role, getattr(probe, role))
         for where, probe in probes
         for role in ("target", "foil")
-        if type(getattr(probe, role)) is int and _in_words(probe)
+        if type(getattr(probe, role)) is int and _is_text_or_chat(probe)
     ]
     if ids:
         more = f", and {len(ids) - 1} more are" if len(ids) > 1 else ""
         logger.warning(
-            'tlens: %s, %s: %s %d is a token id%s; the text of it stands in quotes, "%d".',
+            'tlens: %s, %s: %s %d is a token id%s; for the text write it in quotes, "%d".',
             *(path, *ids[0], more, ids[0][2]),
         )
 
 
-def _in_words(probe: Probe) -> bool:
+def _is_text_or_chat(probe: Probe) -> bool:
     return isinstance(probe.content, str) or isinstance(next(iter(probe.content), 0), Mapping)
 
 
 def short_name(text: str, others: Collection[str]) -> str:
-    """The first words, with a number behind them where others are named like that."""
+    """Makes a name of the first words of a text, with a number where others have that name."""
     words = re.findall(r"\w+", text.lower())
     name = base = "-".join(words)[:32].strip("-") or "prompt"
     number = 2
@@ -119,12 +120,12 @@ def short_name(text: str, others: Collection[str]) -> str:
 
 
 def _entry(where: str, entry: Any) -> dict[str, Any]:
-    """An entry with known keys, without those that are null; its name, if any, is a string."""
+    """Checks the keys and the name of an entry, and drops the keys that are null."""
     if isinstance(entry, str):
         entry = {"text": entry}
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f"{where} is a text or a mapping such as {{text: ..., target: ...}}, got "
+            f"{where} must be a text or a mapping such as {{text: ..., target: ...}}, got "
             f"{_shown(entry)}.{_quotes(entry)}"
         )
     entry = _known(where, entry, KEYS)
@@ -136,46 +137,53 @@ def _entry(where: str, entry: Any) -> dict[str, Any]:
 def _known(where: str, given: Mapping[Any, Any], keys: Sequence[str]) -> dict[str, Any]:
     for key in given:
         if key not in keys:
-            near = [ELSEWHERE.get(str(key).lower(), "")]
+            near = [OTHER_NAMES.get(str(key).lower(), "")]
             near = [one for one in near if one in keys] or difflib.get_close_matches(
                 str(key).lower(), keys, n=1
             )
             meant = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{where}: unknown key {key!r}; {meant}There are {', '.join(keys)}.")
+            raise ValueError(
+                f"{where}: unknown key {key!r}; {meant}The keys are {', '.join(keys)}."
+            )
     return {key: value for key, value in given.items() if value is not None}
 
 
 def _probes(where: str, entry: dict[str, Any], names: Collection[str]) -> list[Probe]:
-    """The probe of an entry, and the corrupt one of its pair."""
+    """Makes the probe of an entry, and the corrupt one of its pair if there is one."""
     kind = _content_key(where, entry, CONTENT)
     probe: dict[str, Any] = {"name": entry.get("name")}
     if kind == "block":
         for key in {"block", "times", "seed"} & entry.keys():
             if type(entry[key]) is not int:
-                raise ValueError(f"{where}: {key} is a whole number, got {_shown(entry[key])}.")
+                raise ValueError(
+                    f"{where}: {key} must be a whole number, got {_shown(entry[key])}."
+                )
             probe[key] = entry[key]
         words = f"repeat {entry['block']}"
     else:
         if extra := {"times", "seed"} & entry.keys():
-            raise ValueError(f"{where}: {min(extra)} is of a block, and {kind} is none.")
+            raise ValueError(f"{where}: {min(extra)} goes with block, not with {kind}.")
         probe["content"] = _content(where, kind, entry[kind])
         words = _words(probe["content"])
     if probe["name"] is None:
         probe["name"] = short_name(words, names)
-    made = [_probe(where, {**probe, **_answers(where, entry)})]
+    probes = [_probe(where, {**probe, **_answers(where, entry)})]
     if "corrupt" in entry:
         where, corrupt = f"{where}, corrupt", entry["corrupt"]
         if not isinstance(corrupt, Mapping):
             if kind == "block":
                 raise ValueError(
-                    f"{where}: beside a block it is a mapping, such as {{tokens: [1, 2, 3]}}."
+                    f"{where}: beside a block it must be a mapping, such as {{tokens: [1, 2, 3]}}."
                 )
             corrupt = {kind: corrupt}
         corrupt = _known(where, corrupt, CORRUPT_KEYS)
         kind = _content_key(where, corrupt, CORRUPT_KEYS[:3])
-        other = {"name": f"{made[0].name}-corrupt", "content": _content(where, kind, corrupt[kind])}
-        made.append(_probe(where, {**other, **_answers(where, corrupt)}))
-    return made
+        other = {
+            "name": f"{probes[0].name}-corrupt",
+            "content": _content(where, kind, corrupt[kind]),
+        }
+        probes.append(_probe(where, {**other, **_answers(where, corrupt)}))
+    return probes
 
 
 def _probe(where: str, arguments: dict[str, Any]) -> Probe:
@@ -189,21 +197,21 @@ def _content_key(where: str, given: Mapping[str, Any], kinds: Sequence[str]) -> 
     there = [kind for kind in kinds if kind in given]
     if len(there) != 1:
         has = f"has {' and '.join(there)}" if there else f"has none of {', '.join(kinds)}"
-        raise ValueError(f"{where} {has}; one of them says what the model is shown.")
+        raise ValueError(f"{where} {has}. Exactly one of them must say what the model is shown.")
     return there[0]
 
 
 def _content(where: str, kind: str, value: Any) -> Any:
-    """What `Probe` takes as content, of the types that it should be of."""
+    """Checks the types of a content, and gives it as `Probe` takes it."""
     if kind == "tokens":
         if not isinstance(value, list) or any(type(one) is not int for one in value):
-            raise ValueError(f"{where}: tokens is a list of token ids, got {_shown(value)}.")
+            raise ValueError(f"{where}: tokens must be a list of token ids, got {_shown(value)}.")
         return value
     if kind == "chat" and isinstance(value, list):
         for message in value:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise ValueError(
-                    f"{where}: a message of chat is {{role: user, content: ...}}, got "
+                    f"{where}: a message of chat must be {{role: user, content: ...}}, got "
                     f"{_shown(message)}."
                 )
             for key in ("role", "content"):
@@ -214,19 +222,19 @@ def _content(where: str, kind: str, value: Any) -> Any:
 
 
 def _answers(where: str, given: Mapping[str, Any]) -> dict[str, str | int]:
-    """Target and foil, as far as there."""
+    """Checks and gives target and foil, if they are there."""
     found = {key: given[key] for key in ("target", "foil") if key in given}
     for key, value in found.items():
         if type(value) not in (str, int):
             raise ValueError(
-                f"{where}: {key} is a string that is one token, or a token id, got "
+                f"{where}: {key} must be a string that is one token, or a token id, got "
                 f"{_shown(value)}.{_quotes(value)}"
             )
     return found
 
 
 def _words(content: str | Iterable[Any]) -> str:
-    """What a probe is named by: the text, what the user says first, or the ids."""
+    """Gives the words that name a probe: the text, what the user says first, or the ids."""
     if isinstance(content, str):
         return content
     parts = list(content)
@@ -237,7 +245,7 @@ def _words(content: str | Iterable[Any]) -> str:
 
 def _string(where: str, key: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} is a string, got {_shown(value)}.{_quotes(value)}")
+        raise ValueError(f"{where}: {key} must be a string, got {_shown(value)}.{_quotes(value)}")
 
 
 def _shown(value: Any) -> str:
@@ -246,7 +254,7 @@ def _shown(value: Any) -> str:
 
 
 def _quotes(value: Any) -> str:
-    """What to do about a word that YAML takes for something else."""
+    """Says what to do about a word that YAML takes for something else."""
     if isinstance(value, bool):
         return " YAML takes yes, no, on and off for booleans; put it in quotes."
     return "" if isinstance(value, list | Mapping | None) else " Put it in quotes."

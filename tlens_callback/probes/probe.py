@@ -1,4 +1,4 @@
-"""`Probe`: what to ask the model."""
+"""`Probe`: a prompt that is shown to the model at every observation."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,8 @@ class Probe:
             token = getattr(self, role)
             if isinstance(token, bool) or not isinstance(token, str | SupportsIndex | None):
                 raise ValueError(
-                    f"The {role} of probe {self.name!r} is a string or a token id, got {token!r}."
+                    f"The {role} of probe {self.name!r} must be a string or a token id, "
+                    f"got {token!r}."
                 )
         if self.foil is not None and self.target is None:
             raise ValueError(
@@ -49,7 +50,7 @@ class Probe:
             if self.block < 2 or self.times < 2:
                 raise ValueError(
                     f"Probe {self.name!r}: a repeated block needs block >= 2 and times >= 2, "
-                    f"got block={self.block}, times={self.times}."
+                    f"but got block={self.block}, times={self.times}."
                 )
             return
         content: Any = self.content
@@ -64,16 +65,17 @@ class Probe:
 
     @classmethod
     def repeated(cls, name: str, *, block: int, times: int = 2, seed: int = 0) -> "Probe":
-        """`[BOS, r_1..r_block, r_1..r_block, ...]`: distinct random tokens, `times` times over.
+        """Makes a probe of distinct random tokens that are repeated `times` times.
 
-        The tokens depend on `seed`, `block` and the vocabulary only; no global random state is
-        read or changed. A tokenizer without a BOS token gets its EOS token in front instead.
+        It is `[BOS, r_1..r_block, r_1..r_block, ...]`, with the EOS token in front where the
+        tokenizer has no BOS token. The tokens depend only on `seed`, `block` and the vocabulary; no
+        global random state is read or changed.
         """
         return cls(name, block=block, times=times, seed=seed)
 
 
 def _checked(name: str, content: Any) -> tuple[Any, ...]:
-    """Chat messages or token ids, as a tuple."""
+    """Checks chat messages or token ids, and gives them as a tuple."""
     try:
         parts = tuple(content)
         if all(isinstance(part, Mapping) and "role" in part for part in parts):
@@ -81,6 +83,6 @@ def _checked(name: str, content: Any) -> tuple[Any, ...]:
         return tuple(operator.index(part) for part in parts)
     except TypeError:
         raise ValueError(
-            f"Probe {name!r} is text, chat messages ([{{'role': ..., 'content': ...}}, ...]) or "
-            f"token ids ([1, 2, ...]), got {content!r}."
+            f"Probe {name!r} must be text, chat messages ([{{'role': ..., 'content': ...}}, ...]) "
+            f"or token ids ([1, 2, ...]), got {content!r}."
         ) from None

@@ -1,16 +1,16 @@
-"""A reading as a PNG inside HTML: attention patterns, and matrices too large for a table."""
+"""Draws a reading as a PNG inside HTML: attention patterns, and matrices too large for a table."""
 
 import io
 import math
 from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 
+from tlens_callback.palette import colours
 from tlens_callback.reading import Reading
-from tlens_callback.render.colours import colours
 from tlens_callback.render.markup import image, text
 from tlens_callback.render.mosaic import is_mosaic, mosaic
+from tlens_callback.render.slices import farthest_from_zero
 
 _MOST = 2_000_000
 _WIDE, _TALL = 640, 320
@@ -18,9 +18,11 @@ _LARGEST_CELL = 12
 
 
 def attention(reading: Reading) -> str | None:
-    """The mosaic, of a single head's or layer's pattern too; None where it is no such reading.
+    """Draws the mosaic of attention patterns, also of a single head or layer; None for any other
+    reading.
 
-    Of more than two million values the first layers, and of a layer with more the first heads.
+    Of more than two million values it shows the first layers; of a layer with more, its first
+    heads.
     """
     leading = reading.axes[:-2]
     known = leading in ((), ("layer",), ("head",), ("layer", "head"))
@@ -28,7 +30,7 @@ def attention(reading: Reading) -> str | None:
         return None
     sizes = dict(zip(reading.axes, reading.values.shape, strict=True))
     layers, heads = sizes.get("layer", 1), sizes.get("head", 1)
-    names = {axis: [""] for axis in ("layer", "head") if axis not in leading}
+    unnamed = {axis: [""] for axis in ("layer", "head") if axis not in leading}
     cell = sizes["query"] * sizes["key"]
     shown = {
         "layer": min(layers, max(1, _MOST // max(1, heads * cell))),
@@ -40,7 +42,7 @@ def attention(reading: Reading) -> str | None:
         values=values[: shown["layer"], : shown["head"]],
         axes=("layer", "head", "query", "key"),
         labels={
-            axis: all_[: shown.get(axis)] for axis, all_ in {**reading.labels, **names}.items()
+            axis: names[: shown.get(axis)] for axis, names in {**reading.labels, **unnamed}.items()
         },
         texts=None,
     )
@@ -58,11 +60,12 @@ def _left_out(shown: dict[str, int], layers: int, heads: int) -> str:
 
 
 def picture(matrix: Reading, ends: tuple[float, float]) -> str:
-    """A square of pixels per value, or, where they are too many, a pixel per square of values: the
-    one farthest from zero."""
+    """Draws each value as a square of pixels. Of too many values each pixel shows a square of them:
+    the value farthest from zero."""
     rows, columns = matrix.values.shape
     pooled = math.ceil(rows / _TALL), math.ceil(columns / _WIDE)
-    values = _pool(_pool(matrix.values, 0, pooled[0]), 1, pooled[1])
+    values = farthest_from_zero(matrix.values, 0, pooled[0])
+    values = farthest_from_zero(values, 1, pooled[1])
     rgb = colours(replace(matrix, values=values, labels={}, texts=None), ends)
     sides = [room // size for room, size in zip((_TALL, _WIDE), values.shape, strict=True)]
     if matrix.axes == ("query", "key"):
@@ -76,16 +79,3 @@ def picture(matrix: Reading, ends: tuple[float, float]) -> str:
     if pooled != (1, 1):
         guide += f"; a pixel: farthest from 0 of {pooled[0]} x {pooled[1]} values"
     return f"<div>{text(guide)}</div>" + image(out.getvalue(), matrix.key)
-
-
-def _pool(values: np.ndarray, axis: int, n: int) -> np.ndarray:
-    """Of each n along an axis the one farthest from zero, or one that is not a number."""
-    if n == 1:
-        return values
-    fill = [(0, 0), (0, 0)]
-    fill[axis] = (0, -values.shape[axis] % n)
-    values = np.moveaxis(np.pad(values, fill), axis, -1)
-    values = values.reshape(values.shape[0], -1, n)
-    # argmax takes the first that is not a number for the largest.
-    at = np.abs(values).argmax(-1)[..., None]
-    return np.moveaxis(np.take_along_axis(values, at, -1)[..., 0], -1, axis)

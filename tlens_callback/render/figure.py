@@ -1,4 +1,4 @@
-"""One reading, of any axes, as an interactive figure."""
+"""Draws one reading, of any axes, as an interactive figure."""
 
 import math
 from collections.abc import Mapping
@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tlens_callback.reading import Reading
-from tlens_callback.render.colours import (
+from tlens_callback.palette import (
+    BLANK,
+    UNCOLOURED,
     colour_range,
     colour_scale,
+    is_diverging,
     is_fixed,
     on_root_scale,
 )
+from tlens_callback.reading import Reading
 from tlens_callback.render.markup import decimal
-from tlens_callback.render.panels import axis_names, figure, ticks
+from tlens_callback.render.panels import LOOK, axis_names, figure, ticks
 from tlens_callback.render.plain import number, plain
 from tlens_callback.render.slices import place, take
 
@@ -24,25 +27,26 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MOST_VALUES, MOST_SLICES = 1_000_000, 2_000
-"""What a figure takes: about ten bytes a value; slices are places of its slider."""
+"""The most that a figure takes: about ten bytes a value; each slice is a place of its slider."""
 
 _LINES = ("layer", "update")
 _MANY, _WRITTEN = 200, 24
-"""Above so many values bars become a line; up to so many cells in a row, or bars, have their text
-written on them."""
+"""With more values than the first, bars become a line. Up to as many bars, or cells in a row, as
+the second have their text written on them."""
 
 
 def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure":
-    """The figure of one reading: a number, a line or bars, or a heat map with its first axis down.
+    """Draws the figure of one reading: a number, a line or bars, or a heat map with its first axis
+    down.
 
-    More than two axes: a heat map of the last two, and a slider over those before them. Colours
-    run over `colours.colour_range`; of attention (query down, key across) on a square-root scale,
-    while hovering says the values as they are. Values of unit "index" stand for something: they are
-    written in their cells, without a colour. What is not finite is left blank, and counted in the
-    title.
+    A reading of more than two axes is a heat map of the last two, with a slider over the others.
+    Colours run over `palette.colour_range`. Attention patterns (query down, key across) have a
+    square-root scale; hovering shows the values themselves. Values of unit "index" stand for
+    something else: they are written in their cells, without a colour. Values that are not finite
+    are left blank and counted in the title.
 
     Args:
-        at: axis -> index, to show only what is there: `{"layer": 5}`.
+        at: axis -> index, to show only the part at this index: `{"layer": 5}`.
 
     Raises:
         ValueError: for an axis or index that the reading lacks, or more than `MOST_VALUES` values
@@ -53,15 +57,14 @@ def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure"
     if reading.values.size > MOST_VALUES or slices > MOST_SLICES:
         sizes = dict(zip(reading.axes, reading.values.shape, strict=True))
         raise ValueError(
-            f"{reading.key!r} has {reading.values.size:,} values in {slices:,} slices, {sizes}; a "
-            f"figure takes {MOST_VALUES:,} in {MOST_SLICES:,}. Choose an index of an axis: "
-            f"to_plotly({reading.axes[0]}=0)."
+            f"{reading.key!r} is too large for one figure: it has {reading.values.size:,} values "
+            f"in {slices:,} slices, {sizes}; a figure takes {MOST_VALUES:,} values in "
+            f"{MOST_SLICES:,} slices. Choose an index of an axis: to_plotly({reading.axes[0]}=0)."
         )
     layout: dict[str, Any] = {
+        **LOOK,
         "title": {"text": _title(reading, where), "font": {"size": 14}},
         "margin": {"l": 64, "r": 24, "t": 56, "b": 56},
-        "font": {"size": 11},
-        "template": "none",
         "hovermode": "closest",
     }
     if reading.values.size == 0:
@@ -79,14 +82,14 @@ def to_plotly(reading: Reading, at: Mapping[str, int] | None = None) -> "Figure"
 
 
 def _chosen(reading: Reading, at: Mapping[str, int]) -> tuple[Reading, str]:
-    """What is left of the reading, and where that is."""
+    """Gives the part of the reading at these indices, and the name of that place."""
     for axis, i in at.items():
         if axis not in reading.axes:
             raise ValueError(f"{reading.key!r} has no axis {axis!r}; it has {reading.axes}.")
         size = reading.values.shape[reading.axes.index(axis)]
         if i not in range(size):
             raise ValueError(
-                f"{reading.key!r}: {axis}={i!r} is no index of an axis of {size}; the first is 0."
+                f"{reading.key!r}: {axis}={i!r} is not one of the {size} indices from 0."
             )
     return take(reading, at), place(reading, at)
 
@@ -146,14 +149,14 @@ def _line_axes(reading: Reading) -> dict[str, Any]:
 
 
 def _numbers_of(reading: Reading, axis: str) -> list[int] | None:
-    """Layers and steps as numbers, where their labels are; of a line these need not be even."""
+    """Gives layers and steps as numbers, where their labels are numbers; a line may have gaps."""
     labels = reading.labels.get(axis, ("",))
     whole = axis in _LINES and all(label.isascii() and label.isdecimal() for label in labels)
     return [int(label) for label in labels] if whole else None
 
 
 def _as_column(reading: Reading) -> Reading:
-    """What is only a list of names, in cells."""
+    """Turns a list of names into a column of cells."""
     return replace(
         reading,
         values=reading.values[:, None],
@@ -175,7 +178,7 @@ def _heat(reading: Reading, layout: dict[str, Any]) -> "Figure":
         "zmax": high,
         "colorbar": {"title": {"text": plain(reading.unit)}, "thickness": 14},
         "colorscale": colour_scale(
-            diverging=low == -high, root=on_root_scale(reading, (low, high))
+            diverging=is_diverging((low, high)), root=on_root_scale(reading, (low, high))
         ),
         "hovertemplate": f"{plain(down)} %{{y}}, {plain(across)} %{{x}}: %{{z:.6~g}}",
     }
@@ -183,12 +186,12 @@ def _heat(reading: Reading, layout: dict[str, Any]) -> "Figure":
         first["hovertemplate"] += " %{text}"
     first["hovertemplate"] += "<extra></extra>"
     if reading.unit == "index":
-        first |= {"colorscale": [[0, "#eef1f6"], [1, "#eef1f6"]], "showscale": False}
+        first |= {"colorscale": [[0, UNCOLOURED], [1, UNCOLOURED]], "showscale": False}
         first |= {"xgap": 1, "ygap": 1}
         if reading.values.shape[-1] <= _WRITTEN:
             first["texttemplate"] = "%{z}" if reading.texts is None else "%{text}"
     layout |= {
-        "plot_bgcolor": "#ccc",
+        "plot_bgcolor": BLANK,
         "xaxis": {**_axis(reading, across), "showgrid": False},
         "yaxis": {**_axis(reading, down), "showgrid": False, "autorange": "reversed"},
         "height": min(900, max(480, 15 * reading.values.shape[-2] + 160)),
@@ -216,7 +219,8 @@ def _cells(matrix: Reading) -> dict[str, Any]:
 
 
 def _slider(axes: str, places: list[str], cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each place puts its cells into the heat map. Not frames: plotly plays these by itself."""
+    """Makes the slider, of which each place puts its cells into the heat map. Frames would not do:
+    plotly plays them by itself."""
     steps = [
         {
             "label": plain(name),

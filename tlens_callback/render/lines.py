@@ -1,4 +1,4 @@
-"""All readings along the layers of one instrument as one interactive figure of lines."""
+"""Draws all readings along the layers of one instrument as one interactive figure of lines."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tlens_callback.palette import LINES, is_fixed
 from tlens_callback.reading import Reading
-from tlens_callback.render.colours import is_fixed
-from tlens_callback.render.panels import figure, panel_title
+from tlens_callback.render.panels import LOOK, Grid, figure
 from tlens_callback.render.plain import cut, number, plain
-from tlens_callback.render.slices import stands_for_text
+from tlens_callback.render.slices import check_one_instrument, stands_for_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -19,26 +19,26 @@ _COLUMNS = 3
 _GAP_X, _GAP_Y, _ROW = 0.075, 62, 210
 """Between panels: a share of the width, pixels of height; height of a panel in a tall figure."""
 
-_COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #80864b #a53c3c #5a5a5a".split()
 _MOST_DECADES = 2
 
 
 def line_figure(
     readings: Sequence[Reading], first: Sequence[Reading] = (), *, first_name: str = "first"
 ) -> "Figure":
-    """A panel per measure, over the layers, and in it a line per probe, from one instrument's
-    ("layer",) readings.
+    """Draws the ("layer",) readings of one instrument: a panel for each measure, with a line over
+    the layers for each probe.
 
-    Readings of other axes are left out, and token ids and the like: those of unit "index" that
-    have texts. A probe has one colour in all panels; a click on its name hides it everywhere.
-    Hovering says "L5 kl capital 0.93", and the text behind the value where there is one. A y axis
-    has the range of the reading's finite limits; else that of what is drawn, and it is logarithmic,
-    which its title says, where all values are positive and the largest is more than 100 times the
-    smallest. What is not finite is a gap.
+    Readings of other axes are left out, and so are ids that stand for texts (unit "index"). A probe
+    has the same colour in all panels; a click on its name hides it everywhere. Hovering shows
+    "L5 kl capital 0.93", and the text that the value stands for, if there is one.
+
+    The y axis covers the reading's limits if these are finite, otherwise the values. In the second
+    case it is logarithmic, and its title says so, if all values are positive and the largest is
+    more than 100 times the smallest. Values that are not finite leave a gap.
 
     Args:
         first: the readings of an earlier observation, drawn dotted behind those of the same key.
-        first_name: what the legend calls these.
+        first_name: their name in the legend.
 
     Raises:
         ValueError: where no reading has this axis, or they are of several instruments.
@@ -46,24 +46,20 @@ def line_figure(
     curves = [r for r in readings if is_curve(r)]
     if not curves:
         raise ValueError(
-            f"line_figure needs at least one reading of axes ('layer',), got "
+            f"line_figure needs at least one reading of axes ('layer',), but got "
             f"{[(r.key, r.axes) for r in readings]}."
         )
-    if len(instruments := {r.instrument for r in curves}) > 1:
-        raise ValueError(f"One figure shows one instrument, got {sorted(instruments)}.")
+    check_one_instrument(curves)
     earlier = {r.key: r for r in first if is_curve(r)}
     panels = list(dict.fromkeys(r.measure for r in curves))
     probes = list(dict.fromkeys(r.probe for r in curves))
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     inner = max(420, rows * _ROW)
-    across = (1 - _GAP_X * (columns - 1)) / columns
-    down = (1 - _GAP_Y / inner * (rows - 1)) / rows
+    grid = Grid(len(panels), columns, _GAP_X, _GAP_Y / inner)
     layout: dict[str, Any] = {
+        **LOOK,
         "margin": {"l": 56, "r": 24, "t": 40, "b": 44},
-        "annotations": [],
-        "font": {"size": 11},
-        "template": "none",
         "hovermode": "closest",
         "legend": {"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top", "tracegroupgap": 2},
     }
@@ -72,31 +68,20 @@ def line_figure(
     names = _layer_names(curves)
     data: list[dict[str, Any]] = []
     for i, measure in enumerate(panels):
-        row, column = divmod(i, columns)
-        left, top = column * (across + _GAP_X), 1 - row * (down + _GAP_Y / inner)
-        axis = str(i + 1) if i else ""
         shown = [r for r in curves if r.measure == measure]
         behind = [earlier[r.key] for r in shown if r.key in earlier]
-        layout[f"xaxis{axis}"] = {
-            "domain": [left, min(1, left + across)],
-            "anchor": f"y{axis}",
-            "title": {"text": "layer" if i + columns >= len(panels) else "", "standoff": 4},
+        x = {
+            "title": {"text": "layer" if grid.is_lowest(i) else "", "standoff": 4},
             "gridcolor": "#eee",
             "zeroline": False,
             **_layer_axis(names),
         }
-        layout[f"yaxis{axis}"] = {
-            "domain": [max(0, top - down), top],
-            "anchor": f"x{axis}",
-            "gridcolor": "#ddd",
-            "zerolinecolor": "#888",
-            **_value_axis(shown, behind),
-        }
-        layout["annotations"].append(panel_title(measure, left, top))
+        y = {"gridcolor": "#ddd", "zerolinecolor": "#888", **_value_axis(shown, behind)}
+        axes = grid.place(layout, i, measure, x, y)
         lines = [(r, True) for r in behind] + [(r, False) for r in shown]
         for reading, dotted in lines:
-            trace = _trace(reading, names, _COLOURS[probes.index(reading.probe) % len(_COLOURS)])
-            trace |= {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
+            trace = _trace(reading, names, LINES[probes.index(reading.probe) % len(LINES)])
+            trace |= axes
             if dotted:
                 trace |= {"mode": "lines", "line": {**trace["line"], "dash": "dot"}, "opacity": 0.5}
                 trace["hovertemplate"] += f" ({plain(first_name)})"
@@ -137,9 +122,9 @@ def _trace(reading: Reading, names: list[str] | None, colour: str) -> dict[str, 
 
 
 def _legend(probes: Sequence[str | None], first_name: str | None) -> list[dict[str, Any]]:
-    """Empty lines that carry the names: a probe's own may be missing from the first panel."""
+    """Makes empty lines for the legend, since a probe may have no line in the first panel."""
     entries = [
-        (plain(cut(probe, 28)), plain(probe), {"color": _COLOURS[i % len(_COLOURS)], "width": 1.5})
+        (plain(cut(probe, 28)), plain(probe), {"color": LINES[i % len(LINES)], "width": 1.5})
         for i, probe in enumerate(probes)
         if probe
     ]
@@ -161,7 +146,7 @@ def _legend(probes: Sequence[str | None], first_name: str | None) -> list[dict[s
 
 
 def _layer_names(readings: Sequence[Reading]) -> list[str] | None:
-    """The layers in order, if one of them has a name that is no number."""
+    """Gives the names of the layers in order, or None where all of them are numbers."""
     names: list[str] = []
     for reading in sorted(readings, key=lambda r: -len(r.values)):
         labels = reading.labels.get("layer") or [str(i) for i in range(len(reading.values))]
@@ -170,7 +155,7 @@ def _layer_names(readings: Sequence[Reading]) -> list[str] | None:
 
 
 def _layer_axis(names: list[str] | None) -> dict[str, Any]:
-    """At most about eight ticks, on whole layers."""
+    """Gives the axis of layers at most about eight ticks, each at a whole layer."""
     if names is None:
         return {"type": "linear", "tickformat": "d", "nticks": 8, "minallowed": -1}
     shown = [plain(name) for name in names]

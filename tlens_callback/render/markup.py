@@ -1,4 +1,4 @@
-"""Numbers, text and pictures as HTML."""
+"""Writes numbers, text and pictures as HTML."""
 
 import base64
 import math
@@ -10,29 +10,29 @@ from tlens_callback.render.plain import cut, plain
 
 
 def text(what: str) -> str:
-    """Escaped, for an attribute in double quotes too; what has no shape, and what turns the
-    direction of writing, as its escape."""
+    """Escapes text for HTML, also inside an attribute in double quotes. Characters that cannot be
+    seen, or that change the direction of writing, become escapes such as `\\n`."""
     return plain(what).replace('"', "&quot;")
 
 
 def decimal(value: np.floating | float, digits: int = 4) -> str:
-    """NaN, inf, -inf, or so many digits."""
+    """Writes a number with this many digits, or NaN, inf or -inf."""
     return "NaN" if math.isnan(value) else f"{float(value):.{digits}g}"
 
 
 def index_name(reading: Reading, axis: str, i: int, most: int = 16) -> str:
-    """The escaped label of an index, cut to so many characters, or its number."""
+    """Gives the escaped label of an index, cut to `most` characters; its number without a label."""
     labels = reading.labels.get(axis)
     return str(i) if labels is None else text(cut(labels[i], most))
 
 
 def more(n: int, what: str) -> str:
-    """The line that counts what is not shown; empty where all is."""
+    """Writes the line that counts what is not shown; empty where everything is."""
     return f'<div style="opacity:.75">... {n:,} more {text(what)}</div>' if n > 0 else ""
 
 
 def image(png: bytes, about: str) -> str:
-    """The picture itself, inside the page."""
+    """Writes an image element that holds the PNG itself."""
     data = base64.b64encode(png).decode()
     return (
         f'<img alt="{text(about)}" src="data:image/png;base64,{data}" '

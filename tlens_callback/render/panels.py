@@ -1,7 +1,8 @@
-"""What the figures have in common."""
+"""Holds what the interactive figures share: panels, ticks, and how plotly is loaded."""
 
 import math
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +13,68 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-def panel_title(name: str, left: float, top: float) -> dict[str, Any]:
-    """The annotation above a panel whose upper left corner is there, in shares of the figure."""
-    return {
-        "text": plain(cut(name, 34)),
-        "x": left,
-        "y": top,
-        "xref": "paper",
-        "yref": "paper",
-        "xanchor": "left",
-        "yanchor": "bottom",
-        "showarrow": False,
-        "font": {"size": 12},
-    }
+LOOK: dict[str, Any] = {"font": {"size": 11}, "template": "none"}
+"""Layout of every figure."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Places of panels in a figure, row by row.
+
+    Attributes:
+        panels: how many there are.
+        columns: how many stand side by side.
+        gap_x: between two columns, a share of the figure's width.
+        gap_y: between two rows, a share of its height.
+    """
+
+    panels: int
+    columns: int
+    gap_x: float
+    gap_y: float
+
+    def is_lowest(self, i: int) -> bool:
+        """Whether no panel stands below this one."""
+        return i + self.columns >= self.panels
+
+    def place(
+        self, layout: dict[str, Any], i: int, name: str, x: dict[str, Any], y: dict[str, Any]
+    ) -> dict[str, str]:
+        """Puts the title and the two axes of a panel into a figure's layout.
+
+        Returns:
+            the two entries by which a trace is drawn in this panel.
+        """
+        rows = math.ceil(self.panels / self.columns)
+        across = (1 - self.gap_x * (self.columns - 1)) / self.columns
+        down = (1 - self.gap_y * (rows - 1)) / rows
+        row, column = divmod(i, self.columns)
+        left, top = column * (across + self.gap_x), 1 - row * (down + self.gap_y)
+        title = {
+            "text": plain(cut(name, 34)),
+            "x": left,
+            "y": top,
+            "xref": "paper",
+            "yref": "paper",
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "showarrow": False,
+            "font": {"size": 12},
+        }
+        layout.setdefault("annotations", []).append(title)
+        n = nth(i)
+        layout[f"xaxis{n}"] = {"domain": [left, min(1, left + across)], "anchor": f"y{n}", **x}
+        layout[f"yaxis{n}"] = {"domain": [max(0, top - down), top], "anchor": f"x{n}", **y}
+        return {"xaxis": f"x{n}", "yaxis": f"y{n}"}
+
+
+def nth(i: int) -> str:
+    """Gives the end of the name of plotly's axis `i`: nothing for the first, then 2, 3, ..."""
+    return str(i + 1) if i else ""
 
 
 def axis_names(reading: Reading, axis: str) -> list[str] | list[int]:
-    """One name per index; none twice, since cells of one name would cover each other."""
+    """Gives each index a name of its own: cells of the same name would cover each other."""
     labels = reading.labels.get(axis)
     if labels is None:
         return list(range(reading.values.shape[reading.axes.index(axis)]))
@@ -38,7 +84,7 @@ def axis_names(reading: Reading, axis: str) -> list[str] | list[int]:
 
 
 def ticks(reading: Reading, axis: str, *, most: int, longest: int) -> dict[str, Any]:
-    """At about eight numbers, or at `most` names, cut to a length at which they can stand."""
+    """Gives an axis about eight ticks with numbers, or up to `most` with names cut to `longest`."""
     names = axis_names(reading, axis)
     labels = reading.labels.get(axis)
     if labels is None:
@@ -53,10 +99,10 @@ def ticks(reading: Reading, axis: str, *, most: int, longest: int) -> dict[str, 
 
 @cache
 def load_plotly() -> Any:
-    """plotly.graph_objects, loaded without the warning filters that it adds.
+    """Loads plotly.graph_objects without the warning filters that it adds.
 
-    Best called on the main thread before another one draws: what keeps the filters as they were
-    is of the whole process (until Python 3.14).
+    Best called on the main thread before another thread draws: warning filters belong to the whole
+    process (until Python 3.14).
     """
     # The first figure loads modules of plotly that add filters (plotly 7.1).
     with warnings.catch_warnings():
@@ -67,5 +113,5 @@ def load_plotly() -> Any:
 
 
 def figure(data: list[dict[str, Any]], layout: dict[str, Any]) -> "Figure":
-    """The plotly figure."""
+    """Makes the plotly figure."""
     return load_plotly().Figure({"data": data, "layout": layout})

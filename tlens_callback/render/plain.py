@@ -1,4 +1,4 @@
-"""Numbers and text as plotly takes them: finite, short, and no markup."""
+"""Writes numbers and text as plotly takes them: finite, short, and without markup."""
 
 import html
 import math
@@ -7,21 +7,22 @@ import numpy as np
 
 
 def number(value: np.float32) -> float | None:
-    """The shortest decimal that gives the same float32 back; None for what JSON has no number for.
+    """Gives the shortest decimal that reads back as the same float32; None for NaN and infinity,
+    which JSON cannot hold.
 
-    Figures hold lists of these, since a viewer's plotly.js may be older than plotly's base64
-    arrays; short ones, since they are kept at every step.
+    Figures hold lists of these numbers, since a viewer's plotly.js may be too old for plotly's
+    base64 arrays. They are short, since every step keeps them.
     """
     return float(str(value)) if math.isfinite(value) else None
 
 
 def plain(text: str) -> str:
-    """The text as plotly shows it letter by letter: no tag, no entity, no %{variable}, and what
-    has no shape (a line end, a tab) as its escape."""
+    """Escapes text so that plotly shows it letter by letter: no tag, entity or %{variable} is left,
+    and a character that cannot be seen (a line end, a tab) becomes its escape."""
     seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return html.escape(seen, quote=False).replace("%", "&#37;")
 
 
 def cut(text: str, most: int) -> str:
-    """The text, its end cut off where it is longer than this many characters."""
+    """Cuts off the end of a text that is longer than `most` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."

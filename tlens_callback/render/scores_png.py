@@ -1,4 +1,4 @@
-"""All matrices of one instrument as one labelled PNG, where no interactive figure is to be had."""
+"""Draws all matrices of one instrument as one labelled PNG, for where no figure can be shown."""
 
 import io
 import math
@@ -6,37 +6,40 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
+from tlens_callback.palette import BLANK, is_diverging, linear_colours
 from tlens_callback.reading import Reading
-from tlens_callback.render.colours import colour_range, is_fixed, linear_colours
-from tlens_callback.render.matrices import is_matrix, spread_key
 from tlens_callback.render.plain import cut
-from tlens_callback.render.slices import stands_for_text
+from tlens_callback.render.score_panels import (
+    COLUMNS,
+    LONGEST_NAME,
+    Panel,
+    check_panels,
+    score_panels,
+)
 from tlens_callback.render.text import drawable, font, shorten
 
 _WIDEST, _EDGE, _GAP_X, _GAP_Y = 1200, 12, 26, 18
 _PANEL, _CELL, _LOWEST = 250, 32, 12
-"""Pixels: of a panel's cells across, of the widest cell, of the lowest row that has its name."""
+"""In pixels: width of a panel's cells, of the widest cell; least height of a row with a name."""
 
 _BAR = (120, 9)
-_LONGEST = 12
-_GREY = (204, 204, 204)
 _NARROWEST = 200
 
 
 def score_picture(readings: Sequence[Reading], *, step: int | None = None) -> bytes:
-    """One PNG of readings of one instrument and two axes: a panel each, in a grid.
+    """Draws the readings of one instrument that have two axes as one PNG, with a panel for each.
 
-    The first axis goes down, the second across; panels are titled by measure and probe. Below each
-    is its colour bar with the numbers at its ends and the unit. Panels of one unit and equal limits
-    share a range: the limits, or, where these are missing or infinite, that of their own values,
-    which the bar says as it changes from step to step; with zero inside it is symmetric around
-    zero. Over a range that is so colours go from blue to red, near-white at zero, and are viridis
-    elsewhere. Grey is no finite number. Numbers are written in cells that are wide enough for them.
+    The first axis goes down, the second across. The title of a panel is its measure and probe.
+    Below it is its colour bar, with the unit and the numbers at its ends. Panels of one unit and
+    equal limits share a range: the limits, or, where these are missing or infinite, the values of
+    this step, and the bar says so. A range with zero inside is symmetric around zero: its colours
+    go from blue over near-white to red. Other ranges have the colours of viridis. Values that are
+    not finite are grey. Numbers are written in cells that are wide enough for them.
 
-    A measure `<other>_spread` beside `<other>` is left out, and so are ids that stand for texts (of
-    unit "index"): both need a pointer to be read.
+    A measure `<other>_spread` beside `<other>` is left out, and so are ids that stand for texts
+    (unit "index"): one could read them only by hovering.
 
     Args:
         step: written into the title.
@@ -44,25 +47,17 @@ def score_picture(readings: Sequence[Reading], *, step: int | None = None) -> by
     Raises:
         ValueError: where nothing is left to draw, or for readings of several instruments.
     """
-    panels = pictured(readings)
-    if not panels:
-        raise ValueError(
-            f"score_picture needs readings of two axes that are no spread and no ids, got "
-            f"{[(r.key, r.axes) for r in readings]}."
-        )
-    if len(instruments := {r.instrument for r in panels}) > 1:
-        raise ValueError(f"One picture shows one instrument, got {sorted(instruments)}.")
-    alike: dict[object, list[Reading]] = {}
-    for reading in panels:
-        alike.setdefault((reading.unit, reading.limits), []).append(reading)
-    drawn = [_panel(r, colour_range(*alike[r.unit, r.limits])) for r in panels]
+    panels = score_panels(readings, with_ids=False)
+    check_panels(panels, readings)
+    drawn = [_panel(panel) for panel in panels]
     widest = max(panel.width for panel in drawn)
-    columns = max(1, min(4, len(drawn), (_WIDEST - _EDGE) // (widest + _GAP_X)))
+    columns = max(1, min(COLUMNS, len(drawn), (_WIDEST - _EDGE) // (widest + _GAP_X)))
     rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
     heights = [max(panel.height for panel in row) for row in rows]
     total = max(2 * _EDGE + columns * (widest + _GAP_X) - _GAP_X, 420)
     page = Image.new("RGB", (total, 34 + sum(heights) + _GAP_Y * len(rows)), "white")
-    title = f"{panels[0].instrument}: {panels[0].axes[0]} down, {panels[0].axes[1]} across"
+    first = panels[0].reading
+    title = f"{first.instrument}: {first.axes[0]} down, {first.axes[1]} across"
     title = title if step is None else f"step {step} · {title}"
     face = font(15)
     ImageDraw.Draw(page).text((_EDGE, 8), shorten(title, total - 2 * _EDGE, face), "black", face)
@@ -76,37 +71,9 @@ def score_picture(readings: Sequence[Reading], *, step: int | None = None) -> by
     return out.getvalue()
 
 
-def pictured(readings: Sequence[Reading]) -> list[Reading]:
-    """Those that `score_picture` draws."""
-    two = [r for r in readings if is_matrix(r) or (len(r.axes) == 2 and r.axes[0] == "probe")]
-    spreads = {spread_key(r) for r in two}
-    two = [r for r in two if r.key not in spreads]
-    return [r for r in two if r.values.size and not stands_for_text(r)]
-
-
-def strips(curves: Sequence[Reading]) -> list[Reading]:
-    """("layer",) readings as ("probe", "layer") ones: those of one measure and unit together, a
-    row for each probe."""
-    groups: dict[tuple[object, ...], list[Reading]] = {}
-    for r in curves:
-        about = r.instrument, r.measure, r.unit, r.limits, r.values.shape, r.labels.get("layer")
-        groups.setdefault(about, []).append(r)
-    return [
-        Reading(
-            key=f"{first.instrument}/{first.measure}",
-            values=np.stack([r.values for r in group]),
-            axes=("probe", "layer"),
-            unit=first.unit,
-            labels={"probe": [r.probe or "" for r in group], **first.labels},
-            limits=first.limits,
-        )
-        for group in groups.values()
-        for first in group[:1]
-    ]
-
-
-def _panel(reading: Reading, ends: tuple[float, float]) -> Image.Image:
-    """Title, cells, names of rows and columns, colour bar."""
+def _panel(panel: Panel) -> Image.Image:
+    """Draws title, cells, names of rows and columns, and colour bar."""
+    reading, ends = panel.reading, panel.scale.ends
     small = font(11)
     down, across = reading.values.shape
     wide = _CELL if across <= 8 or reading.axes[0] == "probe" else _PANEL // across
@@ -117,10 +84,8 @@ def _panel(reading: Reading, ends: tuple[float, float]) -> Image.Image:
     left = 6 + math.ceil(max(small.getlength(name) for name in rows))
     room = 15 if numbered else 6 + math.ceil(max(small.getlength(name) for name in columns))
     top, bottom = 19, 19 + down * tall
-    name = drawable(" ".join(filter(None, (reading.measure, reading.probe))), " ")
-    words = drawable(
-        reading.unit if is_fixed(reading.limits) else f"{reading.unit}, this step's range", " "
-    )
+    name = drawable(panel.name, " ")
+    words = drawable(reading.unit + (", this step's range" if panel.scale.moves else ""), " ")
     # The number at the right end reaches beyond the bar.
     under = left + _BAR[0] + 12 + max(30, math.ceil(small.getlength(words)))
     width = max(left + across * wide, under, _NARROWEST)
@@ -128,7 +93,7 @@ def _panel(reading: Reading, ends: tuple[float, float]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     draw.text((left, 2), shorten(name, width - left, font(12)), "black", font(12))
     colours = linear_colours(reading.values, ends)
-    colours[~np.isfinite(reading.values)] = _GREY
+    colours[~np.isfinite(reading.values)] = ImageColor.getrgb(BLANK)
     grid = Image.fromarray(colours.repeat(tall, 0).repeat(wide, 1))
     picture.paste(grid, (left, top))
     every = math.ceil(_LOWEST / tall)
@@ -149,7 +114,7 @@ def _panel(reading: Reading, ends: tuple[float, float]) -> Image.Image:
     bar = np.linspace(low, high, _BAR[0], dtype=np.float32)[None].repeat(_BAR[1], 0)
     picture.paste(Image.fromarray(linear_colours(bar, ends)), (left, y))
     draw.text((left, y + 10), f"{low:.3g}", "black", small)
-    if low == -high:
+    if is_diverging(ends):
         draw.text((left + _BAR[0] / 2, y + 10), "0", "black", small, anchor="ma")
     draw.text((left + _BAR[0], y + 10), f"{high:.3g}", "black", small, anchor="ra")
     draw.text((left + _BAR[0] + 6, y - 2), words, "black", small)
@@ -175,7 +140,7 @@ def _write_numbers(
 
 @lru_cache(maxsize=1000)
 def _upright(name: str) -> Image.Image:
-    """A column's name, read from below."""
+    """Draws the name of a column, written upwards."""
     small = font(11)
     strip = Image.new("RGB", (math.ceil(small.getlength(name)) + 1, 14), "white")
     ImageDraw.Draw(strip).text((0, 0), name, "black", small)
@@ -183,10 +148,10 @@ def _upright(name: str) -> Image.Image:
 
 
 def _names(reading: Reading, axis: str) -> list[str]:
-    """Labels of an axis, or numbers."""
+    """Gives the labels of an axis, or its numbers where it has no labels."""
     names = reading.labels.get(axis)
     if names is None:
         return [str(i) for i in range(reading.values.shape[reading.axes.index(axis)])]
     # Names of probes may be sentences; a token's space counts.
     space = " " if axis == "probe" else "·"
-    return [cut(drawable(name, space), 24 if axis == "probe" else _LONGEST) for name in names]
+    return [cut(drawable(name, space), 24 if axis == "probe" else LONGEST_NAME) for name in names]

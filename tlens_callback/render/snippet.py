@@ -1,6 +1,6 @@
-"""One reading, of any axes, as a small piece of HTML: no script, no style sheet, no network.
+"""Writes one reading, of any axes, as a small piece of HTML without script, style sheet or network.
 
-Colours are the page's own but for those of the values, so that it reads on dark and on light.
+Only values have colours of their own; the rest has those of the page, dark or light.
 """
 
 import math
@@ -9,17 +9,24 @@ from itertools import islice, product
 
 import numpy as np
 
+from tlens_callback.palette import (
+    LINE,
+    bar_slots,
+    colour_range,
+    colour_table,
+    colours,
+    is_diverging,
+    on_root_scale,
+)
 from tlens_callback.reading import TOKEN_AXES, Reading
 from tlens_callback.render.bitmap import attention, picture
-from tlens_callback.render.colours import colour_range, colours, on_root_scale
 from tlens_callback.render.markup import decimal, index_name, more, text
-from tlens_callback.render.mosaic import LEVELS, ZERO, palette
 from tlens_callback.render.plain import cut
 from tlens_callback.render.slices import place, stands_for_text, take
 from tlens_callback.render.svg import line
 
 _ROWS, _COLUMNS, _NUMBERS = 40, 64, 16
-"""Most rows and columns of a table; with more columns than the last its cells are colours alone."""
+"""Most rows and columns of a table; most columns of one with numbers in its cells."""
 
 _LISTED, _SLICES, _TOKENS = 20, 4, 400
 
@@ -32,13 +39,13 @@ _TABLE = "border-collapse:collapse;margin:4px 0;font-size:12px;width:auto;text-a
 
 
 def snippet(reading: Reading) -> str:
-    """What a notebook shows for a reading.
+    """Writes what a notebook shows for a reading.
 
-    Key, unit, axes, shape and limits; statistics, with what is not finite counted; and between
-    them, by the axes: the number; a line over the layers; bars; tokens with their colours; a table
-    of coloured cells, or of the texts that the values stand for; a picture where there are too many
-    for a table; the mosaic of attention patterns; the first slices of everything else. What is cut
-    off is counted. All text is escaped.
+    At the top are key, unit, axes, shape and limits; at the bottom are statistics, with the number
+    of values that are not finite. Between them is what suits the axes: the number; a line over the
+    layers; bars; tokens with their colours; a table of coloured cells, or of the texts that the
+    values stand for; a picture of a matrix that is too large for a table; the mosaic of attention
+    patterns; of anything else the first slices. A line counts what is cut off. All text is escaped.
     """
     sizes = zip(reading.axes, reading.values.shape, strict=True)
     about = [reading.unit, " x ".join(f"{axis} {size}" for axis, size in sizes)]
@@ -70,7 +77,7 @@ def _body(reading: Reading) -> str:
 
 
 def _along(reading: Reading) -> str:
-    """What one axis asks for."""
+    """Writes a reading of one axis."""
     (axis,) = reading.axes
     if reading.texts is None and reading.values.size > 1 and np.isfinite(reading.values).any():
         if axis in TOKEN_AXES and axis in reading.labels:
@@ -90,7 +97,7 @@ def _matrix(reading: Reading, ends: tuple[float, float]) -> str:
 
 
 def _table(reading: Reading, ends: tuple[float, float] | None, rows: int, columns: int) -> str:
-    """A row per index of the first axis; without `ends` no colours."""
+    """Writes a table with a row for each index of the first axis; without `ends`, no colours."""
     down, across = reading.axes
     bare = columns > _NUMBERS
     upright = ";writing-mode:vertical-rl" if bare and across in reading.labels else ""
@@ -122,8 +129,7 @@ def _table(reading: Reading, ends: tuple[float, float] | None, rows: int, column
 
 
 def _said(reading: Reading, i: int, j: int) -> str:
-    """The number of a cell, and the text behind it; the text alone where the number only stands
-    for it."""
+    """Writes the number of a cell and its text; only the text where the number is an id for it."""
     number = _decimal(reading, reading.values[i, j])
     if reading.texts is None:
         return number
@@ -132,7 +138,7 @@ def _said(reading: Reading, i: int, j: int) -> str:
 
 
 def _first_slices(reading: Reading) -> str:
-    """Matrices of the last two axes, side by side, on one scale."""
+    """Writes the first matrices of the last two axes, side by side, on one scale."""
     leading, sizes = reading.axes[:-2], reading.values.shape[:-2]
     ends = colour_range(reading)
     shown = []
@@ -146,7 +152,7 @@ def _first_slices(reading: Reading) -> str:
 
 
 def _tokens(reading: Reading) -> str:
-    """The tokens in order, each on the colour of its value."""
+    """Writes the tokens in order, each on the colour of its value."""
     (axis,) = reading.axes
     ends = colour_range(reading)
     labels = reading.labels[axis][:_TOKENS]
@@ -162,7 +168,7 @@ def _tokens(reading: Reading) -> str:
 
 
 def _list(reading: Reading) -> str:
-    """A row per index: its name, the number, a bar, and what it stands for."""
+    """Writes a row for each index: its name, the number, a bar, and the text of the number."""
     (axis,) = reading.axes
     low, high = colour_range(reading)
     low, high = min(low, 0), max(high, 0)
@@ -188,7 +194,7 @@ def _bar(value: float, low: float, high: float) -> str:
     start, width = (min(value, 0) - low) * scale, abs(value) * scale
     return (
         f'<div style="width:120px"><div style="height:9px;margin-left:{start:.1f}px;'
-        f'width:{width:.1f}px;background:#3b82c4"></div></div>'
+        f'width:{width:.1f}px;background:{LINE}"></div></div>'
     )
 
 
@@ -213,7 +219,7 @@ def _statistics(reading: Reading) -> str:
 
 
 def _extreme(reading: Reading, find: Callable[[np.ndarray], np.intp], other: float) -> str:
-    """The smallest or largest finite value, and where it is."""
+    """Writes the smallest or largest finite value, and where it is."""
     values = reading.values
     i = int(find(np.where(np.isfinite(values), values, other)))
     indices = map(int, np.unravel_index(i, values.shape))
@@ -222,13 +228,13 @@ def _extreme(reading: Reading, find: Callable[[np.ndarray], np.intp], other: flo
 
 
 def _decimal(reading: Reading, value: np.floating | float) -> str:
-    """A number; a whole one where it names something."""
+    """Writes a number; a whole one where it is an id."""
     whole = reading.unit == "index" and math.isfinite(value)
     return f"{value:.0f}" if whole else decimal(value)
 
 
 def _ink(colour: np.ndarray) -> str:
-    """Background, and black or white on it."""
+    """Writes the style of a cell: its background, with black or white text."""
     red, green, blue = (int(part) for part in colour)
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140
     return f"background:#{red:02x}{green:02x}{blue:02x};color:{'#fff' if dark else '#000'}"
@@ -236,9 +242,9 @@ def _ink(colour: np.ndarray) -> str:
 
 def _legend(reading: Reading, ends: tuple[float, float]) -> str:
     low, high = ends
-    diverging = low == -high
-    slots = np.linspace(0, 2 * ZERO if diverging else LEVELS - 1, 9).round().astype(int)
-    stops = ",".join("rgb({},{},{})".format(*c) for c in palette(diverging=diverging)[slots])
+    diverging = is_diverging(ends)
+    colours_of_bar = colour_table(diverging=diverging)[bar_slots(9, diverging=diverging)]
+    stops = ",".join("rgb({},{},{})".format(*colour) for colour in colours_of_bar)
     note = ", square-root scale" if on_root_scale(reading, ends) else ""
     return (
         f'<div style="opacity:.85;font-size:12px">{decimal(low)} <span style="display:inline-block;'

@@ -1,21 +1,22 @@
-"""A line of values as an SVG, with no script in it."""
+"""Draws a line of values as an SVG without script."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from tlens_callback.palette import LINE
 from tlens_callback.reading import Reading
 from tlens_callback.render.markup import decimal, index_name, text
 
 _LEFT, _TOP, _WIDTH, _HEIGHT = 64, 6, 520, 110
-_BLUE = "#3b82c4"
 
 
 def line(reading: Reading) -> str:
-    """Values of one axis as a line, over the limits or, where these are infinite or left, over what
-    there is; a grey line at zero; a gap where a value is not finite. Of up to 64 values each has a
-    point, and hovering says it.
+    """Draws the values of one axis as a line, with a grey line at zero.
+
+    The height covers the limits, and the values where these are outside or a limit is infinite. A
+    value that is not finite leaves a gap. Up to 64 values have a point each; hovering shows them.
     """
     (axis,) = reading.axes
     values = reading.values
@@ -39,13 +40,13 @@ def line(reading: Reading) -> str:
             f'stroke-opacity=".4"/>'
         )
     parts += [
-        f'<polyline points="{" ".join(run)}" fill="none" stroke="{_BLUE}" stroke-width="1.6"/>'
+        f'<polyline points="{" ".join(run)}" fill="none" stroke="{LINE}" stroke-width="1.6"/>'
         for run in runs
         if len(run) > 1
     ]
     if len(values) <= 64:
         parts += [
-            f'<circle cx="{across[i]:.1f}" cy="{down[i]:.1f}" r="3" fill="{_BLUE}"><title>'
+            f'<circle cx="{across[i]:.1f}" cy="{down[i]:.1f}" r="3" fill="{LINE}"><title>'
             f"{text(axis)} {index_name(reading, axis, i)}: {decimal(value, 7)}</title></circle>"
             for i, value in enumerate(values)
             if math.isfinite(value)
@@ -78,8 +79,8 @@ def _range(reading: Reading) -> tuple[float, float]:
 
 
 def _extremes(values: np.ndarray, most: int) -> Sequence[int]:
-    """At most this many indices, with the smallest and largest of each stretch, and in it one that
-    is no number."""
+    """Chooses at most `most` indices: of each stretch the smallest and the largest value, or one
+    that is not a number."""
     if len(values) <= most:
         return range(len(values))
     chosen: set[int] = set()

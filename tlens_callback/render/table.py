@@ -1,4 +1,4 @@
-"""Readings as pandas tables, a row per thing that an instrument lists."""
+"""Writes the lists of an instrument as pandas tables."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from tlens_callback.reading import TOKEN_AXES, Reading
+from tlens_callback.render.slices import check_one_instrument
 from tlens_callback.store.tables import is_numbered, numbering
 
 
@@ -16,21 +17,24 @@ def is_ranked(reading: Reading) -> bool:
 
 
 def neuron_table(readings: Sequence[Reading], axis: str = "layer") -> pd.DataFrame:
-    """One row per probe, layer and rank, from the readings of one instrument whose axes begin with
-    `("layer", "rank")`, or with another axis and "rank"; others are left out.
+    """Makes a table with one row for each probe, layer and rank.
 
-    Columns: probe (missing where a reading belongs to none), layer, rank; a column per measure, in
-    order of appearance. Unit "index" becomes a whole number. A measure with texts has two: of unit
-    "index", where the number only stands for the text, "<measure>" is the text and "<measure>_id"
-    the number; of another, "<measure>" is the number and "<measure>_text" the text. Layers whose
-    labels are no numbers are counted from 0, with their labels in "layer_name".
+    It takes the readings of one instrument whose axes begin with `("layer", "rank")`, or with
+    another axis and "rank"; others are left out.
 
-    A reading with a third axis, ("layer", "rank", "pos") say, gives one value along it, and where
-    that is: "token" (the label there) and "pos", or a column of the axis's name if it is not made
-    of tokens; with several such measures "<measure>_token" and "<measure>_pos". A measure called
-    "peak", of unit "index", says which one; without it, it is the value of largest magnitude.
+    Columns: probe (missing for a reading that belongs to no probe), layer, rank; then a column for
+    each measure, in the order of the readings. Unit "index" becomes a whole number. A measure with
+    texts has two columns. If its unit is "index", the number is an id for the text: "<measure>" is
+    the text and "<measure>_id" the number. Otherwise "<measure>" is the number and
+    "<measure>_text" the text. If the labels of the layers are not numbers, layers are counted from
+    0 and their labels are in "layer_name".
 
-    Values are missing where a probe lacks a measure, or a measure a layer or rank that others have.
+    A reading with a third axis, such as ("layer", "rank", "pos"), gives one value along it, and its
+    place: "token" (the label) and "pos", or a column named after the axis if that has no tokens;
+    with several such measures "<measure>_token" and "<measure>_pos". A measure "peak" of unit
+    "index" says which value; without it, it is the one of largest magnitude.
+
+    A value is missing where a probe lacks a measure, or a measure lacks a layer or rank.
 
     Raises:
         ValueError: for readings of several instruments, or two of one key.
@@ -39,11 +43,11 @@ def neuron_table(readings: Sequence[Reading], axis: str = "layer") -> pd.DataFra
 
 
 def axis_table(readings: Sequence[Reading], axis: str) -> pd.DataFrame:
-    """One row per probe and index, from the readings of one instrument whose only axis this is;
-    others are left out.
+    """Makes a table with one row for each probe and index, from the readings of one instrument that
+    have this axis alone; others are left out.
 
-    Columns: probe; the axis ("index" for "token"), and where its labels are no numbers these, in
-    "<axis>_name" ("token" for "pos" and "token"); a column per measure, as in `neuron_table`.
+    Columns: probe; the axis ("index" for "token"); its labels, if they are not numbers, in
+    "<axis>_name" ("token" for "pos" and "token"); a column for each measure, as in `neuron_table`.
 
     Raises:
         ValueError: for readings of several instruments, or two of one key.
@@ -52,11 +56,10 @@ def axis_table(readings: Sequence[Reading], axis: str) -> pd.DataFrame:
 
 
 def _rows(chosen: Sequence[Reading], lead: tuple[str, ...]) -> pd.DataFrame:
-    """A row per probe and index along the leading axes, a column or more per measure."""
-    if len(instruments := {r.instrument for r in chosen}) > 1:
-        raise ValueError(f"One table shows one instrument, got {sorted(instruments)}.")
+    """Makes a row for each probe and index of the leading axes, with columns for each measure."""
+    check_one_instrument(chosen)
     if len({r.key for r in chosen}) < len(chosen):
-        raise ValueError(f"Two readings have one key: {sorted(r.key for r in chosen)}.")
+        raise ValueError(f"Two readings have the same key: {sorted(r.key for r in chosen)}.")
     measures = {r.measure for r in chosen}
     along = [r for r in chosen if r.values.ndim > len(lead)]
     several = len({r.measure for r in along}) > 1
@@ -97,13 +100,13 @@ def _rows(chosen: Sequence[Reading], lead: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _lead_columns(axis: str) -> tuple[str, str]:
-    """Names of the columns with the number and the label of an index."""
+    """Names the two columns with the number and the label of an index."""
     tokens = {"pos": ("pos", "token"), "token": ("index", "token")}
     return tokens.get(axis, (axis, f"{axis}_name"))
 
 
 def _names(readings: Sequence[Reading], axis: str) -> dict[int, str]:
-    """Number -> label, where labels are no numbers themselves."""
+    """Maps number -> label, where labels are not numbers themselves."""
     return {
         i: name
         for r in readings
@@ -115,8 +118,8 @@ def _names(readings: Sequence[Reading], axis: str) -> dict[int, str]:
 def _columns(
     reading: Reading, name: str, n_lead: int, peak: np.ndarray | None, prefix: str
 ) -> dict[str, object]:
-    """One reading's columns, a cell per index along its leading axes; `peak` as in
-    `neuron_table`."""
+    """Makes the columns of one reading, with a cell for each index of its leading axes; `peak` is
+    that of `neuron_table`."""
     values, texts = reading.values, reading.texts
     extra: dict[str, object] = {}
     if values.ndim > n_lead:

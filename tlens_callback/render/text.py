@@ -1,20 +1,19 @@
-"""Text on a palette picture: the font Pillow brings, and what to do with what it cannot draw."""
+"""Writes text on a picture with a palette, in the font that Pillow brings."""
 
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-INK, PAPER = 240, 253
-"""First and last palette slot of the ramp from ink to paper."""
+from tlens_callback.palette import INK, PAPER
 
 RAMP = np.linspace(INK, PAPER, 256).round().astype(np.uint8)
-"""[grey level] -> palette slot: how antialiased text in an "L" picture enters a palette one."""
+"""[grey level] -> palette slot: puts antialiased text of an "L" picture into one with a palette."""
 
 
 @lru_cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font; no font has to be installed."""
+    """Loads Pillow's own font, so that no font has to be installed."""
     loaded = ImageFont.load_default(size)
     assert isinstance(loaded, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
     return loaded
@@ -33,8 +32,8 @@ def _glyph(char: str) -> bytes:
 
 
 def drawable(text: str, space: str = "·") -> str:
-    """The text with a visible space, and with an escape (`\\n`, `\\u4e2d`) for each character that
-    the font cannot draw."""
+    """Makes spaces visible, and writes an escape (`\\n`, `\\u4e2d`) for each character that the
+    font cannot draw."""
     return "".join(
         space
         if char == " "
@@ -46,7 +45,7 @@ def drawable(text: str, space: str = "·") -> str:
 
 
 def shorten(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
-    """The text, its end cut off where it is wider than `width` pixels."""
+    """Cuts off the end of a text that is wider than `width` pixels."""
     if face.getlength(text) <= width:
         return text
     while text and face.getlength(text + "...") > width:
@@ -55,7 +54,7 @@ def shorten(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
 
 
 def lines(words: list[str], width: float, size: int = 12) -> list[str]:
-    """The words in lines of at most `width` pixels."""
+    """Breaks the words into lines of at most `width` pixels."""
     face = font(size)
     gap = face.getlength("  ")
     out: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""What the sinks beside a trainer's own logging show alike: of which readings, under which keys."""
+"""Chooses what the sinks beside the trainer's own logs show, and under which keys."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,34 +20,35 @@ from tlens_callback.render import (
     neuron_table,
 )
 from tlens_callback.render.plain import number
-from tlens_callback.render.scores_png import pictured, score_picture, strips
+from tlens_callback.render.score_panels import curves_as_rows, score_panels
+from tlens_callback.render.scores_png import score_picture
 
 STEP = "train/global_step"
-"""The key that the Hugging Face trainer logs its step under, in each of its rows: the x axis."""
+"""The key under which the Hugging Face trainer logs its step in each row: the x axis."""
 
 _MOST_ENTRIES = 1_000
 _MOST_ROWS = 100
 
 
 class HasPage(Protocol):
-    """What a `LocalSink` is to the sinks that log its page."""
+    """A `LocalSink`, as the sinks that log its page know it."""
 
     def page(self) -> Path:
-        """Packs the store's page into one HTML file, if it is not up to date."""
+        """Packs the store's page into one HTML file, unless the file is up to date."""
         ...
 
 
 def check_store(store: HasPage | None) -> None:
-    """Raises ValueError where a sink is given something else than a `LocalSink`."""
+    """Raises ValueError where `store` is something else than a `LocalSink`."""
     if store is not None and not callable(getattr(store, "page", None)):
-        raise ValueError(f"store is a LocalSink, which has a page, got {store!r}.")
+        raise ValueError(f"store must be a LocalSink, which has a page, but got {store!r}.")
 
 
 class Keys:
-    """Names under which a sink logs: `<name>/<key>`, no two keys of a run with one name.
+    """Gives each key of a run a name of its own, under which a sink logs it: `<name>/<key>`.
 
-    What is not a letter, digit, space or `_ - + =` becomes "_", and what is longer than 160 bytes
-    between two slashes is cut there, so that every back end and file system takes it.
+    A character that is not a letter, digit, space or `_ - + =` becomes "_", and a part between two
+    slashes is cut to 160 bytes, so that every back end and file system takes the name.
     """
 
     def __init__(self, name: str) -> None:
@@ -65,19 +66,19 @@ class Keys:
         return self._names[key]
 
 
-def not_the_trainers(readings: Sequence[Reading]) -> list[Reading]:
-    """Without what the trainer logged, which its own reports show."""
+def without_trainer_logs(readings: Sequence[Reading]) -> list[Reading]:
+    """Leaves out what the trainer has logged itself."""
     return [reading for reading in readings if "update" not in reading.axes]
 
 
 def scalars(readings: Sequence[Reading]) -> list[Reading]:
-    """The readings that are one number; one that stands for a text, as a checkpoint's name, is
-    none."""
+    """Chooses the readings that are one number; but not an id that stands for a text, such as a
+    checkpoint's name."""
     return [reading for reading in readings if not reading.axes and reading.texts is None]
 
 
 def by_instrument(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
-    """Instrument -> its readings."""
+    """Groups readings by their instrument."""
     found: dict[str, list[Reading]] = {}
     for reading in readings:
         found.setdefault(reading.instrument, []).append(reading)
@@ -85,11 +86,11 @@ def by_instrument(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
 
 
 def matrices(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
-    """Key and readings of each figure of matrices: one for each instrument and pair of axes.
+    """Gives key and readings of each figure of matrices: one for each instrument and pair of axes.
 
-    <instrument>/heads of ("layer", "head"), <instrument>/experts of ("layer", "expert"),
-    <instrument>/by_<axis> of ("layer", <axis>), <instrument>/feature_by_<axis> of ("feature",
-    <axis>).
+    The keys are <instrument>/heads for ("layer", "head"), <instrument>/experts for ("layer",
+    "expert"), <instrument>/by_<axis> for ("layer", <axis>), and <instrument>/feature_by_<axis> for
+    ("feature", <axis>).
     """
     for own in by_instrument(readings).values():
         found = [reading for reading in own if is_matrix(reading)]
@@ -98,7 +99,7 @@ def matrices(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]
 
 
 def curves(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
-    """<instrument>/by_layer and its ("layer",) readings, for each instrument."""
+    """Gives <instrument>/by_layer and the ("layer",) readings of each instrument."""
     for own in by_instrument(readings).values():
         if found := [reading for reading in own if is_curve(reading)]:
             yield _key(own, "by_layer"), found
@@ -107,11 +108,12 @@ def curves(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
 def tables(
     readings: Sequence[Reading],
 ) -> Iterator[tuple[str, list[Reading], Callable[[], pd.DataFrame]]]:
-    """Key of each table, the readings in it, and what makes it.
+    """Gives the key of each table, the readings in it, and a function that makes it.
 
-    <instrument>/table of its ("layer", "rank", ...) readings, <instrument>/<axis>_rank_table of
-    (<axis>, "rank", ...), any other, and <instrument>/<axis>_table of those of any single axis
-    that are no curve, with at most 1000 entries.
+    The keys are <instrument>/table for its ("layer", "rank", ...) readings,
+    <instrument>/<axis>_rank_table for those of another axis and "rank", and
+    <instrument>/<axis>_table for those of one axis that are not curves and have at most 1000
+    entries.
     """
     for own in by_instrument(readings).values():
         for axis in dict.fromkeys(reading.axes[0] for reading in own if is_ranked(reading)):
@@ -125,21 +127,23 @@ def tables(
 
 
 def pictures(readings: Sequence[Reading], step: int) -> Iterator[tuple[str, bytes]]:
-    """Key and PNG of each picture, for back ends without figures: attention patterns, `matrices`
-    and `curves`."""
+    """Draws key and PNG of each picture, for back ends without figures: attention patterns,
+    `matrices` and `curves`."""
     for reading in readings:
         if is_mosaic(reading):
             yield reading.key, mosaic(reading, step=step)
     for key, own in matrices(readings):
-        if pictured(own):
+        if score_panels(own, with_ids=False):
             yield key, score_picture(own, step=step)
     for key, own in curves(readings):
-        yield key, score_picture(strips(own), step=step)
+        yield key, score_picture(curves_as_rows(own), step=step)
 
 
 def histograms(readings: Sequence[Reading]) -> Iterator[tuple[str, np.ndarray]]:
-    """Key and finite values, float64, of each ("layer", "head") reading but the spreads."""
-    for reading in pictured([r for r in readings if r.axes == ("layer", "head")]):
+    """Gives key and finite values, float64, of each ("layer", "head") reading, without spreads."""
+    heads = [reading for reading in readings if reading.axes == ("layer", "head")]
+    for panel in score_panels(heads, with_ids=False):
+        reading = panel.reading
         # The width of a range of large float32 may be infinite.
         finite = reading.values[np.isfinite(reading.values)].astype(float)
         if finite.size:
@@ -147,8 +151,11 @@ def histograms(readings: Sequence[Reading]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def top_rows(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    """The rows of the lowest ranks where a table has more rows than `most`; of the lowest rank
-    alone 1000 of them at the most. The first rows of one without ranks."""
+    """Keeps the rows of the lowest ranks where a table has more rows than `most`.
+
+    The lowest rank is always kept, with up to 1000 rows. A table without ranks keeps its first
+    rows.
+    """
     if len(frame) <= most:
         return frame
     if "rank" not in frame:
@@ -159,8 +166,11 @@ def top_rows(frame: pd.DataFrame, most: int) -> pd.DataFrame:
 
 
 def cells(frame: pd.DataFrame) -> dict[str, list[object]]:
-    """Column -> its values as Python's own: of float32 the shortest number that is read as the
-    same, None for what is missing and for numbers that JSON has no word for."""
+    """Gives the values of each column as Python's own types.
+
+    A float32 becomes the shortest decimal that reads back as the same. What is missing, NaN and
+    infinity become None.
+    """
     found: dict[str, list[object]] = {}
     for name in frame.columns:
         column = frame[name]
@@ -174,14 +184,14 @@ def cells(frame: pd.DataFrame) -> dict[str, list[object]]:
 
 
 def excerpt(frame: pd.DataFrame, most: int = _MOST_ROWS) -> dict[str, list[object]]:
-    """`cells` of the `top_rows`, of about 100, without the column "probe" where it is empty."""
+    """Gives the `cells` of about 100 `top_rows`, without the column "probe" where it is empty."""
     if frame["probe"].isna().to_numpy(dtype=bool).all():
         frame = frame.drop(columns="probe")
     return cells(top_rows(frame, most))
 
 
 def events(readings: Sequence[Reading]) -> Iterator[tuple[str, str]]:
-    """Every entry of the ("event",) readings: its sentence in one line, and its key and value."""
+    """Gives every entry of the ("event",) readings: its sentence in one line, its key and value."""
     for reading in readings:
         if reading.axes != ("event",):
             continue
@@ -194,8 +204,8 @@ def events(readings: Sequence[Reading]) -> Iterator[tuple[str, str]]:
 
 
 def _key(own: Sequence[Reading], name: str) -> str:
-    """`<instrument>/<name>` of several of an instrument's readings together; with "_2" where one
-    of them has that key itself."""
+    """Makes the key `<instrument>/<name>` for several readings of an instrument together, with "_2"
+    where one of them has that key itself."""
     key = f"{own[0].instrument}/{name}"
     return f"{key}_2" if any(reading.key == key for reading in own) else key
 

@@ -1,4 +1,4 @@
-"""`TensorBoardSink`: readings as curves, pictures, histograms and tables in TensorBoard."""
+"""`TensorBoardSink`: shows readings as curves, pictures, histograms and tables in TensorBoard."""
 
 import struct
 import time
@@ -16,10 +16,10 @@ from tlens_callback.sinks.shown import (
     check_store,
     excerpt,
     histograms,
-    not_the_trainers,
     pictures,
     scalars,
     tables,
+    without_trainer_logs,
 )
 from tlens_callback.store.numbered import newest, unused
 
@@ -29,40 +29,40 @@ _FILES = "events.out.tfevents.*"
 class TensorBoardSink:
     """Writes each observation into event files, at the trainer's step.
 
-    A process that is killed leaves every completed step readable. A step that is not greater than
-    the last one makes the run begin again from there: TensorBoard shows none of the steps from it
-    on. A sink that is new or was closed looks at what is there: step 0 begins a new run, in
-    `<path>-2`, `<path>-3`, ... if `path` holds one already; a later step goes on with the last of
-    these, from that step.
+    If the process is killed, every completed step stays readable. A step that is not greater than
+    the last one makes the run begin again from there: TensorBoard hides what it had from this step
+    on. A sink that is new, or was closed, first looks for runs at `path`: step 0 begins a new run,
+    in `<path>-2`, `<path>-3`, ... if `path` holds one already; a later step continues the last of
+    these runs from that step.
 
     Keys:
-        tlens/<key>: a number, for each reading without axes and texts; a histogram, for each
-            ("layer", "head") but the spreads; a picture, for each ("layer", "head", "query",
-            "key").
-        tlens/<instrument>/heads: picture of its ("layer", "head") readings, a panel each.
-        tlens/<instrument>/experts, by_<axis>, feature_by_<axis>: the same of ("layer", "expert"),
+        tlens/<key>: a number for each reading without axes and texts; a histogram for each
+            ("layer", "head") reading, without spreads; a picture for each ("layer", "head",
+            "query", "key") reading.
+        tlens/<instrument>/heads: picture of its ("layer", "head") readings, with a panel for each.
+        tlens/<instrument>/experts, by_<axis>, feature_by_<axis>: the same for ("layer", "expert"),
             ("layer", <axis>), ("feature", <axis>).
-        tlens/<instrument>/by_layer: picture of its ("layer",) readings, a panel per measure, a row
-            per probe.
+        tlens/<instrument>/by_layer: picture of its ("layer",) readings, with a panel for each
+            measure and a row for each probe.
         tlens/<instrument>/table: text, a table of its ("layer", "rank", ...) readings.
-        tlens/<instrument>/<axis>_rank_table: the same of (<axis>, "rank", ...), any other.
-        tlens/<instrument>/<axis>_table: the same of its readings of any other single axis, events
-            ("event_table") among them.
-        tlens/page: text, where the page is, which TensorBoard cannot show.
+        tlens/<instrument>/<axis>_rank_table: the same for another axis and "rank".
+        tlens/<instrument>/<axis>_table: the same for its readings of any other single axis, such as
+            events ("event_table").
+        tlens/page: text that says where the page is, since TensorBoard cannot show it.
 
     A table has at most about 100 rows, those of the lowest ranks, and says how many it leaves out.
-    Other readings, and those of the axis "update", which the trainer's own curves show, are left to
-    the local store.
+    Only the local store has other readings, and those of the axis "update", which are in the
+    trainer's own curves.
 
     Args:
-        path: a directory of its own; made at the first write. Not the trainer's: TensorBoard takes
-            what is in one directory for one run, all of which begins again with a step of ours.
-        name: the first segment of its keys, in the place of "tlens".
-        store: the `LocalSink` of the same readings, whose page is named at the end. None: no word
-            about it.
+        path: a directory for this sink alone; made at the first write. It must not be the
+            trainer's: TensorBoard takes all files in a directory for one run, so that both would
+            begin again together.
+        name: first segment of the keys, instead of "tlens".
+        store: the `LocalSink` of the same readings. At the end the sink says where its page is.
 
     Attributes:
-        path: where this run is written; known after the first write.
+        path: the directory of this run, known after the first write.
 
     Raises:
         ImportError: where tensorboard is not installed.
@@ -83,7 +83,7 @@ class TensorBoardSink:
             raise ImportError(message) from error
         self._base = Path(path).expanduser().absolute()
         if self._base.exists() and not self._base.is_dir():
-            raise ValueError(f"{self._base} is a file; TensorBoardSink needs a directory.")
+            raise ValueError(f"{self._base} is a file, but TensorBoardSink needs a directory.")
         check_store(store)
         self.path = self._base
         self._events, self._summaries = event_pb2, summary_pb2
@@ -100,11 +100,11 @@ class TensorBoardSink:
             ValueError: for a negative step.
         """
         if step < 0:
-            raise ValueError(f"A step is 0 or more, got {step}.")
-        summary = self._summary(not_the_trainers(readings), step)
+            raise ValueError(f"A step must be 0 or more, got {step}.")
+        summary = self._summary(without_trainer_logs(readings), step)
         events = [self._event(step, summary=summary)]
         if self._file is None:
-            again = self._enter(step)
+            again = self._choose_folder(step)
             self._file = EventFile(self.path)
             self._file.add([self._event(0, file_version="brain.Event:2")])
         else:
@@ -116,7 +116,7 @@ class TensorBoardSink:
         self._last = step
 
     def close(self) -> None:
-        """Says where the page is; a `write` after it looks at the directory anew."""
+        """Writes where the page is. A later `write` looks for runs in the directory again."""
         file, step = self._file, self._last
         if file is None:
             return
@@ -131,8 +131,8 @@ class TensorBoardSink:
     def __str__(self) -> str:
         return f"tensorboard --logdir {self.path} --samples_per_plugin images=1000,text=1000"
 
-    def _enter(self, step: int) -> bool:
-        """Chooses the directory; whether it holds a run."""
+    def _choose_folder(self, step: int) -> bool:
+        """Chooses the directory, and says whether it holds a run."""
         number, self.path = newest(self._base, _holds_run)
         if step == 0 and _holds_run(self.path):
             self.path = unused(self._base, number)
@@ -143,7 +143,7 @@ class TensorBoardSink:
         return event.SerializeToString()
 
     def _summary(self, readings: Sequence[Reading], step: int) -> Any:
-        """All of an observation."""
+        """Makes the summary of a whole observation."""
         summary = self._summaries.Summary()
         for reading in scalars(readings):
             summary.value.add(tag=self._keys(reading.key), simple_value=reading.values.item())
@@ -183,8 +183,10 @@ def _cell(value: object) -> str:
 
 
 def _markdown(text: str) -> str:
-    """The text as TensorBoard's markdown shows it letter by letter: what has no shape as its
-    escape, a space at its ends as a dot, and no mark left that means something."""
+    """Escapes text so that TensorBoard's markdown shows it letter by letter.
+
+    A character that cannot be seen becomes its escape, and a space at either end a dot.
+    """
     seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     inner = seen.strip(" ")
     before = len(seen) - len(seen.lstrip(" "))

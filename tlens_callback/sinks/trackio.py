@@ -1,4 +1,4 @@
-"""`TrackioSink`: readings as curves, pictures and tables of a trackio run."""
+"""`TrackioSink`: shows readings as curves, pictures and tables of a trackio run."""
 
 import functools
 import logging
@@ -17,10 +17,10 @@ from tlens_callback.sinks.shown import (
     events,
     excerpt,
     histograms,
-    not_the_trainers,
     pictures,
     scalars,
     tables,
+    without_trainer_logs,
 )
 
 logger = logging.getLogger("tlens_callback")
@@ -30,37 +30,37 @@ class TrackioSink:
     """Logs each observation as one row of a trackio run, at the trainer's step.
 
     The run is the one that is active at the first write (the trainer's, with
-    `report_to="trackio"`), or else one that this sink starts, in the project TRACKIO_PROJECT or
-    "tlens_callback", and finishes in `close`. Once it has logged to a run of somebody else's it
-    starts none of its own: what comes after the end of that run is left out, with one warning.
+    `report_to="trackio"`). If there is none, this sink starts one, in the project TRACKIO_PROJECT
+    or "tlens_callback", and finishes it in `close`. After it has logged to a run that somebody else
+    started, it starts none of its own: what comes after the end of that run is left out, with one
+    warning.
 
-    trackio keeps the step of its rows as a count that goes on from the last: rows of the trainer,
-    which gives none, follow the step of ours. Choose `train/global_step` as the x axis; every row
-    has it.
+    Choose `train/global_step` as the x axis; every row has it. trackio's own step is no use: it
+    counts on from the last row, and the trainer gives none with its rows.
 
     Keys:
-        tlens/<key>: a number, for each reading without axes and texts; a histogram, for each
-            ("layer", "head") but the spreads; a picture, for each ("layer", "head", "query",
-            "key").
-        tlens/<instrument>/heads: picture of its ("layer", "head") readings, a panel each.
-        tlens/<instrument>/experts, by_<axis>, feature_by_<axis>: the same of ("layer", "expert"),
+        tlens/<key>: a number for each reading without axes and texts; a histogram for each
+            ("layer", "head") reading, without spreads; a picture for each ("layer", "head",
+            "query", "key") reading.
+        tlens/<instrument>/heads: picture of its ("layer", "head") readings, with a panel for each.
+        tlens/<instrument>/experts, by_<axis>, feature_by_<axis>: the same for ("layer", "expert"),
             ("layer", <axis>), ("feature", <axis>).
-        tlens/<instrument>/by_layer: picture of its ("layer",) readings, a panel per measure, a row
-            per probe.
+        tlens/<instrument>/by_layer: picture of its ("layer",) readings, with a panel for each
+            measure and a row for each probe.
         tlens/<instrument>/table: table of its ("layer", "rank", ...) readings.
-        tlens/<instrument>/<axis>_rank_table: the same of (<axis>, "rank", ...), any other.
+        tlens/<instrument>/<axis>_rank_table: the same for another axis and "rank".
         tlens/<instrument>/<axis>_table: table of its readings of any other single axis.
         tlens/page: the page of the store, once, at the end.
 
     A table has at most about 100 rows, those of the lowest ranks, since the dashboard loads all
-    tables of all steps at once. Each entry of an ("event",) reading is an alert too, of level
-    WARN. Other readings, and those of the axis "update", which the trainer's own rows hold, are
-    left to the local store.
+    tables of all steps at once. Each entry of an ("event",) reading is also an alert, of level
+    WARN. Only the local store has other readings, and those of the axis "update", which are in the
+    trainer's own rows.
 
     Args:
-        name: the first segment of its keys, in the place of "tlens".
+        name: first segment of the keys, instead of "tlens".
         store: the `LocalSink` of the same readings, whose page is logged at the end; it has to be
-            closed before this one. None: no page.
+            closed before this sink. Without it no page is logged.
 
     Raises:
         ImportError: where trackio is not installed.
@@ -77,24 +77,24 @@ class TrackioSink:
         self._keys = Keys(name)
         self._store = store
         self._run: Any = None
-        self._started_here = self._joined = self._told = False
+        self._started_here = self._joined = self._warned = False
         self._last: int | None = None
         self._wait: Callable[[], None] = lambda: None
         self._hook: Any = None
         self._place = "trackio, no run yet"
 
     def before_finish(self, wait: Callable[[], None]) -> None:
-        """Keeps what waits for the writes under way, for when the run's owner finishes it."""
+        """Keeps a function that waits for unfinished writes, for when the run is finished."""
         self._wait = wait
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:
         """Logs one row, and sends the alerts of its events."""
         run = self._resolve()
         if run is None:
-            self._tell("what comes now is not logged there")
+            self._warn_once("later readings are not logged there")
             return
         with tempfile.TemporaryDirectory(prefix="tlens-", ignore_cleanup_errors=True) as folder:
-            row = self._row(not_the_trainers(readings), step, Path(folder))
+            row = self._row(without_trainer_logs(readings), step, Path(folder))
             # Copies the pictures, which can be removed then.
             run.log({**row, STEP: step}, step=step)
         for sentence, about in events(readings):
@@ -103,8 +103,8 @@ class TrackioSink:
         self._last = step
 
     def close(self) -> None:
-        """Logs the page, and finishes the run if this sink started it; the next `write` looks for
-        a run anew."""
+        """Logs the page, and finishes the run if this sink started it. The next `write` looks for a
+        run again."""
         run, started_here = self._run, self._started_here
         if run is None:
             return
@@ -122,7 +122,7 @@ class TrackioSink:
         return self._place
 
     def _resolve(self) -> Any:
-        """The run to log to; None where that was finished."""
+        """Finds the run to log to; None where it was finished."""
         active = self._trackio.context_vars.current_run.get()
         runs = [run for run in (self._run, active) if run is not None and not _finished(run)]
         if not runs and (self._joined or self._run is not None):
@@ -141,7 +141,7 @@ class TrackioSink:
         return run
 
     def _complete(self, run: Any) -> None:
-        """Writes what is under way, and the page, if this sink still logs to the run."""
+        """Waits for unfinished writes and logs the page, if this sink still logs to the run."""
         if self._run is not run:
             return
         try:
@@ -159,17 +159,17 @@ class TrackioSink:
         if self._store is None or self._last is None:
             return
         if _finished(self._run):
-            self._tell("the page could not be logged there")
+            self._warn_once("the page could not be logged there")
             return
         step, self._last = self._last, None
         file = self._store.page()
         page = self._trackio.Html(file, inject=False, caption=f"To see it larger: {file}")
         self._run.log({self._keys("page"): page, STEP: step}, step=step)
 
-    def _tell(self, what: str) -> None:
-        if not self._told:
+    def _warn_once(self, what: str) -> None:
+        if not self._warned:
             logger.warning("tlens: the trackio run was finished by whoever started it; %s.", what)
-        self._told = True
+        self._warned = True
 
     def _row(self, readings: Sequence[Reading], step: int, folder: Path) -> dict[str, Any]:
         row = {self._keys(r.key): r.values.item() for r in scalars(readings)}
@@ -187,8 +187,11 @@ class TrackioSink:
 
 
 def _before(finish: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
-    """`finish` with something to do first. trackio 0.43 has no hook at the end of a run, but
-    trackio.finish() and all else call the run's own `finish`."""
+    """Makes a `finish` that calls `first` before it.
+
+    trackio 0.43 has no hook at the end of a run, but trackio.finish() and everything else call the
+    run's own `finish`.
+    """
 
     @functools.wraps(finish)
     def both() -> None:

@@ -209,7 +209,7 @@ def test_starts_its_run_in_the_named_project(offline, monkeypatch):
 def test_says_what_is_missing(monkeypatch):
     with pytest.raises(ValueError, match=r"wandb\.init\(\)"):
         WandbSink(run="project")
-    with pytest.raises(ValueError, match="store is a LocalSink"):
+    with pytest.raises(ValueError, match="store must be a LocalSink"):
         WandbSink(store="out/tlens")
     for heads in ("head_scores/induction", ["induction"], [3]):
         with pytest.raises(ValueError, match="heads is a list of keys"):

@@ -1,23 +1,11 @@
-// Colours: sequential for magnitudes (viridis), diverging around zero for signed values
-// (ColorBrewer's RdBu, its two arms brought to equal lightness; from dark for dark pages).
+// Colours: sequential for magnitudes, diverging around zero for signed values.
 
-const ramp = (size, stops) => {
-  const rgb = stops.split(" ")
-    .map((hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)));
-  return Array.from({ length: size }, (_, i) => {
-    const at = (i / (size - 1)) * (rgb.length - 1), low = Math.min(Math.floor(at), rgb.length - 2);
-    return rgb[low].map((c, j) => Math.round(c + (rgb[low + 1][j] - c) * (at - low)));
-  });
-};
-const SEQUENTIAL = ramp(256,
-  "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725");
-// An odd number, so that zero has a colour of its own: the neutral one.
-const DIVERGING = {
-  light: ramp(257, "053061 1460a5 3c8ebd 8ec1da d0e4ef f7f7f7 fcdac6 f6a784 d8624f b71f2f 67001f"),
-  dark: ramp(257, "b1ddfc 73b6de 3c8dc1 226597 1c3e5b 1c1c1c 5f2c28 9e453a d8624f e99b79 f2d1bd"),
-};
-// Of curves: 3 to 1 against paper and card, dark and light.
-const LINES = "#0072b2 #d55e00 #009e73 #c06a9a #b87f00 #2e90c8 #9b59ab #80864b".split(" ");
+// PALETTE is the package's own: tables of colours as hexadecimal text, and the colours of curves.
+const tableFrom = (hex) => hex.match(/.{6}/g)
+  .map((colour) => [0, 2, 4].map((i) => parseInt(colour.slice(i, i + 2), 16)));
+const SEQUENTIAL = tableFrom(PALETTE.sequential);
+const DIVERGING = { light: tableFrom(PALETTE.light), dark: tableFrom(PALETTE.dark) };
+const LINES = PALETTE.lines;
 const DARK = matchMedia("(prefers-color-scheme: dark)");
 
 // {low, high, diverging, root, given, over}: what a colour stands for. `root`: the square root of

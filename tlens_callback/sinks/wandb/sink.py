@@ -16,7 +16,7 @@ from tlens_callback.sinks.shown import (
     Keys,
     by_instrument,
     check_store,
-    not_the_trainers,
+    without_trainer_logs,
 )
 from tlens_callback.sinks.wandb.file_budget import FileBudget
 from tlens_callback.sinks.wandb.finish import BeforeFinish
@@ -156,7 +156,7 @@ class WandbSink:
             RuntimeError: if the run was finished by its owner.
         """
         run = self._resolve()
-        readings = not_the_trainers(readings)
+        readings = without_trainer_logs(readings)
         shown, cut_short = numbers(readings, everything=self._everything)
         row: dict[str, Any] = {self._keys(r.key): r.values.item() for r in shown}
         row |= self._of_heads(run, readings)
