@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
+from hypothesis import HealthCheck, settings
 
 from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, before TRL imports it
 
@@ -14,6 +15,20 @@ from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, be
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+# The same few examples at each run, on machines of any speed, and nothing kept on disk. To look for
+# more: TLENS_EXAMPLES=2000 scripts/test ..., which draws others each time.
+_more = os.environ.get("TLENS_EXAMPLES")
+settings.register_profile(
+    "tests",
+    max_examples=int(_more or 40),
+    derandomize=_more is None,
+    deadline=None,
+    database=None,
+    # The machine may be slow; what is set up once a test is meant to serve all its examples.
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
 
 
 def seed():
