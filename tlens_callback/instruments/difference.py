@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tlens_callback.instruments.parts.first import first_seen, of_probes
@@ -14,6 +14,7 @@ from tlens_callback.instruments.parts.selection import (
     chosen_rows,
     picked,
     resid_hook,
+    where_known,
 )
 from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, token_texts, unembed
 from tlens_callback.probes import ProbeBatch
@@ -155,7 +156,7 @@ def _read(
     bias: Float[Tensor, " vocab"],
     dtype: torch.dtype,
     k: int,
-) -> tuple[Int[Tensor, "layer rank"], Float[Tensor, "layer rank"]]:
+) -> tuple[Float[Tensor, "layer rank"], Float[Tensor, "layer rank"]]:
     """The top tokens of each layer's difference, and their probabilities; `bias` is the lens
     of zero, `dtype` the residual stream's, in which norm and head compute."""
     size = difference.norm(dim=1, keepdim=True)
@@ -166,6 +167,6 @@ def _read(
         *(part.split(max(1, CHUNK // shadow.vocab_size)) for part in (unit, size > 0)), strict=True
     ):
         top = (unembed(shadow, group) - bias).softmax(-1).topk(k)
-        tokens.append(torch.where(there, top.indices, 0))
+        tokens.append(where_known(torch.where(there, top.indices, 0), top.values))
         probabilities.append(top.values)
     return torch.cat(tokens), torch.cat(probabilities)
