@@ -2,11 +2,15 @@
 
 import os
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import wandb
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, before TRL imports it
 
@@ -14,6 +18,23 @@ from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, be
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+# The same few examples at each run, on machines of any speed, and nothing kept in the tree. To look
+# for more: TLENS_EXAMPLES=2000 scripts/test ..., which draws others each time.
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"tlens-hypothesis-{os.getuid()}")
+_more = os.environ.get("TLENS_EXAMPLES")
+settings.register_profile(
+    "tests",
+    max_examples=int(_more or 40),
+    derandomize=_more is None,
+    deadline=None,
+    database=None,
+    # Not those that look for why, which takes a minute where something fails.
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    # The machine may be slow; what is set up once a test is meant to serve all its examples.
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
 
 
 def seed():

@@ -1,6 +1,11 @@
 """Rules: events about any number that is read."""
 
+import re
+import statistics
+
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.events.test_watch import number, sentences
 from tlens_callback import Reading, Rule, Watch
@@ -64,3 +69,56 @@ def test_a_number_that_is_none_any_more():
     assert [i for i, found in enumerate(raised) if found] == [4, 7, 9]
     assert raised[4] == ["loss/mean not finite: (1.1 -> nan), 1"]
     assert raised[9] == ["loss/mean jumped: (1 -> 9), 1"]
+
+
+def naive(rule: Rule, past: list[float], new: float) -> set[str]:
+    """What has happened to one number, from the words of `Rule`; `past`: all that came before."""
+    happened = set()
+    if past and rule.above is not None and new > rule.above and past[-1] <= rule.above:
+        happened.add(f"above {rule.above:g}")
+    if past and rule.below is not None and new < rule.below and past[-1] >= rule.below:
+        happened.add(f"below {rule.below:g}")
+    if rule.jump is not None:
+        if past and np.isfinite(past[-1]) and not np.isfinite(new):
+            happened.add("not finite")
+        finite = [value for value in past[-20:] if np.isfinite(value)]
+        if len(past) >= 3 and finite and np.isfinite(new):
+            middle = statistics.median(finite)
+            spread = statistics.median([abs(value - middle) for value in finite])
+            if abs(new - middle) > max(rule.jump, 6 * 1.4826 * spread):
+                happened.add("jumped")
+    return happened
+
+
+# Quarters, so that a number meets a threshold often and its arithmetic is exact.
+quarters = st.integers(-12, 12).map(lambda number: number / 4)
+measured = quarters | st.sampled_from([np.nan, np.inf, -np.inf, 3e38, -3e38])
+steady = st.sampled_from([0.0, 0.25]) | measured
+
+
+@given(
+    above=st.none() | quarters,
+    below=st.none() | quarters,
+    jump=st.sampled_from([0.25, 0.75, 2.0]),
+    cooldown=st.integers(0, 3),
+    looks=st.lists(st.tuples(steady, steady, steady), max_size=40),
+)
+def test_any_numbers_raise_what_a_loop_over_them_raises(above, below, jump, cooldown, looks):
+    rule = Rule("a/b", above=above, below=below, jump=jump)
+    watch = Watch([rule], cooldown=cooldown)
+    raised: dict[tuple[str, int], int] = {}
+    for now, values in enumerate(looks):
+        expected = set()
+        for i, new in enumerate(values):
+            for what in naive(
+                rule, [float(np.float32(look[i])) for look in looks[:now]], float(np.float32(new))
+            ):
+                if now - raised.get((what, i), -99) > cooldown:
+                    raised[what, i] = now
+                    expected.add((what, i))
+        reading = Reading(key="a/b", values=values, axes=("pos",), unit="1")
+        said = set()
+        for sentence in sentences(watch, [reading]):
+            what = re.match(r"a/b (.*?): pos", sentence)[1]
+            said |= {(what, int(i)) for i in re.findall(r"pos (\d) \(", sentence)}
+        assert said == expected

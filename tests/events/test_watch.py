@@ -123,6 +123,16 @@ def test_a_head_that_was_nearly_there_has_to_move():
     ]
 
 
+def test_a_head_that_nearly_had_the_role_has_to_move_to_lose_it():
+    watch = Watch(moves=0.2)
+    held = [(1, 0, 0.31, 0.31)]
+    sentences(watch, scores(induction=held))
+    assert sentences(watch, scores(induction=[(1, 0, 0.14, 0.14)])) == []
+    assert sentences(watch, scores(induction=[(1, 0, 0.10, 0.10)])) == [
+        "no induction head any more: L1H0 (0.31 -> 0.10); best is L1H0 0.10"
+    ]
+
+
 def test_the_same_event_waits_for_the_cooldown():
     watch = Watch(cooldown=5)
     sentences(watch, scores())

@@ -243,6 +243,18 @@ def test_made_up_heads_have_the_known_scores():
     assert got["sink_share"].values == pytest.approx(5 / 8)
 
 
+def test_a_head_is_a_sink_from_three_tenths_on():
+    """Gu et al. 2024. Query 0 has no other key, so a head's mean is above the share of the rest."""
+
+    def on_bos(share: float) -> Rule:
+        return lambda q, s: {0: share, q: 1 - share} if q else {0: 1.0}
+
+    heads = {str(share): on_bos(share) for share in (0.05, 0.1, 0.2, 0.25, 0.27, 0.3, 0.6, 0.9)}
+    value, got = made_by_hand(heads, list(BLOCKS), HeadScores())
+    assert 0.28 < value("sink", "0.25") < 0.3 < value("sink", "0.27") < 0.32
+    assert got["sink_share"].values == pytest.approx(4 / 8)
+
+
 def test_a_positional_copy_is_no_induction_head():
     """Eight tokens back is induction on blocks of nine, and on no others."""
     no_induction = only(RULES["copy from 8 back"])

@@ -50,6 +50,25 @@ def test_every_cell_has_the_colour_of_its_value_at_its_place():
     assert (width == 27).all()
 
 
+def test_names_stand_beside_the_rows_and_columns_that_they_name():
+    """Read from how far the letters of each reach: the later a name, the longer it is."""
+    values = (2 + 2 * np.arange(4 * 9)).reshape(4, 9) / 239
+    layers, tokens = ["1" * (1 + 2 * i) for i in range(4)], ["o" * (1 + i) for i in range(9)]
+    labels = {"layer": layers, "pos": tokens}
+    picture = pixels([matrix(values, axes=("layer", "pos"), labels=labels)])
+    ink = (picture.astype(int).sum(-1) < 450) & (np.ptp(picture, axis=-1) < 20)
+    slots = (values * 239).round().astype(int)
+    places = np.array([[blocks(picture, palette()[slot])[:2] for slot in row] for row in slots])
+    left, under = int(places[0, 0, 0]) - 16, int(places[-1, 0, 1]) + 10
+    beside = [ink[int(y) - 8 : int(y) + 8, :left] for y in places[:, 0, 1]]
+    reach = [left - np.flatnonzero(rows.any(0)).min() for rows in beside]
+    assert (np.diff(reach) > 8).all(), "two digits more each"
+    # Nine letters reach as far down, and the colour bar begins below them.
+    below = [ink[under : under + 66, int(x) - 8 : int(x) + 8] for x in places[0, :, 0]]
+    deep = [np.flatnonzero(columns.any(1)).max() for columns in below]
+    assert (np.diff(deep) > 4).all(), "a letter more each"
+
+
 def test_signed_values_diverge_from_white():
     values = np.linspace(-3, 3, 9)[None].repeat(9, 0)
     picture = pixels([matrix(values, limits=None, unit="logit")])

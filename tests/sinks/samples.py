@@ -119,7 +119,7 @@ def same(a, b, *, atol=0.0):
     """Whether two readings are equal; values bit for bit, unless `atol` says otherwise."""
     values = np.array_equal(a.values, b.values, equal_nan=True)
     if atol:
-        values = np.allclose(a.values, b.values, rtol=0, atol=atol)
+        values = np.allclose(a.values, b.values, rtol=0, atol=atol, equal_nan=True)
     about = [
         (r.key, r.axes, r.unit, dict(r.labels), r.limits, r.values.shape, texts_of(r))
         for r in (a, b)

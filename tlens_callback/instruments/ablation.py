@@ -232,7 +232,8 @@ class HeadAblation:
         """The heads to check: the largest, those that could be, and some at even distances."""
         chosen: list[int] = []
         for ranked in (size, reach):
-            relative = ranked / ranked.max(0).clip(min=np.finfo(np.float32).tiny)
+            with np.errstate(invalid="ignore"):
+                relative = ranked / ranked.max(0).clip(min=np.finfo(np.float32).tiny)
             order = np.argsort(-relative.max(1), kind="stable").tolist()
             chosen += [i for i in order if i not in chosen][: self.checked // 3]
         others = [i for i in range(len(size)) if i not in chosen]

@@ -30,6 +30,7 @@ from tlens_callback.instruments.parts.selection import (
     picked,
     plain_rows,
     rows_named,
+    where_known,
     z_hook,
 )
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
@@ -261,7 +262,8 @@ class LogitAttribution:
                 )
                 write = write / scales([mlp_norm_hook(i) for i in neurons])[:, at, None]
                 axes, labels = ("layer", "rank"), layer_labels(neurons, shadow)
-                yield self._reading("neuron", probe, index, axes, "index", labels)
+                known = where_known(index, write)
+                yield self._reading("neuron", probe, known, axes, "index", labels)
                 yield self._reading("neuron_write", probe, write, axes, "logit", labels)
 
     def between(

@@ -139,7 +139,10 @@ class Composition:
         top = found.topk(min(self.k, found.shape[1]), dim=1)
         ends = torch.cat(where, 1)
         texts = [
-            [_name(*ends[i, j].flatten().tolist()) for j in row]
+            [
+                "" if score != score else _name(*ends[i, j].flatten().tolist())
+                for j, score in zip(row, top.values[i].tolist(), strict=True)
+            ]
             for i, row in enumerate(top.indices)
         ]
         yield Reading(

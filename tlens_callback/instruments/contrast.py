@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tlens_callback.instruments.parts.baseline import first_seen
@@ -17,6 +17,7 @@ from tlens_callback.instruments.parts.selection import (
     neuron_hook,
     neuron_layers,
     resid_hook,
+    where_known,
 )
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import Probe, ProbeBatch, token_ids
@@ -255,14 +256,15 @@ class Contrast:
 
     def _top(
         self, layer: int, means: Float[Tensor, "group neuron"]
-    ) -> tuple[Int[Tensor, " rank"], Float[Tensor, " rank"], Float[Tensor, " rank"]]:
+    ) -> tuple[Float[Tensor, " rank"], Float[Tensor, " rank"], Float[Tensor, " rank"]]:
         if self.k > means.shape[1]:
             raise ValueError(
                 f"Contrast(k={self.k}): layer {layer} has {means.shape[1]} neurons. Lower k."
             )
         difference = means[0] - means[1]
         index = difference.abs().topk(self.k).indices
-        return index, difference[index], (means[2] - means[3])[index]
+        shown = difference[index]
+        return where_known(index, shown), shown, (means[2] - means[3])[index]
 
     def _encoded(self, batch: ProbeBatch) -> list[Probe]:
         """The texts as token ids, having before without."""

@@ -259,6 +259,7 @@ def _in_top(
     asked = torch.stack([token, other]).repeat(1, len(of.o))  # [own or other, head and token]
     at = torch.stack([(written * _unembedding(shadow, w_u, ids)).sum(1) for ids in asked])
     ahead = torch.zeros_like(asked)
+    unknown = at.isnan() | at.isinf()
     # Five ahead of it, and a token is out: the first chunk settles most, and none needs the rest.
     live = torch.arange(asked.shape[1], device=token.device)
     vocabulary = min(len(w_e), w_u.shape[1])
@@ -268,9 +269,10 @@ def _in_top(
         ids = torch.arange(rows.start, rows.stop, device=token.device)
         itself = asked[:, live, None] == ids
         ahead[:, live] += ((logits >= at[:, live, None]) & ~itself).sum(2)
+        unknown[:, live] |= logits.isnan().any(1)
         live = live[(ahead[:, live] < _TOP).any(0)]
         if not len(live):
             break
-    # Nothing is ahead of what is no number.
-    among = (ahead < _TOP).float().where(at.isfinite(), torch.nan)
+    # Nothing is ahead of what is no number, and what is no number is ahead of nothing.
+    among = (ahead < _TOP).float().masked_fill(unknown & (ahead < _TOP), torch.nan)
     return among.unflatten(1, (len(of.o), -1)).mean(2)

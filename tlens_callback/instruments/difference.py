@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tlens_callback.instruments.parts.baseline import first_seen, of_probes
@@ -15,6 +15,7 @@ from tlens_callback.instruments.parts.selection import (
     chosen_rows,
     picked,
     resid_hook,
+    where_known,
 )
 from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, token_texts, unembed
 from tlens_callback.meaning import Description, Meaning, Needs
@@ -175,7 +176,7 @@ def _read(
     bias: Float[Tensor, " vocab"],
     dtype: torch.dtype,
     k: int,
-) -> tuple[Int[Tensor, "layer rank"], Float[Tensor, "layer rank"]]:
+) -> tuple[Float[Tensor, "layer rank"], Float[Tensor, "layer rank"]]:
     """The top tokens of each layer's difference, and their probabilities; `bias` is the lens
     of zero, `dtype` the residual stream's, in which norm and head compute."""
     size = difference.norm(dim=1, keepdim=True)
@@ -186,6 +187,6 @@ def _read(
         *(part.split(max(1, CHUNK // shadow.vocab_size)) for part in (unit, size > 0)), strict=True
     ):
         top = (unembed(shadow, group) - bias).softmax(-1).topk(k)
-        tokens.append(torch.where(there, top.indices, 0))
+        tokens.append(where_known(torch.where(there, top.indices, 0), top.values))
         probabilities.append(top.values)
     return torch.cat(tokens), torch.cat(probabilities)

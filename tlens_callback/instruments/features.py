@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.parts.selection import picked, plain_rows
+from tlens_callback.instruments.parts.selection import picked, plain_rows, where_known
 from tlens_callback.meaning import Description, Meaning, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -204,13 +204,14 @@ class SparseFeatures:
         )
         moved = most(drift.abs(), self.k)
         for measure, values, unit in (
-            ("drifting", moved, "index"),
+            ("drifting", where_known(moved, drift[moved]), "index"),
             ("drifting_change", drift[moved], "activation"),
         ):
             yield Reading(
                 key=f"{self.name}/{measure}", values=values.cpu().numpy(), axes=("rank",), unit=unit
             )
-        dead = float((seen.features > 0).any(0).logical_not().double().mean())
+        silent = (seen.features > 0).any(0).logical_not().double()
+        dead = float(silent.mean()) if seen.is_known else float("nan")
         yield scalar(self.name, "dead", dead, "fraction", (0.0, 1.0))
         yield from fit_readings(self.name, seen)
 
@@ -259,7 +260,7 @@ def shown_readings(
     axes = ("feature",)
     yield Reading(
         key=f"{name}/frequency",
-        values=(chosen > 0).double().mean(0).numpy(),
+        values=(chosen > 0).double().masked_fill(chosen.isnan(), torch.nan).mean(0).numpy(),
         axes=axes,
         unit="fraction",
         labels=labels,
@@ -305,7 +306,8 @@ def shown_readings(
 
 def fit_readings(name: str, seen: Spliced) -> Iterator[Reading]:
     """How sparse the features are and how much of the model is in them."""
-    yield scalar(name, "l0", float((seen.features > 0).sum(1).double().mean()), "count")
+    l0 = float((seen.features > 0).sum(1).double().mean())
+    yield scalar(name, "l0", l0 if seen.is_known else float("nan"), "count")
     yield scalar(name, "fvu", seen.fvu, "fraction")
     yield scalar(name, "massive", seen.massive, "count")
     yield scalar(name, "recovered", seen.recovered, "fraction")

@@ -1,6 +1,6 @@
 """What kind of head each head is, from its attention on repeated random blocks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -214,23 +214,35 @@ class HeadScores:
         # Masked, because short sequences do not have all lags.
         longest = np.array([(batch.lengths[i] - 1) // 2 for rows in blocks.values() for i in rows])
         profile = np.ma.masked_array(scores[len(bounded) :])  # [lag, sequence, layer, head]
+        # Put aside, because a mean over masked numbers masks those that are none.
+        no_number = np.isnan(profile.data)
+        profile[no_number] = 0
         profile[np.arange(len(profile))[:, None] > longest] = np.ma.masked
+        unknown = (no_number & ~np.ma.getmaskarray(profile)).any(0)
         parts = np.split(np.arange(len(longest)), stops)
         block = np.ma.stack([profile[:, part].mean(1) for part in parts], axis=1)
+        of_block = np.stack([unknown[part].any(0) for part in parts])
         views = profile, block, block.mean(1)
+        unknowns = unknown, of_block, of_block.any(0)
+
+        def known(found: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+            for values, no in zip(found, unknowns, strict=True):
+                yield np.where(no, np.float32(np.nan), values)
+
         yield from self._matrices(
             "lag",
             "tokens",
             float(longest.max()),
             labels,
-            *(view.argmax(0, fill_value=-1) for view in views),
+            *known(view.argmax(0, fill_value=-1) for view in views),
         )
         yield from self._matrices(
-            "lag_mass", "probability", 1.0, labels, *(view.max(0).filled() for view in views)
+            "lag_mass", "probability", 1.0, labels, *known(view.max(0).filled() for view in views)
         )
         for measure in ("previous", "duplicate", self._induction, "prefix_matching"):
             yield self._scalar(f"max_{measure}", minima[measure].max(), "probability")
-        yield self._scalar("sink_share", (means["sink"] > 0.3).mean(), "fraction")
+        sinks = np.where(np.isnan(means["sink"]), np.nan, means["sink"] > 0.3)
+        yield self._scalar("sink_share", sinks.mean(), "fraction")
         yield self._scalar("min_entropy", means["entropy"].min(), "fraction")
         yield self._scalar("mean_entropy", means["entropy"].mean(), "fraction")
 

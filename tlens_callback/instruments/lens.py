@@ -13,6 +13,7 @@ from tlens_callback.instruments.parts.selection import (
     chosen_rows,
     picked,
     resid_hook,
+    where_known,
 )
 from tlens_callback.instruments.parts.unembed import (
     CHUNK,
@@ -97,7 +98,10 @@ class LogitLens:
                 axes=("layer", "rank"),
                 headline=True,
                 quantity=Quantity.NEXT_TOKEN,
-                explanation="The lens reads the last token only; LogitLens(every_token=True) reads every token.",
+                explanation=(
+                    "the lens reads the last token only; LogitLens(every_token=True) reads every "
+                    "token"
+                ),
             ),
             "top": Meaning(
                 title="Probability of what each layer would say",
@@ -229,7 +233,7 @@ class LogitLens:
 
     def _probe(
         self,
-        token: Int[Tensor, "layer rank"],
+        token: Float[Tensor, "layer rank"],
         top: Float[Tensor, "layer rank"],
         numbers: Float[Tensor, "layer measure"],
         batch: ProbeBatch,
@@ -246,7 +250,9 @@ class LogitLens:
         ]
         if batch.targets[row] is not None:
             below = np.flatnonzero(rank > 0)
-            first = np.array(below[-1] + 1 if len(below) else 0)
+            first = np.array(below[-1] + 1 if len(below) else 0, np.float32)
+            if np.isnan(rank[int(first) :]).any():
+                first[()] = np.nan
             made += [
                 ("rank", rank, axes, "rank", None),
                 ("probability", probability, axes, "probability", (0.0, 1.0)),
@@ -258,7 +264,7 @@ class LogitLens:
 
     def _by_pos(
         self,
-        token: Int[Tensor, "layer pos 1"],
+        token: Float[Tensor, "layer pos 1"],
         top: Float[Tensor, "layer pos 1"],
         numbers: Float[Tensor, "layer pos measure"],
         batch: ProbeBatch,
@@ -303,7 +309,7 @@ def _lens(
     foil: Int[Tensor, " place"],
 ) -> tuple[
     Float[Tensor, ""],
-    Int[Tensor, "layer place rank"],
+    Float[Tensor, "layer place rank"],
     Float[Tensor, "layer place rank"],
     Float[Tensor, "layer place 5"],
 ]:
@@ -328,14 +334,16 @@ def _lens(
             logits[-1], log_p[-1] = final, last
         token = logits.topk(k).indices
         at_target = pick(logits, target)
+        p_target = pick(log_p, target)[..., 0].exp()
         numbers = [
-            (logits > at_target).float().sum(-1),
-            pick(log_p, target)[..., 0].exp(),
+            (logits > at_target).float().sum(-1).masked_fill(p_target.isnan(), torch.nan),
+            p_target,
             (at_target - pick(logits, foil))[..., 0],
             # The difference first: it is exactly 0 where the two are one.
             ((last - log_p) * p_last).sum(-1).clamp(min=0),
             -(log_p * logits.softmax(-1)).sum(-1),
         ]
-        seen.append((token, log_p.gather(-1, token).exp(), torch.stack(numbers, dim=-1)))
+        top = log_p.gather(-1, token).exp()
+        seen.append((where_known(token, top), top, torch.stack(numbers, dim=-1)))
     token, top, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
     return off, token, top, numbers

@@ -17,6 +17,7 @@ from tlens_callback.instruments.parts.selection import (
     neuron_hook,
     neuron_layers,
     picked,
+    where_known,
 )
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
@@ -152,19 +153,26 @@ class TopNeurons:
         for at, row in enumerate(rows):
             if neurons:
                 yield from self._neurons(taken, shadow, batch, neurons, at, row)
-            for measure, unit, hook in (
-                ("expert_share", "fraction", routed_hook),
-                ("router", "probability", router_hook),
+            if not experts:
+                continue
+            share, router = (
+                torch.stack([taken[hook(i)][at] for i in experts])
+                for hook in (routed_hook, router_hook)
+            )
+            # A router of no numbers sends tokens somewhere all the same.
+            share = share.masked_fill(router.isnan(), torch.nan)
+            for measure, unit, values in (
+                ("expert_share", "fraction", share),
+                ("router", "probability", router),
             ):
-                if experts:
-                    yield Reading(
-                        key=f"{self.name}/{measure}/{batch.probes[row].name}",
-                        values=torch.stack([taken[hook(i)][at] for i in experts]).numpy(),
-                        axes=("layer", "expert"),
-                        unit=unit,
-                        labels=layer_labels(experts, shadow),
-                        limits=(0.0, 1.0),
-                    )
+                yield Reading(
+                    key=f"{self.name}/{measure}/{batch.probes[row].name}",
+                    values=values.numpy(),
+                    axes=("layer", "expert"),
+                    unit=unit,
+                    labels=layer_labels(experts, shadow),
+                    limits=(0.0, 1.0),
+                )
 
     def _neurons(
         self,
@@ -179,27 +187,30 @@ class TopNeurons:
         probe, labels = batch.probes[row].name, layer_labels(layers, shadow)
         of_layers = [taken[neuron_hook(i)] for i in layers]
         index, fired, *write = (
-            torch.stack(parts) for parts in zip(*of_layers, strict=True)
-        )  # each [layer, row, rank, ...]
+            torch.stack(parts)[:, at] for parts in zip(*of_layers, strict=True)
+        )  # each [layer, rank, ...]
+        counted = self._counted(batch, torch.tensor([row], device=batch.mask.device)).cpu()
+        size = fired.abs().masked_fill(~counted, -1)
+        largest, peak = size.amax(-1), size.argmax(-1)
+        # Another neuron might have fired more; what this one does is not told as if it were chosen.
+        fired = fired.masked_fill(largest.isnan()[..., None], torch.nan)
         yield Reading(
             key=f"{self.name}/neuron/{probe}",
-            values=index[:, at].numpy(),
+            values=where_known(index, largest).numpy(),
             axes=("layer", "rank"),
             unit="index",
             labels=labels,
         )
         yield Reading(
             key=f"{self.name}/activation/{probe}",
-            values=fired[:, at, :, : batch.lengths[row]].numpy(),
+            values=fired[..., : batch.lengths[row]].numpy(),
             axes=("layer", "rank", "pos"),
             unit="activation",
             labels={**labels, "pos": batch.labels[row]},
         )
-        counted = self._counted(batch, torch.tensor([row], device=batch.mask.device)).cpu()
-        peak = fired[:, at].abs().masked_fill(~counted, -1).argmax(-1)
         yield Reading(
             key=f"{self.name}/peak/{probe}",
-            values=peak.numpy(),
+            values=where_known(peak, largest).numpy(),
             axes=("layer", "rank"),
             unit="index",
             labels=labels,
@@ -212,7 +223,7 @@ class TopNeurons:
         )
         yield Reading(
             key=f"{self.name}/write/{probe}",
-            values=(write[0][:, at] / scales[:, None] / taken[FINAL][at]).numpy(),
+            values=(write[0] / scales[:, None] / taken[FINAL][at]).numpy(),
             axes=("layer", "rank"),
             unit="logit",
             labels=labels,

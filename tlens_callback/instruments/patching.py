@@ -1,5 +1,6 @@
 """Where the answer is carried: activations of one prompt put into the run of another."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -176,7 +177,9 @@ class ActivationPatching:
         gap = clean - corrupt
         # One that was asked for by name is kept as it was before there could be several.
         known = "gap" if self.clean is not None else f"gap/{pair.name}"
-        if abs(gap) <= torch.finfo(shadow.dtype).eps * float(ends.abs().max()):
+        if not math.isfinite(gap):
+            gap = float("nan")
+        elif abs(gap) <= torch.finfo(shadow.dtype).eps * float(ends.abs().max()):
             if known not in self.memory:
                 raise ValueError(
                     f"ActivationPatching: logit[target] - logit[foil] is {clean:.4g} on the clean "
@@ -190,7 +193,7 @@ class ActivationPatching:
         for part, by_layer in hooks.items():
             axis = "head" if part == "head" else "pos"
             size = len(pair.clean) if axis == "pos" else shadow.n_heads
-            values = np.zeros((len(by_layer), size))
+            values = np.full((len(by_layer), size), 0 * gap)
             for row in values:
                 share = next(shares).numpy()
                 row[size - len(share) :] = share

@@ -26,6 +26,7 @@ class UpdateSparsity:
     entries of all those weights. Both are 1 at the first observation. The weights are the
     shadow's, in its precision: in bfloat16 a step smaller than half the distance of neighbouring
     numbers (0.4 % of the weight) moves nothing, one of an adapter in float32 no more than others.
+    What is no number, then or now, counts as moved.
 
     Weights that training cannot change, frozen and without a trained adapter, are left out: they
     would only dilute the share. Under another tuner than plain LoRA a layer's bias is taken to

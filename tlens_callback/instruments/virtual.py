@@ -175,19 +175,20 @@ class VirtualHeads:
             ("lag", mass_gain, {"lag": lag, "lag_mass": mass, "lag_gain": mass_gain}),
             ("induction", gain, {"induction": induction, "induction_gain": gain}),
         ):
-            first = np.lexsort((pair, -by))[:room]
-            left = (0, room - len(first))
+            # What is not a number comes first: it might be the largest.
+            first = np.lexsort((pair, -np.nan_to_num(by, nan=np.inf)))[:room]
+            unknown, left = np.isnan(by[first]), (0, room - len(first))
             yield Reading(
                 key=f"{self.name}/{kind}_pair",
-                values=np.pad(pair[first], left),
+                values=np.pad(np.where(unknown, np.nan, pair[first]), left),
                 axes=("rank",),
                 unit="index",
-                texts=np.pad(names[first], left, constant_values=""),
+                texts=np.pad(np.where(unknown, "", names[first]), left, constant_values=""),
             )
             for measure, values in columns.items():
                 yield Reading(
                     key=f"{self.name}/{measure}",
-                    values=np.pad(values[first], left),
+                    values=np.pad(np.where(unknown, np.nan, values[first]), left),
                     axes=("rank",),
                     unit="tokens" if measure == "lag" else "probability",
                     limits=self._limits(measure, batch),

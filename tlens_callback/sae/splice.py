@@ -102,7 +102,8 @@ class Spliced:
     """An autoencoder against the model.
 
     Attributes:
-        features: [token, feature], at the counted tokens that are not massive.
+        features: [token, feature], at the counted tokens that are not massive; NaN where the
+            activation is no number.
         counted: [row, pos], where those stand.
         massive: number of the others.
         fvu: over the same tokens.
@@ -114,6 +115,11 @@ class Spliced:
     massive: int
     fvu: float
     loss: dict[str, float]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all of these activations are numbers: else nobody knows what fires."""
+        return not bool(self.features.isnan().any())
 
     @property
     def recovered(self) -> float:
@@ -148,7 +154,10 @@ def splice(
             f"Is it for another model, or another hook point?"
         )
     features, rebuilt = sae.reconstruct(x)
-    small = ordinary(x)
+    # What is no number is not massive: it counts, and all that is taken over it is unknown.
+    unknown = ~x.isfinite().all(1)
+    features = features.masked_fill(unknown[:, None], torch.nan)
+    small = ordinary(x) | unknown
     for name, put in (("zero", torch.zeros_like(x)), ("sae", rebuilt)):
         parts = iter(torch.where(small[:, None], put, x).split([len(part) for part in kept]))
         loss[name] = loss_with(shadow, hook, tokens, counted, lambda _, parts=parts: next(parts))
@@ -171,7 +180,8 @@ def ordinary(x: Float[Tensor, "token d_in"]) -> Bool[Tensor, " token"]:
     one outweighs all else in a sum of squares.
     """
     norm = x.norm(dim=1)
-    return (norm <= 10 * norm.median()) & norm.isfinite()
+    finite = norm.isfinite()
+    return (norm <= 10 * norm[finite].median()) & finite
 
 
 def _unreached(hook: str) -> ValueError:

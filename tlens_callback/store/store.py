@@ -1,6 +1,7 @@
 """`read_store`: the readings that a `LocalSink` wrote, given back; `format` has the layout."""
 
 import json
+import struct
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -250,8 +251,11 @@ class Store:
         """Key -> description, or None where the step is not complete."""
         try:
             with scores_file(self.path, step).open("rb") as file:
-                file.seek(-4, 2)
-                whole = file.read() == b"PAR1"
+                size = file.seek(0, 2)
+                file.seek(-8, 2)
+                footer, end = struct.unpack("<I4s", file.read())
+                # The same four letters are at the beginning of the file, before all else.
+                whole = end == b"PAR1" and footer + 12 <= size
             # Opening checks the length against the header.
             with safe_open(arrays_file(self.path, step), "np") as file:
                 return json.loads(file.metadata()["readings"]) if whole else None

@@ -40,7 +40,7 @@ def relative_distance(
 ) -> Float[Tensor, " token"]:
     """|now - first| / |first|; exactly 0 for equal vectors, also for zero ones."""
     moved = (now - first).norm(dim=-1)
-    return torch.where(moved > 0, moved / first.norm(dim=-1), 0)
+    return torch.where(moved == 0, 0, moved / first.norm(dim=-1))
 
 
 def cka_distance(x: Float[Tensor, "token d"], y: Float[Tensor, "token e"]) -> Float[Tensor, ""]:

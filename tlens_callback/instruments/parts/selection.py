@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlens_callback.probes import ProbeBatch
@@ -26,6 +26,12 @@ def picked(values: Iterable[object] | None, what: str) -> tuple[object, ...] | N
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"{what}={list(chosen)} names something twice.")
     return chosen
+
+
+def where_known(index: Int[Tensor, "..."], chosen_by: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The index as a number: NaN where the value that it was chosen by is NaN, since then any other
+    might have been chosen."""
+    return index.float().masked_fill(chosen_by.isnan(), torch.nan)
 
 
 def rows_named(batch: ProbeBatch, names: Iterable[str]) -> list[int]:

@@ -68,9 +68,12 @@ def demand_equal(off: Tensor, shadow: Shadow, name: str) -> None:
 
 
 def token_texts(tokens: np.ndarray, batch: ProbeBatch) -> np.ndarray:
-    """The tokens as a person reads them, in an array of the same shape."""
+    """The tokens as a person reads them, in an array of the same shape; of NaN nothing."""
     distinct, back = np.unique(tokens, return_inverse=True)
-    texts = np.array([batch.token_text(int(token)) for token in distinct], dtype=np.str_)
+    texts = np.array(
+        ["" if token != token else batch.token_text(int(token)) for token in distinct],
+        dtype=np.str_,
+    )
     return texts[back].reshape(tokens.shape)
 
 
