@@ -30,6 +30,7 @@ from tlens_callback.reading import Reading
 from tlens_callback.store.triangle import lower_triangle
 
 if TYPE_CHECKING:
+    # For the method that looks up.
     from tlens_callback.page.notebook import PageView
 
 FORMAT = 1
@@ -306,6 +307,7 @@ class Store:
         Raises:
             ValueError: for a store without a complete step, or too few bytes.
         """
+        # Looks up, late: the page is above the store, and users ask a store for its page.
         from tlens_callback.page import page
         from tlens_callback.page.notebook import PageView
 
