@@ -142,11 +142,13 @@ class Reading:
         Raises:
             ValueError: for an axis or index that is not there, or more than a million values.
         """
+        # Looks up, late: drawing is above a reading, and users ask a reading to be drawn.
         from tlens_callback.render.figure import to_plotly
 
         return to_plotly(self, at)
 
     def _repr_html_(self) -> str:
+        # Looks up, late: as `to_plotly` does.
         from tlens_callback.render.snippet import snippet
 
         return snippet(self)

@@ -26,6 +26,7 @@ from tlens_callback.store.format import (
 )
 
 if TYPE_CHECKING:
+    # For the method that looks up.
     from tlens_callback.page.notebook import PageView
 
 
@@ -233,6 +234,7 @@ class Store:
         Raises:
             ValueError: for a store without a complete step, or too few bytes.
         """
+        # Looks up, late: the page is above the store, and users ask a store for its page.
         from tlens_callback.page import page
         from tlens_callback.page.notebook import PageView
 
