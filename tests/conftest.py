@@ -8,6 +8,8 @@ import pytest
 import torch
 import wandb
 
+from tests import tiny
+from tests.browser import NONE
 from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, before TRL imports it
 
 # Whatever the shell says: nothing is asked of the network, and no run is joined or sent.
@@ -18,6 +20,22 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "
 
 SEED = int(os.environ.get("TLENS_TEST_SEED", "0"))
 """Another seed makes other models and adapters: no test may rest on the luck of one of them."""
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that two processes end at about the same time.
+
+    Slow are, beside the tests that are marked so themselves, those in a browser and those of more
+    than a few families of models: what one leaves out while working, with `-m "not slow"`.
+    """
+    first = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in first)
+    for item in items:
+        given = getattr(item, "callspec", None)
+        of = {str(value) for value in given.params.values()} if given else set()
+        browser = any(mark.kwargs.get("reason") == NONE for mark in item.iter_markers("skipif"))
+        if browser or of.intersection(tiny.FAMILIES[1:]) - {"gpt2", "mixtral"}:
+            item.add_marker("slow")
 
 
 def seed():

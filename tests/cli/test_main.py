@@ -100,7 +100,7 @@ def test_ctrl_c():
     # A Ctrl-C that whoever started this process ignores would be ignored there too.
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     child = subprocess.Popen(
-        script(f"{heard}print('here', flush=True)\ntime.sleep(60)"),
+        script(f"{heard}print('here', flush=True)\ntime.sleep(300)"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -108,7 +108,7 @@ def test_ctrl_c():
     with child:
         assert child.stdout.readline() == "here\n"
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=120)
     assert child.returncode == 130 and err == "Interrupted.\n"
 
 

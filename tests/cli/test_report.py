@@ -37,7 +37,7 @@ def run(*arguments):
 
 def command(*arguments, **options):
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
     )
 
 
@@ -184,7 +184,7 @@ def test_a_served_page_shows_a_new_step_by_itself(tmp_path, browser_script):
             assert faults == []
             tab.goto("about:blank")
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=20)
+        out, err = child.communicate(timeout=120)
         assert (child.returncode, out) == (0, "") and "Traceback" not in err
         assert "Ctrl-C ends it" in err
         assert seen.read_text().strip() == address

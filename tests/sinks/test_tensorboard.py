@@ -330,7 +330,7 @@ def test_its_page_shows_a_picture(tmp_path, monkeypatch, one_thread):
     ):
         card = page.locator("image-card").filter(has_text="tlens/attention_patterns").first
         picture = card.locator("img")
-        picture.wait_for(timeout=20_000)
+        picture.wait_for(timeout=60_000)
         page.wait_for_function("i => i.naturalWidth > 0", arg=picture.element_handle())
         (event, *_) = read(tmp_path / "runs" / "tlens").Images(
             "tlens/attention_patterns/pattern/capital"

@@ -178,7 +178,7 @@ class Slow:
         self.lost = None
 
     def write(self, sink):
-        self.go.wait(10)
+        self.go.wait(120)
         time.sleep(0.2)
         try:
             for step in (1, 2):
