@@ -180,6 +180,7 @@ def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, famil
     assert differences(without, watched) == []
 
 
+@pytest.mark.slow
 def test_grpo_leaves_no_trace(tmp_path):
     without = state_of(grpo(tmp_path / "a", []))
     memory = MemorySink()
@@ -188,6 +189,7 @@ def test_grpo_leaves_no_trace(tmp_path):
     assert list(memory.steps) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writing", ["wait", "drop_old", "inline"])
 def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
     """The first rows of the training data are read, the local store is written."""
@@ -198,6 +200,7 @@ def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
     assert (tmp_path / "b" / "tlens").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writing", ["wait", "drop_old"])
 def test_sinks_that_are_slower_than_training_leave_no_trace(tmp_path, writing):
     """They write while batches are loaded, evaluated and trained on, and on workers forked."""
@@ -219,6 +222,7 @@ def test_sinks_that_are_slower_than_training_leave_no_trace(tmp_path, writing):
     assert steps[-1] == 5 and (steps == [0, 1, 2, 3, 4, 5]) == (writing == "wait")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writing", ["wait", "drop_old"])
 def test_pictures_and_tables_in_wandb_leave_no_trace(offline, writing):
     """W&B, plotly and the rest may draw random numbers of their own; the run's stay its own."""

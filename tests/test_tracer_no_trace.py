@@ -87,6 +87,7 @@ class Stepper:
         raise NotImplementedError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -109,6 +110,7 @@ def test_a_loop_is_left_as_it_was(settings):
     assert len(moved) == 4, "the loop watched was one that changes the model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writing", ["wait", "drop_old", "inline"])
 def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
     """The first rows are read, the store and its page are written, a checkpoint is kept."""
@@ -152,6 +154,7 @@ def test_a_sink_slower_than_the_loop_leaves_no_trace(tmp_path):
     assert differences(run(), run(watch)) == []
 
 
+@pytest.mark.slow
 def test_pictures_in_wandb_leave_no_trace(offline):
     wandb.init(project="own")
     watched = run(lambda loop: tracer(loop.model, sinks=None, output_dir=offline), steps=3)
@@ -234,6 +237,7 @@ def accelerated(watch: Any, draws: bool = False) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_loop_as_accelerate_has_it_is_left_as_it_was(accelerator_state):
     """The control draws one number a step."""
     plain = accelerated(watch=False)

@@ -91,6 +91,7 @@ def test_the_last_observation_is_written_and_the_sinks_closed_in_the_last_step(
     assert sink.threads == {"MainThread" if writing == "inline" else "tlens-writer"}
 
 
+@pytest.mark.slow
 def test_training_is_ahead_of_a_slow_sink(tmp_path):
     """The control of the test above: without the thread each step is written when it is over."""
     ahead = {}
@@ -110,6 +111,7 @@ def test_training_is_ahead_of_a_slow_sink(tmp_path):
     assert max(ahead["wait"]) in (2, 3) and min(ahead["wait"]) >= 1
 
 
+@pytest.mark.slow
 def test_cost_is_that_of_the_training_thread(tmp_path, monkeypatch):
     """By a clock of each thread's own: a sink lets hours pass, on the thread that it runs on."""
     spent, passed, real = {}, threading.local(), time.perf_counter
@@ -134,6 +136,7 @@ def test_cost_is_that_of_the_training_thread(tmp_path, monkeypatch):
     assert spent["inline"] >= 5 * 3600 > 3600 > spent["wait"]
 
 
+@pytest.mark.slow
 def test_a_sink_that_hangs_does_not_end_the_training(tmp_path, caplog):
     before, comes_back = running(), threading.Event()
 
@@ -217,6 +220,7 @@ def ended(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "error"), [("sigint", "KeyboardInterrupt"), ("raises", "failed")])
 def test_the_end_of_the_interpreter_writes_what_waits(ended, how, error):
     assert list(read_store(ended / how / "tlens").steps) == [0, 1, 2, 3, 4]

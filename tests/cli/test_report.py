@@ -49,6 +49,7 @@ def store(tmp_path):
 # --- a file ---
 
 
+@pytest.mark.slow
 def test_packs_the_page_prints_where_it_is_and_opens_it(store, browser_script):
     seen, environment = browser_script
     done = command(store, "--open", env=environment)
@@ -69,6 +70,7 @@ def test_a_step_that_was_cut_short_is_named(store):
     assert not (store / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown_is_said(store):
     for step in (0, 10, 20):
         tear(store / f"scores/step-{step:08d}.parquet")

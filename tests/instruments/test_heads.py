@@ -243,6 +243,7 @@ def test_made_up_heads_have_the_known_scores():
     assert got["sink_share"].values == pytest.approx(5 / 8)
 
 
+@pytest.mark.slow
 def test_a_positional_copy_is_no_induction_head():
     """Eight tokens back is induction on blocks of nine, and on no others."""
     no_induction = only(RULES["copy from 8 back"])

@@ -267,6 +267,7 @@ def test_what_a_user_can_get_wrong(tmp_path):
         TensorBoardSink(tmp_path).write([], step=-1)
 
 
+@pytest.mark.slow
 def test_it_needs_neither_torchs_writer_nor_tensorflow():
     code = (
         "import sys, tlens_callback\n"
