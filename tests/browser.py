@@ -21,6 +21,9 @@ FLAGS = [
 ]
 
 
+NONE = "there is no Chromium on this machine"
+
+
 class Faults(list[str]):
     """What went wrong on a page: errors, warnings, dialogs, and requests beyond its own files."""
 
@@ -65,7 +68,20 @@ def opened(address: str, *, allowed: str = "", **options: Any) -> Iterator[tuple
             browser.close()
 
 
+def drawn(page: Any) -> None:
+    """Waits until the page has drawn what it was told, and what that brought into sight.
+
+    In the page's own time, in which what was asked for earlier comes earlier, however slow the
+    machine is: a frame draws, the next one finds what is in sight now, the one after draws it.
+    """
+    page.evaluate("""async () => {
+      for (let frame = 0; frame < 4; frame++) {
+        await new Promise((done) => setTimeout(() => requestAnimationFrame(done), 10));
+      }
+    }""")
+
+
 def needs_browser() -> Any:
     """A mark: skipped without Chromium, unless TLENS_BROWSER says that there has to be one."""
     missing = PATH is None and not os.environ.get("TLENS_BROWSER")
-    return pytest.mark.skipif(missing, reason="there is no Chromium on this machine")
+    return pytest.mark.skipif(missing, reason=NONE)

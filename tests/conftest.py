@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import os
 import random
 import tempfile
@@ -12,6 +13,8 @@ import wandb
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from tests import tiny
+from tests.browser import NONE
 from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, before TRL imports it
 
 # Whatever the shell says: nothing is asked of the network, and no run is joined or sent.
@@ -37,11 +40,38 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+SEED = int(os.environ.get("TLENS_TEST_SEED", "0"))
+"""Another seed makes other models and adapters: no test may rest on the luck of one of them."""
+
+
+def pytest_collection_finish():
+    """What the packages are made of is left alone from now on by the garbage collection, which
+    accelerate asks for at the end of every training: 0.6 s each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that two processes end at about the same time.
+
+    Slow are, beside the tests that are marked so themselves, those in a browser and those of more
+    than a few families of models: what one leaves out while working, with `-m "not slow"`.
+    """
+    first = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in first)
+    for item in items:
+        given = getattr(item, "callspec", None)
+        of = {str(value) for value in given.params.values()} if given else set()
+        browser = any(mark.kwargs.get("reason") == NONE for mark in item.iter_markers("skipif"))
+        if browser or of.intersection(tiny.FAMILIES[1:]) - {"gpt2", "mixtral"}:
+            item.add_marker("slow")
+
+
 def seed():
     """Adapters and dropout draw from the global states: the same in every run of the tests."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(autouse=True, scope="module")

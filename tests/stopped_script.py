@@ -9,6 +9,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,15 +27,28 @@ class Ends(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 4:
+            OVER.set()
             if self.mode.startswith("sigint"):
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(10)
+                time.sleep(60)
             raise RuntimeError("training failed")
 
 
-def slow(sink):
+OVER, FINISHED = threading.Event(), threading.Event()
+"""The training has ended; so has its W&B run."""
+
+
+def slow(sink, mode):
+    """Writes the last two steps when training is over; in the controls, when it would be lost."""
+
     def write(self, readings, *, step, write=sink.write):
-        time.sleep(0.4 * (step > 2))
+        if step > 2:
+            OVER.wait(60)
+            time.sleep(0.4)
+        if step > 2 and mode == "raises, no exit":
+            time.sleep(60)  # the process ends before
+        if step > 2 and mode == "wandb, no seam":
+            FINISHED.wait(60)
         write(self, readings, step=step)
 
     sink.write = write
@@ -43,7 +57,7 @@ def slow(sink):
 def watched(folder, mode):
     callback = TLensCallback([CAPITAL], instruments=[Constant()], every_n_steps=1)
     if "wandb" not in mode:
-        slow(LocalSink)
+        slow(LocalSink, mode)
         run = trainer(folder, callback)
         run.add_callback(Ends(mode))
         if mode == "raises, no exit":
@@ -52,7 +66,7 @@ def watched(folder, mode):
         return
     import wandb
 
-    slow(WandbSink)
+    slow(WandbSink, mode)
     os.environ |= {f"WANDB{kind}_DIR": str(folder) for kind in ("", "_DATA", "_CACHE", "_CONFIG")}
     if mode == "wandb, no seam":
         WandbSink.before_finish = lambda self, wait: None
@@ -63,6 +77,7 @@ def watched(folder, mode):
         run.train()
     finally:
         wandb.finish()
+        FINISHED.set()
 
 
 class TakesBack(TrainerCallback):

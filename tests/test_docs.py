@@ -154,6 +154,7 @@ print(sorted(new & {"wandb", "plotly", "matplotlib", "trackio", "tensorboard"}))
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_brings_in_no_back_end_and_changes_no_setting():
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
@@ -167,6 +168,7 @@ def test_the_readmes_cost_table_has_the_rows_of_the_script():
     assert all(f'"{row}"' in script or f'    {row}"' in script for row in rows)
 
 
+@pytest.mark.slow
 def test_the_cost_of_every_fast_instrument_is_measured():
     script = str(ROOT / "scripts" / "measure_instruments.py")
     arguments = ["--shape", "tiny", "--rounds", "1"]

@@ -85,6 +85,7 @@ def test_sft_lora(run, small, tmp_path, capsys):
     assert not list(Path(saved.path).glob("optimizer*"))
 
 
+@pytest.mark.slow
 def test_sft_lora_with_wandb_as_the_demo_runs_it(small, tmp_path):
     script = str(FOLDER / "sft_lora.py")
     arguments = ["--model", small, "--steps", "1", "--report-to", "wandb"]
@@ -99,6 +100,7 @@ def test_sft_lora_with_wandb_as_the_demo_runs_it(small, tmp_path):
     assert list(tmp_path.glob("wandb/latest-run/files/media/images/**/*.png"))
 
 
+@pytest.mark.slow
 def test_anatomy_of_a_finetune(run, small, tmp_path, capsys):
     run("anatomy_of_a_finetune", "--model", small, "--steps", "2", "--every", "1")
     store = read_store(tmp_path / "runs" / "anatomy" / "tlens")
@@ -126,6 +128,7 @@ def test_the_reward_of_grpo_lora(monkeypatch):
     assert reward(given, city=4 * ["Paris"], trainer_state=None) == [1.0, 1.0, 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_induction(run, tmp_path, capsys):
     run("induction", "--steps", "4", "--every", "2")
     store = read_store(tmp_path / "runs" / "induction" / "tlens")
@@ -135,6 +138,7 @@ def test_induction(run, tmp_path, capsys):
     assert len(read_store(tmp_path / "runs" / "induction" / "tlens").steps) == len(store.steps)
 
 
+@pytest.mark.slow
 def test_induction_figure(run, tmp_path):
     run("induction", "--steps", "6", "--every", "2")
     run("induction", "--steps", "6", "--every", "2", "--layers", "1", "--output-dir", "control")

@@ -34,6 +34,7 @@ def cuda_state(trainer: Any) -> dict[str, Any]:
     return {**state_of(trainer), "cuda generator": torch.cuda.get_rng_state().tolist()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_sft_leaves_no_trace(tmp_path, bf16):
     args = dict(use_cpu=False, bf16=bf16)
@@ -45,6 +46,7 @@ def test_sft_leaves_no_trace(tmp_path, bf16):
     assert differences(without, watched) == [] and list(memory.steps) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_grpo_leaves_no_trace(tmp_path):
     without = cuda_state(grpo(tmp_path / "a", [], use_cpu=False))
     watched = cuda_state(grpo(tmp_path / "b", [watcher()], use_cpu=False))

@@ -5,7 +5,6 @@ import hashlib
 import logging
 import random
 import threading
-import time
 import warnings
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.training import CAPITAL, SENTENCES
+from tests.training import CAPITAL, SENTENCES, Pace
 from tlens_callback import LocalSink, MemorySink, TLensCallback, read_store
 
 
@@ -181,6 +180,7 @@ def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, famil
     assert differences(without, watched) == []
 
 
+@pytest.mark.slow
 def test_grpo_leaves_no_trace(tmp_path):
     without = state_of(grpo(tmp_path / "a", []))
     memory = MemorySink()
@@ -189,6 +189,7 @@ def test_grpo_leaves_no_trace(tmp_path):
     assert list(memory.steps) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writing", ["wait", "drop_old", "inline"])
 def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
     """The first rows of the training data are read, the local store is written."""
@@ -199,25 +200,29 @@ def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
     assert (tmp_path / "b" / "tlens").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writing", ["wait", "drop_old"])
 def test_sinks_that_are_slower_than_training_leave_no_trace(tmp_path, writing):
     """They write while batches are loaded, evaluated and trained on, and on workers forked."""
+    pace = Pace()
 
     class Slow(LocalSink):
         def write(self, readings, *, step):
-            time.sleep(0.2 if writing == "wait" else 0.9)
+            if step > 0:  # the first is written before training goes on
+                pace.reaches(min(step + 2, 5) if writing == "wait" else 5)
             super().write(readings, step=step)
 
     args = dict(dataloader_num_workers=1)
     without = state_of(sft(tmp_path / "a", [], **args))
     sink = Slow(tmp_path / "store")
     callback = watcher(sinks=[sink], writing=writing)
-    watched = state_of(sft(tmp_path / "b", [callback], **args))
+    watched = state_of(sft(tmp_path / "b", [callback, pace], **args))
     assert differences(without, watched) == []
     steps = list(read_store(tmp_path / "store").steps)
     assert steps[-1] == 5 and (steps == [0, 1, 2, 3, 4, 5]) == (writing == "wait")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writing", ["wait", "drop_old"])
 def test_pictures_and_tables_in_wandb_leave_no_trace(offline, writing):
     """W&B, plotly and the rest may draw random numbers of their own; the run's stay its own."""

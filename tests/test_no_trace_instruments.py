@@ -48,6 +48,7 @@ def everything(sink: MemorySink) -> TLensCallback:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_sft_with_every_instrument(tmp_path, family):
     sink = MemorySink()
@@ -61,6 +62,7 @@ def test_sft_with_every_instrument(tmp_path, family):
     assert list((tmp_path / "watched").glob("checkpoint-*/tlens.memory"))
 
 
+@pytest.mark.slow
 def test_grpo_with_every_instrument(tmp_path):
     sink = MemorySink()
     plain = state_of(grpo(tmp_path / "plain", []))

@@ -29,6 +29,7 @@ def test_an_interrupted_run_and_the_next_are_two(tmp_path):
     assert first.shadow is None and first.model is None and callback.observer is None
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_for_the_batch_size_is_no_retry(tmp_path):
     callback = TLensCallback([CAPITAL], instruments=[Constant()], every_n_steps=1)
     run = trainer(tmp_path, callback, auto_find_batch_size=True)
@@ -132,6 +133,7 @@ def test_resuming_continues_the_store(tmp_path):
     assert list(read_store(tmp_path / "tlens").steps) == [0, 1, 2, 3, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_search_for_the_batch_size_builds_one_shadow(tmp_path):
     class OutOfMemoryOnce(TrainerCallback):
         tries = 0

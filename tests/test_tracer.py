@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LOSS = "target_scores/loss/capital"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [lambda: tiny.model("llama"), lambda: adapted(lora_dropout=0.0)], ids=["full", "lora"]
 )

@@ -42,6 +42,7 @@ def run(tmp_path: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_it_learns_is_watched_and_says_where_the_page_is(small, tmp_path):
     said = run(tmp_path, "--model", small, "--steps", "5", "--every", "2")
     path = tmp_path / "runs" / "accelerate_loop" / "tlens"
@@ -55,6 +56,7 @@ def test_it_learns_is_watched_and_says_where_the_page_is(small, tmp_path):
     assert "france" in said.splitlines()[-4]
 
 
+@pytest.mark.slow
 def test_it_joins_a_tracker_s_wandb_run(small, tmp_path):
     """And neither's rows displace the other's, observed at each step."""
     said = run(tmp_path, "--model", small, "--steps", "3", "--every", "1", "--wandb")

@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests import tiny
 from tests.own_loop import Loop, adapted, rows, tracer
 from tests.test_no_trace import differences, fingerprint, state_of
+from tests.training import Pace
 from tlens_callback import LocalSink, MemorySink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +87,7 @@ class Stepper:
         raise NotImplementedError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -109,6 +110,7 @@ def test_a_loop_is_left_as_it_was(settings):
     assert len(moved) == 4, "the loop watched was one that changes the model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writing", ["wait", "drop_old", "inline"])
 def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
     """The first rows are read, the store and its page are written, a checkpoint is kept."""
@@ -137,17 +139,22 @@ def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
 
 
 def test_a_sink_slower_than_the_loop_leaves_no_trace(tmp_path):
+    pace = Pace()
+
     class Slow(LocalSink):
         def write(self, readings, *, step):
-            time.sleep(0.1)
+            if step > 0:  # the first is written before the loop goes on
+                pace.reaches(min(step + 2, 5))
             super().write(readings, step=step)
 
     def watch(loop):
+        loop.optimizer.register_step_pre_hook(lambda *_: pace.next())
         return tracer(loop.model, sinks=[Slow(tmp_path / "store")])
 
     assert differences(run(), run(watch)) == []
 
 
+@pytest.mark.slow
 def test_pictures_in_wandb_leave_no_trace(offline):
     wandb.init(project="own")
     watched = run(lambda loop: tracer(loop.model, sinks=None, output_dir=offline), steps=3)
@@ -230,6 +237,7 @@ def accelerated(watch: Any, draws: bool = False) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_loop_as_accelerate_has_it_is_left_as_it_was(accelerator_state):
     """The control draws one number a step."""
     plain = accelerated(watch=False)

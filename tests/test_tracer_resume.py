@@ -84,6 +84,7 @@ def differing(one: Store, other: Store, steps) -> set[str]:
     return {key for key in found if not key.startswith(("cost/", "fidelity/"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "lost"), [(3, 0), (3, 3), (4, 1), (4, 0)])
 def test_the_store_is_that_of_an_uninterrupted_loop(tmp_path, at, lost):
     one = whole(tmp_path / "whole")
@@ -113,6 +114,7 @@ def test_the_store_is_that_of_an_uninterrupted_loop(tmp_path, at, lost):
     assert len(set(losses.tolist())) == 8 and (out / "tlens" / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_stopped_twice(tmp_path):
     one, out = whole(tmp_path / "whole"), tmp_path / "parts"
     folder = stopped(out, 2)

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb
@@ -15,21 +16,27 @@ from transformers import TrainerCallback
 
 from tests import tiny
 from tests.sinks.wandb.wandb_file import history
-from tests.training import CAPITAL, Constant, trainer
+from tests.training import CAPITAL, Constant, Pace, trainer
 from tlens_callback import MemorySink, TLensCallback, read_store
+from tlens_callback.run import cost
 
 ENDS = ["sigint", "raises", "raises, no exit", "wandb", "sigint, wandb", "wandb, no seam"]
 
 
 class Slow(MemorySink):
-    """Takes its time, and notes who asks."""
+    """Is that much slower than training, and notes who asks.
 
-    def __init__(self, takes=0.15):
+    Args:
+        behind: writing a step ends when training is so many steps further, or in its last step.
+    """
+
+    def __init__(self, pace=None, behind=0):
         super().__init__()
-        self.takes, self.closed, self.threads = takes, 0, set()
+        self.pace, self.behind, self.closed, self.threads = pace, behind, 0, set()
 
     def write(self, readings, *, step):
-        time.sleep(self.takes)
+        if self.behind and step > 0:  # the first is written before training goes on
+            self.pace.reaches(min(step + self.behind, 6))
         self.threads.add(threading.current_thread().name)
         super().write(readings, step=step)
 
@@ -59,8 +66,8 @@ def running() -> set[threading.Thread]:
 def test_the_last_observation_is_written_and_the_sinks_closed_in_the_last_step(
     tmp_path, capsys, writing
 ):
-    before = running()
-    sink = Slow()
+    before, pace = running(), Pace()
+    sink = Slow(pace, {"wait": 2, "drop_old": 6, "inline": 0}[writing])
     sees = Sees(sink)
     callback = TLensCallback(
         [CAPITAL], instruments=[Constant()], sinks=[sink], every_n_steps=1, on_error="raise",
@@ -68,6 +75,7 @@ def test_the_last_observation_is_written_and_the_sinks_closed_in_the_last_step(
     )  # fmt: skip
     run = trainer(tmp_path, callback)
     run.add_callback(sees)
+    run.add_callback(pace)
     run.train()
     written, closed = sees.seen[6]
     assert written[-1] == 6 and closed == 1 and sees.seen["end"] == (written, 1)
@@ -83,27 +91,40 @@ def test_the_last_observation_is_written_and_the_sinks_closed_in_the_last_step(
     assert sink.threads == {"MainThread" if writing == "inline" else "tlens-writer"}
 
 
+@pytest.mark.slow
 def test_training_is_ahead_of_a_slow_sink(tmp_path):
     """The control of the test above: without the thread each step is written when it is over."""
     ahead = {}
     for writing in ("wait", "inline"):
-        sink = Slow()
+        pace = Pace()
+        sink = Slow(pace, 2 if writing == "wait" else 0)
         sees = Sees(sink)
         callback = TLensCallback(
             [CAPITAL], instruments=[Constant()], sinks=[sink], every_n_steps=1, writing=writing
         )
         run = trainer(tmp_path / writing, callback)
         run.add_callback(sees)
+        run.add_callback(pace)
         run.train()
         ahead[writing] = [step - max(sees.seen[step][0]) for step in range(1, 6)]
     assert ahead["inline"] == [0, 0, 0, 0, 0]
     assert max(ahead["wait"]) in (2, 3) and min(ahead["wait"]) >= 1
 
 
-def test_cost_is_that_of_the_training_thread(tmp_path):
-    spent = {}
-    for writing in ("drop_old", "inline"):
-        sink = Slow(0.3)
+@pytest.mark.slow
+def test_cost_is_that_of_the_training_thread(tmp_path, monkeypatch):
+    """By a clock of each thread's own: a sink lets hours pass, on the thread that it runs on."""
+    spent, passed, real = {}, threading.local(), time.perf_counter
+    clock = SimpleNamespace(perf_counter=lambda: real() + getattr(passed, "hours", 0) * 3600)
+    monkeypatch.setattr(cost, "time", clock)
+
+    class Hours(MemorySink):
+        def write(self, readings, *, step):
+            passed.hours = getattr(passed, "hours", 0) + 1
+            super().write(readings, step=step)
+
+    for writing in ("wait", "inline"):
+        sink = Hours()
         callback = TLensCallback(
             [CAPITAL], instruments=[Constant()], sinks=[sink], every_n_steps=1, writing=writing
         )
@@ -112,23 +133,26 @@ def test_cost_is_that_of_the_training_thread(tmp_path):
         spent[writing] = sum(sink.curve("cost/seconds")[1]) - float(
             sink.readings["cost/seconds"][0].values
         )
-    assert spent["inline"] > 6 * 0.3 > spent["drop_old"]
+    assert spent["inline"] >= 5 * 3600 > 3600 > spent["wait"]
 
 
+@pytest.mark.slow
 def test_a_sink_that_hangs_does_not_end_the_training(tmp_path, caplog):
+    before, comes_back = running(), threading.Event()
+
     class Hangs(Slow):
         def write(self, readings, *, step):
-            time.sleep(1.5 * (step == 2))
+            assert step != 2 or comes_back.wait(120)
             super().write(readings, step=step)
 
-    memory, hangs = MemorySink(), Hangs(0)
+    memory, hangs = MemorySink(), Hangs()
     callback = TLensCallback(
         [CAPITAL], instruments=[Constant()], sinks=[hangs, memory], every_n_steps=1
     )
 
     class Impatient(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            callback.observer.writer.patience = 0.3
+            callback.observer.writer.patience = 1.0
 
     run = trainer(tmp_path, callback)
     run.add_callback(Impatient())
@@ -136,9 +160,10 @@ def test_a_sink_that_hangs_does_not_end_the_training(tmp_path, caplog):
         run.train()
     assert memory.steps == (0, 1, 2, 3, 4, 5, 6) and 3 not in hangs.steps
     assert caplog.text.count("sink Hangs is given up: writing step 2") == 1
-    for thread in threading.enumerate():
-        if thread.name == "tlens-writer":
-            thread.join(3)
+    comes_back.set()
+    for thread in running() - before:
+        thread.join(60)
+    assert running() <= before and 3 not in hangs.steps
 
 
 def test_a_wandb_run_that_is_finished_right_after_a_failure_has_the_last_observation(offline):
@@ -191,10 +216,11 @@ def ended(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ended")
     command = [sys.executable, "-m", "tests.stopped_script", str(folder), *ENDS]
     root = Path(__file__).parent.parent
-    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=400)
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "error"), [("sigint", "KeyboardInterrupt"), ("raises", "failed")])
 def test_the_end_of_the_interpreter_writes_what_waits(ended, how, error):
     assert list(read_store(ended / how / "tlens").steps) == [0, 1, 2, 3, 4]

@@ -1,5 +1,7 @@
 """A small training to watch, what fails in it when told to, and a Ctrl-C."""
 
+import threading
+
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -38,6 +40,26 @@ def trainer(tmp_path, callback, model=None, processing_class="default", **args) 
         processing_class=tokenizer if processing_class == "default" else processing_class,
         callbacks=[callback] if callback else [],
     )
+
+
+class Pace(TrainerCallback):
+    """Where the training is: a sink that waits for it is slower, however fast the machine is."""
+
+    def __init__(self):
+        self.step, self.changed = 0, threading.Condition()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.next()
+
+    def next(self):
+        with self.changed:
+            self.step += 1
+            self.changed.notify_all()
+
+    def reaches(self, step):
+        """Waits until this step is being trained, its update still to come."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.step >= step, 120), f"no step {step}"
 
 
 class Interrupts(TrainerCallback):

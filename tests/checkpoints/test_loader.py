@@ -280,6 +280,7 @@ assert float((found - near).abs().max()) < 1e-5
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this PyTorch has no devices written in Python",

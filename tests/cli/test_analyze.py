@@ -34,6 +34,7 @@ def nothing_loads(monkeypatch):
     monkeypatch.setattr(loader.Loader, "load", lambda *_: pytest.fail("the model was loaded"))
 
 
+@pytest.mark.slow
 def test_an_adapter_gets_a_store_a_page_and_a_run_with_the_page(base, adapter, tmp_path):
     arguments = ["--prompt", PROMPT, "--target", " Paris", "--foil", " London", "--wandb", "mine"]
     done = started("analyze", adapter, *arguments, "--out", "seen", cwd=tmp_path)
@@ -77,6 +78,7 @@ def test_an_adapter_gets_a_store_a_page_and_a_run_with_the_page(base, adapter, t
     assert ended.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there(tmp_path):
     done = started("analyze", "no/such/model", "--prompt", PROMPT, "--wandb", "mine", cwd=tmp_path)
     assert done.returncode == 2
@@ -84,6 +86,7 @@ def test_a_model_that_is_not_there(tmp_path):
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(base, tmp_path):
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -30,6 +30,7 @@ def pages(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_prompts_from_a_pipe_get_a_page_each(base, adapter, tmp_path):
     lines = f"{PROMPT}\n\n \na cat sat on the"  # empty lines are no prompts, and no end
     done = started("ask", adapter, cwd=tmp_path, input=lines)
@@ -47,6 +48,7 @@ def test_prompts_from_a_pipe_get_a_page_each(base, adapter, tmp_path):
     assert "Traceback" not in done.stderr and "> " not in done.stdout
 
 
+@pytest.mark.slow
 def test_one_prompt_that_cannot_be_asked_among_others(adapter, tmp_path):
     lines = "\n".join([PROMPT, "cat " * 80, "a cat sat on the"])
     done = started("ask", adapter, "--out", "pages", cwd=tmp_path, input=lines)
@@ -55,6 +57,7 @@ def test_one_prompt_that_cannot_be_asked_among_others(adapter, tmp_path):
     assert done.stderr.count("Error: ") == 1 and "context" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there(tmp_path):
     done = started("ask", "no/such/model", PROMPT, cwd=tmp_path)
     assert done.returncode == 2
@@ -62,6 +65,7 @@ def test_a_model_that_is_not_there(tmp_path):
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(base, tmp_path):
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

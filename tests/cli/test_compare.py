@@ -39,6 +39,7 @@ def numbers(text):
     ]
 
 
+@pytest.mark.slow
 def test_the_real_entry_point_with_models(saved, tmp_path):
     command = [sys.executable, "-m", "tlens_callback", "compare", "base", "adapter", *ASKED]
     done = subprocess.run(
@@ -70,6 +71,7 @@ def test_an_adapter_alone_is_compared_with_its_base(saved, tmp_path):
     assert refused.exit_code == 2 and "name both" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_real_entry_point_with_runs(saved, tmp_path):
     command = [sys.executable, "-m", "tlens_callback", "compare", saved["run a"], saved["run b"]]
     done = subprocess.run(

@@ -191,6 +191,7 @@ def test_what_cannot_be_done_is_said_in_one_line_before_anything_is_loaded(
         CliRunner().invoke(main, ["analyze", str(model), "--prompt", "a"], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_the_real_command_says_it_in_one_line(tmp_path):
     model = tmp_path / "model"
     tiny.model("llama").save_pretrained(model)

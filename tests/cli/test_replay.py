@@ -41,6 +41,7 @@ def called(folder, *more):
     return CliRunner().invoke(main, asked)
 
 
+@pytest.mark.slow
 def test_a_program_that_is_interrupted(copied):
     """By a Ctrl-C that comes while the third model is loaded; then to the end, and once more."""
     script = """
@@ -152,6 +153,7 @@ def test_a_store_of_something_else_is_left_as_it_is(copied):
     assert read_store(copied / "live-2").steps == (0, 2, 4, 6)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_left_out(copied):
     """3: half a checkpoint, as one that was killed while it was saved, or one that says nothing."""
     weights = copied / "checkpoint-4" / "adapter_model.safetensors"

@@ -38,6 +38,7 @@ def ended(run):
     return run
 
 
+@pytest.mark.slow
 def test_an_interrupted_replay_goes_on_to_the_same_store(ended):
     whole = read_store(ended / "whole" / "store")
     assert whole.steps == (0, 2, 4, 6)

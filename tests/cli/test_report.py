@@ -37,7 +37,7 @@ def run(*arguments):
 
 def command(*arguments, **options):
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
     )
 
 
@@ -49,6 +49,7 @@ def store(tmp_path):
 # --- a file ---
 
 
+@pytest.mark.slow
 def test_packs_the_page_prints_where_it_is_and_opens_it(store, browser_script):
     seen, environment = browser_script
     done = command(store, "--open", env=environment)
@@ -69,6 +70,7 @@ def test_a_step_that_was_cut_short_is_named(store):
     assert not (store / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown_is_said(store):
     for step in (0, 10, 20):
         tear(store / f"scores/step-{step:08d}.parquet")
@@ -184,7 +186,7 @@ def test_a_served_page_shows_a_new_step_by_itself(tmp_path, browser_script):
             assert faults == []
             tab.goto("about:blank")
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=20)
+        out, err = child.communicate(timeout=120)
         assert (child.returncode, out) == (0, "") and "Traceback" not in err
         assert "Ctrl-C ends it" in err
         assert seen.read_text().strip() == address

@@ -52,6 +52,7 @@ def test_an_event_is_printed_once_and_is_a_reading(tmp_path, capsys):
     assert counts.tolist() == [0, 0, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_an_event_at_the_checkpoint_is_raised_again_by_the_run_that_resumes_there(tmp_path):
     """The store writes that step anew, and has to hold it still."""
 

@@ -35,9 +35,11 @@ def test_every_instrument_at_first_then_after_training_and_after_a_resume(famili
     run("every", families, "float32,bfloat16")
 
 
+@pytest.mark.slow
 def test_what_a_gpu_refuses_or_waits_for_is_found():
     run("culprits")
 
 
+@pytest.mark.slow
 def test_a_model_spread_over_two_devices_reads_as_on_one():
     run("spread")

@@ -255,6 +255,7 @@ def test_a_head_is_a_sink_from_three_tenths_on():
     assert got["sink_share"].values == pytest.approx(4 / 8)
 
 
+@pytest.mark.slow
 def test_a_positional_copy_is_no_induction_head():
     """Eight tokens back is induction on blocks of nine, and on no others."""
     no_induction = only(RULES["copy from 8 back"])

@@ -265,6 +265,7 @@ def test_a_family_that_makes_its_output_otherwise_is_refused():
         readings(LogitLens(), of, TEXTS[:1])
 
 
+@pytest.mark.slow
 def test_gemma_4():
     """Its final norm has no scale to listen to; each layer multiplies its output by a scalar."""
     settings: Any = {**tiny._IDS, **tiny._MODERN, "head_dim": 8, "final_logit_softcapping": 9.0}

@@ -223,6 +223,7 @@ def test_heads_that_the_bridge_does_not_cut_out_are_refused(asked):
     assert all(np.isfinite(reading.values).all() for reading in observe(of, batch(), [whole]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [("DeepseekV3", LATENT), GEMMA4, STABLELM2, JETMOE])
 @pytest.mark.parametrize("instrument", [CopyingScores(), Composition()])
 def test_attention_without_such_weights_is_refused(family, instrument):
@@ -241,6 +242,7 @@ def test_a_part_that_no_layer_has_is_named():
         ActivationPatching(CAPITAL.name, CORRUPT).taps(of, batch())
 
 
+@pytest.mark.slow
 def test_heads_of_several_widths():
     """Gemma 4's layers of local attention have narrower heads."""
     of = Shadow.of(built(GEMMA4))

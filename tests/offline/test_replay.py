@@ -33,6 +33,7 @@ def instruments(run):
     return [one for one in every_instrument() if not isinstance(one, without)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_live_equals_replay(tmp_path, run):
     live = train(tmp_path, instruments(run), **RUNS[run])

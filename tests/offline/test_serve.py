@@ -27,7 +27,7 @@ def store(tmp_path):
 def get(address, path, method="GET", **headers):
     """Status, headers and body; the path is sent as it is."""
     place = urlsplit(address)
-    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=10)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
     try:
         connection.putrequest(method, path, skip_host="Host" in headers)
         for name, value in headers.items():

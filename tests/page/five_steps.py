@@ -77,17 +77,23 @@ def readings(step):
     return some
 
 
-def settled(page):
-    page.evaluate("() => new Promise((done) => setTimeout(() => requestAnimationFrame(done), 20))")
-
-
 def step_of(page):
     settled(page)
     return int(re.match(r"step (\d+)", page.text_content("#stepname"))[1])
 
 
+def settled(page):
+    page.evaluate("() => new Promise((done) => setTimeout(() => requestAnimationFrame(done), 20))")
+
+
+def addressed(page):
+    """Waits until the page has written its address, which it does when 150 ms were quiet."""
+    settled(page)
+    page.evaluate("() => new Promise((done) => setTimeout(done, 200))")
+
+
 def words_of(page):
-    page.wait_for_timeout(250)  # the address is written when things are quiet
+    addressed(page)
     return {name: words[0] for name, words in parse_qs(page.evaluate("location.hash")[1:]).items()}
 
 

@@ -65,7 +65,7 @@ def test_page_in_a_frame_without_an_address(tab, run):
     inside.locator("#stepname").wait_for()
     inside.locator("#theme").focus()
     page.keyboard.press("Home")
-    page.wait_for_timeout(300)
+    settled(page)
     assert inside.locator("#stepname").inner_text() == "step 10"
     page.keyboard.press("?")
     assert inside.locator("#keys").is_visible()

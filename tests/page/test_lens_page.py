@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.browser import needs_browser, opened
+from tests.browser import drawn, needs_browser, opened
 from tests.page.pages import page_of
 from tests.page.test_tokens_page import number, settled, viridis
 from tlens_callback.reading import Reading
@@ -173,7 +173,7 @@ def test_what_the_lens_shows_is_not_listed_again_below(page):
     for name in ("logit_lens", "difference_lens", "my_lens", "top_neurons"):
         section = page.locator(f"[data-instrument={name}]")
         section.scroll_into_view_if_needed()
-        page.wait_for_timeout(150)
+        drawn(page)
         title = section.locator("summary").inner_text()
         sections[name] = [section.locator("table").count(), " ".join(title.split())]
     assert sections["logit_lens"] == [0, "logit lens of capital"]  # its lines are there

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.browser import needs_browser, opened
+from tests.page.five_steps import addressed
 from tlens_callback.page import PageFolder
 from tlens_callback.page.template import html
 from tlens_callback.reading import Reading
@@ -63,7 +64,7 @@ def folder(tmp_path):
 def browser():
     with opened("about:blank", allowed="file:///") as (page, faults):
         page.add_init_script(FASTER)
-        page.set_default_timeout(5000)
+        page.set_default_timeout(60_000)
         yield page, faults
 
 
@@ -78,7 +79,7 @@ def tab(browser, folder):
     page.goto("about:blank")
 
 
-def until(page, script, expected, seconds=5.0):
+def until(page, script, expected, seconds=60.0):
     """Waits for a script to give this; the page's own policy forbids Playwright's way to wait."""
     end = time.monotonic() + seconds
     while (got := page.evaluate(script)) != expected and time.monotonic() < end:
@@ -104,7 +105,7 @@ def test_follows_the_end(tab, folder):
     until(page, "tlens.data.steps", [0, 10, 20, 30])
     until(page, "document.getElementById('step').max", "30")
     assert page.evaluate(STEP) == "step 10"  # who looks at a step is left there
-    page.wait_for_timeout(250)
+    addressed(page)
     assert "step=10" in page.evaluate("location.hash")
     folder.finish()
     until(page, STATUS, "ended, last step 30")

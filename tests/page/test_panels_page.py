@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.browser import needs_browser, opened
+from tests.browser import drawn, needs_browser, opened
 from tests.page.pages import page_of
 from tlens_callback.reading import Reading
 
@@ -133,7 +133,7 @@ def shown(tmp_path_factory):
 def section(page, instrument):
     there = page.locator(f"[data-instrument={instrument}]")
     there.scroll_into_view_if_needed()
-    page.wait_for_timeout(150)
+    drawn(page)
     return there
 
 
@@ -187,7 +187,7 @@ def test_bars_keep_their_scale_from_one_step_to_the_next(shown):
     most = max(np.abs(one[name]).max() for one in of.values() for name in ("head", "mlp", "bias"))
     for step in (0, 8):
         page.evaluate(f"tlens.set({{ step: {step} }})")
-        page.wait_for_timeout(100)
+        drawn(page)
         assert "outline: at step 0" in part.inner_text()
         for bar in part.locator(".bar-line", has_text="L1 mlp").all():
             share = float(bar.locator("i").evaluate("node => parseFloat(node.style.width)")) / 50
@@ -206,17 +206,17 @@ def test_lines_maps_and_their_probes_are_told_apart(shown):
     matrix = page.locator("#matrix").locator("xpath=../..").locator(".legend")
     for i, score in ((0, "drift/js"), (2, "drift/share")):
         page.evaluate("score => tlens.set({ score })", score)
-        page.wait_for_timeout(100)
+        drawn(page)
         for bar in (section(page, "drift").locator(".legend").nth(i), matrix):
             ends = bar.locator(".ticks span").all_inner_texts()
             assert ends == (["0", "0.0200", "0.0400"] if i == 0 else ["0", "0.50", "1"])
             assert ("range of all steps" in bar.inner_text()) == (i == 0)
     assert section(page, "drift").locator(".axes").first.inner_text() == "layer ↓ head →"
     page.evaluate("tlens.set({ step: 0 })")
-    page.wait_for_timeout(100)
+    drawn(page)
     assert not section(page, "late").locator("svg[role=img]").is_visible()
     page.evaluate("tlens.set({ step: 8 })")
-    page.wait_for_timeout(100)
+    drawn(page)
     assert section(page, "late").locator("svg[role=img]").is_visible()
 
 
@@ -284,7 +284,7 @@ def hovered(page, canvas, n_rows, n_columns):
 def test_an_event_leads_to_its_step(shown):
     page, _ = shown
     page.locator("#events button").click()
-    page.wait_for_timeout(100)
+    drawn(page)
     assert page.evaluate("tlens.state.step") == 4
     assert page.locator("#events li").inner_text() == f"step 4 new induction head {HOSTILE}"
     (row,) = rows(section(page, "target_scores"))

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from tests.browser import needs_browser, opened
+from tests.browser import drawn, needs_browser, opened
 from tests.page.pages import page_of
 from tlens_callback import Watch, instruments
 from tlens_callback.page.meanings import meanings
@@ -43,7 +43,7 @@ def test_a_page_opens_with_the_drift_where_there_is_any(tmp_path, drift, opens, 
         assert titles["head_scores/induction"].startswith(INDUCTION)
         assert titles["attention_drift/js"].startswith(DRIFT)
         page.locator("#score").select_option("theirs/score")
-        page.wait_for_timeout(100)
+        drawn(page)
         assert card.locator(".meaning").inner_text() == ""
         for name, count in (("head_scores", 1), ("attention_drift", 1), ("theirs", 0)):
             told = page.locator(f"[data-instrument={name}] > .meaning")

@@ -11,6 +11,7 @@ from tests.page.five_steps import (
     LOSS,
     STEPS,
     UPDATES,
+    addressed,
     marker,
     settled,
     step_of,
@@ -74,7 +75,7 @@ def test_help(opens, run):
 
 def test_play(opens, run):
     page = opens(run)
-    page.select_option("#speed", "16")
+    page.select_option("#speed", "4")  # slow enough for each step to be drawn
     page.evaluate("document.activeElement.blur()")
     page.evaluate(
         """() => {
@@ -161,7 +162,7 @@ def test_further_curves(opens, run):
     settled(page)
     page.mouse.move(marker(page), box["y"] + 50)
     assert "trainer/eval_loss: 2.125 as logged (step 100)" in page.inner_text("#tip")
-    page.wait_for_timeout(250)
+    addressed(page)
     address = page.url
     assert quote("target_scores/loss/probe1", safe="") in address
     again = opens(address)

@@ -112,6 +112,7 @@ def test_another_precision_has_another_first_observation(tmp_path, caplog):
     assert "is of another precision, so" in caplog.text
 
 
+@pytest.mark.slow
 def test_two_callbacks_of_one_trainer(tmp_path):
     """Each has a file, a store and a first observation of its own; of one name they are refused."""
     rome = Probe("rome", "the capital of Italy is", target=" Rome")
@@ -148,6 +149,7 @@ def test_an_instrument_that_is_new_says_so(tmp_path, caplog):
     assert "kept nothing of 'distance'" in caplog.text and "'watch'" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_search_for_the_batch_size_forgets_the_first_try(tmp_path):
     class OutOfMemoryOnce(TrainerCallback):
         tries = 0
@@ -317,6 +319,7 @@ def adapted():
         return get_peft_model(tiny.model("llama"), LoraConfig(r=4, target_modules="all-linear"))
 
 
+@pytest.mark.slow
 def test_every_fast_instrument_goes_on_where_it_stopped(tmp_path):
     """What a resumed run reads is what the whole run read, changes since step 0 included."""
 

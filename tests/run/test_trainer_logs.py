@@ -91,6 +91,7 @@ def test_a_log_that_holds_no_number_ends_no_training(tmp_path):
     assert curve(sink)[0] == [1, 2, 3, 4, 5, 6] and "trainer/note" not in sink.readings
 
 
+@pytest.mark.slow
 def test_a_try_that_ran_out_of_memory_keeps_what_it_logged(tmp_path):
     class OutOfMemoryOnce(TrainerCallback):
         tries = 0
@@ -197,6 +198,7 @@ def test_the_store_has_them_where_nothing_else_is_measured(tmp_path):
     assert values == pytest.approx(logged(run)[1]) and len(values) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [3, 4])
 def test_a_resumed_run_has_every_value_once(tmp_path, checkpoint):
     """At step 3 nothing had observed; step 4 was observed, and is again."""

@@ -36,7 +36,7 @@ def test_ctrl_c_while_the_thread_starts_lets_the_next_observation_start_it(monke
         with pytest.raises(KeyboardInterrupt):
             writer.put(one(), step=0)
     writer.put(one(), step=1)
-    assert writer.drain(2) and sink.wrote == [1]
+    assert writer.drain(60) and sink.wrote == [1]
     writer.close()
 
 
@@ -45,10 +45,11 @@ def test_ctrl_c_that_leaves_the_lock_taken_does_not_hold_up_the_end_for_ever():
     sink = Notes()
     writer = Writer([sink])
     writer.put(one(), step=0)
+    thread = writer._thread
     writer._changed.acquire()
     writer.close()
+    assert thread.is_alive(), "it waits for the lock"
     writer._changed.release()
     assert sink.wrote == [0, "close"]
-    for thread in threading.enumerate():
-        if thread.name == "tlens-writer":
-            thread.join(2)
+    thread.join(60)
+    assert not thread.is_alive()

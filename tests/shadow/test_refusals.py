@@ -56,6 +56,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_what_can_be_shown_is_not_refused(name):
     model = SHOWN[name]()

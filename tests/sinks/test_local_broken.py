@@ -48,6 +48,7 @@ def writers(tmp_path):
         yield children
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_every_completed_step(tmp_path, writers):
     told = []
     for child, enough in zip(writers, (7, 10), strict=True):

@@ -268,6 +268,7 @@ def test_what_a_user_can_get_wrong(tmp_path):
         TensorBoardSink(tmp_path).write([], step=-1)
 
 
+@pytest.mark.slow
 def test_it_needs_neither_torchs_writer_nor_tensorflow():
     code = (
         "import sys, tlens_callback\n"
@@ -331,7 +332,7 @@ def test_its_page_shows_a_picture(tmp_path, monkeypatch, one_thread):
     ):
         card = page.locator("image-card").filter(has_text="tlens/attention_patterns").first
         picture = card.locator("img")
-        picture.wait_for(timeout=20_000)
+        picture.wait_for(timeout=60_000)
         page.wait_for_function("i => i.naturalWidth > 0", arg=picture.element_handle())
         (event, *_) = read(tmp_path / "runs" / "tlens").Images(
             "tlens/attention_patterns/pattern/capital"

@@ -331,7 +331,7 @@ def test_its_dashboard_shows_picture_and_page(project, tmp_path, one_thread):
         with opened(where, allowed=address) as (page, faults):
             card = page.locator(".gallery-item").filter(has_text="tlens/head_scores/heads").first
             picture = card.locator("img")
-            picture.wait_for(timeout=20_000)
+            picture.wait_for(timeout=60_000)
             picture.scroll_into_view_if_needed()
             page.wait_for_function("i => i.naturalWidth > 0", arg=picture.element_handle())
             written = [row for _, step, row in rows(project) if step == 6]

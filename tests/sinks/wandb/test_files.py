@@ -63,6 +63,7 @@ def files_of(offline):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_below_a_thousand_files(offline, caplog, tmp_path):
     sink = WandbSink(store=Paged(tmp_path))
     with caplog.at_level(logging.WARNING, "tlens_callback"):
@@ -178,7 +179,7 @@ class Slow:
         self.lost = None
 
     def write(self, sink):
-        self.go.wait(10)
+        self.go.wait(120)
         time.sleep(0.2)
         try:
             for step in (1, 2):

@@ -108,6 +108,7 @@ def test_beside_a_trainer_that_evaluates(offline):
     assert losses == [1, 2, 3, 4, 5] and evaluations == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_beside_grpo_which_logs_rows_of_its_own(offline):
     ours, theirs, memory = watched(offline, grpo, log_completions=True)
     check(ours, memory, [2, 4])
@@ -115,6 +116,7 @@ def test_beside_grpo_which_logs_rows_of_its_own(offline):
     assert sum("completions" in row for row in theirs) >= 4
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_loses_nothing(offline):
     """`finally: wandb.finish()`, without an end of training."""
     sink = WandbSink(store=Paged(offline))
