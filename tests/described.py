@@ -3,8 +3,12 @@
 from tlens_callback import Reading, Watch
 from tlens_callback.meaning import Description, described
 from tlens_callback.offline.changes import own_descriptions
+from tlens_callback.run.cost import cost_reading
 
-OWN = own_descriptions() | {"watch": described(Watch())}
+OWN = own_descriptions() | {
+    "watch": described(Watch()),
+    "cost": cost_reading("share", 0.0, "fraction").description,
+}
 
 
 def as_read(*readings: Reading) -> list[Reading]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+RESERVED = ("cost", "fidelity", "trainer", "checkpoint")
+"""First segments of keys that no instrument makes: they are the observer's own."""
+
 TOKEN_AXES = ("pos", "token", "query", "key")
 """Axes whose labels are tokens."""
 

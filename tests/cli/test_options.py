@@ -134,7 +134,7 @@ def test_instruments_are_made_as_in_python(tmp_path):
         ("LogitLens(k=0)", r"LogitLens\(k=0\)"),
         ("SparseFeatures", "missing 1 required positional argument: 'sae'"),
         ("SparseFeatures('nowhere')", "nowhere is not the directory of one autoencoder"),
-        ("SparseFeatures(3)", "takes an Autoencoder, got 3"),
+        ("SparseFeatures(3)", "takes an Autoencoder or its directory, got 3"),
     ],
 )
 def test_an_instrument_that_is_none_is_named(text, says):

@@ -57,13 +57,14 @@ def test_saves_the_view(monkeypatch):
         def save(self):
             saved.append(self)
 
-    asked = {}
+    asked, logged = {}, workspace.Logged(probes=["a"])
     monkeypatch.setattr(workspace, "unreachable", lambda: None)
-    monkeypatch.setattr(workspace, "probes_of", lambda *_, **__: ["a"])
+    monkeypatch.setattr(workspace, "logged_by", lambda *_, **__: logged)
     monkeypatch.setattr(workspace, "build", lambda *_, **given: asked.update(given) or View())
     result = run("workspace", "me/it")
     assert result.exit_code == 0 and len(saved) == 1 and View.url in result.output
-    assert asked == {"name": "tlens", "title": "Inside the model", "probes": ["a"]}
+    of_run = {"probes": ["a"], "logged": logged}
+    assert asked == {"name": "tlens", "title": "Inside the model", **of_run}
 
     def refuse(self):
         raise RuntimeError("permission denied")
@@ -71,8 +72,7 @@ def test_saves_the_view(monkeypatch):
     monkeypatch.setattr(View, "save", refuse)
     result = run("workspace", "me/it")
     assert result.exit_code == 1 and "did not take the view of me/it" in result.stderr
-    monkeypatch.setattr(workspace, "probes_of", refuse)
-    monkeypatch.setattr(workspace, "probes_of", lambda *_, **__: refuse(None))
+    monkeypatch.setattr(workspace, "logged_by", lambda *_, **__: refuse(None))
     assert run("workspace", "me/it").exit_code == 1
 
 

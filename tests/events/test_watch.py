@@ -183,7 +183,7 @@ def test_any_head_scores_are_followed(scores_):
 
 @pytest.mark.parametrize("watch", [Watch(heads=[(0, 0)]), Watch(scores="head_scores")])
 def test_heads_without_scores_are_refused(watch):
-    with pytest.raises(ValueError, match="follows heads, and no HeadScores"):
+    with pytest.raises(ValueError, match="follows heads, and no instrument"):
         watch.look([number("a/b", 1)])
 
 
@@ -249,7 +249,7 @@ def test_entropy_collapse():
 
 
 def frequency(names, values) -> list[Reading]:
-    return [
+    return as_read(
         Reading(
             key="sparse_features/frequency",
             values=np.array(values),
@@ -257,7 +257,7 @@ def frequency(names, values) -> list[Reading]:
             unit="fraction",
             labels={"feature": names},
         )
-    ]
+    )
 
 
 def test_a_feature_begins_to_fire_and_another_falls_silent():

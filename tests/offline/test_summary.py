@@ -4,12 +4,19 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.described import as_read
 from tests.offline.two_models import DOG, save, watched
 from tests.sinks.samples import small
 from tests.training import trainer
 from tlens_callback import LocalSink, Reading, TLensCallback, read_store
-from tlens_callback.events.watch import ROLES, Watch
-from tlens_callback.offline.changes import History, changed_keys, changed_roles, roles_taken
+from tlens_callback.events import Watch
+from tlens_callback.offline.changes import (
+    History,
+    changed_keys,
+    changed_roles,
+    role_scores,
+    roles_taken,
+)
 from tlens_callback.offline.summary import summary
 
 
@@ -29,7 +36,8 @@ def block_scores(role, values):
     """[block, layer, head]."""
     key = f"head_scores/{role}_by_block"
     values = np.array(values)
-    return Reading(key=key, values=values, axes=("block", "layer", "head"), unit="probability")
+    axes = ("block", "layer", "head")
+    return as_read(Reading(key=key, values=values, axes=axes, unit="probability"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -269,4 +277,5 @@ def test_nothing_there(tmp_path):
 
 
 def test_roles_of_the_package_have_scores(run):
-    assert {f"head_scores/{role}_by_block" for role in ROLES} <= set(run.keys)
+    roles = {role for role, _, _ in role_scores(History(run))}
+    assert roles == {"previous", "duplicate", "induction"}

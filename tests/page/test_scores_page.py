@@ -4,11 +4,11 @@ import inspect
 
 import numpy as np
 import pytest
+from tlens_callback.page.meanings import meanings
 
 from tests.browser import drawn, needs_browser, opened
 from tests.page.pages import page_of
 from tlens_callback import Watch, instruments
-from tlens_callback.page.meanings import meanings
 from tlens_callback.reading import Reading
 
 HEADS = ("layer", "head")

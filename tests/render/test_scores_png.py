@@ -58,7 +58,9 @@ def test_names_stand_beside_the_rows_and_columns_that_they_name():
     picture = pixels([matrix(values, axes=("layer", "pos"), labels=labels)])
     ink = (picture.astype(int).sum(-1) < 450) & (np.ptp(picture, axis=-1) < 20)
     slots = (values * 239).round().astype(int)
-    places = np.array([[blocks(picture, colour_table()[slot])[:2] for slot in row] for row in slots])
+    places = np.array(
+        [[blocks(picture, colour_table()[slot])[:2] for slot in row] for row in slots]
+    )
     left, under = int(places[0, 0, 0]) - 16, int(places[-1, 0, 1]) + 10
     beside = [ink[int(y) - 8 : int(y) + 8, :left] for y in places[:, 0, 1]]
     reach = [left - np.flatnonzero(rows.any(0)).min() for rows in beside]

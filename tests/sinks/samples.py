@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tests.described import as_read
 from tlens_callback.reading import Reading
 
 TOKENS = ["<s>", " The", " capital", "\n", "</script>", "中", "😀", '"', "7"]
@@ -15,7 +16,7 @@ def pattern(step=0, probe="capital", layers=2, heads=3):
     n = len(TOKENS)
     rng = np.random.default_rng([step, len(probe)])
     p = np.tril(np.exp(rng.normal(0, 3, (layers, heads, n, n))))
-    return Reading(
+    reading = Reading(
         key=f"attention_patterns/pattern/{probe}",
         values=p / p.sum(-1, keepdims=True),
         axes=("layer", "head", "query", "key"),
@@ -23,6 +24,7 @@ def pattern(step=0, probe="capital", layers=2, heads=3):
         labels={"query": TOKENS, "key": TOKENS, "layer": ["1", "3"][:layers]},
         limits=(0, 1),
     )
+    return as_read(reading)[0]
 
 
 def small(step=0, probe="capital"):
@@ -30,7 +32,7 @@ def small(step=0, probe="capital"):
     rng = np.random.default_rng(step)
     matrix = ("layer", "head")
     tokens = {"pos": TOKENS}
-    return [
+    readings = [
         Reading(key="cost/seconds", values=np.array(step + 0.25), unit="seconds"),
         Reading(key=f"target_scores/loss/{probe}", values=np.array(np.nan), unit="nats"),
         Reading(key="head_scores/max_induction", values=np.array(0.1 * step), unit="probability"),
@@ -71,6 +73,7 @@ def small(step=0, probe="capital"):
         Reading(key="x/none", values=np.zeros((0, 2)), axes=matrix, unit="count"),
         *named(step, probe),
     ]
+    return as_read(*readings)
 
 
 def named(step=0, probe="capital"):
@@ -93,7 +96,7 @@ def named(step=0, probe="capital"):
             limits=(0, float("inf")),
         ),
         Reading(
-            key="virtual_heads/pair",
+            key="virtual_heads/lag_pair",
             values=[7, 3],
             axes=("rank",),
             unit="index",

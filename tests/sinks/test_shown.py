@@ -39,7 +39,7 @@ def test_every_reading_of_the_samples_has_its_place():
     readings = everything()
     assert [key for key, _ in matrices(readings)] == ["head_scores/heads"]
     assert [key for key, _ in curves(readings)] == ["logit_lens/by_layer"]
-    assert [key for key, _ in tables(readings)] == [
+    assert [key for key, *_ in tables(readings)] == [
         "top_neurons/table",
         "logit_lens/table",
         "virtual_heads/rank_table",
@@ -79,7 +79,7 @@ def test_what_is_of_many_readings_takes_the_key_of_none():
         (curves(own), ["x/by_layer_2"]),
         (tables(own), ["x/table_2", "x/rank_table_2"]),
     ):
-        assert [key for key, _ in parts] == names
+        assert [key for key, *_ in parts] == names
 
 
 def test_histograms_have_what_is_finite():

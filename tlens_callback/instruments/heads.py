@@ -218,7 +218,7 @@ class HeadScores:
         no_number = np.isnan(profile.data)
         profile[no_number] = 0
         profile[np.arange(len(profile))[:, None] > longest] = np.ma.masked
-        unknown = (no_number & ~np.ma.getmaskarray(profile)).any(0)
+        unknown = np.any(no_number & ~np.ma.getmaskarray(profile), axis=0)
         parts = np.split(np.arange(len(longest)), stops)
         block = np.ma.stack([profile[:, part].mean(1) for part in parts], axis=1)
         of_block = np.stack([unknown[part].any(0) for part in parts])

@@ -8,10 +8,10 @@ import numpy as np
 from tlens_callback import instruments
 from tlens_callback.events.watch import Watch, lowest_over_blocks
 from tlens_callback.meaning import Description, Meaning, Quantity, described_class
-from tlens_callback.reading import Reading
+from tlens_callback.reading import RESERVED, Reading
 from tlens_callback.store import Store
 
-BESIDE = "cost", "fidelity", "trainer", "checkpoint", "watch"
+BESIDE = (*RESERVED, "watch")
 """Instruments of keys that say nothing of the model: a step of these alone was not observed."""
 
 

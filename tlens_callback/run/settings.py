@@ -18,12 +18,10 @@ from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import repeated_blocks
 from tlens_callback.probes.entries import ENDINGS
 from tlens_callback.probes.file import read_probes
+from tlens_callback.reading import RESERVED
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.writer import OnError, Writing
 from tlens_callback.shadow import Shadow
-
-RESERVED = "cost", "fidelity", "trainer", "checkpoint"
-"""First segments of keys that no instrument makes."""
 
 MANY = 256
 """More probes than this are worth a word."""

@@ -2,20 +2,19 @@
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 import wandb
 from PIL import Image
 
-import tlens_callback
+from tests.described import as_read
 from tests.sinks.samples import EVENT, everything, named, pattern, small
 from tests.sinks.wandb.wandb_file import history, records, run_file
 from tlens_callback import Reading, WandbSink
+from tlens_callback.meaning import Description, Meaning
 from tlens_callback.render import axis_table, line_figure, mosaic, neuron_table
-from tlens_callback.run.observer import Observer
-from tlens_callback.sinks.wandb.rows import MEDIA, MOST_NUMBERS, NUMBERS
+from tlens_callback.sinks.wandb.rows import MOST_NUMBERS
 
 STEP = "train/global_step"
 
@@ -198,20 +197,16 @@ def numbers_of(instrument, how_many, probes=(None,)):
     return [Reading(key=key, values=1.0, unit="x") for key in keys]
 
 
-def test_an_instrument_of_somebody_else_is_shown_by_its_axes(offline, caplog):
-    """Also one of the package that has a name of its own."""
+def test_an_instrument_that_says_nothing_of_itself_is_shown_by_its_axes(offline, caplog):
     probes = ("a", "b")
     strange = [
         *numbers_of("strange", MOST_NUMBERS + 2, probes),
         *numbers_of("small", MOST_NUMBERS),
-        *numbers_of("watch", MOST_NUMBERS + 2),
-        *numbers_of("head_scores", 3),
+        *as_read(*numbers_of("watch", MOST_NUMBERS + 2)),
         Reading(key="strange/m", values=np.ones((2, 2)), axes=("layer", "pos"), unit="x"),
         Reading(key="strange/l", values=np.ones(2), axes=("layer",), unit="x"),
         Reading(key="strange/r", values=np.ones(2), axes=("rank",), unit="x"),
         Reading(key="strange/t", values=np.ones((2, 2)), axes=("layer", "rank"), unit="x"),
-        Reading(key="frozen_weights/r", values=np.ones(2), axes=("rank",), unit="x"),
-        Reading(key="frozen_2/r", values=np.ones(2), axes=("rank",), unit="x"),
     ]
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         row = one_row(offline, strange)
@@ -223,10 +218,40 @@ def test_an_instrument_of_somebody_else_is_shown_by_its_axes(offline, caplog):
         "tlens/strange/by_layer",
         "tlens/strange/table",
         "tlens/strange/rank_table",
-        "tlens/frozen_2/rank_table",
     }
     (said,) = words(caplog)
     assert "first 8 numbers of 'strange'" in said and "everything=True" in said
+
+
+def test_what_an_instrument_says_of_itself_is_done_whatever_its_name(offline, caplog):
+    """Headlines are shown, other measures are not, and none is counted against the first eight."""
+    said = Description(
+        measures={
+            "a": Meaning(headline=True),
+            "b": Meaning(),
+            "matrix": Meaning(headline=True),
+            "beside": Meaning(),
+            "line": Meaning(),
+            "list": Meaning(),
+            "ranked": Meaning(headline=True),
+        }
+    )
+    square = np.ones((2, 2))
+    own = [
+        *(Reading(key=f"mine/a/p{i}", values=1.0, unit="x") for i in range(MOST_NUMBERS + 2)),
+        Reading(key="mine/b", values=1.0, unit="x"),
+        Reading(key="mine/other", values=1.0, unit="x"),
+        Reading(key="mine/matrix", values=square, axes=("layer", "head"), unit="x"),
+        Reading(key="mine/beside", values=square, axes=("layer", "head"), unit="x"),
+        Reading(key="mine/line", values=square[0], axes=("layer",), unit="x"),
+        Reading(key="mine/list", values=square[0], axes=("rank",), unit="x"),
+        Reading(key="mine/ranked", values=square, axes=("layer", "rank"), unit="x"),
+    ]
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        row = one_row(offline, [reading.described(said) for reading in own])
+    shown = {"other", "heads", "table", *(f"a/p{i}" for i in range(MOST_NUMBERS + 2))}
+    assert set(row) == {f"tlens/mine/{name}" for name in shown}
+    assert words(caplog) == []
 
 
 def test_everything_is_everything(offline, caplog):
@@ -236,22 +261,6 @@ def test_everything_is_everything(offline, caplog):
     scalars = {f"tlens/{r.key}" for r in readings if not r.axes}
     assert scalars <= set(row) and "tlens/virtual_heads/rank_table" in row
     assert words(caplog) == []
-
-
-def test_the_headlines_are_keys_that_there_are():
-    docs = Path(tlens_callback.__file__).parents[1] / "docs" / "instruments.md"
-    told = docs.read_text() + str(Observer.__doc__)
-    fidelity = "fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement:"
-    assert fidelity in told
-
-    def documented(instrument, measure):
-        key = f"{instrument}/{measure.replace('max_', 'max_<measure>', 1)}"
-        key = key.partition(">")[0] + ">" if "<" in key else key
-        return f"`{key}" in told or f"{instrument}/{measure}" in told
-
-    assert all(documented(name, measure) for name, own in NUMBERS.items() for measure in own)
-    assert not documented("head_scores", "min_drift") and not documented("target_scores", "odds")
-    assert all(f"`{name}/" in told for name in MEDIA)
 
 
 def test_what_the_trainer_logs_is_left_to_it(offline):

@@ -7,12 +7,13 @@ import sys
 import pytest
 import wandb
 
-from tests.sinks.wandb.test_training import FILES, NUMBERS
+from tests.sinks.wandb.test_training import FILES, NUMBERS, SOMETIMES
 from tlens_callback.sinks.shown import Keys
 from tlens_callback.sinks.wandb.workspace import (
     REPEATED,
+    Logged,
     build,
-    probes_of,
+    logged_by,
     split_project,
     unreachable,
 )
@@ -30,7 +31,7 @@ def test_sections_are_in_an_order_to_look_through():
     view = build("me", "it", probes=["capital", "b"])
     assert view.auto_generate_panels is False, "no other panels beside these"
     shown = panels(view)
-    order = ["Training", "Events", "Heads", "Answers", "Pictures", "Tables", "Page"]
+    order = "Training Events Heads Answers Changes Weights Pictures Tables Page".split()
     assert list(shown) == order and all(shown.values())
     loss = shown["Training"][0]["config"]
     assert loss["xAxis"] == "train/global_step" and loss["metrics"] == ["train/loss", "eval/loss"]
@@ -51,23 +52,37 @@ def keys_of(shown):
 
 
 def test_every_key_is_one_that_the_sink_logs():
-    """In a real run, with nothing set: see `test_wandb_training`."""
-    logged = {f"tlens/{key}" for key in (*NUMBERS, *FILES, "page", "watch/event_table")}
+    """In a real run, with nothing set: see `test_training`."""
+    numbers = {f"tlens/{key}" for key in (*NUMBERS, *SOMETIMES)}
     # The heads that it pins are those of its model.
-    logged.add("tlens/watch/induction_L1H0")
+    numbers.add("tlens/watch/induction_L1H0")
+    files = {f"tlens/{key}" for key in (*FILES, "page", "watch/event_table")}
     shown = panels(build("me", "it", probes=["capital", REPEATED]))
-    own = {key for key in keys_of(shown) if key.startswith("tlens/")}
-    assert own <= logged
-    assert {f"tlens/{key}" for key in FILES} <= own, "every file has its panel"
-    patterns = [
-        panel["config"]["metricRegex"]
-        for section in shown.values()
-        for panel in section
-        if panel["config"].get("useMetricRegex")
-    ]
-    assert len(patterns) == 4
+    own = [key for key in keys_of(shown) if key.startswith("tlens/")]
+    assert set(own) <= numbers | files and len(set(own)) == len(own)
+    assert files <= set(own), "every file has its panel"
+    patterns = patterns_of(shown)
     for pattern in patterns:
-        assert any(re.search(pattern, key) for key in logged), pattern
+        assert any(re.search(pattern, key) for key in numbers), pattern
+    seen = {key for key in numbers for pattern in patterns if re.search(pattern, key)} | set(own)
+    assert numbers - seen == {"tlens/fidelity/kl"}, "every curve has its panel"
+
+
+def patterns_of(shown):
+    configs = [panel["config"] for section in shown.values() for panel in section]
+    return [config["metricRegex"] for config in configs if config.get("useMetricRegex")]
+
+
+def test_an_instrument_of_somebody_else_has_its_panels():
+    logged = Logged(numbers=["mine/a.b/p", "mine/a.b/q", "mine/c"], media=["mine/heads"])
+    shown = panels(build("me", "it", logged=logged))["Others"]
+    titles = [panel["config"].get("chartTitle") for panel in shown]
+    assert titles == ["mine/a.b", "mine/c", "mine/heads"]
+    first, second = patterns_of({"": shown})
+    assert re.search(first, "tlens/mine/a.b/q") and not re.search(first, "tlens/mine/aXb/q")
+    assert re.search(second, "tlens/mine/c") and not re.search(second, "tlens/mine/c2")
+    assert list(keys_of({"": shown})) == ["tlens/mine/heads"]
+    assert "Others" not in panels(build("me", "it", logged=Logged()))
 
 
 def test_a_probe_has_the_key_that_the_sink_gives_it():
@@ -111,13 +126,19 @@ def test_says_why_nothing_can_be_saved(monkeypatch, tmp_path):
     assert unreachable() is None
 
 
-def test_the_probes_are_those_of_the_latest_run(monkeypatch):
+def test_what_the_latest_run_has_logged(monkeypatch):
     class Run:
         def __init__(self):
             self.summary = {
                 "train/loss": 1,
                 "tlens/attention_patterns/pattern/b": {},
                 "tlens/attention_patterns/pattern/a c": {},
+                "tlens/head_scores/max_induction": 0.1,
+                "tlens/cost/share": 0.1,
+                "tlens/watch/count": 0,
+                "tlens/page": {},
+                "tlens/mine/x/b": 1.0,
+                "tlens/mine/heads": {"_type": "plotly-file"},
                 "slow/attention_patterns/pattern/d": {},
             }
 
@@ -132,7 +153,8 @@ def test_the_probes_are_those_of_the_latest_run(monkeypatch):
             return iter(runs if settings.get("order") == "-created_at" else runs[::-1])
 
     monkeypatch.setattr("wandb.Api", Api)
-    assert probes_of("me", "it", name="tlens") == ["a c", "b"]
-    assert probes_of("me", "it", name="slow") == ["d"]
+    own = Logged(probes=["a c", "b"], numbers=["mine/x/b"], media=["mine/heads"])
+    assert logged_by("me", "it", name="tlens") == own
+    assert logged_by("me", "it", name="slow") == Logged(probes=["d"], numbers=[], media=[])
     monkeypatch.setattr(Api, "runs", lambda *_, **__: iter([]))
-    assert probes_of("me", "it", name="tlens") == []
+    assert logged_by("me", "it", name="tlens") == Logged()

@@ -9,6 +9,7 @@ from typing import Any
 from tlens_callback.events import Watch
 from tlens_callback.instruments import fast
 from tlens_callback.meaning import Description, Quantity, described
+from tlens_callback.reading import RESERVED
 from tlens_callback.sinks.shown import STEP, Keys, figure_name, table_name
 
 REPEATED = "repeat-24-0"
@@ -74,7 +75,7 @@ def logged_by(entity: str, project: str, *, name: str) -> Logged:
     import wandb
 
     pattern = _patterns()
-    known = {instrument for instrument, _ in _described()} | {pattern.split("/")[0], "page"}
+    known = {instrument for instrument, _ in _described()} | {*RESERVED, "page"}
     for run in wandb.Api().runs(f"{entity}/{project}", order="-created_at", per_page=1):
         keys = [k.removeprefix(f"{name}/") for k in run.summary.keys() if k.startswith(f"{name}/")]
         probes = sorted(k.removeprefix(pattern) for k in keys if k.startswith(pattern))
