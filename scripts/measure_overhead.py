@@ -34,10 +34,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tlens_callback import Instrument, LocalSink, Probe, Reading, Sink, WandbSink, Watch
+from tlens_callback import Instrument, LocalSink, Probe, Reading, Sink, WandbSink
 from tlens_callback.instruments import fast
 from tlens_callback.probes.builtin import repeated_blocks
 from tlens_callback.run.observer import Observer
+from tlens_callback.run.settings import Settings
 from tlens_callback.run.writer import Writer
 from tlens_callback.shadow import Shadow, bridge
 
@@ -179,7 +180,7 @@ def measure(
     parts, store = Parts(), LocalSink(out / shape)
     sinks = [TimedSink(sink, parts) for sink in (store, WandbSink(store=store))]
     instruments = [TimedInstrument(instrument, parts) for instrument in fast()]
-    watcher = Observer(instruments, sinks, watch=Watch(), on_error="raise")
+    watcher = Observer(Settings(instruments=instruments, on_error="raise"), sinks)
     began = time.perf_counter()
     watcher.start(model, None, lambda shadow: texts + repeated_blocks(context), step=0)
     start_seconds = time.perf_counter() - began

@@ -4,23 +4,21 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tlens_callback.events import Watch
-from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.interfaces import Sink
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import first_rows, training_rows
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import print_lines
-from tlens_callback.run.settings import Arguments
+from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
 from tlens_callback.run.trainer_logs import SUMMARY
-from tlens_callback.run.writer import OnError, Writing
 from tlens_callback.shadow import Shadow
 from tlens_callback.sinks.default import active_wandb, default_sinks
 
@@ -37,30 +35,8 @@ class TLensCallback(TrainerCallback):
     Args:
         probes: what to ask, or the path of a file that `read_probes` reads. None: the first rows
             of the training data.
-        instruments: what to measure. None: the fast ones, `tlens_callback.instruments.fast()`,
-            as far as the model has what they read.
-        sinks: where readings go, in this order. None: a local store `<output_dir>/<name>`, the
-            active W&B run if there is one, and trackio and TensorBoard where `report_to` has them;
-            for TensorBoard `<name>` in the folder of the trainer's own events.
-        watch: what to raise events about: heads that take or lose a role, collapsing entropy, and
-            rules of your own. None: `Watch()`. False: nothing.
-        every_n_steps: optimizer steps between two observations.
-        repeats: False leaves out the repeated random blocks of three lengths that come on top for
-            `HeadScores`, `VirtualHeads` and `RepeatLoss`, unless there are repeated blocks among
-            the probes.
-        device: where to put the shadow. None: beside the model, sharing every weight that no
-            adapter changes. Another device holds a full copy.
-        dtype: precision of the shadow; None: the model's. `torch.float32` for a bfloat16 model
-            shows changes below bfloat16's rounding, at 4 bytes for every parameter.
-        on_error: "warn": an instrument or sink that fails during training is reported once and
-            set aside. "raise": it raises.
-        writing: "wait": the sinks write on a thread of their own, and training waits for them only
-            where two observations wait already. "drop_old": it never waits, and the older of the
-            two is dropped and counted. "inline": the sinks write on the training thread.
-        name: of this callback, where a trainer has several: of the default local store's
-            directory, of the section in W&B and the others, and of the file `<name>.memory` that is
-            written into each checkpoint, with what later observations of a resumed run are compared
-            with.
+        settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, on_error,
+            writing and name, as `tlens_callback.run.settings.Settings` explains them.
 
     Raises:
         ValueError: here or when training begins, for what cannot work; the text says what to do.
@@ -78,37 +54,17 @@ class TLensCallback(TrainerCallback):
             default ones are known once training has begun.
     """
 
+    __signature__ = signature(Settings)  # for help(), which shows it
+
     def __init__(
         self,
         probes: Sequence[Probe] | str | os.PathLike[str] | None = None,
-        *,
-        instruments: Sequence[Instrument] | None = None,
-        sinks: Sequence[Sink] | None = None,
-        watch: Watch | Literal[False] | None = None,
-        every_n_steps: int = 100,
-        repeats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        on_error: OnError = "warn",
-        writing: Writing = "wait",
-        name: str = "tlens",
+        **settings: Unpack[Options],
     ) -> None:
-        self.arguments = Arguments(
-            probes,
-            instruments=instruments,
-            sinks=sinks,
-            watch=watch,
-            every_n_steps=every_n_steps,
-            repeats=repeats,
-            device=device,
-            dtype=dtype,
-            on_error=on_error,
-            writing=writing,
-            name=name,
-        )
-        self.name = name
-        self.sinks: list[Sink] = list(sinks or ())
-        self._given_sinks = sinks is not None
+        self.settings = Settings(probes, **settings)
+        self.name = self.settings.name
+        self.sinks: list[Sink] = list(self.settings.sinks or ())
+        self._given_sinks = self.settings.sinks is not None
         self.observer: Observer | None = None
         self._batch_size = 0
 
@@ -141,18 +97,18 @@ class TLensCallback(TrainerCallback):
         if self.observer is None:
             if not self._given_sinks:
                 self.sinks = default_sinks(args, self.name)
-            self.observer = self.arguments.observer(self.sinks)
+            self.observer = Observer(self.settings, self.sinks)
         self._join_wandb()
 
         def probes(shadow: Shadow) -> list[Probe]:
-            given = self.arguments.probes
+            given = self.settings.prompts
             if given is None:
                 given = first_rows(train_dataloader, processing_class, context=shadow.context)
                 if not given:
                     logger.warning(
                         "tlens: the training data gives no text to look at; probes=[...] would."
                     )
-            return self.arguments.completed(given, shadow)
+            return self.settings.completed(given, shadow)
 
         observer = self.observer
         if not observer.watching:
@@ -185,7 +141,7 @@ class TLensCallback(TrainerCallback):
         # What is logged of this step is known later, and belongs to its observation.
         hold = control.should_log or control.should_evaluate or by_epoch
         self.observer.after_update(
-            step, observe=step % self.arguments.every_n_steps == 0, last=last, hold=hold
+            step, observe=step % self.settings.every_n_steps == 0, last=last, hold=hold
         )
         if last and not hold:
             self.observer.finish()

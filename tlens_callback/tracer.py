@@ -7,21 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tlens_callback.events import Watch
-from tlens_callback.interfaces import Instrument, Sink
+from tlens_callback.interfaces import Sink
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import first_rows, training_rows
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import print_lines
-from tlens_callback.run.settings import Arguments
+from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
-from tlens_callback.run.writer import OnError, Writing
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.weights import unwrap
 from tlens_callback.sinks import LocalSink
@@ -68,10 +66,11 @@ class Tracer:
         train_dataset: rows that the model is trained on, by index, each a dict with `input_ids`,
             `text` or `prompt`; for instruments that learn from them, and for `probes=None`. It is
             read beside the loop's loader, whose order stays what it is.
-        instruments, sinks, watch, every_n_steps, repeats, device, dtype, on_error, writing, name:
-            as `TLensCallback` has them; the default sinks are the local store and the active W&B
-            run. To that a loop logs `{..., "train/global_step": step}` and no `step=`: W&B's own
-            steps are rows, the tracer's among them, and it drops what comes for an earlier one.
+        settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, on_error,
+            writing and name, as `tlens_callback.run.settings.Settings` explains them. The default
+            sinks are the local store and the active W&B run. To that a loop logs
+            `{..., "train/global_step": step}` and no `step=`: W&B's own steps are rows, the
+            tracer's among them, and it drops what comes for an earlier one.
 
     Raises:
         ValueError: here or on entering, for what cannot work; the text says what to do.
@@ -97,30 +96,9 @@ class Tracer:
         last_step: int | None = None,
         resume_from: str | Path | None = None,
         train_dataset: Any = None,
-        instruments: Sequence[Instrument] | None = None,
-        sinks: Sequence[Sink] | None = None,
-        watch: Watch | Literal[False] | None = None,
-        every_n_steps: int = 100,
-        repeats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        on_error: OnError = "warn",
-        writing: Writing = "wait",
-        name: str = "tlens",
+        **settings: Unpack[Options],
     ) -> None:
-        self.arguments = Arguments(
-            probes,
-            instruments=instruments,
-            sinks=sinks,
-            watch=watch,
-            every_n_steps=every_n_steps,
-            repeats=repeats,
-            device=device,
-            dtype=dtype,
-            on_error=on_error,
-            writing=writing,
-            name=name,
-        )
+        self.settings = Settings(probes, **settings)
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is the module that is trained, got {type(model).__name__}.")
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
@@ -136,8 +114,8 @@ class Tracer:
                 "train_dataset is read by index beside the loop; give loader.dataset, not the "
                 "loader."
             )
-        self.sinks: list[Sink] = list(sinks or ())
-        self._given_sinks = sinks is not None
+        self.sinks: list[Sink] = list(self.settings.sinks or ())
+        self._given_sinks = self.settings.sinks is not None
         self.observer: Observer | None = None
         self._model = model
         self._tokenizer = tokenizer
@@ -159,8 +137,8 @@ class Tracer:
             return self
         memory = self._recall()
         if not self._given_sinks:
-            self.sinks = [LocalSink(self._folder / self.arguments.name)]
-        self.observer = observer = self.arguments.observer(self.sinks)
+            self.sinks = [LocalSink(self._folder / self.settings.name)]
+        self.observer = observer = Observer(self.settings, self.sinks)
         print_lines([f"tlens: building a shadow of the {type(unwrap(self._model)).__name__}"])
         try:
             self._join_wandb()
@@ -207,7 +185,7 @@ class Tracer:
         with _full_precision(self._model):
             self.observer.after_update(
                 self._step,
-                observe=self._step % self.arguments.every_n_steps == 0,
+                observe=self._step % self.settings.every_n_steps == 0,
                 last=self._step == self._end,
             )
 
@@ -228,7 +206,7 @@ class Tracer:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path.with_name(self._file("log.json")), json.dumps(self._log).encode())
         except OSError as error:
-            if self.arguments.on_error == "raise":
+            if self.settings.on_error == "raise":
                 raise
             logger.warning("tlens: %s could not be written: %s", path, error)
             return
@@ -260,7 +238,7 @@ class Tracer:
             print_lines(summary(observer))
 
     def _probes(self, shadow: Shadow) -> list[Probe]:
-        given = self.arguments.probes
+        given = self.settings.prompts
         if given is None:
             given = first_rows(self._data, self._tokenizer, context=shadow.context)
             if not given:
@@ -268,7 +246,7 @@ class Tracer:
                     "tlens: there is no text to look at, only repeated blocks; probes=[...] or "
                     "train_dataset= would give some."
                 )
-        return self.arguments.completed(given, shadow)
+        return self.settings.completed(given, shadow)
 
     def _training_rows(self) -> Callable[[int], list[list[int]]] | None:
         return training_rows(self._data, self._tokenizer)
@@ -277,7 +255,7 @@ class Tracer:
         """Adds the active W&B run to the default sinks; it may begin after the block does."""
         if self._given_sinks or self.observer is None:
             return
-        if (sink := active_wandb(self.sinks, self.arguments.name)) is not None:
+        if (sink := active_wandb(self.sinks, self.settings.name)) is not None:
             self.sinks.append(sink)
             self.observer.writer.add(sink)
 
@@ -300,7 +278,7 @@ class Tracer:
         return path
 
     def _file(self, kind: str) -> str:
-        return f"{self.arguments.name}.{kind}"
+        return f"{self.settings.name}.{kind}"
 
     @property
     def _run(self) -> str:

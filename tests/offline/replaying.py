@@ -26,7 +26,7 @@ from tlens_callback import (
 )
 from tlens_callback.checkpoints import Loader
 from tlens_callback.offline.replay import Replay, replay
-from tlens_callback.run.settings import Arguments
+from tlens_callback.run.settings import Settings
 
 PROBES = [CAPITAL, Probe("story", "John gave Mary a book and went to the", target=" store")]
 SAVES = dict(max_steps=6, save_strategy="steps", save_steps=2, logging_steps=1)
@@ -109,7 +109,7 @@ def train(
     return read_store(folder / "run" / "tlens")
 
 
-def arguments(instruments: Sequence[Instrument] | None = None, **changes: Any) -> Arguments:
+def arguments(instruments: Sequence[Instrument] | None = None, **changes: Any) -> Settings:
     settings: dict[str, Any] = dict(
         probes=PROBES,
         instruments=instruments,
@@ -123,7 +123,7 @@ def arguments(instruments: Sequence[Instrument] | None = None, **changes: Any) -
         writing="inline",
         name="tlens",
     )
-    return Arguments(**{**settings, **changes})
+    return Settings(**{**settings, **changes})
 
 
 def replayed(

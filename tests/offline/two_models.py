@@ -10,7 +10,7 @@ from tests.training import CAPITAL
 from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.offline.stages import Stage, look_at
 from tlens_callback.probes import Probe
-from tlens_callback.run.settings import Arguments
+from tlens_callback.run.settings import Settings
 from tlens_callback.sinks import LocalSink
 
 DOG = Probe("dog", "the cat sat on the mat and the dog", target=" sat", foil=" gave")
@@ -47,8 +47,8 @@ def adapter(path: Path, base: Path, seed: int, **lora) -> Path:
     return save(moved(get_peft_model(model, config), seed), path)
 
 
-def asked(probes=(CAPITAL, DOG), **given) -> Arguments:
-    return Arguments(
+def asked(probes=(CAPITAL, DOG), **given) -> Settings:
+    return Settings(
         list(probes),
         **{
             "instruments": None,

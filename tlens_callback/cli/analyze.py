@@ -3,6 +3,7 @@
 import os
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,9 @@ def analyze(
 
     checkpoint = Checkpoint.of(model, adapter, base=base)
     arguments, loader = asked(**options)
-    probes = arguments.probes or []
-    arguments.instruments = of_one_look(arguments.instruments, checkpoint, probes)
+    probes = arguments.prompts or []
+    kept = of_one_look(arguments.instruments or (), checkpoint, probes)
+    arguments = replace(arguments, instruments=kept)
     own = loader.tokenizer(checkpoint, tokenizer)
     if own is None:
         demand_ids(checkpoint, probes)

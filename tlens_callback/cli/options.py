@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tlens_callback.checkpoints import Loader
     from tlens_callback.interfaces import Instrument
     from tlens_callback.probes import Probe
-    from tlens_callback.run.settings import Arguments
+    from tlens_callback.run.settings import Settings
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -70,7 +70,7 @@ def asked(
     no_repeats: bool = False,
     device: str | None = None,
     dtype: str | None = None,
-) -> "tuple[Arguments, Loader]":
+) -> "tuple[Settings, Loader]":
     """What the options of `looking` ask for. Without prompts, repeated blocks are shown alone.
 
     Raises:
@@ -79,7 +79,7 @@ def asked(
     import torch
 
     from tlens_callback.checkpoints import Loader
-    from tlens_callback.run.settings import Arguments
+    from tlens_callback.run.settings import Settings
 
     loader = Loader(device=device, dtype=getattr(torch, dtype) if dtype else None)
     filed: list[Probe] = []
@@ -88,20 +88,15 @@ def asked(
 
         filed = read_probes(probes_file)
     others = [probe.name for probe in filed]
-    arguments = Arguments(
+    arguments = Settings(
         [*given_prompts(prompts, chat=chat, target=target, foil=foil, others=others), *filed],
         instruments=chosen(instruments) if instruments else None,
-        sinks=None,
-        watch=None,
         every_n_steps=1,
         repeats=not no_repeats,
-        device=None,
-        dtype=None,
         on_error="raise",
         writing="inline",
-        name="tlens",
     )
-    if not (arguments.probes or arguments.repeats):
+    if not (arguments.prompts or arguments.with_blocks):
         raise ValueError("There is nothing to show the model: give --prompt TEXT or --probes FILE.")
     return arguments, loader
 

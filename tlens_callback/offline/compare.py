@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -38,7 +38,7 @@ from tlens_callback.offline.summary import (
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
-from tlens_callback.run.settings import Arguments
+from tlens_callback.run.settings import Settings
 from tlens_callback.sinks import LocalSink, MemorySink
 from tlens_callback.store import Store
 
@@ -71,7 +71,7 @@ def compare_models(
     a: Checkpoint,
     b: Checkpoint,
     loader: Loader,
-    arguments: Arguments,
+    arguments: Settings,
     *,
     names: tuple[str, str] | None = None,
     tokenizer: Any = None,
@@ -95,7 +95,7 @@ def compare_models(
         FidelityError: where a shadow is not its model.
     """
     names = names or (a.path, b.path)
-    probes = arguments.probes or []
+    probes = arguments.prompts or []
     if tokenizer is None:
         tokenizer = _common_tokenizer(a, b, loader, probes)
     base = a
@@ -111,7 +111,8 @@ def compare_models(
         there |= Needs.ADAPTER | Needs.SAME_WEIGHTS
     elif not adapters:
         there |= Needs.SAME_WEIGHTS
-    arguments.instruments = with_what_is_there(arguments.instruments, there)
+    kept = with_what_is_there(arguments.instruments or (), there)
+    arguments = replace(arguments, instruments=kept)
     memory = MemorySink()
     stages = [Stage(0, base, names[0]), Stage(1, b, names[1])]
     dtypes: list[str] = []

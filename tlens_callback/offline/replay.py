@@ -17,7 +17,7 @@ from tlens_callback.offline.stages import Stage, look_at
 from tlens_callback.probes import own_tokenizer, token_ids
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import print_lines, sink_lines
-from tlens_callback.run.settings import Arguments
+from tlens_callback.run.settings import Settings
 from tlens_callback.sinks import LocalSink
 from tlens_callback.store import Store, read_store
 
@@ -39,7 +39,7 @@ class Replay:
 
 def replay(
     run: str | Path,
-    arguments: Arguments,
+    arguments: Settings,
     loader: Loader,
     *,
     base: str | Path | None = None,
@@ -79,7 +79,7 @@ def replay(
         # A base that was saved in another one would differ from them by rounding, not by training.
         loader = Loader(device=loader.device, dtype=precision(of_last.model))
     tokenizer = loader.tokenizer(of_last)
-    if not arguments.probes:
+    if not arguments.prompts:
         print_lines(["tlens: no probes are given, so only repeated random blocks are looked at"])
     asked = _asked(run, stages[0], arguments, loader, tokenizer)
     record = choose(Path(out or run / "tlens-replay").expanduser(), asked, stages)
@@ -167,7 +167,7 @@ def _stages(run: Path, base: str | Path | None) -> tuple[list[Stage], dict[str, 
 
 
 def _asked(
-    run: Path, first: Stage, arguments: Arguments, loader: Loader, tokenizer: Any
+    run: Path, first: Stage, arguments: Settings, loader: Loader, tokenizer: Any
 ) -> dict[str, Any]:
     """What tells a replay from others: the same means the same numbers, up to rounding."""
     own = own_tokenizer(tokenizer)
@@ -180,15 +180,15 @@ def _asked(
             if probe.block
             else token_ids(probe, own, vocab_size=0),
         ]
-        for probe in arguments.probes or ()
+        for probe in arguments.prompts or ()
     ]
     return {
         "run": str(run.resolve()),
         "base": stamp(first) if first.step == 0 else None,
         "probes": probes,
-        "repeated blocks": arguments.repeats,
-        "instruments": [_said(instrument) for instrument in arguments.instruments],
-        "watch": _said(arguments.watch),
+        "repeated blocks": arguments.with_blocks,
+        "instruments": [_said(instrument) for instrument in arguments.instruments or ()],
+        "watch": _said(arguments.watch or None),
         "precision": [str(loader.dtype), str(arguments.dtype)],
         "version": version("tlens-callback"),
     }

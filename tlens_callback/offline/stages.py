@@ -17,7 +17,7 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import print_lines
-from tlens_callback.run.settings import Arguments
+from tlens_callback.run.settings import Settings
 from tlens_callback.shadow import Shadow
 
 Logged = Sequence[Mapping[str, Any]]
@@ -86,7 +86,7 @@ def with_what_is_there(instruments: Sequence[Instrument], there: Needs) -> list[
 def look_at(
     stages: Sequence[Stage],
     loader: Loader,
-    arguments: Arguments,
+    arguments: Settings,
     sinks: Sequence[Sink],
     *,
     tokenizer: Any = None,
@@ -98,7 +98,7 @@ def look_at(
     """Observes each stage in turn, as if a training run had come by there, and closes the sinks.
 
     The first is what later ones are compared with, and the shadow is compared with the model at
-    each. No two models are in memory at a time. `arguments.probes` are given.
+    each. No two models are in memory at a time. `arguments.prompts` are given.
 
     Args:
         memory: goes on from a file that `Observer.remember` wrote after an earlier stage.
@@ -111,7 +111,7 @@ def look_at(
         FidelityError: where the shadow is not the model.
     """
     named = CheckpointName()
-    observer = arguments.observer(sinks)
+    observer = Observer(arguments, sinks)
     observer.instruments.append(named)
     logged: list[Mapping[str, Any]] = []
 
@@ -143,7 +143,7 @@ def look_at(
             observer.start(
                 first,
                 tokenizer,
-                lambda shadow: arguments.completed(arguments.probes or [], shadow),
+                lambda shadow: arguments.completed(arguments.prompts or [], shadow),
                 step=stage.step,
                 memory=memory,
                 logged=logged,

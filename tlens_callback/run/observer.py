@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlens_callback.events import Watch
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
@@ -20,8 +19,9 @@ from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.observe import observe
 from tlens_callback.run.printing import print_lines
 from tlens_callback.run.schedule import Schedule, rare
+from tlens_callback.run.settings import Settings
 from tlens_callback.run.trainer_logs import TrainerLogs
-from tlens_callback.run.writer import OnError, Writer, Writing, report
+from tlens_callback.run.writer import Writer, report
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.fidelity import Fidelity, FidelityError
 
@@ -43,8 +43,8 @@ class Observer:
     `on_error="raise"` everything raises.
 
     Args:
-        watch: what raises events; None: nothing does.
-        writing: how readings get to the sinks; see `Writer`.
+        settings: what is watched, and how; the probes among them are left to `start`.
+        sinks: where the readings go.
 
     Keys:
         fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement: where they were computed; see
@@ -54,6 +54,7 @@ class Observer:
         trainer/<name>: [update], as logged; see `TrainerLogs`.
 
     Attributes:
+        instruments, watch: those that are not set aside.
         writer: has the sinks.
         model, shadow: what is watched, and how; None before `start` and after the end.
         batch: the encoded probes.
@@ -62,22 +63,12 @@ class Observer:
         checks: step -> fidelity, where it was computed.
     """
 
-    def __init__(
-        self,
-        instruments: Sequence[Instrument],
-        sinks: Sequence[Sink],
-        *,
-        watch: Watch | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        on_error: OnError = "warn",
-        writing: Writing = "wait",
-    ) -> None:
-        self.instruments = list(instruments)
-        self.writer = Writer(sinks, writing=writing, on_error=on_error)
+    def __init__(self, settings: Settings, sinks: Sequence[Sink]) -> None:
+        self.settings = settings
+        self.instruments = list(settings.instruments or ())
+        self.writer = Writer(sinks, writing=settings.writing, on_error=settings.on_error)
         self.logs = TrainerLogs()
-        self.watch = watch
-        self.device, self.dtype, self.on_error = device, dtype, on_error
+        self.watch = settings.watch or None
         self.shadow: Shadow | None = None
         self.model: nn.Module | None = None
         self.batch: ProbeBatch | None = None
@@ -139,7 +130,7 @@ class Observer:
                 self.shadow.sync()
             else:
                 self.cost.begin()
-                self.shadow = Shadow(model, device=self.device, dtype=self.dtype)
+                self.shadow = Shadow(model, device=self.settings.device, dtype=self.settings.dtype)
                 self.model, self._shape = model, _shape(self.shadow)
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
@@ -210,7 +201,7 @@ class Observer:
                         of[own.name] = own.memory
                 keep(path, of, about)
             except Exception as error:
-                if self.on_error == "raise":
+                if self.settings.on_error == "raise":
                     raise
                 logger.warning("tlens: %s could not be written: %s", path, error)
 
@@ -239,7 +230,7 @@ class Observer:
                 elif fidelity is not None:
                     self.writer.put(fidelity.readings(), step=step)
             except Exception as error:
-                if self.on_error == "raise":
+                if self.settings.on_error == "raise":
                     raise
                 if self.watch is not None and isinstance(error, FidelityError):
                     self.writer.put(self.watch.breach(error), step=step)
@@ -264,7 +255,7 @@ class Observer:
             self.shadow.release()
         self.shadow = self.model = None
         model = load()
-        shadow = Shadow(model, device=self.device, dtype=self.dtype)
+        shadow = Shadow(model, device=self.settings.device, dtype=self.settings.dtype)
         if _shape(shadow) != self._shape:
             raise ValueError(
                 f"The models have another shape and cannot be compared head by head: {self._shape} "
@@ -309,7 +300,7 @@ class Observer:
             optional = new and getattr(instrument, "optional", False)
             unfit = optional and isinstance(error, ValueError)
             # At the start an instrument's failure is the user's to mend: a hook that is not there.
-            if not unfit and (self.on_error == "raise" or (first and not optional)):
+            if not unfit and (self.settings.on_error == "raise" or (first and not optional)):
                 error.add_note(f"(raised by the instrument {instrument.name!r})")
                 raise error
             self.instruments = [i for i in self.instruments if i is not instrument]
@@ -324,7 +315,7 @@ class Observer:
         readings += self.cost.readings()
         if self.writer.writing == "drop_old":
             readings.append(cost_reading("dropped", self.writer.dropped, "count"))
-        readings += self._events(readings, step, strict=self.on_error == "raise" or first)
+        readings += self._events(readings, step, strict=self.settings.on_error == "raise" or first)
         if step not in self.steps:
             self.steps.append(step)
         self.writer.hold(readings, step=step, more=partial(self.logs.take, step))
