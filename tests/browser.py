@@ -58,6 +58,7 @@ def opened(address: str, *, allowed: str = "", **options: Any) -> Iterator[tuple
         browser = playwright.chromium.launch(executable_path=PATH, args=FLAGS)
         try:
             page = browser.new_page(**{"viewport": {"width": 1400, "height": 1000}, **options})
+            page.set_default_timeout(60_000)
             page.on("request", asked)
             page.on("dialog", dialog)
             page.on("console", said)

@@ -106,9 +106,12 @@ def test_ctrl_c():
         text=True,
     )
     with child:
-        assert child.stdout.readline() == "here\n"
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=120)
+        try:
+            assert child.stdout.readline() == "here\n"
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=120)
+        finally:
+            child.kill()
     assert child.returncode == 130 and err == "Interrupted.\n"
 
 

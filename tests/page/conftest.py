@@ -11,7 +11,6 @@ from tests.page.pages import page_of
 def tab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     with opened("about:blank", allowed=folder.as_uri()) as (page, faults):
-        page.set_default_timeout(60_000)
         yield page, faults, folder
 
 

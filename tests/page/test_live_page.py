@@ -64,7 +64,6 @@ def folder(tmp_path):
 def browser():
     with opened("about:blank", allowed="file:///") as (page, faults):
         page.add_init_script(FASTER)
-        page.set_default_timeout(60_000)
         yield page, faults
 
 
