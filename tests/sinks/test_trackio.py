@@ -148,8 +148,9 @@ def test_a_long_table_has_its_lowest_ranks(project):
 def test_a_histogram_of_numbers_that_are_almost_one(project):
     """In float32 there is no room for 32 bins between them."""
     values = np.array([[0.5, np.nextafter(np.float32(0.5), 1)]], np.float32)
-    with pytest.raises(ValueError, match="Too many bins"):
-        trackio.Histogram(values, num_bins=32)
+    if np.lib.NumpyVersion(np.__version__) >= "2.2.0":  # before it the bins were of no width
+        with pytest.raises(ValueError, match="Too many bins"):
+            trackio.Histogram(values, num_bins=32)
     sink = TrackioSink()
     sink.write([Reading(key="x/y", values=values, axes=("layer", "head"), unit="1")], step=1)
     sink.close()
