@@ -183,7 +183,7 @@ def test_a_circle_through_a_package_is_found(copy):
     ("was", "now", "text"),
     [
         (
-            "| `shadow/`, `probes/`, `reading.py` |\n| `shadow/`",
+            "| `shadow/`, `probes/`, `reading.py`, `meaning.py` |\n| `shadow/`",
             "| `store/` |\n| `shadow/`",
             "below",
         ),

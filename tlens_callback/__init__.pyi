@@ -28,6 +28,10 @@ from .instruments import VirtualHeads as VirtualHeads
 from .instruments import fast as fast
 from .interfaces import Instrument as Instrument
 from .interfaces import Sink as Sink
+from .meaning import Description as Description
+from .meaning import Meaning as Meaning
+from .meaning import Needs as Needs
+from .meaning import Quantity as Quantity
 from .probes import Probe as Probe
 from .probes import ProbeBatch as ProbeBatch
 from .probes import read_probes as read_probes

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Instrument(Protocol):
     """Measures something at every observation, from a forward pass that all instruments share.
 
-    It may have three more attributes:
+    It may have more attributes:
 
     - `every: int`: it is asked at every n-th observation, counted from the first of the
       run, and at the last one. For what takes forward passes of its own.
@@ -24,6 +24,11 @@ class Instrument(Protocol):
     - `optional: bool`: where the first observation has nothing for it to measure (it raises
       `ValueError`), it is left out with a line that says why. Without it, that ends the training
       before it begins. Those of `fast()` are optional.
+    - `description: Description`, of the class: what it says about itself and its readings, for
+      whoever shows or compares them; see `tlens_callback.meaning`.
+    - `between(first, last) -> Iterable[Reading]`: its readings that compare with the first
+      observation of a run, made anew from the readings of any two observations, by key. `first` is
+      taken for the first observation. For comparing two runs.
     """
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 
 import numpy as np
@@ -11,7 +12,16 @@ from tests import tiny
 from tests.instruments.common import PROBES, TEXTS, encoded
 from tests.instruments.common import adapted as shadow
 from tests.instruments.settings import SETTINGS
-from tlens_callback import Instrument, Reading, instruments, observe
+from tlens_callback import (
+    Description,
+    Instrument,
+    Meaning,
+    Needs,
+    Reading,
+    instruments,
+    observe,
+)
+from tlens_callback.meaning import described
 
 EXPORTED = [
     exported
@@ -196,3 +206,51 @@ def test_bfloat16_weights():
         assert np.isfinite(reading.values).all()
         if reading.unit == "probability":
             assert np.abs(reading.values - wide[reading.key].values).max() < 0.1, reading.key
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_describes_itself_and_each_of_its_measures(exported):
+    """With the axes that the readings have; where a measure does not say that it is read only
+    sometimes, it is read in the first of the settings."""
+    said = described(first(exported))
+    assert said.title and said.group and said.sentence.startswith(tuple("AEHILPSTW"))
+    readings = every_reading(exported)
+    measures = {reading.measure for reading in readings}
+    assert set(said.measures) == measures, measures ^ set(said.measures)
+    for reading in readings:
+        assert reading.description == said
+        assert reading.meaning.title and reading.meaning.axes == reading.axes, reading.key
+        if reading.meaning.alarm:
+            assert not reading.axes
+    usual = [r for of in (shadow("llama"),) for r in observe(of, encoded(), [first(exported)])]
+    always = {name for name, meaning in said.measures.items() if not meaning.sometimes}
+    assert always - {reading.measure for reading in usual} <= UNUSUAL.get(exported.__name__, set())
+
+
+UNUSUAL = {
+    "HeadAblation": {
+        f"{of}{kind}"
+        for of in ("loss", "logit_diff", "token_loss")
+        for kind in ("_error", "_rank_correlation")
+    }
+    | {"token_loss"}
+}
+"""Headlines wherever they are read, that the first settings do not ask for."""
+
+
+def test_a_description_that_is_none_is_refused():
+    class Wrong:
+        description = "heads"
+
+    with pytest.raises(ValueError, match=r"Wrong\.description is a tlens_callback\.Description"):
+        described(Wrong())
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_its_description_survives_a_file(exported):
+    said = described(first(exported))
+    assert Description.from_json(json.loads(json.dumps(said.as_json()))) == said
+    newer = said.as_json() | {"mood": "good", "needs": ["BLOCKS", "LUCK"]}
+    newer["measures"] = {"new": {"quantity": "nobody_knows", "more": 1, "axes": ["layer"]}}
+    read = Description.from_json(newer)
+    assert read.needs is Needs.BLOCKS and read.meaning("new") == Meaning(axes=("layer",))
