@@ -186,7 +186,10 @@ BAD_RUNS = [
     (dict(probes=[CAPITAL, CAPITAL]), "Two probes are named 'capital'"),
     (dict(instruments=[UnknownHook()]), "no hook point 'blocks.0.hook_resid_pots'"),
     (dict(instruments=[AttentionPatterns(layers=[7])]), "7"),
-    (dict(watch=Watch(scores="mine")), r"no HeadScores 'mine' is .*there are \['head_scores'\]"),
+    (
+        dict(watch=Watch(scores="mine")),
+        r"no instrument 'mine' scores .*there are \['head_scores'\]",
+    ),
     (dict(repeats=False, instruments=[HeadScores()]), "Probe.repeated"),
 ]
 

@@ -93,8 +93,8 @@ def _no_post_norm(monkeypatch):
 
 
 def _no_output_bias(monkeypatch):
-    heads = attribution._heads
-    monkeypatch.setattr(attribution, "_heads", lambda *args: heads(*args[:3], None, args[4]))
+    heads = attribution.head_writes
+    monkeypatch.setattr(attribution, "head_writes", lambda *args: heads(*args[:3], None, args[4]))
 
 
 def _no_constant(monkeypatch):
@@ -103,9 +103,11 @@ def _no_constant(monkeypatch):
 
 
 def _every_head_the_first(monkeypatch):
-    heads = attribution._heads
+    heads = attribution.head_writes
     monkeypatch.setattr(
-        attribution, "_heads", lambda a, b, w, *rest: heads(a, b, w[:1].expand(4, -1, -1), *rest)
+        attribution,
+        "head_writes",
+        lambda a, b, w, *rest: heads(a, b, w[:1].expand(4, -1, -1), *rest),
     )
 
 
