@@ -146,8 +146,12 @@ class LogitAttribution:
             "remainder": Meaning(
                 title="What no component accounts for", axes=(), quantity=Quantity.DIRECT_REMAINDER
             ),
-            "neuron": Meaning(title="Neurons that add most", axes=("layer", "rank")),
-            "neuron_write": Meaning(title="What these neurons add", axes=("layer", "rank")),
+            "neuron": Meaning(
+                title="Neurons that add most", axes=("layer", "rank"), sometimes=True
+            ),
+            "neuron_write": Meaning(
+                title="What these neurons add", axes=("layer", "rank"), sometimes=True
+            ),
         },
     )
 

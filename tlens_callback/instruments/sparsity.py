@@ -73,6 +73,7 @@ class UpdateSparsity:
                 of_run=True,
             ),
             "share_elsewhere": Meaning(
+                sometimes=True,
                 title="Share of the weights that have not moved, outside the layers",
                 axes=("weight",),
                 of_run=True,
