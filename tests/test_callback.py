@@ -155,6 +155,7 @@ BAD_SETTINGS = [
     (dict(instruments=[with_(every=0)]), "every of 'constant' is a whole number from 1 on, got 0"),
     (dict(instruments=[with_(every=2.5)]), "every of 'constant' is a whole number"),
     (dict(instruments=[with_(every="3")]), "every of 'constant' is a whole number"),
+    (dict(instruments=[with_(baseline=None)]), "baseline of 'constant' is a dict of tensors"),
     (dict(instruments=[with_(memory=None)]), "memory of 'constant' is a dict of tensors, got None"),
     (dict(name="a/b"), "name is made of letters"),
     (dict(sinks=[object()]), "is not a Sink"),

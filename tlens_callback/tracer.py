@@ -260,7 +260,7 @@ class Tracer:
             self.observer.writer.add(sink)
 
     def _recall(self) -> Path | None:
-        """The file of memories to go on with; what was logged before is taken up."""
+        """The file of baselines to go on with; what was logged before is taken up."""
         if self._resume_from is None:
             return None
         path, log = (self._resume_from / self._file(kind) for kind in ("memory", "log.json"))

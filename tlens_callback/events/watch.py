@@ -98,7 +98,7 @@ class Watch:
     cooldown: int = 10
     scores: str | None = None
     name: str = "watch"
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.loses <= self.takes:
@@ -127,8 +127,8 @@ class Watch:
             ValueError: for a head, scores or a rule's key that are not there, and never were.
         """
         by_key = {reading.key: reading for reading in readings}
-        now = int(self.memory["looks"]) + 1 if "looks" in self.memory else 0
-        self.memory["looks"] = torch.tensor(now)
+        now = int(self.baseline["looks"]) + 1 if "looks" in self.baseline else 0
+        self.baseline["looks"] = torch.tensor(now)
         found: list[Event] = []
         curves: list[Reading] = []
         followed = self._scores(by_key.values())
@@ -146,7 +146,7 @@ class Watch:
         for rule in self.rules:
             if rule.key in by_key:
                 found += self._follow(rule, by_key[rule.key])
-            elif f"past {rule}" not in self.memory:
+            elif f"past {rule}" not in self.baseline:
                 near = get_close_matches(rule.key, by_key, cutoff=0.3)
                 raise ValueError(f"Watch: nothing reads {rule.key!r}; the nearest are {near}.")
         return [r.described(described(self)) for r in [*curves, *self._events(found)]]
@@ -176,7 +176,7 @@ class Watch:
         there = list(dict.fromkeys(reading.instrument for reading in roles))
         asked = self.scores is not None or self.heads is not None
         known = there if self.scores is None else [name for name in there if name == self.scores]
-        if asked and not known and not any(key.endswith(" head held") for key in self.memory):
+        if asked and not known and not any(key.endswith(" head held") for key in self.baseline):
             raise ValueError(
                 f"Watch follows heads, and no instrument{f' {self.scores!r}' * bool(self.scores)} "
                 f"scores them in a role, as HeadScores does; there are {there}."
@@ -185,7 +185,7 @@ class Watch:
 
     def _fresh(self, about: str, where: np.ndarray) -> np.ndarray:
         """Which of these were not raised a short while ago; from now on they were."""
-        now, raised = int(self.memory["looks"]), self._old(f"{about} raised")
+        now, raised = int(self.baseline["looks"]), self._old(f"{about} raised")
         if raised is None or raised.shape != where.shape:
             raised = np.full(where.shape, _LONG_AGO)
         fresh = where & (now - raised > self.cooldown)
@@ -214,9 +214,9 @@ class Watch:
                 often, key = reading.values, f"{reading.instrument} features"
                 names = reading.labels.get("feature") or [str(i) for i in range(len(often))]
                 shown = np.frombuffer("\n".join(names).encode(), np.uint8)
-                if not np.array_equal(self.memory.get(f"{key} names", ()), shown):
-                    for of_others in [name for name in self.memory if name.startswith(f"{key} ")]:
-                        del self.memory[of_others]
+                if not np.array_equal(self.baseline.get(f"{key} names", ()), shown):
+                    for of_others in [name for name in self.baseline if name.startswith(f"{key} ")]:
+                        del self.baseline[of_others]
                     self._keep(f"{key} names", shown)
                 yield from self._holders(
                     key,
@@ -238,7 +238,7 @@ class Watch:
         """Who takes something, and who loses it.
 
         Args:
-            key: of the memory.
+            key: in the baseline.
             measured: the values, from which on one has it, and below which one has lost it.
             names, followed: of the values' shape.
             said: what is said of the former, and of the latter; `end` is added to that.
@@ -332,10 +332,10 @@ class Watch:
         self._keep(f"past {rule}", np.concatenate([past, new[None]])[-HISTORY:])
 
     def _old(self, key: str) -> np.ndarray | None:
-        return self.memory[key].cpu().numpy() if key in self.memory else None
+        return self.baseline[key].cpu().numpy() if key in self.baseline else None
 
     def _keep(self, key: str, values: np.ndarray) -> None:
-        self.memory[key] = torch.from_numpy(np.array(values))
+        self.baseline[key] = torch.from_numpy(np.array(values))
 
 
 def _some(parts: Sequence[str], of: np.ndarray) -> str:

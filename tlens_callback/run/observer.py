@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.run.baselines import check, keep, marks, memories, recall
+from tlens_callback.run.baselines import baselines, check, keep, marks, recall
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.observe import observe
@@ -141,8 +141,8 @@ class Observer:
                     training=training,
                 )
             assert self.batch is not None
-            remembered = memories([*self.instruments, self.watch])
-            own = memories([self.logs, self._schedule])
+            remembered = baselines([*self.instruments, self.watch])
+            own = baselines([self.logs, self._schedule])
             for one in [*remembered.values(), *own.values()]:
                 one.clear()
             recalled = frozenset()
@@ -192,13 +192,13 @@ class Observer:
         with self.cost.spending():
             try:
                 about = marks(self.batch, self.shadow.dtype, run)
-                of = memories([*self.instruments, self.watch])
+                of = baselines([*self.instruments, self.watch])
                 if self.watch is not None and self._watched[0] == step:
                     of[self.watch.name] = self._watched[1]
                 if any(of.values()) or rare(self.instruments) or always:
                     for own in (self.logs, self._schedule):
                         own.remember(step)
-                        of[own.name] = own.memory
+                        of[own.name] = own.baseline
                 keep(path, of, about)
             except Exception as error:
                 if self.settings.on_error == "raise":
@@ -326,7 +326,7 @@ class Observer:
         """What the watch makes of an observation; its events are printed."""
         if self.watch is None:
             return []
-        self._watched = step, dict(self.watch.memory)
+        self._watched = step, dict(self.watch.baseline)
         try:
             found = self.watch.look(readings)
         except Exception as error:

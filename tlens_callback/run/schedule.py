@@ -17,21 +17,21 @@ class Schedule:
     """Counts a run's observations, those before it was resumed included.
 
     Attributes:
-        memory: as an instrument's: how many observations there were.
+        baseline: as an instrument's: how many observations there were.
     """
 
     name = "checkpoint"
 
     def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}
+        self.baseline: dict[str, Tensor] = {}
         self._looks = 0
         self._before = -1, 0
         self._new: set[int] = set()
         self._asked: set[int] = set()
 
     def start(self) -> None:
-        """Goes on from what `memory` says."""
-        self._looks, self._before = int(self.memory.get("looks", 0)), (-1, 0)
+        """Goes on from what `baseline` says."""
+        self._looks, self._before = int(self.baseline.get("looks", 0)), (-1, 0)
         self._new, self._asked = set(), set()
 
     def due(self, instruments: Sequence[Instrument], *, step: int, last: bool) -> list[Instrument]:
@@ -47,6 +47,6 @@ class Schedule:
         return id(instrument) in self._new
 
     def remember(self, step: int) -> None:
-        """Sets `memory` for a run that goes on at `step`, and observes it anew if it was."""
+        """Sets `baseline` for a run that goes on at `step`, and observes it anew if it was."""
         looks = self._before[1] if self._before[0] == step else self._looks
-        self.memory["looks"] = torch.tensor(looks)
+        self.baseline["looks"] = torch.tensor(looks)

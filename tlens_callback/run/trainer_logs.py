@@ -26,29 +26,29 @@ class TrainerLogs:
             out, and so is the summary at the end.
 
     Attributes:
-        memory: as an instrument's: how much of the log earlier observations had.
+        baseline: as an instrument's: how much of the log earlier observations had.
     """
 
     name = "trainer"
 
     def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}
+        self.baseline: dict[str, Tensor] = {}
         self._rows: Sequence[Mapping[str, Any]] = ()
         self._taken = 0
         self._before = -1, 0
         self._keys: dict[str, str] = {}
 
     def start(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
-        """Goes on from what `memory` says.
+        """Goes on from what `baseline` says.
 
         Args:
             rows: grows as the trainer logs: `TrainerState.log_history`.
-            step: where the run begins; without a memory, a later one than 0 begins with what is
+            step: where the run begins; without a baseline, a later one than 0 begins with what is
                 logged next.
         """
         self._rows, self._before = rows, (-1, 0)
         unknown = len(rows) if step else 0
-        self._taken = min(int(self.memory.get("taken", unknown)), len(rows))
+        self._taken = min(int(self.baseline.get("taken", unknown)), len(rows))
 
     def take(self, step: int) -> list[Reading]:
         """The readings of the observation at `step`."""
@@ -76,10 +76,10 @@ class TrainerLogs:
             ]
 
     def remember(self, step: int) -> None:
-        """Sets `memory` for a checkpoint of `step`: a run that is resumed observes it anew, and the
-        store writes it anew, with what was logged before it."""
+        """Sets `baseline` for a checkpoint of `step`: a resumed run observes that step anew, and
+        the store writes it anew, with what was logged before it."""
         taken = self._before[1] if self._before[0] == step else self._taken
-        self.memory["taken"] = torch.tensor(taken)
+        self.baseline["taken"] = torch.tensor(taken)
 
     def _key(self, name: str) -> str:
         """One that no other name has; the name itself, but where no key can be made of it."""
