@@ -286,7 +286,7 @@ def test_names_on_the_hub(saved, tmp_path, monkeypatch):
     over = Checkpoint.of("team/base", "team/adapter@v2")
     assert over == Checkpoint("team/base", "team/adapter@v2") and over.step is None
     (tmp_path / "models--team--nothing").mkdir()
-    assert "no saved model" in refused("team/nothing")
+    assert "not a saved model" in refused("team/nothing")
 
 
 def test_the_adapter_of_the_fixture_is_one(saved):

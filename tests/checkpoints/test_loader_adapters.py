@@ -195,8 +195,8 @@ def test_a_failure_leaves_no_half_filled_model(base, tmp_path):
 def test_the_base_is_read_once(base, tmp_path, monkeypatch):
     run(base, tmp_path, CONFIGS["lora"])
     loader, reads = Loader(device="cpu"), []
-    full = loader._full
-    monkeypatch.setattr(loader, "_full", lambda place: reads.append(place) or full(place))
+    full = loader._load_full
+    monkeypatch.setattr(loader, "_load_full", lambda place: reads.append(place) or full(place))
     checkpoints = checkpoints_in(tmp_path)
     model = loader.load(loader.untrained(checkpoints[0]))
     assert all(loader.load(one) is model for one in checkpoints)

@@ -69,9 +69,9 @@ class Counts(Loader):
         super().__init__(device="cpu")
         self.made, self.alive = [], []
 
-    def _full(self, place):
+    def _load_full(self, place):
         self.alive.append(sum(model() is not None for model in self.made))
-        model = super()._full(place)
+        model = super()._load_full(place)
         self.made.append(weakref.ref(model))
         return model
 
