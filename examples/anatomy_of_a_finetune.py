@@ -7,8 +7,8 @@
 """Shows which parts of a model a narrow fine-tune changes, and which heads write the new answer.
 
 It also shows from which layer on the model has the answer. SmolLM2 learns to answer a question
-about a capital with only the name of the city. The probes ask about countries that are left out of the
-training; a sentence about something else is the control. Needs no hub and no account, and takes
+about a capital with only the name of the city. The probes ask about countries that are left out of
+the training; a sentence about something else is the control. Needs no hub and no account, and takes
 about five minutes on two cores.
 
     python examples/anatomy_of_a_finetune.py
