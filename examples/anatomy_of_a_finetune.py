@@ -4,16 +4,16 @@
 #     "matplotlib", "numpy",
 # ]
 # ///
-"""The anatomy of a narrow fine-tune: where it moves the model, which heads write the new answer,
-and from which layer on the model knows it.
+"""Shows which parts of a model a narrow fine-tune changes, and which heads write the new answer.
 
-SmolLM2 learns to answer a question for a capital with the city alone, and is asked about countries
-that are left out of the training. A sentence that has nothing to do with it is the control.
-Needs no hub and no account; some five minutes on two cores.
+It also shows from which layer on the model has the answer. SmolLM2 learns to answer a question
+about a capital with only the name of the city. The probes ask about countries that are left out of
+the training; a sentence about something else is the control. Needs no hub and no account, and takes
+about five minutes on two cores.
 
     python examples/anatomy_of_a_finetune.py
 
-# Another look at the same run
+# To draw the figure of the same run again
     python examples/anatomy_of_a_finetune.py --draw-only
 """
 

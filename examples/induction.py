@@ -3,17 +3,17 @@
 # ///
 """A two-layer model grows induction heads while the callback watches, in about a minute.
 
-The data are random blocks of tokens, repeated, so that all there is to learn is to find the last
-occurrence of a token and copy what followed it. After some 300 steps the loss falls off a cliff:
-a previous-token head in the first layer and an induction head in the second have found each
-other. One layer cannot do it.
+The data are repeated random blocks of tokens. The only thing to learn is to find the last
+occurrence of a token and copy what followed it. After about 300 steps the loss drops sharply: a
+previous-token head in the first layer and an induction head in the second layer now work together.
+One layer cannot do it.
 
     python examples/induction.py
 
 # The control: one layer
     python examples/induction.py --layers 1 --output-dir runs/induction-1
 
-Both together are drawn by `scripts/induction_figure.py`.
+`scripts/induction_figure.py` draws both runs in one figure.
 """
 
 import argparse

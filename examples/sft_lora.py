@@ -5,13 +5,14 @@
 # ///
 """LoRA fine-tuning with a look inside: a chat model learns to name a capital in one word.
 
-Asked for the capital of France, SmolLM2 begins "The capital of ..."; trained on some two hundred
-other countries it begins "Paris". The probes ask about countries that are left out of the training.
+Asked for the capital of France, SmolLM2 begins its answer with "The capital of ...". After training
+on about two hundred other countries it begins with "Paris". The probes ask about countries that are
+left out of the training.
 
-# On a CPU, without a hub or an account: some three minutes on two cores
+# On a CPU, without a hub or an account: about three minutes on two cores
     WANDB_MODE=offline python examples/sft_lora.py --report-to wandb
 
-# Any model and data set of the hub (columns `prompt` and `completion`, `messages`, or `text`)
+# Any model and data set on the Hub (columns `prompt` and `completion`, `messages`, or `text`)
     python examples/sft_lora.py \
         --model Qwen/Qwen3-0.6B \
         --dataset trl-lib/Capybara \
@@ -58,8 +59,10 @@ def training_data() -> Dataset:
 
 
 def capital_probes(tokenizer) -> list[Probe]:
-    """Held-out questions: does the answer begin with the city, or with "The"? And one plain text,
-    which training does not touch but changes all the same."""
+    """Probes for held-out questions: does the answer begin with the city, or with "The"?
+
+    One more probe is a plain text: training has no such text, and changes the answer nevertheless.
+    """
 
     def first_token(text: str) -> int:
         return tokenizer(text, add_special_tokens=False)["input_ids"][0]
@@ -122,7 +125,7 @@ def main() -> None:
             warmup_steps=args.steps // 10,
             logging_steps=5,
             save_steps=20,
-            save_only_model=True,  # enough to look at it again, not to go on training
+            save_only_model=True,  # enough to observe the model later, not to continue training
             report_to=args.report_to,
             bf16=gpu,
             gradient_checkpointing=gpu,

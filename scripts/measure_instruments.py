@@ -1,4 +1,4 @@
-"""What each instrument costs: time on the training thread, bytes that leave the device, forwards.
+"""Measures the cost of each instrument: time, bytes that leave the device, forward passes.
 
     python scripts/measure_instruments.py
     python scripts/measure_instruments.py --device cuda --dtype bfloat16
@@ -52,7 +52,7 @@ def slow(vocabulary: int) -> list[Instrument]:
 
 
 class Meter:
-    """Times an instrument from the inside, and counts what it takes and runs."""
+    """Times an instrument, and counts the bytes that it takes and the forward passes it runs."""
 
     def __init__(self, instrument: Instrument, shadow: Shadow, batch: ProbeBatch) -> None:
         self.instrument, self.name = instrument, instrument.name

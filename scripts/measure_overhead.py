@@ -1,9 +1,9 @@
-"""What an observation costs, measured side by side in one run.
+"""Measures what an observation costs, beside other ways to do the same, in one run.
 
     python scripts/measure_overhead.py
     python scripts/measure_overhead.py --device cuda --dtype bfloat16 --rounds 20
 
-Five things take turns, so that a busy machine slows them alike:
+Five things are measured in turn, so that a busy machine slows all of them equally:
 
 (a) a default observation of this callback, as training sees it: sync, forward pass, instruments,
     and the hand-over to the thread that writes; that thread then works while nothing is measured;
@@ -12,8 +12,8 @@ Five things take turns, so that a busy machine slows them alike:
 (b) the bare Hugging Face forward pass, eager attention, of the same probe tokens, on a model
     without adapters (and, below it, with the logits of the last tokens only, as the shadow has);
 (c) a memory copy of the weights that the adapter changes;
-(d) what one would write by hand: deep copy, `merge_and_unload`, bridge, `run_with_cache` of
-    everything, one plotly figure a head of each pictured probe.
+(d) the same by hand: deep copy, `merge_and_unload`, bridge, `run_with_cache` of everything, one
+    plotly figure for each head of each pictured probe.
 
 The models have random weights: the shapes of SmolLM2-135M, and a tiny Llama. LoRA with r=16 on
 all linear layers.

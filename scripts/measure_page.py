@@ -1,11 +1,11 @@
-"""How large the page of a run is, and how long it takes to make, to open and to go a step on.
+"""Measures the size of a run's page, and the time to make it, open it and go to the next step.
 
     python scripts/measure_page.py
     python scripts/measure_page.py --steps 200 --heads 32 --layers 32 --tokens 128
 
-Attention drifts as it does in training: a causal softmax of logits that walk from one state to
+Attention drifts as it does in training: a causal softmax of logits that move from one state to
 another, with noise. The other readings are those of the fast instruments on a model of SmolLM2's
-shapes with random weights, a little other at each step. Needs Chromium and Playwright.
+shapes with random weights, slightly changed at each step. Needs Chromium and Playwright.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""docs/page.png: a picture of a run's page.
+"""Makes docs/page.png, a picture of a run's page.
 
-Needs Chromium and `pip install playwright`. After scripts/demo:
+Needs Chromium and `pip install playwright`. Run it after scripts/demo:
 
     python scripts/page_picture.py runs/demo/tlens/page.html
 """

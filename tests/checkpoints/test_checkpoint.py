@@ -102,11 +102,11 @@ def test_what_is_there_is_said(home):
     (home / "empty" / "notes.txt").write_text("")
     assert "notes.txt" in refused(home / "empty")
     shutil.copytree(home / "adapter", home / "empty" / "policy")
-    assert f"An adapter is in {home / 'empty' / 'policy'}" in refused(home / "empty")
+    assert f"There is an adapter in {home / 'empty' / 'policy'}" in refused(home / "empty")
     file = home / "base" / "model.safetensors"
     assert "is a file" in refused(file)
-    assert f"Near it are {home / 'base'}" in refused(home / "bsae")
-    assert "Near it" not in refused(home / "zzzzzz")
+    assert f"Directories with similar names: {home / 'base'}" in refused(home / "bsae")
+    assert "similar names" not in refused(home / "zzzzzz")
     assert f"There is no {str(home / 'no')!r} either" in refused(home / "no" / "where" / "base")
 
 
@@ -121,7 +121,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub():
 def test_half_a_model(home):
     weights = home / "base" / "model.safetensors"
     cut(weights)
-    assert str(weights) in refused(home / "base") and "not whole" in refused(home / "base")
+    assert str(weights) in refused(home / "base") and "incomplete" in refused(home / "base")
     weights.write_bytes(b"")
     assert str(weights) in refused(home / "base")
     weights.unlink()
@@ -139,7 +139,7 @@ def test_half_an_adapter(home):
     cut(adapter / "adapter_model.safetensors")
     assert str(adapter / "adapter_model.safetensors") in refused(adapter)
     (adapter / "adapter_model.safetensors").unlink()
-    assert "adapter_config.json and no weights" in refused(adapter)
+    assert "adapter_config.json but no weights" in refused(adapter)
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     assert "adapter_model.safetensors" in refused(adapter)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LO')
@@ -147,7 +147,7 @@ def test_half_an_adapter(home):
     assert str(adapter / "adapter_config.json") in refused(adapter)
     (adapter / "adapter_config.json").write_text("{}")
     assert "peft_type" in refused(adapter)
-    assert "is no adapter" in refused(home / "base", home / "base")
+    assert "is not an adapter" in refused(home / "base", home / "base")
 
 
 def test_an_adapter_in_pickle_format(home):
@@ -182,7 +182,7 @@ def test_a_base_that_has_moved(home, caplog):
 def test_an_adapter_over_an_adapter(home):
     shutil.copytree(home / "adapter", home / "second")
     rewrite(home / "second" / "adapter_config.json", base_model_name_or_path=str(home / "adapter"))
-    assert "is an adapter itself" in refused(home / "second")
+    assert "is itself an adapter" in refused(home / "second")
 
 
 def test_a_quantised_model(home):
@@ -254,7 +254,7 @@ def test_half_a_checkpoint_is_left_out_with_the_reason(home):
 
 def test_no_run(home):
     for run, why in (
-        (home / "nowhere", "not there"),
+        (home / "nowhere", "does not exist"),
         (home / "base" / "config.json", "is a file"),
         (home / "base", "no checkpoint-<step>.*config.json"),
     ):
@@ -286,7 +286,7 @@ def test_names_on_the_hub(saved, tmp_path, monkeypatch):
     over = Checkpoint.of("team/base", "team/adapter@v2")
     assert over == Checkpoint("team/base", "team/adapter@v2") and over.step is None
     (tmp_path / "models--team--nothing").mkdir()
-    assert "no saved model" in refused("team/nothing")
+    assert "not a saved model" in refused("team/nothing")
 
 
 def test_the_adapter_of_the_fixture_is_one(saved):

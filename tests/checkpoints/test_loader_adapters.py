@@ -185,7 +185,7 @@ def test_a_failure_leaves_no_half_filled_model(base, tmp_path):
     file = Path(two.path) / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="not whole"):
+    with pytest.raises(ValueError, match="is incomplete"):
         loader.load(two)
     assert same(weights(loader.load(three)), known[3])
     file.write_bytes(whole)
@@ -195,8 +195,8 @@ def test_a_failure_leaves_no_half_filled_model(base, tmp_path):
 def test_the_base_is_read_once(base, tmp_path, monkeypatch):
     run(base, tmp_path, CONFIGS["lora"])
     loader, reads = Loader(device="cpu"), []
-    full = loader._full
-    monkeypatch.setattr(loader, "_full", lambda place: reads.append(place) or full(place))
+    full = loader._load_full
+    monkeypatch.setattr(loader, "_load_full", lambda place: reads.append(place) or full(place))
     checkpoints = checkpoints_in(tmp_path)
     model = loader.load(loader.untrained(checkpoints[0]))
     assert all(loader.load(one) is model for one in checkpoints)
@@ -216,7 +216,7 @@ def test_the_start_is_the_base_or_unknown(base, tmp_path, caplog, name, known):
         assert torch.equal(logits(loader.load(first)), logits(fresh(base)))
         assert not caplog.messages
     else:
-        assert first is None and "no step before training" in caplog.text
+        assert first is None and "the model before training is not known" in caplog.text
         with pytest.raises(ValueError, match="random values that were not saved"):
             loader.load(checkpoint.before_training)
     assert loader.load(checkpoint) is not None

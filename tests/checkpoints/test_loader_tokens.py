@@ -92,7 +92,9 @@ def test_a_broken_tokenizer_is_not_passed_over(tmp_path):
     with pytest.raises(ValueError, match=f"tokenizer in '{base}' cannot be loaded"):
         loader.tokenizer(checkpoint)
     (base / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is there and no vocabulary"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json exists, but the tokenizer has no vocabulary"
+    ):
         loader.tokenizer(checkpoint)
     (base / "tokenizer_config.json").unlink()
     assert loader.tokenizer(checkpoint) is None

@@ -152,7 +152,7 @@ def test_without_a_prompt_and_a_tokenizer_the_repeated_blocks_are_enough(tmp_pat
     model = save_base(tmp_path / "bare", tokenizer=False)
     done = run("analyze", model, "--out", tmp_path / "seen")
     assert done.exit_code == 0, done.output
-    assert "tlens: no prompt is given: repeated random blocks alone" in done.output
+    assert "tlens: no prompt is given, so repeated random blocks are shown alone" in done.output
     assert read_store(tmp_path / "seen").reading("head_scores/induction", 0).values.shape == (2, 4)
     ids = tmp_path / "ids.jsonl"
     ids.write_text('{"name": "ids", "tokens": [1, 30, 31], "target": 40}\n')
@@ -188,9 +188,9 @@ def test_what_cannot_be_done_is_said_before_the_model_is_loaded(
     assert "is a file" in refused(*asked, "--out", file / "seen")
     assert "HeadScores" in refused(*asked, "-i", "HeadScoers")
     assert "--prompt TEXT" in refused(base, "--no-repeats")
-    assert "no adapter" in refused(base, "--adapter", base)
+    assert "not an adapter" in refused(base, "--adapter", base)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "may not be written to" in refused(*asked, "--out", tmp_path / "new")
+    assert "no permission to write to" in refused(*asked, "--out", tmp_path / "new")
     assert file.read_text() == "mine" and not (tmp_path / "new").exists()
 
 

@@ -68,7 +68,7 @@ def test_an_adapter_alone_is_compared_with_its_base(saved, tmp_path):
     assert numbers(alone.stdout) == numbers(both.stdout) and len(numbers(both.stdout)) > 4
     assert f"A: {saved['base']}\nB: {saved['adapter']}\n" in alone.stdout
     refused = run(saved["a"], *ASKED)
-    assert refused.exit_code == 2 and "name both" in refused.stderr
+    assert refused.exit_code == 2 and "Give two models" in refused.stderr
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_what_is_left_out_is_said(saved, tmp_path):
     assert "Attention has not moved" in result.stdout
     assert "most:" not in result.stdout and "B - A" not in result.stdout
     assert "nats a token: " in result.stdout and " in both" in result.stdout
-    assert "stores do not say: the probes' targets and foils" in result.stderr
+    assert "Stores do not record the targets and foils" in result.stderr
     assert read_store(tmp_path / "out").steps == (0, 1)
 
 
@@ -104,7 +104,7 @@ def test_a_torn_step_is_said(saved, tmp_path):
     torn = watched(tmp_path / "torn", {0: saved["base"], 4: saved["b"], 9: saved["a"]})
     arrays_file(torn, 9).write_bytes(b"cut")
     result = run(saved["run a"], torn, "--out", tmp_path / "out")
-    assert result.exit_code == 3 and f"torn steps [9] of {torn}" in result.stderr
+    assert result.exit_code == 3 and f"incomplete steps [9] of {torn}" in result.stderr
     assert f"B: {torn}, step 4" in result.stdout
 
 
@@ -113,12 +113,18 @@ def test_a_torn_step_is_said(saved, tmp_path):
     [
         (["base", "run a"], "is a model and .* is a store"),
         (["run a", "b", *ASKED], "is a store and .* is a model"),
-        (["run a", "run b", *ASKED], "--prompt, --target, --foil: nothing is asked of stores"),
-        (["run a", "run b", "--probes", "x.yaml", "-i", "LogitLens"], "--probes, --instruments: "),
+        (
+            ["run a", "run b", *ASKED],
+            "--prompt, --target, --foil can only be used to compare models",
+        ),
+        (
+            ["run a", "run b", "--probes", "x.yaml", "-i", "LogitLens"],
+            "--probes, --instruments can only",
+        ),
         (["run a", "missing"], "There is no directory 'missing'"),
-        (["run a", "run b", "--base", "x"], "--base: nothing is asked of stores"),
+        (["run a", "run b", "--base", "x"], "--base can only be used to compare models"),
         (["run a", "run b", "--step", "3"], r"Step 3 is not in both: .* have \[0, 4\] in common"),
-        (["a", "b", "--step", "4", *ASKED], "a model has none"),
+        (["a", "b", "--step", "4", *ASKED], "--step can only be used to compare two stores"),
         (["a", "nothing", *ASKED], "nothing"),
         (["a", "b", "--no-repeats"], "nothing to show"),
         (["a", "b", "--device", "nowhere"], "nowhere"),
@@ -136,7 +142,7 @@ def test_what_cannot_be_done(saved, tmp_path, arguments, said):
 def test_models_of_another_shape_leave_nothing_behind(saved, tmp_path):
     other = save(tiny.model("llama", num_hidden_layers=3), tmp_path / "deeper")
     result = run(saved["a"], other, *ASKED, "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "another shape" in result.stderr
+    assert result.exit_code == 2 and "different shapes" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

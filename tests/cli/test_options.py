@@ -24,7 +24,13 @@ from tlens_callback import (
     load_sae,
 )
 from tlens_callback.cli import main
-from tlens_callback.cli.options import asked, chosen, given_prompts, looking, made
+from tlens_callback.cli.options import (
+    model_options,
+    parse_instrument,
+    parse_instruments,
+    prompt_probes,
+    settings_and_loader,
+)
 
 FILE = """\
 - name: capital
@@ -37,10 +43,10 @@ FILE = """\
 
 
 @click.command()
-@looking
+@model_options
 def command(**options):
     """Any command that looks."""
-    command.got = asked(**options)  # type: ignore[attr-defined]
+    command.got = settings_and_loader(**options)  # type: ignore[attr-defined]
 
 
 def ask(*words):
@@ -98,19 +104,21 @@ def test_fast_stands_for_the_default_ones():
     assert default == fast() and all(getattr(one, "optional", False) for one in default)
     assert ablation == HeadAblation(every=3) and patching == ActivationPatching()
     assert not hasattr(ablation, "optional"), "what is asked for by name is not left out"
-    assert chosen([" fast() "]) == fast()
+    assert parse_instruments([" fast() "]) == fast()
 
 
 def test_instruments_are_made_as_in_python(tmp_path):
-    assert made("LogitLens") == made(" LogitLens() ") == LogitLens()
-    assert made("LogitLens(k=3, name='three')") == LogitLens(k=3, name="three")
+    assert parse_instrument("LogitLens") == parse_instrument(" LogitLens() ") == LogitLens()
+    assert parse_instrument("LogitLens(k=3, name='three')") == LogitLens(k=3, name="three")
     texts: dict[str, Any] = dict(having=["a", "b", "c", "d"], without=["e", "f", "g", "h"])
-    assert made(f"Contrast({texts['having']}, without={texts['without']})") == Contrast(**texts)
+    assert parse_instrument(f"Contrast({texts['having']}, without={texts['without']})") == Contrast(
+        **texts
+    )
     config = {"num_latents": layouts.N, "k": 5, "d_in": layouts.D_IN, "activation": "topk"}
     path = layouts.sparsify(tmp_path / "layers.1", config, layouts.weights())
     expected = SparseFeatures(load_sae(path), k=4)
     for text in (f"SparseFeatures('{path}', k=4)", f"SparseFeatures(sae='{path}', k=4)"):
-        got = made(text)
+        got = parse_instrument(text)
         assert isinstance(got, SparseFeatures) and got.k == 4
         assert torch.equal(got.sae.W_enc, expected.sae.W_enc) and got.sae.hook == expected.sae.hook
 
@@ -118,11 +126,14 @@ def test_instruments_are_made_as_in_python(tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("Zebra", r"no instrument 'Zebra'\. There are: ActivationDrift, .*, VirtualHeads, fast\.$"),
-        ("head_scores", r"no instrument 'head_scores'\. Near it: HeadScores"),
-        ("logitlens(k=3)", r"Near it: LogitLens\."),
-        ("HeadScore", "Near it: HeadScores"),
-        ("fsat", r"Near it: fast\."),
+        (
+            "Zebra",
+            r"no instrument 'Zebra'\. The instruments are: ActivationDrift, .*, fast\.$",
+        ),
+        ("head_scores", r"no instrument 'head_scores'\. Did you mean HeadScores"),
+        ("logitlens(k=3)", r"Did you mean LogitLens\?"),
+        ("HeadScore", "Did you mean HeadScores"),
+        ("fsat", r"Did you mean fast\?"),
         ("fast(3)", "fast.. takes 0 positional arguments"),
         ("LogitLens, HeadScores", "neither a name nor a call.*repeat the option"),
         ("LogitLens(k=10", "neither a name nor a call"),
@@ -139,7 +150,7 @@ def test_instruments_are_made_as_in_python(tmp_path):
 )
 def test_an_instrument_that_is_none_is_named(text, says):
     with pytest.raises((ValueError, TypeError), match=says) as raised:
-        made(text)
+        parse_instrument(text)
     assert "\n" not in str(raised.value)
 
 
@@ -152,19 +163,19 @@ def test_two_instruments_of_one_name_are_named():
 def test_every_instrument_can_be_named():
     needs = {"Contrast", "SparseFeatures", "TrainedFeatures"}
     for name in set(instruments.__all__) - needs - {"fast"}:
-        assert made(name).name
+        assert parse_instrument(name).name
 
 
 WRONG = [
-    (["--target", " Paris"], "of one --prompt"),
-    (["--prompt", "a", "--prompt", "b", "--target", " c"], "of one --prompt"),
-    (["--prompt", "a", "--foil", " c"], "--foil is what --target is compared with"),
+    (["--target", " Paris"], "exactly one --prompt"),
+    (["--prompt", "a", "--prompt", "b", "--target", " c"], "exactly one --prompt"),
+    (["--prompt", "a", "--foil", " c"], "--foil is the token that --target is compared with"),
     (["--prompt", " "], "prompt ' ' is empty"),
     (["--probes", "nowhere.yaml"], "no file of probes nowhere.yaml"),
     (["--device", "cuda:99"], "cuda"),
     (["--device", "gpu"], "Expected one of cpu, cuda"),
     (["--dtype", "int8"], "'int8' is not one of 'float32'"),
-    (["--prompt", "a", "-i", "LogitLen"], "no instrument 'LogitLen'. Near it: LogitLens"),
+    (["--prompt", "a", "-i", "LogitLen"], "no instrument 'LogitLen'. Did you mean LogitLens"),
 ]
 
 
@@ -208,7 +219,7 @@ def test_the_real_command_says_it_in_one_line(tmp_path):
 
 def test_a_target_that_is_not_one_token_names_the_prompts_probe(tmp_path, caplog):
     def encoded(target):
-        probes = given_prompts(["the capital of France is"], chat=False, target=target, foil=None)
+        probes = prompt_probes(["the capital of France is"], chat=False, target=target, foil=None)
         return ProbeBatch.encode(probes, tiny.tokenizer(), vocab_size=tiny.VOCAB)
 
     with pytest.raises(ValueError, match="target ' Paris cat' of probe 'the-capital-of-france-is'"):

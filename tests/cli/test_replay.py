@@ -66,14 +66,14 @@ main()
     command = [sys.executable, "-c", script, *asked]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ended.returncode == 130, ended.stderr
-    assert "tlens: interrupted; the same call goes on in" in ended.stdout
+    assert "tlens: interrupted; the same call continues in" in ended.stdout
     assert ended.stderr.splitlines()[-1] == "Interrupted."
     assert "replay" not in ended.stderr, "no bar where there is no terminal"
     store = copied / "tlens-replay"
     assert steps_in(store / "scores") == [0, 2]
-    assert "goes on at checkpoint-4" in CliRunner().invoke(main, asked).output
+    assert "continuing at checkpoint-4" in CliRunner().invoke(main, asked).output
     assert steps_in(store / "scores") == [0, 2, 4, 6]
-    assert "all checkpoints have been looked at" in CliRunner().invoke(main, asked).output
+    assert "all checkpoints have been observed already" in CliRunner().invoke(main, asked).output
 
 
 def test_checkpoints_of_a_run_that_goes_on_are_added(copied, tmp_path):
@@ -83,7 +83,7 @@ def test_checkpoints_of_a_run_that_goes_on_are_added(copied, tmp_path):
     assert store.steps == (0, 2, 4)
     (tmp_path / "later").rename(copied / "checkpoint-6")
     ended = called(copied, "-i", "HeadAblation(every=2)")
-    assert ended.exit_code == 0 and "goes on at checkpoint-4" in ended.output
+    assert ended.exit_code == 0 and "continuing at checkpoint-4" in ended.output
     out = tmp_path / "whole"
     assert called(copied, "-i", "HeadAblation(every=2)", "--out", str(out)).exit_code == 0
     assert unlike(read_store(out), store) == []
@@ -96,10 +96,10 @@ def test_one_that_was_seen_while_it_was_saved_is_observed_anew(copied, tmp_path)
     state.rename(tmp_path / "later")
     assert called(copied).exit_code == 0
     (tmp_path / "later").rename(state)
-    assert "goes on at checkpoint-6" in called(copied).output
+    assert "continuing at checkpoint-6" in called(copied).output
     assert called(copied, "--out", str(tmp_path / "whole")).exit_code == 0
     assert unlike(read_store(tmp_path / "whole"), read_store(copied / "tlens-replay")) == []
-    assert "all checkpoints have been looked at" in called(copied).output
+    assert "all checkpoints have been observed already" in called(copied).output
 
 
 def test_the_last_one_may_be_gone_when_later_ones_come(copied, tmp_path):
@@ -118,29 +118,35 @@ def test_what_is_not_the_same_replay_makes_another_store(copied, change):
     assert called(copied).exit_code == 0
     more, why = [], ""
     if change == "asked":
-        more, why = ["-i", "ResidualNorms"], "of another instruments"
+        more, why = ["-i", "ResidualNorms"], "another call made it, which differs in: instruments"
     elif change == "retrained":
         os.utime(copied / "checkpoint-4" / "adapter_model.safetensors", (1, 1))
         why = "checkpoint-4 has changed since"
     else:
         (copied / "tlens-replay" / "replay-00000006.memory").unlink()
-        why = "it lacks replay-00000006.memory"
+        why = "replay-00000006.memory is missing from it"
     ended = called(copied, *more)
-    assert ended.exit_code == 0 and "a new store tlens-replay-2, since there is" in ended.output
+    assert (
+        ended.exit_code == 0
+        and "a new store tlens-replay-2, because tlens-replay cannot" in ended.output
+    )
     assert why in ended.output
     for name in ("tlens-replay", "tlens-replay-2"):
         assert read_store(copied / name).steps == (0, 2, 4, 6)
-    assert "all checkpoints have been looked at" in called(copied, *more).output
+    assert "all checkpoints have been observed already" in called(copied, *more).output
 
 
 def test_a_run_that_was_moved_is_the_same(copied, tmp_path):
     out = ["--out", str(tmp_path / "store")]
     assert called(copied, *out).exit_code == 0
     moved = copied.rename(tmp_path / "moved")
-    assert "all checkpoints have been looked at" in called(moved, *out).output
+    assert "all checkpoints have been observed already" in called(moved, *out).output
     for one in moved.glob("checkpoint-*"):  # the control: another run over the same base
         one.rename(one.with_name(f"{one.name}0"))
-    assert "since there is another beside it: of another run" in called(moved, *out).output
+    assert (
+        "cannot be continued: another call made it, which differs in: run"
+        in called(moved, *out).output
+    )
 
 
 def test_a_store_of_something_else_is_left_as_it_is(copied):
@@ -161,7 +167,7 @@ def test_what_cannot_be_loaded_is_left_out(copied):
     command = [sys.executable, "-m", "tlens_callback", "replay", str(copied), "-i", "HeadScores"]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ended.returncode == 3
-    assert "checkpoint-4 is left out" in ended.stderr and "is not whole" in ended.stderr
+    assert "checkpoint-4 is left out" in ended.stderr and "is incomplete" in ended.stderr
     store = read_store(copied / "tlens-replay")
     assert store.steps == (0, 2, 6)
     assert store.reading("trainer/loss", 6).labels["update"] == ("3", "4", "5", "6")
@@ -192,7 +198,7 @@ def test_what_turns_out_broken_when_its_turn_comes_is_left_out(copied, monkeypat
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["nowhere"], "'nowhere' is not there"),
+        (["nowhere"], "'nowhere' does not exist"),
         (["."], "has no checkpoint-<step> in it"),
         (["RUN", "--base", "nowhere"], "nowhere"),
         (["RUN", "--out", "RUN/checkpoint-2/config.json"], "is a file"),

@@ -64,7 +64,7 @@ def test_a_step_that_was_cut_short_is_named(store):
     tear(store / "arrays/step-00000010.safetensors")
     done = run(store, "--out", store.parent / "deep" / "a.html")
     assert done.exit_code == 3
-    assert "Cut short, and left out: step 10." in done.stderr
+    assert "their files are incomplete: steps 10." in done.stderr
     assert done.stdout == f"{store.parent / 'deep' / 'a.html'}\n"
     assert set(Page(Path(done.stdout.strip()).read_text("utf-8")).steps) == {0, 20}
     assert not (store / "page.html").exists()
@@ -76,7 +76,7 @@ def test_what_cannot_be_shown_is_said(store):
         tear(store / f"scores/step-{step:08d}.parquet")
     done = command(store)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert "no complete step, all are cut short: there is nothing to show" in done.stderr
+    assert "nothing to show: all its steps are incomplete" in done.stderr
     assert not (store / "page.html").exists()
     for step in (0, 10, 20):
         (store / f"scores/step-{step:08d}.parquet").unlink()
@@ -97,11 +97,14 @@ def test_a_run_directory_means_its_latest_store(store):
     fill(store, (0, 5), page=False)
     result = run(store.parent)
     assert result.exit_code == 0 and result.stdout == f"{store.parent / 'tlens-2' / 'page.html'}\n"
-    assert "holds 2 stores: tlens, and tlens-2, which is taken" in result.stderr
+    assert "holds 2 stores: tlens, tlens-2. The last one, tlens-2, is used" in result.stderr
     fill(store.parent / "tlens-replay", (0,), page=False)
     result = run(store.parent)
     assert result.exit_code == 0 and "tlens-2" in result.stdout
-    assert "holds 3 stores: tlens-replay, tlens, and tlens-2, which is taken" in result.stderr
+    assert (
+        "holds 3 stores: tlens-replay, tlens, tlens-2. The last one, tlens-2, is used"
+        in result.stderr
+    )
     fill(store.parent / "slow", (0,), page=False)
     result = run(store.parent)
     assert result.exit_code == 2 and str(store.parent / "slow") in result.stderr
@@ -149,7 +152,7 @@ def browser_script(tmp_path):
 def test_open_without_a_browser(store, monkeypatch):
     monkeypatch.setattr("webbrowser.open", lambda address: False)
     result = run(store, "--open")
-    assert result.exit_code == 0 and "no browser to open file://" in result.stderr
+    assert result.exit_code == 0 and "No browser was found to open file://" in result.stderr
 
 
 # --- served ---
@@ -199,7 +202,8 @@ def test_a_port_that_is_taken(store):
         result = run(store, "--serve", "--port", port)
     assert result.exit_code == 1 and result.stdout == ""
     assert (
-        result.stderr == f"Error: Port {port} of 127.0.0.1 is taken; port 0 is any that is free.\n"
+        result.stderr
+        == f"Error: Port {port} of 127.0.0.1 is in use. Port 0 stands for any free port.\n"
     )
     for _ in range(5):
         try:

@@ -47,7 +47,7 @@ def test_a_later_run_is_meant_and_the_earlier_said(store):
     sink.close()
     result = run(store.parent)
     assert result.exit_code == 0 and "mine/it 7" in result.stdout
-    assert "tlens-2; beside it: tlens." in result.stderr
+    assert "tlens-2. Other stores beside it: tlens." in result.stderr
 
 
 def test_a_torn_step_is_left_out_and_said(store):
@@ -56,7 +56,7 @@ def test_a_torn_step_is_left_out_and_said(store):
     result = run(store)
     assert result.exit_code == 3
     assert "mine/it 1 -> 6" in result.stdout
-    assert "torn: steps [9]" in result.stderr
+    assert "incomplete: steps 9." in result.stderr
 
 
 def test_what_is_no_store(tmp_path, store):

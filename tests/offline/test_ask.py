@@ -119,13 +119,13 @@ def test_numbers_of_an_answer(model, asker, target, foil):
     tops = lens.argmax(1).tolist()
     (lens_line,) = [line for line in lines if "logit lens" in line]
     if tops[-1] != meant:
-        assert lens_line.endswith(f"ends in {decode([tops[-1]])!r}, not in {answer.target!r}")
+        assert lens_line.endswith(f"ends with {decode([tops[-1]])!r}, not with {answer.target!r}")
     else:
         first = max((i + 1 for i, top in enumerate(tops) if top != meant), default=0)
-        after = f"L{first} and each later layer" if first < 3 else "the last layer alone (L3)"
+        after = f"L{first} and each later layer" if first < 3 else "the last layer only (L3)"
         assert lens_line.endswith(after)
     named = ", ".join(f"{name} {parts[name]:+.2f}" for name in largest)
-    assert f"  added to the lead most, directly: {named}" in lines
+    assert f"  largest direct contributions to the lead: {named}" in lines
 
 
 def test_the_lens_says_from_which_layer_on(asker):
@@ -144,8 +144,8 @@ def test_the_lens_says_from_which_layer_on(asker):
 
     assert said(0).endswith(f"reads {answer.target!r} after L0 and each later layer")
     assert said(2).endswith("after L2 and each later layer")
-    assert said(3).endswith("after the last layer alone (L3)")
-    assert said(4).endswith(f"ends in {str(lens.texts[-1, 0])!r}, not in {answer.target!r}")
+    assert said(3).endswith("after the last layer only (L3)")
+    assert said(4).endswith(f"ends with {str(lens.texts[-1, 0])!r}, not with {answer.target!r}")
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
@@ -157,7 +157,7 @@ def test_a_soft_cap_is_said_where_the_lead_is_behind_it(cap):
         logits = model(ids).logits[0, -1]
     lead = float(logits[token(" Rome")] - logits[token(" London")])
     assert f"  lead of ' Rome' over ' London': {lead:+.2f} logits" in answer.lines()
-    (line,) = [line for line in answer.lines() if "added to the lead" in line]
+    (line,) = [line for line in answer.lines() if "contributions to the lead" in line]
     assert ("before the soft cap" in line) == (cap is not None)
 
 
@@ -185,7 +185,7 @@ def test_a_chat_and_ids_are_asked_too(asker):
 @pytest.mark.parametrize(
     ("probe", "foil", "message"),
     [
-        (Probe("p", "the cat", target=" cat"), " cat", "is its own foil"),
+        (Probe("p", "the cat", target=" cat"), " cat", "are the same token"),
         (Probe("p", "the cat", target=" cat sat"), None, "is 2 tokens"),
         (Probe("p", "the cat"), " cat sat", "is 2 tokens"),
         (Probe("p", " ".join(["cat"] * 80)), None, "context"),
@@ -214,8 +214,8 @@ def test_what_a_family_does_not_have_is_left_out_with_a_line(asker, monkeypatch)
 
     monkeypatch.setattr(LogitAttribution, "taps", taps)
     answer = asker.ask(PROMPT)
-    assert answer.lines()[-1] == "  without logit_attribution: this family has no direct path."
-    assert answer.writers == [] and not any("added" in line for line in answer.lines())
+    assert answer.lines()[-1] == "  left out: logit_attribution: this family has no direct path."
+    assert answer.writers == [] and not any("contributions" in line for line in answer.lines())
     monkeypatch.setattr(TokenLoss, "taps", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         asker.ask(PROMPT)

@@ -106,7 +106,7 @@ def test_other_tokens_under_one_name(saved, tmp_path):
     other = [replace(CAPITAL, content="the capital of Italy is"), DOG]
     b = read_store(watched(tmp_path / "other", {0: saved["b"]}, other, instruments=INSTRUMENTS))
     pair = compare_stores(a, b)
-    assert pair.left_out == ("The probe 'capital' has other tokens in A than in B.",)
+    assert pair.left_out == ("The probe 'capital' has different tokens in A and B.",)
     last = by_key(pair.last)
     assert not any(key.endswith("/capital") for key in last)
     assert np.array_equal(last["attention_drift/js"].values, last["attention_drift/js/dog"].values)
@@ -130,7 +130,7 @@ def test_what_only_one_has_is_named(saved, tmp_path):
 def test_models_of_another_shape(saved, tmp_path):
     deeper = save(tiny.model("llama", num_hidden_layers=3), tmp_path / "deeper")
     b = read_store(watched(tmp_path / "b", {0: deeper}))
-    with pytest.raises(ValueError, match=r"another shape .*: 2 and 3 for the number of layers"):
+    with pytest.raises(ValueError, match=r"different shapes .*: A has 2 layers, B has 3"):
         compare_stores(stores(saved)[0], b)
 
 
@@ -200,9 +200,9 @@ def test_what_is_of_other_blocks_is_left_out_in_one_sentence(saved, tmp_path):
     b = read_store(watched(tmp_path / "b", {0: saved["a"]}, own))
     pair = compare_stores(a, b)
     (said,) = [one for one in pair.left_out if "blocks" in one]
-    assert "of 8, 12, 24 tokens in A and of 5, 7 in B" in said
+    assert "have 8, 12, 24 tokens in A and 5, 7 in B" in said
     assert "head_scores, repeat_loss, virtual_heads" in said
     seen = {reading.instrument for reading in (*pair.first, *pair.last)}
     assert not seen & {"head_scores", "repeat_loss", "virtual_heads"}
     assert {"attention_drift", "target_scores"} <= seen
-    assert not any("another shape" in one for one in pair.left_out)
+    assert not any("different shape" in one for one in pair.left_out)

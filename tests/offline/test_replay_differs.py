@@ -78,7 +78,7 @@ def test_an_adapter_that_began_at_random_has_no_step_0(tmp_path, capsys):
     assert not any("target_scores" in each for each in found)
     assert any("token_loss/change" in each for each in found)
     assert replayed(tmp_path, few()).store.steps == (2, 4, 6)
-    assert "all checkpoints have been looked at" in capsys.readouterr()[0]
+    assert "all checkpoints have been observed already" in capsys.readouterr()[0]
 
 
 def test_a_base_in_bfloat16_that_was_fully_trained_in_float32(tmp_path):
@@ -95,12 +95,12 @@ def test_adapters_over_a_base_in_bfloat16_that_were_trained_in_float32(tmp_path,
     assert unlike(live, again.store) == surplus(live)
     assert "computes in" not in capsys.readouterr()[0]
     assert unlike(live, replayed(tmp_path, few()).store) != surplus(live)
-    said = "the run was watched in float32, and this computes in bfloat16"
+    said = "the run was watched in float32, and the replay computes in bfloat16"
     assert said in capsys.readouterr()[0]
     for memory in (tmp_path / "run").glob("checkpoint-*/tlens.memory"):
         memory.unlink()
     replayed(tmp_path, [TokenLoss()])
-    assert "this computes in bfloat16, in which the base was saved" in capsys.readouterr()[0]
+    assert "the replay computes in bfloat16, in which the base was saved" in capsys.readouterr()[0]
 
 
 def test_what_learns_from_training_rows_has_the_probes_alone(tmp_path):

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.offline.replaying import PROBES, arguments
 from tlens_callback import FidelityError, MemorySink, Shadow, TargetScores
 from tlens_callback.checkpoints import Checkpoint, Loader
-from tlens_callback.offline.stages import Stage, look_at
+from tlens_callback.offline.stages import Stage, observe_stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def stages(saved):
 
 def looked(saved, loader=None, **kwargs):
     sink = MemorySink()
-    look_at(
+    observe_stages(
         stages(saved),
         loader or Loader(device="cpu"),
         arguments([TargetScores()], repeats=False),
@@ -69,9 +69,9 @@ class Counts(Loader):
         super().__init__(device="cpu")
         self.made, self.alive = [], []
 
-    def _full(self, place):
+    def _load_full(self, place):
         self.alive.append(sum(model() is not None for model in self.made))
-        model = super()._full(place)
+        model = super()._load_full(place)
         self.made.append(weakref.ref(model))
         return model
 
@@ -115,7 +115,7 @@ def test_a_shadow_of_another_model_is_found(saved, monkeypatch, at):
     monkeypatch.setattr(Shadow, "__init__", of_the_one_before)
     sink = MemorySink()
     with pytest.raises(FidelityError):
-        look_at(
+        observe_stages(
             stages(saved),
             Loader(device="cpu"),
             arguments([TargetScores()], repeats=False),
@@ -147,13 +147,13 @@ def test_what_cannot_be_loaded_raises_or_is_left_out(saved, tmp_path):
 
 def test_nothing_is_written_while_a_step_is_told_of(saved):
     sink, told = MemorySink(), []
-    look_at(
+    observe_stages(
         stages(saved),
         Loader(device="cpu"),
         arguments([TargetScores()], repeats=False, writing="wait"),
         [sink],
         tokenizer=tiny.tokenizer(),
-        seen=lambda observer, stage: told.append((stage.step, sink.steps[-1])),
+        written=lambda observer, stage: told.append((stage.step, sink.steps[-1])),
     )
     assert told == [(0, 0), (10, 10), (20, 20), (30, 30)]
 

@@ -176,7 +176,7 @@ def test_what_is_not_a_number_has_no_rank_and_has_not_stood_still(tmp_path):
 
     text = summary(written(tmp_path / "s", {0: at(0, 0.5), 4: at(4, np.nan)}))
     assert "P(target) p 0.500 -> nan" in text and "rank" not in text
-    assert "not moved" not in text and "How far attention moved is not a number." in text
+    assert "not moved" not in text and "How far attention moved cannot be said" in text
     text = summary(written(tmp_path / "t", {0: at(0, 0.5), 4: at(4, 0.5)}))
     assert "P(target) p 0.500, rank 0" in text and "Attention has not moved" in text
 
@@ -214,7 +214,7 @@ def test_a_store_of_unknown_instruments(tmp_path):
     store = written(tmp_path / "s", steps)
     assert summary(store).splitlines() == [
         "3 observations, steps 0 to 3",
-        "Changed most for their size:",
+        "Changed most relative to their size:",
         "  mine/large 100 -> 400",
         "  mine/some 2 -> 8",
         "  mine/small 1 -> 1.003",

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tests import tiny
 from tests.training import CAPITAL
 from tlens_callback.checkpoints import Checkpoint, Loader
-from tlens_callback.offline.stages import Stage, look_at
+from tlens_callback.offline.stages import Stage, observe_stages
 from tlens_callback.probes import Probe
 from tlens_callback.run.settings import Settings
 from tlens_callback.sinks import LocalSink
@@ -71,5 +71,5 @@ def watched(path: Path, checkpoints, probes=(CAPITAL, DOG), **given) -> Path:
     stages = [Stage(step, Checkpoint.of(folder)) for step, folder in checkpoints.items()]
     sink = LocalSink(path, page=False)
     arguments = asked(probes, **given)
-    look_at(stages, Loader(), arguments, [sink], tokenizer=tiny.tokenizer())
+    observe_stages(stages, Loader(), arguments, [sink], tokenizer=tiny.tokenizer())
     return sink.path

@@ -1,4 +1,4 @@
-"""Saved models: what a directory or a hub name holds, and loading one after another."""
+"""Finds out what a directory or a hub name holds, and loads saved models one after another."""
 
 from tlens_callback.checkpoints.checkpoint import Checkpoint as Checkpoint
 from tlens_callback.checkpoints.checkpoint import checkpoints_in as checkpoints_in

@@ -1,6 +1,6 @@
-"""A saved adapter put over its base: every tensor in its place, or none.
+"""Puts a saved adapter on its base, and fails unless every tensor finds its place.
 
-PEFT passes over tensors that have no place, and leaves at random what has no tensor.
+PEFT alone ignores tensors that have no place, and leaves places without a tensor at random values.
 """
 
 import logging
@@ -29,48 +29,54 @@ from tlens_callback.shadow.refusals import refuse
 logger = logging.getLogger("tlens_callback")
 
 _IN_FILE = "base_model.model."
-"""Before every name in an adapter's file."""
+"""The prefix of every name in an adapter's file."""
 
-_TAKES_OUT = "pissa_niter", "corda", "lora_ga"
-"""Ways to begin LoRA that change the base as nobody can again; PEFT 0.21 does not say so."""
+_CHANGES_BASE = "pissa_niter", "corda", "lora_ga"
+"""Initialisations of LoRA that change the base and cannot be repeated; PEFT 0.21 gives no hint."""
 
 Kind = tuple[dict[str, Any], dict[str, tuple[int, ...]]]
 
 
 class UnknownStart(ValueError):
-    """Nothing that was saved tells what the model was before training."""
+    """Raised if the saved files do not determine the model before training."""
 
 
 def kind(adapter: str) -> Kind:
-    """What two adapters over one base have in common where the one can take the other's place.
+    """The config and the shapes of an adapter.
+
+    Two adapters of one kind fit the same model: either can be loaded in the place of the other.
 
     Raises:
-        ValueError: for an adapter that is not whole.
+        ValueError: if the adapter is incomplete.
     """
     return comparable(_config(adapter).to_dict()), shapes(adapter_weights(adapter))
 
 
-def put_over(model: Any, adapter: str) -> tuple[PeftModel, bool]:
-    """The model with an adapter of this kind, untrained, on it. Draws from the global states.
+def add_adapter(model: Any, adapter: str) -> tuple[PeftModel, bool]:
+    """Adds an untrained adapter of the saved adapter's kind to a model.
+
+    Draws from the global random states.
 
     Returns:
-        It; and whether its embeddings got as many rows as the adapter's file has: of new tokens.
+        The adapted model; and whether its embeddings were resized to the rows in the adapter's
+        file, which has more of them if there are new tokens.
 
     Raises:
-        ValueError: where PEFT cannot do it, or not so that it comes to what was trained; and as
-            `refusals.refuse`.
+        ValueError: if PEFT cannot add the adapter, or the result would not be the model that was
+            trained; and as `refusals.refuse`.
     """
     config = _config(adapter)
     init = str(getattr(config, "init_lora_weights", None))
-    if init.startswith(_TAKES_OUT):
+    if init.startswith(_CHANGES_BASE):
         raise ValueError(
-            f"The adapter {adapter!r} was begun with init_lora_weights={init!r}. That takes "
-            f"something out of the base, by data or by chance, and does not save it: base and "
-            f"adapter do not add up to the model that was trained. Save such adapters with "
-            f"save_pretrained(..., path_initial_model_for_weight_conversion=...), or merged."
+            f"The adapter {adapter!r} was initialised with init_lora_weights={init!r}. This "
+            f"subtracts something from the base that depends on data or on chance, and does not "
+            f"save it, so base and adapter do not add up to the model that was trained. Save such "
+            f"adapters with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+            f"or merged."
         )
     config.inference_mode = False
-    config.base_model_name_or_path = None  # PEFT warns of a base that has another name here.
+    config.base_model_name_or_path = None  # otherwise PEFT warns if the base has another name
     names = _names_of_embeddings(model)
     held = shapes(adapter_weights(adapter))
     rows = {shape[0] for name, shape in held.items() if name in names}
@@ -85,20 +91,21 @@ def put_over(model: Any, adapter: str) -> tuple[PeftModel, bool]:
         raise misfit(adapter, error) from error
     if any(".ranknum." in n and p.requires_grad for n, p in adapted.named_parameters()):
         logger.warning(
-            "tlens: over a base below float32 PEFT trains AdaLoRA's ranknum and does not save it: "
-            "what is loaded from %s differs from the trained model by that.",
+            "tlens: if the base is below float32, PEFT trains AdaLoRA's ranknum and does not save "
+            "it, so what is loaded from %s differs from the trained model by the ranknum.",
             adapter,
         )
-    refuse(adapted)  # before what PEFT keeps in another way is found to be missing
+    # Refuse here, before `fill` reports tensors as missing that PEFT only keeps in another form.
+    refuse(adapted)
     return adapted.eval(), resized
 
 
 def misfit(adapter: str, why: object) -> ValueError:
-    """Of an adapter and a base."""
+    """Makes the error for an adapter that does not fit its base."""
     text = " ".join(str(why).split())
     return ValueError(
-        f"The adapter {adapter!r} does not go over its base: {text[:300]} If it was trained over "
-        f"another one, or another version, say where that is with --base (base=)."
+        f"The adapter {adapter!r} does not fit its base: {text[:300]} If it was trained on "
+        f"another base, or another version of it, name that one with --base (base=)."
     )
 
 
@@ -107,11 +114,11 @@ def fill(model: PeftModel, adapter: str, *, resized: bool) -> None:
     """Writes every tensor of the adapter into the model, in place.
 
     Args:
-        resized: as `put_over` returned it.
+        resized: as `add_adapter` returned it.
 
     Raises:
-        ValueError: where a tensor has no place in the model, another shape than its place, or
-            something that is trained has no tensor.
+        ValueError: if a tensor has no place in the model or does not have the shape of its place,
+            or a trained parameter has no tensor.
     """
     device = next(model.parameters()).device
     weights = tensors(adapter_weights(adapter), device)
@@ -123,7 +130,7 @@ def fill(model: PeftModel, adapter: str, *, resized: bool) -> None:
         raise misfit(adapter, f"its file lacks {error}.") from error
     except Exception as error:
         raise misfit(adapter, error) from error
-    if homeless := sorted(n for n in result.unexpected_keys if not _twice(n, weights)):
+    if homeless := sorted(n for n in result.unexpected_keys if not _is_duplicate(n, weights)):
         raise misfit(
             adapter, f"{len(homeless)} of its tensors have no place there, such as {homeless[0]}."
         )
@@ -138,19 +145,19 @@ def fill(model: PeftModel, adapter: str, *, resized: bool) -> None:
         for name, parameter in named.items():
             if id(parameter) in held - filled and ".original_module." not in name:
                 raise ValueError(
-                    f"The adapter {adapter!r} was trained with tokens that its base has not, and "
-                    f"their rows of {name.removeprefix(_IN_FILE)} were not saved with it. Save "
+                    f"The adapter {adapter!r} was trained with tokens that its base does not have, "
+                    f"and their rows of {name.removeprefix(_IN_FILE)} were not saved with it. Save "
                     f"such a model with save_embedding_layers=True, or merged."
                 )
 
 
 @torch.no_grad()
 def fill_untrained(model: PeftModel, adapter: str, *, resized: bool) -> None:
-    """Writes what was saved and not trained: the rows of new tokens, frozen projections.
+    """Writes only the saved tensors that were not trained: rows of new tokens, frozen projections.
 
     Raises:
         ValueError: as `fill`.
-        UnknownStart: where the rows of new tokens were trained.
+        UnknownStart: if the rows of new tokens were trained.
     """
     if resized and any(p.requires_grad for part in _embeddings(model) for p in part.parameters()):
         raise UnknownStart(
@@ -164,22 +171,22 @@ def fill_untrained(model: PeftModel, adapter: str, *, resized: bool) -> None:
 
 
 @torch.no_grad()
-def glance(model: nn.Module) -> Float[Tensor, "pos vocab"]:
-    """The logits of a few tokens."""
+def sample_logits(model: nn.Module) -> Float[Tensor, "pos vocab"]:
+    """The logits of a few fixed tokens, by which two models can be told apart."""
     tokens = torch.arange(1, 9, device=next(model.parameters()).device)[None]
     return model(input_ids=tokens, use_cache=False).logits[0].float()
 
 
-def alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two glances differ by no more than rounding in a model of this precision."""
+def equal_to_rounding(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results of `sample_logits` differ only by rounding in this precision."""
     n = min(one.shape[-1], other.shape[-1])  # without new tokens
     rounding = 1e-5 if dtype.itemsize > 2 else 2e-2
     return bool((one[:, :n] - other[:, :n]).abs().max() <= rounding * one.abs().max())
 
 
 @contextmanager
-def drawing_nothing(device: torch.device, seed: int = 0) -> Iterator[None]:
-    """The random states are those of a seed inside, and outside as if nothing was drawn."""
+def random_states_kept(device: torch.device, seed: int = 0) -> Iterator[None]:
+    """Seeds the random states inside the block, and restores them at its end."""
     others = random.getstate(), np.random.get_state()
     devices = [device] if device.type in ("cuda", "xpu") else []
     kind_of_device = device.type if devices else "cuda"
@@ -202,13 +209,15 @@ def _config(adapter: str) -> PeftConfig:
         return PeftConfig.from_pretrained(str(file.parent))
     except Exception as error:
         raise ValueError(
-            f"PEFT cannot read {file}: {error!r}. A later version of peft may."
+            f"PEFT cannot read {file}: {error!r}. A later version of peft may be able to."
         ) from error
 
 
-def _twice(name: str, weights: Mapping[str, Tensor]) -> bool:
-    """Whether it is in the file under another name as well: PEFT 0.21 saves resized embeddings
-    that are trained under the names that they have inside, too, and tied ones twice.
+def _is_duplicate(name: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is in the file under another name as well.
+
+    PEFT 0.21 saves trained resized embeddings a second time, under their names inside the wrapper,
+    and saves tied ones twice.
     """
     if not {"modules_to_save", "token_adapter"}.intersection(name.split(".")):
         return False
@@ -221,7 +230,7 @@ def _embeddings(model: Any) -> list[nn.Module]:
 
 
 def _names_of_embeddings(model: Any) -> set[str]:
-    """Of their weights, as an adapter's file names them."""
+    """The names that an adapter's file may use for the weights of the embeddings."""
     embeddings = _embeddings(model)
     paths = [path for path, part in model.named_modules() if part in embeddings]
     ends = "weight", "base_layer.weight", "token_adapter.base_layer.weight"

@@ -1,4 +1,4 @@
-"""Saved models: what a directory or a hub name holds."""
+"""`Checkpoint`: a saved model, found in a directory or under a hub name."""
 
 import logging
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ logger = logging.getLogger("tlens_callback")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved model: all weights, or an adapter over a base.
+    """A saved model: a full model, or an adapter with its base.
 
     A place is a directory, or the name of a repository on the Hub: NAME or NAME@REVISION.
 
     Attributes:
-        model: place of all weights; of the base, where there is an adapter.
+        model: place of the full model, or of the base if there is an adapter.
         adapter: place of the adapter.
-        trained: False for the adapter as it was before training: the base, with what the adapter
-            will change set apart, so that a shadow of it goes on to the trained one.
+        trained: False for the adapter as it was before training. The loaded model then equals the
+            base and already has the adapter's layers, so its shadow can follow to the trained one.
     """
 
     model: str
@@ -42,16 +42,15 @@ class Checkpoint:
     def of(
         cls, model: str | Path, adapter: str | Path | None = None, *, base: str | Path | None = None
     ) -> "Checkpoint":
-        """What a user named, checked as far as files tell without reading the weights.
+        """Makes a checkpoint of what a user named, and checks the files without reading weights.
 
         Args:
-            model: place of a model, or of an adapter, whose base its config names.
-            adapter: place of an adapter over `model`.
-            base: where an adapter's base is, if its config no longer tells.
+            model: place of a full model, or of an adapter whose config names its base.
+            adapter: place of an adapter to put on `model`.
+            base: place of an adapter's base, if its config does not name the right place.
 
         Raises:
-            ValueError: where there is nothing to load, or not all of it; the text says what there
-                is.
+            ValueError: if there is no model, or only a part of one; the text says what was found.
         """
         places = [None if p is None else str(Path(p).expanduser()) for p in (model, adapter, base)]
         given, over, under = places
@@ -59,7 +58,10 @@ class Checkpoint:
         if over is None and is_adapter(given):
             over, given = given, under
         elif over is not None and under is not None:
-            raise ValueError(f"{over!r} goes over {given!r}; base {under!r} is one too many.")
+            raise ValueError(
+                f"The adapter {over!r} can have only one base, and both {given!r} and the base "
+                f"{under!r} are given. Give one of them."
+            )
         if over is None:
             assert given is not None
             check_model(given)
@@ -70,20 +72,21 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        """Of what was trained."""
+        """Place of what was trained: the adapter, or else the full model."""
         return self.adapter or self.model
 
     @property
     def step(self) -> int | None:
-        """The optimizer step: in a trainer's `checkpoint-<step>`, or as the trainer's state says
-        it; None where neither does.
+        """The optimizer step, from the name `checkpoint-<step>` or from the trainer's state.
+
+        None if neither has it.
         """
         step = step_of(Path(self.path))
         return self._state.get("global_step") if step is None else step
 
     @property
     def logged(self) -> list[Mapping[str, Any]]:
-        """What the trainer had logged by then; empty where it left no state."""
+        """What the trainer had logged by then; empty if it saved no state."""
         return [row for row in self._state.get("log_history") or [] if isinstance(row, dict)]
 
     @property
@@ -105,12 +108,12 @@ class Checkpoint:
 
 
 def _base(adapter: str, config: Mapping[str, Any], given: str | None) -> str:
-    """Where the base of an adapter is."""
+    """Finds the place of an adapter's base, and checks the base."""
     named, revision = config.get("base_model_name_or_path"), config.get("revision")
     place = given or named
     if not place:
         raise ValueError(
-            f"The adapter {adapter!r} does not say what its base is. Say it with --base (base=)."
+            f"The adapter {adapter!r} does not say what its base is. Name it with --base (base=)."
         )
     if given is None and revision and not Path(place).is_dir():
         place = f"{place}@{revision}"
@@ -120,16 +123,16 @@ def _base(adapter: str, config: Mapping[str, Any], given: str | None) -> str:
         if given is not None:
             raise
         raise ValueError(
-            f"{error} The adapter {adapter!r} names it as its base. If the base has moved, say "
-            f"where it is with --base (base=)."
+            f"{error} The adapter {adapter!r} names it as its base. If the base has moved, name "
+            f"its new place with --base (base=)."
         ) from error
     if given and named and not same_place(named, given) and Path(named).name != Path(given).name:
         logger.warning(
-            "tlens: the adapter %s was trained over %s; taking %s for it.", adapter, named, given
+            "tlens: the adapter %s was trained on %s; %s is used instead.", adapter, named, given
         )
     if stacked:
         raise ValueError(
-            f"The base {place!r} is an adapter itself. Merge that one into its own base "
+            f"The base {place!r} is itself an adapter. Merge it into its own base "
             f"(merge_and_unload), save the result, and name it with --base (base=)."
         )
     check_model(place)
@@ -139,19 +142,19 @@ def _base(adapter: str, config: Mapping[str, Any], given: str | None) -> str:
 def survey(
     run: str | Path, *, base: str | Path | None = None
 ) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """The `checkpoint-<step>` of a trainer's output directory, in the order of their steps.
+    """Finds the `checkpoint-<step>` folders of a trainer's output directory, sorted by step.
 
     Returns:
-        Those that can be loaded; and, for the others, why not: a run that was killed while it
-        saved leaves half a checkpoint.
+        The checkpoints that can be loaded; and folder -> reason for those that cannot. A run that
+        was killed while it saved leaves an incomplete checkpoint.
 
     Raises:
-        ValueError: where there is no such directory, or no checkpoint in it that can be loaded.
+        ValueError: if there is no such directory, or no checkpoint in it that can be loaded.
     """
     folder = Path(run).expanduser()
     if not folder.is_dir():
-        what = "is a file" if folder.is_file() else "is not there"
-        raise ValueError(f"A run is the output directory of a trainer; {str(run)!r} {what}.")
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise ValueError(f"A run is the output directory of a trainer, but {str(run)!r} {what}.")
     folders = checkpoints_of(folder)
     whole: list[Checkpoint] = []
     left_out: dict[Path, str] = {}
@@ -164,15 +167,18 @@ def survey(
         inside = sorted(one.name for one in folder.iterdir())
         raise ValueError(
             f"{str(run)!r} has no checkpoint-<step> in it. "
-            + (f"There is {', '.join(inside[:8])}." if inside else "It is empty.")
+            + (f"It contains {', '.join(inside[:8])}." if inside else "It is empty.")
         )
     if not whole:
-        raise ValueError(f"None of the checkpoints can be loaded. {next(iter(left_out.values()))}")
+        raise ValueError(
+            f"None of the checkpoints can be loaded. The first error: "
+            f"{next(iter(left_out.values()))}"
+        )
     return whole, left_out
 
 
 def checkpoints_in(run: str | Path, *, base: str | Path | None = None) -> list[Checkpoint]:
-    """Those that `survey` says can be loaded.
+    """The checkpoints of a trainer's output directory that can be loaded, sorted by step.
 
     Raises:
         ValueError: as `survey`.

@@ -1,4 +1,4 @@
-"""What a directory, or a repository of the Hub, holds: checked before anything is loaded."""
+"""Checks what a directory, or a repository on the Hub, holds before anything is loaded."""
 
 import difflib
 import functools
@@ -41,24 +41,24 @@ _VOCABULARIES = (
 
 
 def find(place: str, name: str) -> Path | None:
-    """A file of a directory, or of the repository NAME or NAME@REVISION of the Hub.
+    """Finds a file in a directory, or in the repository NAME or NAME@REVISION on the Hub.
 
     Returns:
-        None where the place has no such file.
+        The path of the file; None if the place has no such file.
 
     Raises:
-        ValueError: where there is no such place, or it cannot be asked.
+        ValueError: if there is no such place, or it cannot be reached.
     """
     if Path(place).is_dir():
         file = Path(place) / name
         return file if file.is_file() else None
     if Path(place).is_file():
-        raise ValueError(f"{place!r} is a file; name the directory that it is in.")
+        raise ValueError(f"{place!r} is a file. Name the directory that it is in.")
     return _fetched(*repository(place), name)
 
 
 def repository(place: str) -> tuple[str, str | None]:
-    """The name of a place, as `from_pretrained` takes it, and its revision."""
+    """Splits a place into the name that `from_pretrained` takes, and the revision."""
     name, _, revision = place.partition("@")
     return (place, None) if Path(place).is_dir() or not revision else (name, revision)
 
@@ -69,64 +69,69 @@ def _fetched(name: str, revision: str | None, file: str) -> Path | None:
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except LocalEntryNotFoundError:
-        # Without the network a repository has what was fetched of it.
+        # Without a network, a repository in the cache has only the files that were fetched before.
         folder = repo_folder_name(repo_id=name, repo_type="model")
         if (Path(constants.HF_HUB_CACHE) / folder).is_dir():
             return None
-        why = "the Hub cannot be reached to ask for a model of that name, which is not in its cache"
+        why = "the Hub cannot be reached; no model of that name is in the cache"
     except EntryNotFoundError:
         return None
     except GatedRepoError:
-        why = "the model of that name on the Hub asks for a login: hf auth login"
+        why = "the model of that name on the Hub needs a login: hf auth login"
     except RevisionNotFoundError:
         why = f"the model of that name on the Hub has no revision {revision!r}"
     except RepositoryNotFoundError:
-        why = "the Hub has no model of that name, or none that you may see"
+        why = "the Hub has no model of that name, or does not show it to you"
     except HFValidationError:
-        why = "it is no name on the Hub either"
+        why = "it cannot be a name on the Hub either"
     except HfHubHTTPError as error:
         why = f"the Hub does not answer: {error}"
     raise ValueError(f"There is no directory {place!r}, and {why}.{_near(place)}") from None
 
 
 def _near(place: str) -> str:
-    """Directories whose names are like it."""
+    """A hint that lists directories with similar names."""
     path = Path(place)
     if not path.parent.is_dir():
         missing = next(p for p in path.parents if p.parent.is_dir() and not p.is_dir())
         return f" There is no {str(missing)!r} either." if path.is_absolute() else ""
     names = [one.name for one in path.parent.iterdir() if one.is_dir()]
     close = difflib.get_close_matches(path.name, names, n=3)
-    return f" Near it are {', '.join(str(path.parent / one) for one in close)}." if close else ""
+    similar = ", ".join(str(path.parent / one) for one in close)
+    return f" Directories with similar names: {similar}." if close else ""
 
 
 def is_adapter(place: str) -> bool:
-    """Whether an adapter is what the place holds first of all."""
+    """Whether a place counts as an adapter.
+
+    A directory does if it has an adapter's config; a name on the Hub does if it has no full model.
+    """
     if Path(place).is_dir():
         return find(place, ADAPTER_CONFIG) is not None
     return find(place, CONFIG) is None and find(place, ADAPTER_CONFIG) is not None
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        ValueError: for anything else; names the file.
+        ValueError: if the file cannot be read or holds something else; the text names the file.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}). Was saving it interrupted?") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object.")
+        raise ValueError(f"{file} does not hold a JSON object.")
     return content
 
 
 def check_model(place: str) -> None:
-    """Whether all weights of a model are there, from the files' headers.
+    """Checks from the headers of the files that all weights of a model are there.
 
     Raises:
-        ValueError: names what is missing or broken, or says what the place holds instead.
+        ValueError: if they are not; the text names what is missing or broken, or says what the
+            place holds instead.
     """
     file = find(place, CONFIG)
     if file is None:
@@ -149,17 +154,17 @@ def check_model(place: str) -> None:
             shards = read_json(index).get("weight_map", {})
             if missing := sorted({s for s in shards.values() if not (Path(place) / s).is_file()}):
                 raise ValueError(
-                    f"{index} names {len(missing)} files that are not there: {missing[0]}. Was "
-                    f"saving or downloading interrupted?"
+                    f"{index} names {len(missing)} files that do not exist, such as {missing[0]}. "
+                    f"Was saving or downloading interrupted?"
                 )
             for shard in sorted(set(shards.values())):
                 shapes(Path(place) / shard)
             return
-    raise ValueError(f"{place!r} has a {CONFIG} and no weights: no {' or '.join(_WEIGHTS)}.")
+    raise ValueError(f"{place!r} has a {CONFIG} but no weights: no {' or '.join(_WEIGHTS)}.")
 
 
 def precision(place: str) -> torch.dtype | None:
-    """In which the weights of a model were saved, as its config says; None where it does not."""
+    """The precision in which a model was saved, from its config; None if it does not say."""
     file = find(place, CONFIG)
     config = read_json(file) if file is not None else {}
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
@@ -167,47 +172,49 @@ def precision(place: str) -> torch.dtype | None:
 
 
 def adapter_config(place: str) -> dict[str, Any]:
-    """The config of an adapter, as it is saved.
+    """Reads the saved config of an adapter.
 
     Raises:
-        ValueError: where there is none, or it is broken.
+        ValueError: if there is none, or it is broken.
     """
     file = find(place, ADAPTER_CONFIG)
     if file is None:
-        raise ValueError(f"{place!r} is no adapter: it has no {ADAPTER_CONFIG}. {_listed(place)}")
+        raise ValueError(
+            f"{place!r} is not an adapter: it has no {ADAPTER_CONFIG}. {_contents(place)}"
+        )
     config = read_json(file)
     if "peft_type" not in config:
-        raise ValueError(f"{file} is no config of PEFT's: it has no peft_type.")
+        raise ValueError(f"{file} is not a config of PEFT: it has no peft_type.")
     return config
 
 
 def adapter_weights(place: str) -> Path:
-    """The file with an adapter's weights.
+    """Finds the file with an adapter's weights.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     for name in _ADAPTER_WEIGHTS:
         if (file := find(place, name)) is not None:
             return file
     raise ValueError(
-        f"{place!r} has an {ADAPTER_CONFIG} and no weights: no {' or '.join(_ADAPTER_WEIGHTS)}. "
-        f"Was saving it interrupted?"
+        f"{place!r} has an {ADAPTER_CONFIG} but no weights: no {' or '.join(_ADAPTER_WEIGHTS)}. "
+        f"Was saving interrupted?"
     )
 
 
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in a file of weights by its name, from the header.
+    """Name -> shape of each tensor in a file of weights, from its header.
 
     Empty for a full model's file in pickle format, which has no header.
 
     Raises:
-        ValueError: for a file that is not whole; names it.
+        ValueError: if the file is incomplete; the text names it.
     """
-    broken = f"{file} is not whole ({{}}). Was saving or downloading it interrupted?"
+    broken = f"{file} is incomplete ({{}}). Was saving or downloading it interrupted?"
     if file.suffix != ".safetensors":
         if not zipfile.is_zipfile(file):
-            raise ValueError(broken.format("no archive of torch's"))
+            raise ValueError(broken.format("it is not an archive of torch"))
         if file.name not in _ADAPTER_WEIGHTS:
             return {}
         return {name: tuple(tensor.shape) for name, tensor in tensors(file).items()}
@@ -219,10 +226,10 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(file: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """An adapter's tensors.
+    """Reads the tensors of an adapter.
 
     Raises:
-        ValueError: for a file that is not whole; names it.
+        ValueError: if the file is incomplete; the text names it.
     """
     try:
         if file.suffix != ".safetensors":
@@ -233,13 +240,13 @@ def tensors(file: Path, device: torch.device | str = "cpu") -> dict[str, torch.T
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def vocabulary(place: str) -> bool:
-    """Whether the place has a tokenizer's vocabulary.
+def has_vocabulary(place: str) -> bool:
+    """Whether a place has the vocabulary of a tokenizer.
 
-    From a model's config alone transformers builds a tokenizer, without any word in it.
+    Without one, transformers would build an empty tokenizer from the model's config alone.
 
     Raises:
-        ValueError: where there is a tokenizer's config and no vocabulary.
+        ValueError: if there is a tokenizer's config but no vocabulary.
     """
     files = [*_VOCABULARIES]
     if Path(place).is_dir():
@@ -248,19 +255,20 @@ def vocabulary(place: str) -> bool:
         return True
     if config := find(place, "tokenizer_config.json"):
         raise ValueError(
-            f"{config} is there and no vocabulary: none of {', '.join(_VOCABULARIES)}."
+            f"{config} exists, but the tokenizer has no vocabulary: none of "
+            f"{', '.join(_VOCABULARIES)}."
         )
     return False
 
 
 def checkpoints_of(folder: Path) -> dict[int, Path]:
-    """The folders `checkpoint-<step>` in it by their steps, in order."""
+    """Step -> folder of each `checkpoint-<step>` in a folder, sorted by step."""
     found = [(re.fullmatch(_CHECKPOINT, one.name), one) for one in folder.iterdir()]
     return dict(sorted((int(name[1]), one) for name, one in found if name and one.is_dir()))
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a folder's name, whatever the spelling: `.`, a slash at the end, a link."""
+    """The step in a folder's name, also if the folder is given as `.` or as a link."""
     for path in (folder.absolute(), folder.resolve()):
         if name := re.fullmatch(_CHECKPOINT, path.name):
             return int(name[1])
@@ -272,35 +280,40 @@ def _nothing_in(place: str) -> str:
         folders = [one.name for one in found.values()]
         shown = ", ".join(folders if len(folders) < 7 else [*folders[:3], "...", *folders[-3:]])
         return (
-            f"{place!r} has no weights of its own but checkpoints: {shown}. Name one of them, or "
-            f"look at all with: tlens-callback replay {place}"
+            f"{place!r} has no weights of its own, but it has checkpoints: {shown}. Name one of "
+            f"them, or look at all of them with: tlens-callback replay {place}"
         )
-    return f"{place!r} is no saved model: it has no {CONFIG} and no {ADAPTER_CONFIG}. " + _listed(
-        place
+    return (
+        f"{place!r} is not a saved model: it has no {CONFIG} and no {ADAPTER_CONFIG}. "
+        f"{_contents(place)}"
     )
 
 
-def _listed(place: str) -> str:
+def _contents(place: str) -> str:
+    """A hint that says what a directory contains."""
     if not Path(place).is_dir():
         return "Is it the name of a model on the Hub?"
     names = sorted(one.name + "/" * one.is_dir() for one in Path(place).iterdir())
     if not names:
         return "It is empty."
     inner = [name for name in names if (Path(place) / name / ADAPTER_CONFIG).is_file()]
-    hint = f" An adapter is in {Path(place) / inner[0]}." if inner else ""
+    hint = f" There is an adapter in {Path(place) / inner[0]}." if inner else ""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"There is {', '.join(names[:8])}{more}.{hint}"
+    return f"It contains {', '.join(names[:8])}{more}.{hint}"
 
 
 def same_place(one: str, other: str) -> bool:
-    """Whether two names mean one place, as far as the names tell; a directory may have moved."""
+    """Whether two names stand for the same place.
+
+    Names of two existing directories are compared as directories, other names as text.
+    """
     if Path(one).is_dir() and Path(other).is_dir():
         return Path(one).samefile(other)
     return one == other
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an adapter's config makes it what it is; lists of names as sets."""
+    """The settings of an adapter's config that determine its layers; lists of names as sets."""
     idle = "inference_mode", "base_model_name_or_path", "revision", "peft_version"
     return {
         key: frozenset(value)

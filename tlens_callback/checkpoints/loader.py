@@ -1,4 +1,4 @@
-"""`Loader`: saved models into memory, one after another, each exactly as it was saved."""
+"""`Loader` loads saved models into memory, one after another, each exactly as it was saved."""
 
 import logging
 import sys
@@ -13,15 +13,15 @@ from transformers.utils import logging as transformers_logging
 
 from tlens_callback.checkpoints.adapters import (
     UnknownStart,
-    alike,
-    drawing_nothing,
+    add_adapter,
+    equal_to_rounding,
     fill,
     fill_untrained,
-    glance,
     kind,
-    put_over,
+    random_states_kept,
+    sample_logits,
 )
-from tlens_callback.checkpoints.files import repository, same_place, vocabulary
+from tlens_callback.checkpoints.files import has_vocabulary, repository, same_place
 
 if TYPE_CHECKING:
     from tlens_callback.checkpoints.checkpoint import Checkpoint
@@ -30,17 +30,17 @@ logger = logging.getLogger("tlens_callback")
 
 
 class Loader:
-    """Loads checkpoints one after another; the base of adapters once.
+    """Loads checkpoints one after another; a base that adapters share is loaded once.
 
     Nothing is drawn from the global random states, and no code that comes with a model is run.
 
     Args:
-        device: where models go; None: the GPU, if there is one.
-        dtype: precision of the full weights; None: that in which they were saved. Adapters are
-            float32 at least, as PEFT trains them.
+        device: device of the models; None: the GPU, if there is one.
+        dtype: precision of the full weights; None: the precision in which they were saved.
+            Adapters are at least float32, as PEFT trains them.
 
     Raises:
-        ValueError: for a device that there is not.
+        ValueError: if there is no such device.
     """
 
     def __init__(
@@ -53,20 +53,20 @@ class Loader:
             raise ValueError(f"device={str(device)!r}: {str(error).splitlines()[0]}") from error
         self.dtype = dtype
         self._model: Any = None
-        self._is: Checkpoint | None = None
+        self._loaded: Checkpoint | None = None
         self._kind: Any = None
         self._resized = False
 
     def fits(self, checkpoint: "Checkpoint") -> bool:
-        """Whether `load` fills the model it returned last, so that a shadow of it follows.
+        """Whether `load` would fill the model that it returned last, so that its shadow can follow.
 
-        So it is for adapters over one base whose configs make the same layers and whose files hold
-        the same tensors: what one wrote, the next one overwrites.
+        This is so for adapters on one base whose configs make the same layers and whose files hold
+        the same tensors: the next adapter overwrites all that the last one wrote.
 
         Raises:
-            ValueError: for an adapter that is not whole.
+            ValueError: if the adapter is incomplete.
         """
-        now = self._is
+        now = self._loaded
         if now is None or now.adapter is None or checkpoint.adapter is None:
             return False
         if not checkpoint.trained:
@@ -74,57 +74,57 @@ class Loader:
         return same_place(now.model, checkpoint.model) and self._kind == kind(checkpoint.adapter)
 
     def load(self, checkpoint: "Checkpoint") -> nn.Module:
-        """The model in eval mode; what was trained requires gradients, as it did.
+        """Loads a model in eval mode; the parameters that were trained require gradients.
 
         Raises:
-            ValueError: for what cannot be loaded whole: weights that are missing, an adapter of
-                another base, a model that is no causal language model; and as `untrained`.
+            ValueError: if the model cannot be loaded completely: weights are missing, an adapter
+                belongs to another base, or it is no causal language model; and as `untrained`.
         """
         fitting = self.fits(checkpoint)
         if fitting and not checkpoint.trained:
             return self._model
-        self._is = None  # until all has gone well
+        self._loaded = None  # until all steps below have succeeded
         if not fitting:
             self._model = self._kind = None
-            with drawing_nothing(self.device):
-                self._model = self._built(checkpoint)
+            with random_states_kept(self.device):
+                self._model = self._build(checkpoint)
         if checkpoint.adapter is not None and checkpoint.trained:
             fill(self._model, checkpoint.adapter, resized=self._resized)
-        self._is = checkpoint
+        self._loaded = checkpoint
         return self._model
 
     def untrained(self, checkpoint: "Checkpoint") -> "Checkpoint | None":
-        """The checkpoint before its training, loaded, so that `load` of it comes for free.
+        """Loads the model before its training, so that a `load` of it takes no more time.
 
         Returns:
-            None where that cannot be known: an adapter that started from random values which
-            changed the model, and that were not saved. The reason is logged.
+            The checkpoint before training. None if it cannot be known, because the adapter started
+            from random values that changed the model and were not saved. The reason is logged.
 
         Raises:
             ValueError: as `load`.
         """
         if checkpoint.adapter is None:
-            logger.warning("tlens: %s has all weights, and no base.", checkpoint.model)
+            logger.warning("tlens: %s is a full model and has no base.", checkpoint.model)
             return None
         try:
             self.load(checkpoint.before_training)
         except UnknownStart as error:
-            logger.warning("tlens: no step before training: %s", error)
+            logger.warning("tlens: the model before training is not known: %s", error)
             return None
         return checkpoint.before_training
 
     def tokenizer(self, checkpoint: "Checkpoint", name: str | None = None) -> Any:
-        """The adapter's, or else the model's; None where neither has one.
+        """Loads the tokenizer of the adapter, or else of the model; None if neither has one.
 
         Args:
-            name: place of another one.
+            name: place of another tokenizer, to load instead.
 
         Raises:
-            ValueError: for a tokenizer that is broken, or a `name` that has none.
+            ValueError: if the tokenizer is broken, or there is none at `name`.
         """
         places = [name] if name is not None else [checkpoint.adapter, checkpoint.model]
         for place in filter(None, places):
-            if not vocabulary(place):
+            if not has_vocabulary(place):
                 continue
             source, revision = repository(place)
             try:
@@ -133,28 +133,30 @@ class Loader:
                 )
             except Exception as error:
                 raise ValueError(
-                    f"The tokenizer in {place!r} cannot be loaded: {_line(error)}"
+                    f"The tokenizer in {place!r} cannot be loaded: {_short_text(error)}"
                 ) from error
         if name is not None:
             raise ValueError(f"There is no tokenizer in {name!r}: it has no vocabulary.")
         return None
 
-    def _built(self, checkpoint: "Checkpoint") -> Any:
-        """The model without what was trained into the adapter."""
+    def _build(self, checkpoint: "Checkpoint") -> Any:
+        """Loads the full model, and adds the adapter's layers without their trained values."""
         if checkpoint.adapter is None:
-            return self._full(checkpoint.model)
+            return self._load_full(checkpoint.model)
         self._kind = kind(checkpoint.adapter)
         if checkpoint.trained:
-            return self._under(checkpoint.adapter, self._full(checkpoint.model))
-        model = self._full(checkpoint.model)
-        dtype, before = model.dtype, glance(model)
+            return self._add_adapter(checkpoint.adapter, self._load_full(checkpoint.model))
+        model = self._load_full(checkpoint.model)
+        dtype, before = model.dtype, sample_logits(model)
         for seed in (0, 1):
-            with drawing_nothing(self.device, seed):
-                model = self._under(checkpoint.adapter, model or self._full(checkpoint.model))
+            with random_states_kept(self.device, seed):
+                model = model or self._load_full(checkpoint.model)
+                model = self._add_adapter(checkpoint.adapter, model)
             fill_untrained(model, checkpoint.adapter, resized=self._resized)
-            after = glance(model)
-            # It is the base, or else what the base becomes whatever is drawn.
-            if alike(before, after, dtype):
+            after = sample_logits(model)
+            # The start is known if the untrained adapter leaves the base as it is, or changes it
+            # in the same way whatever the seed.
+            if equal_to_rounding(before, after, dtype):
                 return model
             model, before = None, after
         raise UnknownStart(
@@ -162,11 +164,11 @@ class Loader:
             f"random values that were not saved."
         )
 
-    def _under(self, adapter: str, model: Any) -> Any:
-        model, self._resized = put_over(model, adapter)
+    def _add_adapter(self, adapter: str, model: Any) -> Any:
+        model, self._resized = add_adapter(model, adapter)
         return model
 
-    def _full(self, place: str) -> Any:
+    def _load_full(self, place: str) -> Any:
         name, revision = repository(place)
         with _quiet_bars():
             try:
@@ -174,7 +176,7 @@ class Loader:
                     name,
                     revision=revision or "main",
                     dtype=self.dtype or "auto",
-                    # Straight to the device: no second copy in the host's memory.
+                    # Load straight to the device, without a second copy in the host's memory.
                     device_map=None if self.device.type == "cpu" else {"": self.device},
                     trust_remote_code=False,
                     output_loading_info=True,
@@ -182,19 +184,19 @@ class Loader:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                raise ValueError(f"{place!r} cannot be loaded: {_line(error)}") from error
+                raise ValueError(f"{place!r} cannot be loaded: {_short_text(error)}") from error
         model, found = loaded
         if lacking := sorted(found["missing_keys"]):
             raise ValueError(
                 f"{place!r} lacks {len(lacking)} of the weights of a {type(model).__name__}: "
-                f"{', '.join(lacking[:3])}. They would be random. Was it saved whole?"
+                f"{', '.join(lacking[:3])}. They would be random. Was the model saved completely?"
             )
         return model.eval()
 
 
 @contextmanager
 def _quiet_bars() -> Iterator[None]:
-    """Bars of transformers only where a person sees them move."""
+    """Switches off the progress bars of transformers if the output is no terminal."""
     shown = transformers_logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -205,7 +207,7 @@ def _quiet_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _line(error: Exception) -> str:
-    """The beginning of its text in one line: some list every class there is."""
+def _short_text(error: Exception) -> str:
+    """The beginning of an error's text in one line; some texts list every class there is."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 400 else f"{text[:400]} ..."

@@ -1,7 +1,7 @@
-"""The command line. What a command needs is imported when it runs.
+"""The command line: each command imports what it needs only when it runs.
 
-Exit codes: 0, done; 1, it failed on the way; 2, what was asked for cannot be done as it stands;
-3, done in part; 130, interrupted.
+Exit codes: 0, the command is done; 1, it failed while it ran; 2, it cannot do what was asked; 3, it
+did only a part of it; 130, it was interrupted.
 """
 
 import os
@@ -24,37 +24,37 @@ from tlens_callback.cli.workspace import workspace
 
 
 class Commands(click.Group):
-    """Says in one line what is wrong, and why, instead of where it came up."""
+    """The group of all commands, which prints an error as one line instead of a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which they were added, not by their letters."""
+        """Lists the commands in the order in which they were added, not by the alphabet."""
         return list(self.commands)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Whole sentences; click's own list cuts them to a line."""
+        """Prints a whole sentence for each command; click's own list would cut it to one line."""
         with formatter.section("Commands"):
             formatter.write_dl(
                 [(name, one.get_short_help_str(limit=200)) for name, one in self.commands.items()]
             )
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command; see the module for exit codes."""
+        """Runs the command; the docstring of the module explains the exit codes."""
         try:
-            with _bars_only_on_a_terminal(), warnings.catch_warnings():
-                # Libraries' words to those who call them, who is not the user here.
+            with _no_bars_without_terminal(), warnings.catch_warnings():
+                # Libraries address these warnings to programmers, not to a user of this command.
                 warnings.simplefilter("ignore", FutureWarning)
                 result = super().invoke(ctx)
-                # What is still held back would fail where nobody can answer for it.
+                # Flush here: a later flush could fail where no handler catches the error.
                 sys.stdout.flush()
                 return result
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            # A pipe that nobody reads any more (`| head`) is an end that click knows.
+            # click itself handles a pipe that nobody reads any more (`| head`).
             raise
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             raise click.exceptions.Exit(130) from None
         except Exception as error:
-            if not _foreseen(error):
+            if not _is_for_user(error):
                 raise
             if ctx.params["debug"]:
                 traceback.print_exception(error)
@@ -63,19 +63,21 @@ class Commands(click.Group):
             raise click.exceptions.Exit(code) from error
 
 
-def _foreseen(error: Exception) -> bool:
-    """Whether its text is for the user."""
-    # Where it was not imported nobody raised it, and importing it takes seconds.
+def _is_for_user(error: Exception) -> bool:
+    """Whether the text of an error is written for the user, so that no traceback is needed."""
+    # FidelityError cannot have been raised before its module is imported, and importing the
+    # module here would take seconds.
     fidelity = sys.modules.get("tlens_callback.shadow.fidelity")
     ours = () if fidelity is None else (fidelity.FidelityError,)
     return isinstance(error, (ValueError, ImportError, OSError, *ours))
 
 
 @contextmanager
-def _bars_only_on_a_terminal() -> Iterator[None]:
-    """Progress bars of transformers and the hub ("Loading weights") would fill a log with lines.
+def _no_bars_without_terminal() -> Iterator[None]:
+    """Switches off the progress bars of transformers and the hub where they would fill a log.
 
-    They read the variable when they are imported, which no command does before it runs.
+    These libraries read the variable when they are imported, and a command imports them only when
+    it runs.
     """
     name = "HF_HUB_DISABLE_PROGRESS_BARS"
     if name in os.environ or sys.stderr.isatty():
@@ -90,12 +92,12 @@ def _bars_only_on_a_terminal() -> Iterator[None]:
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tlens-callback")
-@click.option("--debug", is_flag=True, help="Show where an error came from.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Look inside language models: at saved checkpoints, and at what TLensCallback saw.
+    """Look inside language models: at saved models, and at training runs that were watched.
 
-    Exit codes: 0 done, 1 failed on the way, 2 cannot be done as asked, 3 done in part,
-    130 interrupted.
+    Exit codes: 0 the command is done, 1 it failed while it ran, 2 it cannot do what was asked,
+    3 it did only a part of it, 130 it was interrupted.
 
     \b
     Example:

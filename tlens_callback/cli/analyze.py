@@ -1,4 +1,4 @@
-"""`tlens-callback analyze`: one saved model."""
+"""`tlens-callback analyze`: looks inside one saved model."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlens_callback.cli.options import asked, looking
+from tlens_callback.cli.options import model_options, settings_and_loader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,12 +22,24 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--adapter", metavar="DIR", help="An adapter over MODEL.")
-@click.option("--base", metavar="DIR", help="The base, where MODEL is an adapter that cannot tell.")
-@click.option("--tokenizer", metavar="NAME", help="Directory or hub name; MODEL's own by default.")
-@click.option("--out", default="tlens", show_default=True, metavar="DIR", help="Of the store.")
-@click.option("--wandb", "project", metavar="PROJECT", help="Make a W&B run with the page, too.")
-@looking
+@click.option("--adapter", metavar="DIR", help="An adapter to put on MODEL.")
+@click.option(
+    "--base",
+    metavar="DIR",
+    help="The base model, if MODEL is an adapter whose config does not say where its base is.",
+)
+@click.option(
+    "--tokenizer",
+    metavar="NAME",
+    help="Directory or hub name of a tokenizer. The default is MODEL's own.",
+)
+@click.option(
+    "--out", default="tlens", show_default=True, metavar="DIR", help="Where to write the store."
+)
+@click.option(
+    "--wandb", "project", metavar="PROJECT", help="Also make a W&B run in PROJECT, with the page."
+)
+@model_options
 def analyze(
     model: str,
     adapter: str | None,
@@ -39,23 +51,24 @@ def analyze(
 ) -> None:
     """Look inside a saved model: a directory or a hub name, with or without an adapter.
 
-    Makes a store with a page in --out; where that holds one already, beside it. Without --prompt
-    and --probes the model sees repeated random blocks alone, which is enough for head scores.
+    Writes a store with a page to --out, or beside it (tlens-2, ...) if --out holds a store already.
+    Without --prompt and --probes the model sees only repeated random blocks, which are enough for
+    head scores.
 
     \b
     Example:
       tlens-callback analyze out/checkpoint-60 --prompt "The capital of France is"
     """
     from tlens_callback.checkpoints import Checkpoint
-    from tlens_callback.offline.stages import Stage, look_at
+    from tlens_callback.offline.stages import Stage, observe_stages
     from tlens_callback.run.printing import print_lines
     from tlens_callback.run.terminal import looked
     from tlens_callback.sinks import LocalSink, read_store
 
     checkpoint = Checkpoint.of(model, adapter, base=base)
-    arguments, loader = asked(**options)
+    arguments, loader = settings_and_loader(**options)
     probes = arguments.prompts or []
-    kept = of_one_look(arguments.instruments or (), checkpoint, probes)
+    kept = usable_instruments(arguments.instruments or (), checkpoint, probes)
     arguments = replace(arguments, instruments=kept)
     own = loader.tokenizer(checkpoint, tokenizer)
     if own is None:
@@ -64,53 +77,56 @@ def analyze(
     with wandb_run(project, checkpoint, probes, store) as beside:
         stage = Stage(checkpoint.step or 0, checkpoint, logged=checkpoint.logged)
         if not probes:
-            print_lines(["tlens: no prompt is given: repeated random blocks alone"])
-        observer = look_at([stage], loader, arguments, [store, *beside], tokenizer=own)
+            print_lines(["tlens: no prompt is given, so repeated random blocks are shown alone"])
+        observer = observe_stages([stage], loader, arguments, [store, *beside], tokenizer=own)
         (step,) = observer.steps
         readings = {reading.key: reading for reading in read_store(store.path).readings(step)}
         over = f" over {checkpoint.model}" if checkpoint.adapter else ""
         print_lines(looked(observer, readings, name=checkpoint.path + over))
 
 
-def of_one_look(
+def usable_instruments(
     given: "Sequence[Instrument]", checkpoint: "Checkpoint", probes: "Sequence[Probe]"
 ) -> "list[Instrument]":
-    """Those given without the default ones that only compare with an earlier observation, or
-    measure what is not there."""
-    from tlens_callback.meaning import Needs
-    from tlens_callback.offline.stages import with_what_is_there
+    """Leaves out the default instruments that cannot measure anything in a single observation.
 
-    there = Needs.BLOCKS
+    These only compare with an earlier observation, or need an adapter or a target that is missing.
+    """
+    from tlens_callback.meaning import Needs
+    from tlens_callback.offline.stages import without_unmet_needs
+
+    available = Needs.BLOCKS
     if checkpoint.adapter is not None:
-        there |= Needs.ADAPTER
+        available |= Needs.ADAPTER
     if any(probe.target is not None for probe in probes):
-        there |= Needs.TARGET
-    return with_what_is_there(given, there)
+        available |= Needs.TARGET
+    return without_unmet_needs(given, available)
 
 
 def demand_ids(checkpoint: "Checkpoint", probes: "Sequence[Probe]") -> None:
-    """Refuses probes that need a tokenizer."""
+    """Raises a ValueError for the first probe that needs a tokenizer."""
     for probe in probes:
         ids = not isinstance(probe.content, str) and isinstance(next(iter(probe.content), 0), int)
         if not ids or isinstance(probe.target, str) or isinstance(probe.foil, str):
             raise ValueError(
-                f"{checkpoint.path} comes without a tokenizer, and the probe {probe.name!r} needs "
-                f"one: give --tokenizer NAME, or the probe as token ids in --probes FILE."
+                f"{checkpoint.path} has no tokenizer, and the probe {probe.name!r} needs one. "
+                f"Give --tokenizer NAME, or write the probe as token ids in --probes FILE."
             )
 
 
 def unused_store(out: Path) -> Path:
-    """The first of `out`, `out-2`, `out-3`, ... where a run can begin at whatever step.
+    """Finds the first of `out`, `out-2`, `out-3`, ... in which a run can begin at any step.
 
     Raises:
-        ValueError: where nothing can be written.
+        ValueError: if the directory cannot be made or written to.
     """
     from tlens_callback.store.format import is_store
     from tlens_callback.store.numbered import newest, unused
 
     out = out.expanduser().absolute()
     number, path = newest(out, is_store)
-    # A sink goes on with the last of the numbered ones, where the step is not 0.
+    # A sink that begins after step 0 goes on with the store of the highest number, so the path
+    # must have no numbered stores beside it.
     while is_store(newest(path, is_store)[1]):
         path, number = unused(out, number), number + 1
     demand_folder(path)
@@ -118,22 +134,26 @@ def unused_store(out: Path) -> Path:
 
 
 def demand_folder(path: Path) -> None:
-    """Refuses a directory that cannot be made, or written to."""
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir():
-        raise ValueError(f"--out {path} cannot be a directory: {there} is a file.")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"--out {path}: {there} may not be written to.")
+    """Raises a ValueError for a directory that cannot be made or written to."""
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out {path} cannot be a directory, because {existing} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"--out {path} cannot be written: you have no permission to write to {existing}."
+        )
 
 
 @contextmanager
 def wandb_run(
     project: str | None, checkpoint: "Checkpoint", probes: "Sequence[Probe]", store: "LocalSink"
 ) -> "Iterator[list[Sink]]":
-    """The sink of a W&B run that gets the page as an artifact at the end; none without a project.
+    """Makes a sink for a new W&B run, which gets the page as an artifact at the end.
+
+    Without a project the list of sinks is empty.
 
     Raises:
-        ValueError: where W&B cannot begin one: nobody is logged in, say.
+        ValueError: if W&B cannot begin a run, for example because nobody is logged in.
     """
     if project is None:
         yield []
@@ -155,8 +175,8 @@ def wandb_run(
         run = wandb.init(project=project, job_type="analyze", config=about)
     except Error as error:
         raise ValueError(
-            f"W&B did not begin a run: {error} Without an account, WANDB_MODE=offline keeps it "
-            f"on disk, for `wandb sync`."
+            f"W&B did not begin a run: {error} Without an account, set WANDB_MODE=offline: the "
+            f"run is then kept on disk, and `wandb sync` can send it later."
         ) from error
     failed = True
     try:

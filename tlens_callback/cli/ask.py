@@ -1,4 +1,4 @@
-"""`tlens-callback ask`: one's own prompts on one's own checkpoint."""
+"""`tlens-callback ask`: shows how a saved model answers prompts of your own."""
 
 import sys
 import webbrowser
@@ -9,25 +9,38 @@ from pathlib import Path
 import click
 
 from tlens_callback.cli.analyze import demand_folder
-from tlens_callback.cli.options import DTYPES, given_prompts
+from tlens_callback.cli.options import DTYPES, prompt_probes
 
 
 @click.command()
 @click.argument("model")
 @click.argument("prompt", required=False)
-@click.option("--adapter", metavar="DIR", help="An adapter over MODEL.")
-@click.option("--base", metavar="DIR", help="The base, where MODEL is an adapter that cannot tell.")
-@click.option("--tokenizer", metavar="NAME", help="Directory or hub name; MODEL's own by default.")
-@click.option("--chat", is_flag=True, help="The prompt is a user's message, not plain text.")
-@click.option("--target", help="The next token to explain; the likeliest by default.")
-@click.option("--foil", help="The token to set it against; the likeliest other one by default.")
-@click.option("--out", default="ask", show_default=True, metavar="DIR", help="Of the pages.")
+@click.option("--adapter", metavar="DIR", help="An adapter to put on MODEL.")
+@click.option(
+    "--base",
+    metavar="DIR",
+    help="The base model, if MODEL is an adapter whose config does not say where its base is.",
+)
+@click.option(
+    "--tokenizer",
+    metavar="NAME",
+    help="Directory or hub name of a tokenizer. The default is MODEL's own.",
+)
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message in a chat.")
+@click.option("--target", help="The next token to explain. The default is the likeliest one.")
+@click.option(
+    "--foil",
+    help="The token to compare the target with. The default is the likeliest other token.",
+)
+@click.option(
+    "--out", default="ask", show_default=True, metavar="DIR", help="Where to write the pages."
+)
 @click.option("--open", "opened", is_flag=True, help="Open each page in the browser.")
-@click.option("--device", help="Where to compute; the GPU, if there is one.")
+@click.option("--device", help="Device to compute on. The default is the GPU, if there is one.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Precision to compute in. Without it, that in which the weights were saved.",
+    help="Precision to compute in. The default is the precision of the saved weights.",
 )
 def ask(
     model: str,
@@ -43,11 +56,11 @@ def ask(
     device: str | None,
     dtype: str | None,
 ) -> None:
-    """See why a model goes on as it does: likely next tokens, and a page for the prompt.
+    """Show the likeliest next tokens after a prompt, and make a page that explains them.
 
     The page has the attention patterns, the logit lens at each token, what each head and MLP writes
-    towards the answer, and the neurons that fire. Without PROMPT, prompts are read one a line: from
-    the terminal until an empty line, from a pipe to its end, empty lines left out.
+    towards the answer, and the neurons that fire. Without PROMPT, each line of the input is a
+    prompt: in a terminal until you enter an empty line, from a pipe until its end.
 
     \b
     Examples:
@@ -66,13 +79,13 @@ def ask(
     loader = Loader(device=device, dtype=getattr(torch, dtype) if dtype else None)
     own = loader.tokenizer(checkpoint, tokenizer)
     if own is None:
-        raise ValueError(f"{checkpoint.path} comes without a tokenizer: give --tokenizer NAME.")
+        raise ValueError(f"{checkpoint.path} has no tokenizer. Give --tokenizer NAME.")
     name, step = checkpoint.path, checkpoint.step or 0
     asker = Asker(loader.load(checkpoint), own, name=name, step=step)
     answered = refused = 0
-    for text in _typed() if prompt is None else (prompt,):
+    for text in _input_prompts() if prompt is None else (prompt,):
         try:
-            (probe,) = given_prompts([text], chat=chat, target=target, foil=None)
+            (probe,) = prompt_probes([text], chat=chat, target=target, foil=None)
             answer = asker.ask(probe, foil=foil)
         except ValueError as error:
             if prompt is not None:
@@ -88,26 +101,26 @@ def ask(
         if opened:
             webbrowser.open(page.as_uri())
     if not answered:
-        raise ValueError("Nothing was answered: give a PROMPT, or lines to read.")
+        raise ValueError("Nothing was answered. Give a PROMPT, or one prompt a line as input.")
     if refused:
         raise click.exceptions.Exit(3)
 
 
-def _typed() -> Iterator[str]:
-    """Lines from the terminal, until an empty one or the end; all from a pipe but empty ones."""
+def _input_prompts() -> Iterator[str]:
+    """Reads one prompt a line: in a terminal until an empty line, from a pipe until its end."""
     if not sys.stdin.isatty():
         yield from (line.removesuffix("\n") for line in sys.stdin if line.strip())
         return
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` a line to edit
-    click.echo("A prompt a line; an empty line or Ctrl-D ends.", err=True)
+    click.echo("Enter one prompt a line. An empty line or Ctrl-D ends.", err=True)
     with suppress(EOFError):
         while (line := input("> ")).strip():
             yield line
 
 
 def unused_page(folder: Path, name: str) -> Path:
-    """The first of <name>.html, <name>-2.html, ... that is not there."""
+    """Returns the first of <name>.html, <name>-2.html, ... that does not exist yet."""
     path, number = folder / f"{name}.html", 1
     while path.exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Options that several commands take, and what they mean."""
+"""The options that several commands share, and the functions that read their values."""
 
 import ast
 import difflib
@@ -15,51 +15,55 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-_LOOKING = (
+_MODEL_OPTIONS = (
     click.option(
         "--prompt",
         "prompts",
         multiple=True,
         metavar="TEXT",
-        help="A text to ask the model; may be repeated.",
+        help="A text to show the model. Can be given several times.",
     ),
-    click.option("--chat", is_flag=True, help="Prompts are a user's messages, not plain text."),
-    click.option("--target", help="The token after the prompt that is meant; mind its space."),
+    click.option("--chat", is_flag=True, help="Send each prompt as a user's message in a chat."),
+    click.option(
+        "--target",
+        help="The expected next token after the prompt, with its space if it has one: ' Paris'.",
+    ),
     click.option("--foil", help="The token to compare the target with."),
     click.option(
         "--probes",
         "probes_file",
         type=click.Path(dir_okay=False),
         metavar="FILE",
-        help="Prompts from a file: YAML, or JSON lines.",
+        help="Read probes from a file in YAML, JSON or JSON lines.",
     ),
     click.option(
         "--instruments",
         "-i",
         multiple=True,
         metavar="NAME",
-        help="What to measure: HeadAblation, 'LogitLens(k=10)', or fast for the default ones; may "
-        "be repeated. Those with every= are asked at the first look, every n-th and the last: "
+        help="An instrument to use, with its arguments: HeadAblation, 'LogitLens(k=10)'. The name "
+        "fast stands for the default ones. Can be given several times. An instrument with every=n "
+        "measures at the first observation, at each n-th one and at the last: "
         "'ActivationPatching(every=1)'.",
     ),
     click.option("--no-repeats", is_flag=True, help="Leave out the repeated random blocks."),
-    click.option("--device", help="Where to compute; the GPU, if there is one."),
+    click.option("--device", help="Device to compute on. The default is the GPU, if there is one."),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),
-        help="Precision to compute in. Without it, that in which the weights were saved.",
+        help="Precision to compute in. The default is the precision of the saved weights.",
     ),
 )
 
 
-def looking(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a command that looks at models; `asked` takes them."""
-    for option in reversed(_LOOKING):
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of a command that observes models; `settings_and_loader` takes them."""
+    for option in reversed(_MODEL_OPTIONS):
         command = option(command)
     return command
 
 
-def asked(
+def settings_and_loader(
     *,
     prompts: Sequence[str] = (),
     chat: bool = False,
@@ -71,10 +75,13 @@ def asked(
     device: str | None = None,
     dtype: str | None = None,
 ) -> "tuple[Settings, Loader]":
-    """What the options of `looking` ask for. Without prompts, repeated blocks are shown alone.
+    """Turns the values of `model_options` into settings of the observer and a loader.
+
+    Without prompts, the model is shown only repeated blocks.
 
     Raises:
-        ValueError: for a probe, an instrument or a device that there is not, or nothing to show.
+        ValueError: if a probe, an instrument or a device does not exist, or there is nothing to
+            show the model.
     """
     import torch
 
@@ -82,15 +89,15 @@ def asked(
     from tlens_callback.run.settings import Settings
 
     loader = Loader(device=device, dtype=getattr(torch, dtype) if dtype else None)
-    filed: list[Probe] = []
+    from_file: list[Probe] = []
     if probes_file is not None:
         from tlens_callback.probes.file import read_probes
 
-        filed = read_probes(probes_file)
-    others = [probe.name for probe in filed]
+        from_file = read_probes(probes_file)
+    others = [probe.name for probe in from_file]
     arguments = Settings(
-        [*given_prompts(prompts, chat=chat, target=target, foil=foil, others=others), *filed],
-        instruments=chosen(instruments) if instruments else None,
+        [*prompt_probes(prompts, chat=chat, target=target, foil=foil, others=others), *from_file],
+        instruments=parse_instruments(instruments) if instruments else None,
         every_n_steps=1,
         repeats=not no_repeats,
         on_error="raise",
@@ -101,7 +108,7 @@ def asked(
     return arguments, loader
 
 
-def given_prompts(
+def prompt_probes(
     prompts: Sequence[str],
     *,
     chat: bool,
@@ -109,18 +116,22 @@ def given_prompts(
     foil: str | None,
     others: Sequence[str] = (),
 ) -> "list[Probe]":
-    """A probe for each prompt, named by its first words and unlike `others`.
+    """Makes a probe of each prompt, named by its first words; no name is one of `others`.
 
     Raises:
-        ValueError: a target or foil for several prompts or none, a foil alone, an empty prompt.
+        ValueError: if a target or a foil is given without exactly one prompt, a foil is given
+            without a target, or a prompt is empty.
     """
     from tlens_callback.probes import Probe
     from tlens_callback.probes.file import short_name
 
     if len(prompts) != 1 and (target is not None or foil is not None):
-        raise ValueError("--target and --foil are of one --prompt; for more, use --probes FILE.")
+        raise ValueError(
+            "--target and --foil can only be used with exactly one --prompt. To give several "
+            "prompts their targets, use --probes FILE."
+        )
     if foil is not None and target is None:
-        raise ValueError("--foil is what --target is compared with: give both.")
+        raise ValueError("--foil is the token that --target is compared with. Give both.")
     probes: list[Probe] = []
     for prompt in prompts:
         if not prompt.strip():
@@ -131,27 +142,28 @@ def given_prompts(
     return probes
 
 
-def chosen(texts: Sequence[str]) -> "list[Instrument]":
-    """The instruments of several `--instruments`; `fast` stands for the default ones.
+def parse_instruments(texts: Sequence[str]) -> "list[Instrument]":
+    """Makes the instruments that several `--instruments` name; `fast` names the default ones.
 
     Raises:
-        ValueError: as `made`.
+        ValueError: as `parse_instrument`.
     """
     from tlens_callback.instruments import fast
 
     found: list[Instrument] = []
     for text in texts:
-        found += fast() if text.replace(" ", "") in ("fast", "fast()") else [made(text)]
+        is_fast = text.replace(" ", "") in ("fast", "fast()")
+        found += fast() if is_fast else [parse_instrument(text)]
     return found
 
 
-def made(text: str) -> "Instrument":
-    """An instrument from its class's name, with arguments as in Python: `LogitLens(k=10)`.
+def parse_instrument(text: str) -> "Instrument":
+    """Makes an instrument from its class's name, with arguments as in Python: `LogitLens(k=10)`.
 
     An autoencoder is given by its directory: `SparseFeatures('path/to/sae')`.
 
     Raises:
-        ValueError: for no such instrument, and for arguments that it does not take.
+        ValueError: if there is no such instrument, or it does not take these arguments.
     """
     from tlens_callback import instruments
 
@@ -164,20 +176,20 @@ def made(text: str) -> "Instrument":
     except (SyntaxError, AttributeError, ValueError):
         raise ValueError(
             f"--instruments {text!r} is neither a name nor a call with plain values, such as "
-            f"LogitLens or 'LogitLens(k=10)'. For several instruments repeat the option."
+            f"LogitLens or 'LogitLens(k=10)'. For several instruments, repeat the option."
         ) from None
-    names = {_plain(one): one for one in instruments.__all__}
+    names = {_bare(one): one for one in instruments.__all__}
     if name not in names.values():
-        near = difflib.get_close_matches(_plain(name), names, n=3)
-        found = [names[one] for one in near or names]
-        there = f"{'Near it' if near else 'There are'}: {', '.join(found)}"
-        raise ValueError(f"There is no instrument {name!r}. {there}.")
+        near = difflib.get_close_matches(_bare(name), names, n=3)
+        listed = ", ".join(names[one] for one in near or names)
+        hint = f"Did you mean {listed}?" if near else f"The instruments are: {listed}."
+        raise ValueError(f"There is no instrument {name!r}. {hint}")
     try:
         return getattr(instruments, name)(*args, **kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--instruments {text!r}: {error}") from error
 
 
-def _plain(name: str) -> str:
-    """A name as those who write it otherwise do: head_scores is HeadScores."""
+def _bare(name: str) -> str:
+    """Strips a name of what people spell differently, so that head_scores matches HeadScores."""
     return name.replace("_", "").lower()

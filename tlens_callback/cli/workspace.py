@@ -1,4 +1,4 @@
-"""`tlens-callback workspace`: a saved view in W&B."""
+"""`tlens-callback workspace`: saves a view of a project in W&B."""
 
 import json
 
@@ -7,23 +7,28 @@ import click
 
 @click.command()
 @click.argument("project", metavar="ENTITY/PROJECT")
-@click.option("--name", default="tlens", show_default=True, help="name= of the callback.")
-@click.option("--title", default="Inside the model", show_default=True, help="Of the view.")
+@click.option(
+    "--name", default="tlens", show_default=True, help="The name= that the callback was given."
+)
+@click.option(
+    "--title", default="Inside the model", show_default=True, help="Title of the saved view."
+)
 @click.option(
     "--probe",
     "probes",
     multiple=True,
-    help="Whose attention to show; may be repeated. Without it, that of the latest run's probes.",
+    help="A probe whose attention to show. Can be given several times. The default is all probes "
+    "of the latest run.",
 )
 @click.option(
-    "--print", "printed", is_flag=True, help="Print the view as JSON; send nothing to W&B."
+    "--print", "printed", is_flag=True, help="Print the view as JSON and send nothing to W&B."
 )
 def workspace(project: str, name: str, title: str, probes: tuple[str, ...], printed: bool) -> None:
-    """Save a view of a W&B project with the panels of TLensCallback in order.
+    """Save a view of a W&B project in which the panels of TLensCallback are in order.
 
-    The loss of the run, events, head scores, pictures with a step slider, tables and the page.
-    The project must exist; no run is touched. With --print, or where there is no API key or
-    WANDB_MODE is offline, the view is printed as JSON.
+    It shows the loss of the run, events, head scores, pictures with a step slider, tables and the
+    page. The project must exist; its runs are not changed. With --print, without an API key, or
+    with WANDB_MODE=offline, the view is printed as JSON and not saved.
 
     \b
     Example:
@@ -54,11 +59,11 @@ def workspace(project: str, name: str, title: str, probes: tuple[str, ...], prin
     except Exception as error:
         raise click.ClickException(_refused(entity, project, error)) from error
     if printed or why:
-        # The private half of the package's reports; it has no public way to its JSON.
+        # wandb_workspaces has no public method that returns a view as JSON.
         click.echo(json.dumps(view._to_model().model_dump(by_alias=True, mode="json"), indent=1))
         if why:
             command = f"tlens-callback workspace {entity}/{project}"
-            click.echo(f"Nothing was saved: {why}. Then: {command}", err=True)
+            click.echo(f"Nothing was saved: {why}. Then run: {command}", err=True)
         return
     try:
         view.save()
@@ -69,6 +74,6 @@ def workspace(project: str, name: str, title: str, probes: tuple[str, ...], prin
 
 def _refused(entity: str, project: str, error: Exception) -> str:
     return (
-        f"W&B did not take the view of {entity}/{project}: {error} Does the project exist, and may "
-        f"this key write to it?"
+        f"W&B did not take the view of {entity}/{project}: {error} Does the project exist, and can "
+        f"your API key write to it?"
     )

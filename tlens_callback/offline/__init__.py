@@ -1,1 +1,1 @@
-"""Looking at saved models and at stores, with the parts that watch a training run."""
+"""Looks inside saved models, and reads stores, with the parts that watch a training run."""

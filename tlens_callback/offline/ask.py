@@ -1,4 +1,4 @@
-"""`Asker`: a prompt of one's own, and why a model goes on as it does."""
+"""`Asker` shows a model a prompt and explains its next token."""
 
 import re
 import tempfile
@@ -27,24 +27,24 @@ from tlens_callback.sinks import LocalSink
 from tlens_callback.store import read_store
 
 NEXT = 5
-"""Next tokens to name."""
+"""How many next tokens are named."""
 
 WRITERS = 3
-"""Heads and MLPs to name."""
+"""How many heads and MLPs are named."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says after a prompt, and what was seen of how.
+    """The likeliest next tokens after a prompt, and the readings that explain them.
 
     Attributes:
-        probe: what was asked, with target and foil.
+        probe: the prompt, with target and foil.
         next_tokens: the five most likely next tokens, and the probability of each.
-        target, foil: the token that is explained, and the one that it is set against.
-        fidelity: of the shadow, from which all numbers are, on this prompt.
+        target, foil: the token that is explained, and the one that it is compared with.
+        fidelity: how close the shadow, which gave all numbers, is to the model on this prompt.
         readings: key -> reading, of all instruments that have something to measure in this model.
-        left_out: why others have not.
-        name, step: of the model, for the page.
+        left_out: for each of the other instruments, why it has nothing to measure.
+        name, step: name and training step of the model, for the page.
     """
 
     probe: Probe
@@ -59,9 +59,11 @@ class Answer:
 
     @property
     def writers(self) -> list[tuple[str, float]]:
-        """The three heads and MLPs that add most to the target's lead over the foil, in logits
-        before any soft cap; fewer, where fewer add anything. A head
-        is L21H7, an MLP L21 MLP."""
+        """The three heads and MLPs that add most to the target's lead over the foil.
+
+        In logits before any soft cap; there are fewer if fewer add anything. A head is named
+        L21H7, an MLP is named L21 MLP.
+        """
         parts = [
             (component(effect, at), float(effect.values[at]))
             for effect in self._all(Quantity.DIRECT_EFFECT)
@@ -71,41 +73,41 @@ class Answer:
         return towards[:WRITERS]
 
     def lines(self) -> list[str]:
-        """The answer for a terminal."""
-        meant, other = repr(self.target), repr(self.foil)
-        said = [f"{self.probe.name}:"]
-        said += [f"{p:7.3f}  {text!r}" for text, p in self.next_tokens]
+        """The answer as lines of text for a terminal."""
+        target, foil = repr(self.target), repr(self.foil)
+        lines = [f"{self.probe.name}:"]
+        lines += [f"{p:7.3f}  {text!r}" for text, p in self.next_tokens]
         if self.target not in [text for text, _ in self.next_tokens]:
             probability = self._number(Quantity.ANSWER_PROBABILITY)
             rank = self._number(Quantity.ANSWER_RANK)
             likelier = f"{rank:.0f} token{'s are' if rank != 1 else ' is'} likelier"
-            said.append(f"{probability:7.2g}  {meant}; {likelier}")
+            lines.append(f"{probability:7.2g}  {target}; {likelier}")
         lead = self._number(Quantity.ANSWER_LEAD)
-        said.append(f"  lead of {meant} over {other}: {lead:+.2f} logits")
+        lines.append(f"  lead of {target} over {foil}: {lead:+.2f} logits")
         if writers := self.writers:
             named = ", ".join(f"{name} {logit:+.2f}" for name, logit in writers)
             parts = Quantity.DIRECT_TOTAL, Quantity.DIRECT_REMAINDER
             apart = abs(sum(self._number(part) for part in parts) - lead)
             # The parts add up to the lead before a soft cap.
             uncapped = ", in logits before the soft cap" if apart > LEAST_SAID else ""
-            said.append(f"  added to the lead most, directly{uncapped}: {named}")
+            lines.append(f"  largest direct contributions to the lead{uncapped}: {named}")
         for lens in self._all(Quantity.NEXT_TOKEN)[:1]:
             assert lens.texts is not None
             first, last = int(self._number(Quantity.ANSWER_LAYER)), len(lens.values) - 1
             top = repr(str(lens.texts[-1, 0]))
             if first > last:
-                said.append(f"  the logit lens ends in {top}, not in {meant}")
+                lines.append(f"  the logit lens ends with {top}, not with {target}")
             elif first == last:
-                said.append(f"  the logit lens reads {meant} after the last layer alone (L{last})")
+                lines.append(f"  the logit lens reads {target} after the last layer only (L{last})")
             else:
-                said.append(f"  the logit lens reads {meant} after L{first} and each later layer")
-        return said + [f"  without {why}" for why in self.left_out]
+                lines.append(f"  the logit lens reads {target} after L{first} and each later layer")
+        return lines + [f"  left out: {why}" for why in self.left_out]
 
     def save(self, path: str | Path) -> Path:
-        """Writes the page as one HTML file; folders on the way are made.
+        """Writes the page as one HTML file, and makes the folders that it needs.
 
         Raises:
-            OSError: where there can be no such file.
+            OSError: if the file cannot be written.
         """
         title = re.sub(r"[^\w.-]+", "-", Path(self.name).name).strip(".-")[:100] or "model"
         with tempfile.TemporaryDirectory(prefix="tlens-") as folder:
@@ -121,13 +123,13 @@ class Answer:
 
 
 class Asker:
-    """Keeps a model and its shadow, for one prompt after the other.
+    """Keeps a model and its shadow, and shows them one prompt after another.
 
     Args:
         model: as `Shadow.of` takes it, with or without adapters; it is read and never changed.
-        tokenizer: may be None for prompts that are token ids.
-        name, step: what the pages call the model, and the training step they show it at.
-        device, dtype: of the shadow, as `Shadow.of` takes them.
+        tokenizer: can be None for prompts that are token ids.
+        name, step: the name and the training step of the model on the pages.
+        device, dtype: device and precision of the shadow, as `Shadow.of` takes them.
 
     Raises:
         ValueError: as `Shadow.of`.
@@ -148,36 +150,40 @@ class Asker:
         self.shadow = Shadow(model, device=device, dtype=dtype)
 
     def ask(self, probe: Probe, *, foil: str | int | None = None) -> Answer:
-        """Shows the model a prompt, with its weights as they are now.
+        """Shows the model a prompt, with its current weights, and explains the next token.
 
-        The target is the probe's own, or the likeliest next token; the foil the one given, or the
-        probe's own, or the likeliest other token: so that the attribution says why the model
-        writes this and not that.
+        The target is the probe's own, or else the likeliest next token. The foil is the argument,
+        or else the probe's own, or else the likeliest other token. The attribution then shows why
+        the model writes the target and not the foil.
 
         Raises:
-            ValueError: as `ProbeBatch.encode`; for a repeated block, a target that is its own
-                foil, or a model whose logits are not finite.
-            FidelityError: where the shadow is not the model on this prompt.
+            ValueError: as `ProbeBatch.encode`; for a repeated block, for a target that equals the
+                foil, and for a model whose logits are not finite.
+            FidelityError: if the shadow does not compute what the model computes on this prompt.
         """
         if probe.block is not None:
-            raise ValueError("A repeated block has no answer; ask with a text, a chat or ids.")
+            raise ValueError(
+                "A repeated block has no answer to explain. Ask with a text, a chat or token ids."
+            )
         shadow = self.shadow
         shadow.sync()
         bare = replace(probe, target=None, foil=None)
         batch = self._encode(bare)
         given = probe.target, probe.foil if foil is None else foil
-        meant = [
+        wanted = [
             None if one is None else self._encode(replace(bare, target=one)).targets[0]
             for one in given
         ]
         fidelity = FidelityMonitor().start(self.model, shadow, batch, step=self.step)
-        taken: Any = shadow.run(batch, [{LAST_LOGITS: _first}])[0]
+        taken: Any = shadow.run(batch, [{LAST_LOGITS: _first_row}])[0]
         logits = taken[LAST_LOGITS].cpu()
         likeliest = logits.topk(min(NEXT, len(logits))).indices.tolist()
-        target, against = _filled(meant, likeliest)
-        if target == against:
-            raise ValueError(f"The target {batch.token_text(target)!r} is its own foil.")
-        probe = replace(probe, target=target, foil=against)
+        target, other = _target_and_foil(wanted, likeliest)
+        if target == other:
+            raise ValueError(
+                f"The target and the foil are the same token, {batch.token_text(target)!r}."
+            )
+        probe = replace(probe, target=target, foil=other)
         batch = self._encode(probe)
         left_out: list[str] = []
 
@@ -187,14 +193,14 @@ class Asker:
             left_out.append(f"{instrument.name}: {error}")
 
         readings = observe(shadow, batch, explaining(), on_error=failed) + fidelity.readings()
-        # There is nothing yet that these could be a change from.
+        # Readings about a run compare with an earlier observation, and there is none here.
         shown = [one for one in readings if not one.meaning.of_run] + [name_reading(self.name)]
-        chance = logits.softmax(0)
+        probabilities = logits.softmax(0)
         return Answer(
             probe=probe,
-            next_tokens=[(batch.token_text(i), float(chance[i])) for i in likeliest],
+            next_tokens=[(batch.token_text(i), float(probabilities[i])) for i in likeliest],
             target=batch.token_text(target),
-            foil=batch.token_text(against),
+            foil=batch.token_text(other),
             fidelity=fidelity,
             readings={one.key: one for one in shown},
             left_out=left_out,
@@ -212,13 +218,13 @@ class Asker:
         )
 
 
-def _first(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, " vocab"]:
+def _first_row(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, " vocab"]:
     return logits[0].float()
 
 
-def _filled(meant: Sequence[int | None], likeliest: Sequence[int]) -> tuple[int, int]:
-    """Target and foil: those that are meant, and the likeliest others."""
-    target, foil = meant
+def _target_and_foil(wanted: Sequence[int | None], likeliest: Sequence[int]) -> tuple[int, int]:
+    """Fills in a target or a foil that is missing with the likeliest token that is left."""
+    target, foil = wanted
     if target is None:
         target = next(token for token in likeliest if token != foil)
     if foil is None:

@@ -1,4 +1,4 @@
-"""What changed between the first and the last observation of a store, as plain numbers."""
+"""Finds what changed between the first and the last observation of a store, as plain numbers."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -12,24 +12,29 @@ from tlens_callback.reading import RESERVED, Reading
 from tlens_callback.store import Store
 
 BESIDE = (*RESERVED, "watch")
-"""Instruments of keys that say nothing of the model: a step of these alone was not observed."""
+"""The first segments of keys that say nothing about the model.
+
+A step with such keys only is not an observation.
+"""
 
 
 LEAST = 1e-5
-"""Bits, and cosine distance, below which nothing is said to have moved: rounding alone reaches 1e-8
-in float32 and 1e-6 in stored patterns."""
+"""The smallest change, in bits or as cosine distance, that counts as a move.
+
+Rounding alone reaches 1e-8 in float32 and 1e-6 in stored patterns.
+"""
 
 LEAST_SAID = 0.005
-"""Nats, and logits, of which a text with two digits would say 0."""
+"""The smallest change, in nats or logits, that a text with two digits does not show as 0."""
 
 
 class Change(NamedTuple):
-    """A number that was another at first.
+    """The first and the last value of a number.
 
     Attributes:
         what: a head (L3H1), an MLP (L3 MLP), a token, or a key.
-        when: the two steps, neighbours among those that have it, between which it changed most;
-            None where that is no question, with one interval or no change.
+        when: the two neighbouring steps between which the number changed most; None if there is
+            only one interval, or no change.
     """
 
     what: str
@@ -39,19 +44,19 @@ class Change(NamedTuple):
 
     @property
     def size(self) -> float:
-        """How far apart they are."""
+        """The distance between the first and the last value."""
         return abs(self.last - self.first)
 
 
 class History:
-    """The readings of a store by key: where each is for the first and for the last time.
+    """The readings of a store by key, with the steps that have each key.
 
     Attributes:
-        store: where they come from; every step is asked for its keys once, here.
+        store: the store; it is asked for the keys of each step only once, here.
         steps: key -> the steps that have it.
         observed: the steps at which more than `BESIDE` was read.
-        descriptions: instrument -> what it says about itself; of a store that does not know, what
-            the package's instrument of that name does.
+        descriptions: instrument -> what it says about itself. If the store does not record it,
+            the description of the package's instrument of that name.
     """
 
     def __init__(self, store: Store) -> None:
@@ -68,15 +73,18 @@ class History:
             self.descriptions |= store.descriptions(step)
 
     def ends(self, key: str) -> tuple[Reading, Reading] | None:
-        """The first reading that can be compared with the last, and the last; None without any."""
+        """The first reading that can be compared with the last one, and the last one.
+
+        None if no step has the key.
+        """
         found = self.all(key, ends=True)
         return (found[min(found)], found[max(found)]) if found else None
 
     def all(self, key: str, *, ends: bool = False) -> dict[int, Reading]:
-        """Step -> reading, of those with the last one's shape and labels.
+        """Step -> reading, for all readings that have the shape and labels of the last one.
 
         Args:
-            ends: the first of them and the last alone.
+            ends: return only the first and the last of them.
         """
         steps = self.steps.get(key, [])
         last: Reading | None = None
@@ -91,12 +99,12 @@ class History:
         return dict(sorted(found.items()))
 
     def meaning(self, key: str) -> Meaning:
-        """What the readings of a key mean."""
+        """The `Meaning` of the readings of a key."""
         instrument, measure = key.split("/", 2)[:2]
         return self.descriptions.get(instrument, Description()).meaning(measure)
 
     def keys(self, *quantities: Quantity, numbers: bool = False) -> list[str]:
-        """The keys of these quantities, in their order and that of appearance.
+        """The keys of these quantities, quantity by quantity, each in order of appearance.
 
         Args:
             numbers: only those whose readings are one number.
@@ -107,11 +115,11 @@ class History:
         return [key for key in found if not (numbers and self.meaning(key).axes)]
 
     def key(self, quantity: Quantity, probe: str | None = None) -> str | None:
-        """The first key of this quantity for this probe, or for no single probe."""
+        """The first key of this quantity for this probe; None stands for no single probe."""
         return next((key for key in self.keys(quantity) if probe_of(key) == probe), None)
 
     def number(self, key: str) -> Change | None:
-        """A reading that is one number."""
+        """How a reading of one number changed; None if the key has no such reading."""
         found = self.all(key)
         if not found or next(iter(found.values())).axes:
             return None
@@ -127,19 +135,19 @@ def _change(what: str, values: Mapping[int, float]) -> Change:
 
 
 def own_descriptions() -> dict[str, Description]:
-    """Usual name -> what the package's instrument says about itself."""
-    there = [getattr(instruments, name) for name in instruments.__all__]
-    return {one.name: described_class(one) for one in there if isinstance(one, type)}
+    """Default name -> description, for each instrument of the package."""
+    exported = [getattr(instruments, name) for name in instruments.__all__]
+    return {one.name: described_class(one) for one in exported if isinstance(one, type)}
 
 
 def probe_of(key: str) -> str | None:
-    """The probe that a key is of; None where it is of no single one."""
+    """The probe that a key belongs to; None if it belongs to no single probe."""
     parts = key.split("/", 2)
     return parts[2] if len(parts) == 3 else None
 
 
-def place(reading: Reading, at: tuple[int, ...]) -> str:
-    """The name of one value: L3H1 for a head, "layer 3 mlp" for a layer's part."""
+def value_name(reading: Reading, at: tuple[int, ...]) -> str:
+    """The name of one value of a reading: L3H1 for a head, "layer 3 mlp" for a layer's part."""
     names = {}
     for axis, index in zip(reading.axes, at, strict=True):
         labels = reading.labels.get(axis)
@@ -150,18 +158,21 @@ def place(reading: Reading, at: tuple[int, ...]) -> str:
 
 
 def _largest(reading: Reading, most: int) -> list[tuple[str, float]]:
-    """The values of largest magnitude, from `LEAST` on, largest first, by name."""
+    """Name and value of the values of largest magnitude, from `LEAST` on, largest first."""
     size = np.where(np.isfinite(reading.values), np.abs(reading.values), 0)
-    return [(place(reading, at), float(reading.values[at])) for at in _order(size, most, LEAST)]
+    return [
+        (value_name(reading, at), float(reading.values[at]))
+        for at in _largest_indices(size, most, LEAST)
+    ]
 
 
 def moved_heads(history: History, most: int) -> list[tuple[str, float]]:
-    """The heads whose attention is farthest from where it was, at the end."""
+    """The heads whose attention has moved farthest by the last observation."""
     return _farthest(history, Quantity.ATTENTION_CHANGE, most)
 
 
 def moved_layers(history: History, most: int) -> list[tuple[str, float]]:
-    """The layers and parts whose activations are farthest from where they were, at the end."""
+    """The layers and parts whose activations have moved farthest by the last observation."""
     return _farthest(history, Quantity.ACTIVATION_CHANGE, most)
 
 
@@ -172,7 +183,7 @@ def _farthest(history: History, quantity: Quantity, most: int) -> list[tuple[str
 
 
 def role_scores(history: History) -> Iterator[tuple[str, dict[int, np.ndarray], Reading]]:
-    """Role, step -> [layer, head], and a reading with the names of the layers.
+    """For each role: its name, step -> scores [layer, head], and a reading that names the layers.
 
     A head's score in a role is the lowest over the block lengths, as `Watch` takes it.
     """
@@ -183,22 +194,24 @@ def role_scores(history: History) -> Iterator[tuple[str, dict[int, np.ndarray], 
 
 
 def changed_roles(history: History, most: int) -> list[Change]:
-    """The heads whose score in a role changed most, as "L3H1 induction"; from 0.01 on."""
+    """The heads whose score in a role changed most, by 0.01 or more, as "L3H1 induction"."""
     changes = []
     for role, scores, named in role_scores(history):
         far = np.abs(scores[max(scores)] - scores[min(scores)])
-        for at in _order(far, most, 0.01):
+        for at in _largest_indices(far, most, 0.01):
             what = f"{_head(named, at)} {role}"
             changes.append(_change(what, {step: float(s[at]) for step, s in scores.items()}))
     return sorted(changes, key=lambda change: -change.size)[:most]
 
 
 def roles_taken(history: History, watch: Watch) -> tuple[list[Change], list[Change]]:
-    """The heads that have a role at the end and had none at first, and those that lost one.
+    """The heads that gained a role between the first and the last observation, and those that lost
+    one.
 
-    By the thresholds of `Watch`, asked at these two observations only: gained, where the score was
-    below `takes` and is not now; lost, where it was not and is below `loses` now; if it changed by
-    `moves` at least. Every such head is named, the one that changed most first.
+    The thresholds of `Watch` are applied to these two observations only. A head gained a role if
+    its score was below `takes` and no longer is; it lost a role if its score was at least `takes`
+    and is now below `loses`. In both cases the score must have changed by at least `moves`. Every
+    such head is named, the one that changed most first.
     """
     gained, lost = [], []
     for role, scores, named in role_scores(history):
@@ -225,7 +238,7 @@ def changed_tokens(history: History, probe: str, most: int) -> list[Change]:
     names = last.labels["token"]
     return [
         Change(repr(names[i]), float(first.values[i]), float(last.values[i]))
-        for (i,) in _order(far, most, LEAST_SAID)
+        for (i,) in _largest_indices(far, most, LEAST_SAID)
     ]
 
 
@@ -236,17 +249,19 @@ def changed_writers(history: History, probe: str, most: int) -> list[Change]:
         ends = history.ends(key) if probe_of(key) == probe else None
         if ends is not None:
             first, last = ends
-            for at in _order(np.abs(last.values - first.values), most, LEAST_SAID):
+            far = np.abs(last.values - first.values)
+            for at in _largest_indices(far, most, LEAST_SAID):
                 name = component(last, at)
                 changes.append(Change(name, float(first.values[at]), float(last.values[at])))
     return sorted(changes, key=lambda change: -change.size)[:most]
 
 
 def changed_keys(history: History, most: int) -> list[Change]:
-    """The keys whose values changed most for their size: |last - first| / |first|, in norms.
+    """The keys whose values changed most relative to their size: |last - first| / |first|, in
+    norms.
 
-    first and last are the norms of the values for several, the numbers themselves for one. What is
-    an index, or stands in `BESIDE`, is left out.
+    A `Change` has the norms of the values if there are several, or the number itself. Keys of
+    indices, and keys in `BESIDE`, are left out.
     """
     found: list[tuple[float, Change]] = []
     for key in history.steps:
@@ -264,8 +279,8 @@ def changed_keys(history: History, most: int) -> list[Change]:
     return [change for _, change in found[:most]]
 
 
-def _order(far: np.ndarray, most: int, least: float) -> list[tuple[int, ...]]:
-    """Where the largest are, largest first."""
+def _largest_indices(far: np.ndarray, most: int, least: float) -> list[tuple[int, ...]]:
+    """Indices of the largest values that are at least `least`, largest first."""
     far = np.nan_to_num(far)
     order = np.argsort(-far, axis=None, kind="stable")[:most].tolist()
     order = [i for i in order if far.flat[i] >= least]
@@ -277,7 +292,7 @@ def _head(reading: Reading, at: tuple[int, ...]) -> str:
 
 
 def component(reading: Reading, at: tuple[int, ...]) -> str:
-    """The name of a head, or of the MLP of a layer."""
+    """The name of a head, or of the MLP of a layer: L3H1, L3 MLP."""
     if reading.axes == ("layer", "head"):
         return _head(reading, at)
     return f"L{_layer(reading, at[0])} MLP"

@@ -1,4 +1,4 @@
-"""Two saved models, side by side: what B does that A does not."""
+"""Compares two saved models, A and B, and describes how B differs from A."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from tlens_callback.offline.changes import (
     role_scores,
     roles_taken,
 )
-from tlens_callback.offline.stages import Stage, look_at, with_what_is_there
+from tlens_callback.offline.stages import Stage, observe_stages, without_unmet_needs
 from tlens_callback.offline.summary import (
     arrow,
     attributed,
@@ -47,10 +47,10 @@ logger = logging.getLogger("tlens_callback")
 
 @dataclass(frozen=True)
 class Pair:
-    """The readings of A and of B, of which those of B are relative to A.
+    """The readings of A and of B; what compares in the readings of B compares with A.
 
     Attributes:
-        names: of A and of B.
+        names: the names of A and of B.
         first, last: the readings of A and of B.
         left_out: sentences about what the two do not have in common.
     """
@@ -61,7 +61,7 @@ class Pair:
     left_out: tuple[str, ...] = ()
 
     def write(self, sink: Sink) -> None:
-        """A's readings at step 0 and B's at step 1; the sink is closed."""
+        """Writes A's readings at step 0 and B's at step 1, and closes the sink."""
         sink.write(self.first, step=0)
         sink.write(self.last, step=1)
         sink.close()
@@ -76,23 +76,24 @@ def compare_models(
     names: tuple[str, str] | None = None,
     tokenizer: Any = None,
 ) -> Pair:
-    """Looks at A, then at B, with one set of instruments, so that what they measure against the
-    first observation (drift, changes, ratios) is of B against A.
+    """Observes A, then B, with the same instruments, so that drift, changes and ratios compare B
+    with A.
 
-    The probes are encoded once, with B's tokenizer, or A's where B has none, and both models get
-    these ids; where both have one, it is checked that the ids mean the same tokens. Where A is the
-    base of B's adapter, the base is loaded once. Nothing is written.
+    The probes are encoded once, with B's tokenizer, or with A's if B has none, and both models get
+    these token ids. If both have a tokenizer, the ids must mean the same tokens in both. If A is
+    the base of B's adapter, the base is loaded once. Nothing is written.
 
-    Of the default instruments those are left out that need what there is not: a training run that
-    goes on; two adapters over one base, or, for what compares weights, two models without adapters.
+    A default instrument is left out if it needs something that is missing: a training run in
+    progress; two adapters over one base; or, if it compares weights, either these or two models
+    without adapters.
 
     Args:
-        names: what they are called in `checkpoint/name`. None: where they are.
-        tokenizer: for the probes, instead of theirs.
+        names: their names in `checkpoint/name`. None: their paths.
+        tokenizer: the tokenizer for the probes, instead of the models' own.
 
     Raises:
-        ValueError: models of different shapes or tokens, or what `look_at` raises for.
-        FidelityError: where a shadow is not its model.
+        ValueError: if the models have different shapes or tokens, and as `observe_stages`.
+        FidelityError: if a shadow does not compute what its model computes.
     """
     names = names or (a.path, b.path)
     probes = arguments.prompts or []
@@ -104,28 +105,28 @@ def compare_models(
             loader.load(b.before_training)
             base = b.before_training
         except UnknownStart:
-            pass  # An adapter that began with random values: the base is seen by itself.
+            pass  # The adapter began with random values, so the base is observed without it.
     adapters = [one for one in (base, b) if one.adapter is not None]
-    there = Needs.BLOCKS | Needs.TARGET | Needs.EARLIER
+    available = Needs.BLOCKS | Needs.TARGET | Needs.EARLIER
     if len(adapters) == 2 and same_place(base.model, b.model):
-        there |= Needs.ADAPTER | Needs.SAME_WEIGHTS
+        available |= Needs.ADAPTER | Needs.SAME_WEIGHTS
     elif not adapters:
-        there |= Needs.SAME_WEIGHTS
-    kept = with_what_is_there(arguments.instruments or (), there)
+        available |= Needs.SAME_WEIGHTS
+    kept = without_unmet_needs(arguments.instruments or (), available)
     arguments = replace(arguments, instruments=kept)
     memory = MemorySink()
     stages = [Stage(0, base, names[0]), Stage(1, b, names[1])]
     dtypes: list[str] = []
 
-    def seen(observer: Observer, stage: Stage) -> None:
+    def note_dtype(observer: Observer, stage: Stage) -> None:
         assert observer.shadow is not None
         dtypes.append(str(observer.shadow.dtype).removeprefix("torch."))
 
-    look_at(stages, loader, arguments, [memory], tokenizer=tokenizer, seen=seen)
+    observe_stages(stages, loader, arguments, [memory], tokenizer=tokenizer, written=note_dtype)
     if len(set(dtypes)) > 1:
         logger.warning(
-            "tlens: A was computed in %s and B in %s: some of what differs is the rounding of "
-            "computing, which is alike with --dtype float32.",
+            "tlens: A was computed in %s and B in %s, so a part of the differences is rounding. "
+            "With --dtype float32 both are rounded alike.",
             *dtypes,
         )
     first, last = (
@@ -138,7 +139,7 @@ def _common_tokenizer(a: Checkpoint, b: Checkpoint, loader: Loader, probes: Sequ
     of_a, of_b = loader.tokenizer(a), loader.tokenizer(b)
     if of_a is None or of_b is None or not probes:
         return of_b if of_b is not None else of_a
-    # The models' own limits are checked when they are there.
+    # The limits of the models themselves are checked when the models are loaded.
     batch = ProbeBatch.encode(probes, of_b, vocab_size=2**31)
     answers = [token for token in (*batch.targets, *batch.foils) if token is not None]
     ids = sorted({*batch.tokens[batch.mask].tolist(), *answers})
@@ -147,27 +148,27 @@ def _common_tokenizer(a: Checkpoint, b: Checkpoint, loader: Loader, probes: Sequ
     ):
         if one != other:
             raise ValueError(
-                f"{a.path} and {b.path} have different tokenizers: token {token} is {one!r} for "
-                f"the one and {other!r} for the other, so that no probe is the same text for both."
+                f"{a.path} and {b.path} have different tokenizers: token {token} is {one!r} in "
+                f"the first and {other!r} in the second, so a probe is not the same text for both."
             )
     return of_b
 
 
 def differences(store: Store) -> str:
-    """What differs most between the A and the B of a store that a `Pair` was written to.
+    """Describes what differs most between A and B, from a store that a `Pair` was written to.
 
-    Plain text of 72 columns:
+    The text is plain, of 72 columns:
 
-    - where no number differs: that, and nothing else.
+    - if no number differs, it says so and nothing else.
     - heads whose attention, and parts whose activations, are farthest apart.
-    - every head that has a role in one and not in the other: `roles_taken`, by the thresholds of
-      `Watch`, but eight at most of each kind.
+    - heads that have a role in one and not in the other: `roles_taken`, by the thresholds of
+      `Watch`, at most eight of each kind.
     - per probe P(target) and its rank; its mean loss, with the tokens whose loss differs most; the
       heads and MLPs whose direct attribution differs most.
     """
     history = History(store)
     if not changed_keys(history, 1):
-        return "Nothing differs: A and B have the same numbers throughout."
+        return "Nothing differs: all numbers of A and B are the same."
     lines = [*moved(history)]
     if any(role_scores(history)):
         for what, found in zip(("gained", "lost"), roles_taken(history, Watch()), strict=True):
@@ -179,18 +180,18 @@ def differences(store: Store) -> str:
         if mean := history.number(key):
             tokens = changed_tokens(history, probe, 4)
             most = ", ".join(whole(f"{one.what} {one.last - one.first:+.2f}") for one in tokens)
-            said = f"Loss of {probe}, nats a token: {arrow(mean, same=same)}"
-            lines.append(paragraph(f"{said}; differs most: {most}" if most else said))
+            text = f"Loss of {probe}, nats a token: {arrow(mean, same=same)}"
+            lines.append(paragraph(f"{text}; differs most: {most}" if most else text))
     for probe in attributed(history):
         if changes := changed_writers(history, probe, 4):
             parts = [(one.what, one.last - one.first) for one in changes]
-            said = f"Direct attribution of {probe}, B - A: {listed(parts, '+.3g')} (logits)"
-            lines.append(paragraph(said))
+            text = f"Direct attribution of {probe}, B - A: {listed(parts, '+.3g')} (logits)"
+            lines.append(paragraph(text))
     return "\n".join(lines or unknown(history))
 
 
 def page_address(sink: LocalSink, store: Store) -> str:
-    """Of the page, opened on B beside A at the head whose attention differs most."""
+    """The address of the page, opened on B beside A at the head whose attention differs most."""
     show: dict[str, Any] = {"step": 1, "other": 0}
     if heads := moved_heads(History(store), 1):
         layer, head = heads[0][0][1:].split("H")

@@ -1,4 +1,4 @@
-"""Two watched runs, side by side: the readings of a step of each, from their stores."""
+"""Compares two watched runs: the readings of one step of each, from their stores."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,37 +17,44 @@ from tlens_callback.store import Store
 def compare_stores(
     a: Store, b: Store, *, step: int | None = None, instruments: Sequence[Instrument] = ()
 ) -> Pair:
-    """The last observation of A and of B, or both at one step, with B's measured against A's.
+    """Compares the last observations of A and B, or the observations of both at one step.
 
-    Readings that both have are taken as they are, but for those that say something of the run that
-    read them (`Meaning.of_run`): what compares with the first observation of a run is made anew, of
-    B against A, where the instrument can (`Instrument.between`), and so are the watch's events; the
-    rest of that kind is left out.
+    Readings that both have are kept as they are, except those about the run that made them
+    (`Meaning.of_run`). A reading that compares with the first observation of its run is computed
+    again, as B compared with A, if the instrument can do it (`Instrument.between`); so are the
+    events of the watch. Other readings about a run are left out.
 
-    A probe whose tokens differ is left out, and so is what only one has, or has in another shape;
-    `left_out` says so. Not seen in a store, and taken to be the same, are targets and foils.
+    A probe whose tokens differ is left out, and so is a reading that only one has or whose shape
+    differs; `left_out` says so. A store does not record targets and foils: they are taken to be
+    the same in both.
 
     Args:
         step: None: the last observation of each, at whatever steps these are.
-        instruments: of the caller's own, to make their readings anew; by the names in the stores.
+        instruments: the caller's own instruments that can compute their readings again, with the
+            names that they have in the stores.
 
     Raises:
-        ValueError: a step that is not in both, models of another shape, or nothing in common.
+        ValueError: if the step is not in both, the models have different shapes, or the stores
+            have nothing in common.
     """
     histories = History(a), History(b)
     first, last = (_step(history, step) for history in histories)
     if first is None or last is None:
         raise ValueError(_no_step(a, b, histories, step))
-    said = histories[0].descriptions | histories[1].descriptions
-    again = {one.name: one for one in (*_own(said), *instruments) if hasattr(one, "between")}
-    about = _measured(a.about(first), said, again), _measured(b.about(last), said, again)
+    descriptions = histories[0].descriptions | histories[1].descriptions
+    own = _package_instruments(descriptions)
+    again = {one.name: one for one in (*own, *instruments) if hasattr(one, "between")}
+    about = (
+        _comparable(a.about(first), descriptions, again),
+        _comparable(b.about(last), descriptions, again),
+    )
     _demand_shape(*about)
-    common, left_out = _common(*about, said)
+    common, left_out = _common(*about, descriptions)
     readings = [
-        {r.key: _with_description(r, said) for r in store.readings(at, common)}
+        {r.key: _with_description(r, descriptions) for r in store.readings(at, common)}
         for store, at in ((a, first), (b, last))
     ]
-    both = [_against(readings[0], now, again) for now in readings]
+    both = [_compared_with(readings[0], now, again) for now in readings]
     if not any(key.split("/", 1)[0] != "fidelity" for key in common):
         raise ValueError(
             f"{a.path} at step {first} and {b.path} at step {last} have nothing in common: "
@@ -61,18 +68,18 @@ def compare_stores(
     return Pair(names, *with_events, left_out=tuple(left_out))
 
 
-def _own(said: Mapping[str, Description]) -> Iterator[Any]:
-    """The package's instruments that the stores have readings of, under the names they had."""
-    for name, description in said.items():
+def _package_instruments(descriptions: Mapping[str, Description]) -> Iterator[Any]:
+    """The package's instruments that made readings in the stores, under the names they had."""
+    for name, description in descriptions.items():
         if description.kind in own_instruments.__all__:
             kind = getattr(own_instruments, description.kind)
             if hasattr(kind, "between"):
                 yield kind(name=name)
 
 
-def _with_description(reading: Reading, said: Mapping[str, Description]) -> Reading:
-    """A store from before instruments described themselves lacks it."""
-    return reading.described(said.get(reading.instrument, reading.description))
+def _with_description(reading: Reading, descriptions: Mapping[str, Description]) -> Reading:
+    """Adds the description of its instrument to a reading; older stores have none."""
+    return reading.described(descriptions.get(reading.instrument, reading.description))
 
 
 def _step(history: History, step: int | None) -> int | None:
@@ -88,29 +95,33 @@ def _no_step(a: Store, b: Store, histories: Sequence[History], step: int | None)
     if empty:
         return f"{' and '.join(empty)} has no complete observation, so there is nothing to compare."
     common = sorted(set(steps[0]) & set(steps[1]))
-    are = f"they have {common} in common" if common else "they have no step in common"
+    shared = f"they have {common} in common" if common else "they have no step in common"
     return (
-        f"Step {step} is not in both: {a.path} has {steps[0]}, {b.path} has {steps[1]}; {are}."
-        + " Without --step the last of each are compared." * (not common)
+        f"Step {step} is not in both: {a.path} has {steps[0]}, {b.path} has {steps[1]}; {shared}."
+        + " Without --step, the last observation of each is compared." * (not common)
     )
 
 
-def _measured(
+def _comparable(
     about: Mapping[str, dict[str, Any]],
-    said: Mapping[str, Description],
+    descriptions: Mapping[str, Description],
     again: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """The keys that can be compared, or made anew."""
+    """The keys whose readings can be compared as they are or computed again."""
     found = {}
-    for key, of in about.items():
+    for key, entry in about.items():
         instrument, measure = key.split("/", 2)[:2]
-        if instrument in again or not said.get(instrument, Description()).meaning(measure).of_run:
-            found[key] = of
+        meaning = descriptions.get(instrument, Description()).meaning(measure)
+        if instrument in again or not meaning.of_run:
+            found[key] = entry
     return found
 
 
 def _demand_shape(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Raises for models with other layers or heads; a selection of layers has labels."""
+    """Raises a ValueError if the numbers of layers or heads differ.
+
+    An axis with labels is skipped: it can be a selection of layers.
+    """
     for axis in ("layer", "head"):
         sizes = [
             {
@@ -122,8 +133,8 @@ def _demand_shape(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
         ]
         if all(sizes) and sizes[0] != sizes[1]:
             raise ValueError(
-                f"The models have another shape and cannot be compared head by head: "
-                f"{max(sizes[0])} and {max(sizes[1])} for the number of {axis}s."
+                f"The models have different shapes and cannot be compared head by head: "
+                f"A has {max(sizes[0])} {axis}s, B has {max(sizes[1])}."
             )
 
 
@@ -132,7 +143,7 @@ def _common(
     b: Mapping[str, dict[str, Any]],
     descriptions: Mapping[str, Description],
 ) -> tuple[set[str], list[str]]:
-    """The keys to compare, and sentences about the others."""
+    """The keys to compare, and sentences about the keys that are left out."""
     others = {
         key
         for key in set(a) & set(b)
@@ -140,49 +151,49 @@ def _common(
         and any(a[key]["labels"].get(x) != b[key]["labels"].get(x) for x in TOKEN_AXES)
     }
     probes = {key.split("/", 2)[2] for key in others}
-    said = [f"The probe {name!r} has other tokens in A than in B." for name in sorted(probes)]
+    sentences = [f"The probe {name!r} has different tokens in A and B." for name in sorted(probes)]
     blocks = [_blocks(of) for of in (a, b)]
     on_blocks: set[str] = set()
     if all(blocks) and blocks[0] != blocks[1]:
-        # Their other numbers are means, or the worst, of all blocks.
+        # The other numbers of these instruments are means, or the worst, over all blocks.
         on_blocks = {key.split("/")[0] for of in (a, b) for key in of if "block" in of[key]["axes"]}
-        there = {key.split("/")[0] for key in (*a, *b)}
+        present = {key.split("/")[0] for key in (*a, *b)}
         needing = {name for name, one in descriptions.items() if Needs.BLOCKS in one.needs}
-        on_blocks |= needing & there
+        on_blocks |= needing & present
         lengths = [", ".join(of) for of in blocks]
-        said.append(
-            f"The repeated blocks are of {lengths[0]} tokens in A and of {lengths[1]} in B, so "
-            f"that {', '.join(sorted(on_blocks))} say nothing of B against A."
+        sentences.append(
+            f"The repeated blocks have {lengths[0]} tokens in A and {lengths[1]} in B, so these "
+            f"instruments cannot be compared: {', '.join(sorted(on_blocks))}."
         )
     left = [
         key
         for key in dict.fromkeys((*a, *b))
         if _probe(key) not in probes and key.split("/")[0] not in on_blocks
     ]
-    for here, there, where in ((a, b, "A"), (b, a, "B")):
-        alone = [key for key in left if key in here and key not in there and key[:9] != "fidelity/"]
-        said += _only(alone, there, where)
+    for own, other, letter in ((a, b, "A"), (b, a, "B")):
+        alone = [key for key in left if key in own and key not in other and key[:9] != "fidelity/"]
+        sentences += _only_in(letter, alone, other)
     common = {key for key in left if key in a and key in b}
     for key in sorted(common):
-        mine, its = (
+        in_a, in_b = (
             [of[x] for x in ("axes", "shape", "unit", "labels")] for of in (a[key], b[key])
         )
-        if mine != its:
+        if in_a != in_b:
             common.remove(key)
-            said.append(f"{key} is of another shape, or of other things, in A than in B.")
-    return common, said
+            sentences.append(f"{key} has a different shape, unit or labels in A and B.")
+    return common, sentences
 
 
 def _blocks(about: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Lengths of the repeated blocks that were looked at."""
+    """Lengths of the repeated blocks that were observed."""
     found = {x for of in about.values() if "block" in of["axes"] for x in of["labels"]["block"]}
     return sorted(found, key=int)
 
 
-def _only(alone: Iterable[str], there: Iterable[str], where: str) -> Iterator[str]:
-    """What only one has: whole probes, whole instruments, or else keys."""
-    there = list(there)
-    probes, instruments = set(map(_probe, there)), {key.split("/")[0] for key in there}
+def _only_in(letter: str, alone: Iterable[str], other: Iterable[str]) -> Iterator[str]:
+    """A sentence about what only one of the two has: probes, instruments, or else keys."""
+    other = list(other)
+    probes, instruments = set(map(_probe, other)), {key.split("/")[0] for key in other}
     found: dict[str, None] = {}
     for key in alone:
         if _probe(key) and _probe(key) not in probes:
@@ -192,17 +203,17 @@ def _only(alone: Iterable[str], there: Iterable[str], where: str) -> Iterator[st
         else:
             found[key] = None
     if found:
-        yield f"Only {where} has {', '.join(found)}."
+        yield f"Only {letter} has {', '.join(found)}."
 
 
 def _probe(key: str) -> str | None:
     return key.split("/", 2)[2] if key.count("/") >= 2 else None
 
 
-def _against(
+def _compared_with(
     first: Mapping[str, Reading], now: Mapping[str, Reading], again: Mapping[str, Any]
 ) -> list[Reading]:
-    """The readings of now, with those that compare made anew, against `first`."""
+    """The readings `now`; those that compare are computed again, compared with `first`."""
     anew = {
         reading.key: reading.described(described(one))
         for one in again.values()

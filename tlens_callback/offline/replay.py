@@ -1,4 +1,4 @@
-"""`replay`: a training run, seen from its checkpoints as if it had been watched."""
+"""`replay` observes the checkpoints of a training run, as if the run had been watched."""
 
 import logging
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tlens_callback.checkpoints import Checkpoint, Loader, survey
 from tlens_callback.checkpoints.adapters import UnknownStart
 from tlens_callback.checkpoints.files import precision
 from tlens_callback.offline.replay_record import choose, stamp, watched_in
-from tlens_callback.offline.stages import Stage, look_at
+from tlens_callback.offline.stages import Stage, observe_stages
 from tlens_callback.probes import own_tokenizer, token_ids
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import print_lines, sink_lines
@@ -26,11 +26,11 @@ logger = logging.getLogger("tlens_callback")
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of a replay.
+    """The result of a replay.
 
     Attributes:
         store: the store, with every checkpoint that could be loaded.
-        left_out: the names of those that could not.
+        left_out: the names of the checkpoints that could not be loaded.
     """
 
     store: Store
@@ -47,80 +47,85 @@ def replay(
 ) -> Replay:
     """Observes every `checkpoint-<step>` of a trainer's output directory into one local store.
 
-    Of a run that was watched at each of its saves the readings are the same, but for
-    `checkpoint/name`, which a live run has not, `cost/*`, and `fidelity/*`, which is at every
-    checkpoint here. Step 0 is the base, below adapters that are not trained yet; after full
-    fine-tuning it is there only where `base` says which model that was. What needs rows of training
-    data (`TrainedFeatures`) has the probes alone.
+    If the run was watched at each of its saves, the replay gives the same readings, except
+    `checkpoint/name`, which a live run does not have, `cost/*`, and `fidelity/*`, which a replay
+    has at every checkpoint. Step 0 is the base with adapters that are not trained yet. After full
+    fine-tuning there is a step 0 only if `base` names the model that was trained. Instruments that
+    need rows of training data (`TrainedFeatures`) get the probes instead.
 
-    Where `loader` leaves the precision open it is that in which the checkpoints were saved, for the
-    base of full fine-tuning too; below adapters that of the base, and a line says so where they
-    were, or may have been, trained in another one.
+    If `loader` sets no precision, it is the precision in which the checkpoints were saved, also for
+    the base of full fine-tuning. For adapters it is the precision of the base; a line is printed if
+    the adapters were, or may have been, trained in another one.
 
-    Called again with the same arguments it goes on where it stopped, whatever stopped it: the store
-    is in the end the one that a single call makes. The last checkpoint, which every instrument is
-    asked about, is observed anew when there are later ones. Other arguments, or other checkpoints
-    under the old names, make a store `<out>-2`, `<out>-3`, ...; only the last of these is gone on
-    with. A run that was moved, with its files' times, is the same.
+    A second call with the same arguments continues where the first one stopped, for whatever
+    reason; the final store equals that of a single call. Every instrument measures at the last
+    checkpoint, so this one is observed again once there are later ones. Other arguments, or other
+    checkpoints under the old names, make a store `<out>-2`, `<out>-3`, ...; only the last of these
+    can be continued. A run that was moved counts as the same if its files kept their times.
 
     Args:
-        arguments: what to look at; without probes, repeated blocks.
-        base: the model that was trained; of adapters, where it is now.
-        out: of the store; None: `<run>/tlens-replay`.
+        arguments: settings of the observer; without probes, only repeated blocks are shown.
+        base: the model that was trained; for adapters, where their base is now.
+        out: directory of the store; None: `<run>/tlens-replay`.
 
     Raises:
-        ValueError: where there is no checkpoint, or none that can be loaded; as `look_at`.
-        FidelityError: where the shadow is not the model.
+        ValueError: if there is no checkpoint that can be loaded, and as `observe_stages`.
+        FidelityError: if the shadow does not compute what the model computes.
     """
     run = Path(run).expanduser()
     stages, broken = _stages(run, base)
-    of_last = stages[-1].checkpoint
-    if loader.dtype is None and of_last.adapter is None:
-        # A base that was saved in another one would differ from them by rounding, not by training.
-        loader = Loader(device=loader.device, dtype=precision(of_last.model))
-    tokenizer = loader.tokenizer(of_last)
+    last = stages[-1].checkpoint
+    if loader.dtype is None and last.adapter is None:
+        # A base that was saved in another precision than the checkpoints would differ from them by
+        # rounding, not by training.
+        loader = Loader(device=loader.device, dtype=precision(last.model))
+    tokenizer = loader.tokenizer(last)
     if not arguments.prompts:
-        print_lines(["tlens: no probes are given, so only repeated random blocks are looked at"])
-    asked = _asked(run, stages[0], arguments, loader, tokenizer)
+        print_lines(["tlens: no probes are given, so only repeated random blocks are shown"])
+    asked = _request(run, stages[0], arguments, loader, tokenizer)
     record = choose(Path(out or run / "tlens-replay").expanduser(), asked, stages)
     sink = LocalSink(record.path)
-    todo, memory = record.left(stages)
+    todo, memory = record.remaining(stages)
     for name, reason in broken.items():
         logger.warning("tlens: %s is left out: %s", name, reason)
     left_out = [*broken]
     for stage in stages:
         if stage.step and stage not in todo and stage.step not in record.seen:
-            logger.warning("tlens: %s is left out: it was when its turn came.", stage.name)
+            logger.warning("tlens: %s is left out, as it was in the earlier call.", stage.name)
             left_out.append(str(stage.name))
     if not todo:
         sink.page()
-        print_lines(["tlens: all checkpoints have been looked at", *sink_lines([sink])])
+        print_lines(["tlens: all checkpoints have been observed already", *sink_lines([sink])])
         return Replay(read_store(record.path), tuple(left_out))
     if memory is not None:
-        print_lines([f"tlens: goes on at {todo[0].name}, in {record.path}"])
-    why: list[Exception] = []
+        print_lines([f"tlens: continuing at {todo[0].name}, in {record.path}"])
+    errors: list[Exception] = []
 
     def leave_out(stage: Stage, error: Exception) -> None:
         if isinstance(error, UnknownStart):
             print_lines(
-                [f"tlens: there is no step 0, so changes are measured from here on: {error}"]
+                [
+                    "tlens: there is no step 0, so changes are measured from the first "
+                    f"checkpoint on: {error}"
+                ]
             )
             return
-        if stage.step == 0:  # what all changes would have been measured from
+        if stage.step == 0:  # all changes would be measured from this step
             raise error
         logger.warning("tlens: %s is left out: %s", stage.name, error)
         left_out.append(str(stage.name))
-        why.append(error)
+        errors.append(error)
 
-    def seen(observer: Observer, stage: Stage) -> None:
+    def written(observer: Observer, stage: Stage) -> None:
         if observer.shadow is not None and len(observer.steps) == 1:
-            print_lines(_rounding(of_last, observer.shadow.dtype, asked=loader.dtype is not None))
+            dtype = observer.shadow.dtype
+            print_lines(_precision_lines(last, dtype, given=loader.dtype is not None))
         observer.remember(record.baselines_file(stage.step), step=stage.step + 1, always=True)
         record.add(stage, last=stage is todo[-1])
 
     record.begin()
     try:
-        observer = look_at(
+        observer = observe_stages(
             todo,
             loader,
             arguments,
@@ -129,20 +134,24 @@ def replay(
             memory=memory,
             progress="replay",
             leave_out=leave_out,
-            seen=seen,
+            written=written,
         )
     except KeyboardInterrupt:
-        print_lines([f"tlens: interrupted; the same call goes on in {record.path}"])
+        print_lines([f"tlens: interrupted; the same call continues in {record.path}"])
         raise
     if not record.seen:
-        raise ValueError(f"No checkpoint of {run} can be loaded. The last: {why[-1]}") from why[-1]
+        raise ValueError(
+            f"No checkpoint of {run} can be loaded. The last error: {errors[-1]}"
+        ) from errors[-1]
     print_lines(_summary(observer, sink))
     return Replay(read_store(record.path), tuple(left_out))
 
 
 def _stages(run: Path, base: str | Path | None) -> tuple[list[Stage], dict[str, str]]:
-    """The checkpoints in order, and before them what they were trained from; and why others cannot
-    be loaded."""
+    """The stages in order, with the model before training as the first one.
+
+    Also returns, by name, why other checkpoints cannot be loaded.
+    """
     found, broken = survey(run, base=base)
     stages = [
         Stage(one.step or 0, one, Path(one.path).name, partial(getattr, one, "logged"))
@@ -159,17 +168,20 @@ def _stages(run: Path, base: str | Path | None) -> tuple[list[Stage], dict[str, 
         before = []
         print_lines(
             [
-                f"tlens: there is no step 0, so changes are measured from {stages[0].name} on: "
-                f"--base (base=) would say which model was trained"
+                f"tlens: there is no step 0, so changes are measured from {stages[0].name} on; "
+                f"name the model that was trained with --base (base=)"
             ]
         )
     return [*before, *stages], {path.name: why for path, why in broken.items()}
 
 
-def _asked(
+def _request(
     run: Path, first: Stage, arguments: Settings, loader: Loader, tokenizer: Any
 ) -> dict[str, Any]:
-    """What tells a replay from others: the same means the same numbers, up to rounding."""
+    """Describes what a replay was asked for.
+
+    Two replays with equal descriptions give equal numbers, up to rounding.
+    """
     own = own_tokenizer(tokenizer)
     probes = [
         [
@@ -187,35 +199,36 @@ def _asked(
         "base": stamp(first) if first.step == 0 else None,
         "probes": probes,
         "repeated blocks": arguments.with_blocks,
-        "instruments": [_said(instrument) for instrument in arguments.instruments or ()],
-        "watch": _said(arguments.watch or None),
+        "instruments": [_stable_repr(one) for one in arguments.instruments or ()],
+        "watch": _stable_repr(arguments.watch or None),
         "precision": [str(loader.dtype), str(arguments.dtype)],
         "version": version("tlens-callback"),
     }
 
 
-def _rounding(of: Checkpoint, now: torch.dtype, *, asked: bool) -> list[str]:
-    """Says that the run computed, or may have computed, in another precision than the replay."""
+def _precision_lines(of: Checkpoint, now: torch.dtype, *, given: bool) -> list[str]:
+    """Tells the user if the run computed, or may have computed, in another precision."""
 
     def short(dtype: object) -> str:
         return str(dtype).removeprefix("torch.")
 
     if (then := watched_in(Path(of.path))) is not None and then != str(now):
         return [
-            f"tlens: the run was watched in {short(then)}, and this computes in {short(now)}: the "
-            f"readings differ by rounding. The same ones: --dtype {short(then)} (dtype=)"
+            f"tlens: the run was watched in {short(then)}, and the replay computes in {short(now)},"
+            f" so the readings differ by rounding; use --dtype {short(then)} (dtype=) to get the "
+            f"same ones"
         ]
-    if then is None and of.adapter is not None and not asked and now.itemsize < 4:
+    if then is None and of.adapter is not None and not given and now.itemsize < 4:
         return [
-            f"tlens: this computes in {short(now)}, in which the base was saved. No adapter says "
-            f"in which it was trained; TRL loads a model by its name in float32: --dtype float32 "
-            f"(dtype=)"
+            f"tlens: the replay computes in {short(now)}, in which the base was saved; adapters do "
+            f"not record the precision in which they were trained. If TRL loaded the model by its "
+            f"name, that was float32: use --dtype float32 (dtype=)"
         ]
     return []
 
 
-def _said(thing: object) -> str:
-    """Its repr; the class alone, where that says where in memory it is."""
+def _stable_repr(thing: object) -> str:
+    """The repr of an object, or its class and name if the repr would contain a memory address."""
     plain = type(thing).__repr__ is object.__repr__
     return f"{type(thing).__qualname__} {getattr(thing, 'name', '')}" if plain else repr(thing)
 
@@ -226,8 +239,8 @@ def _summary(observer: Observer, sink: LocalSink) -> list[str]:
         return sink_lines([sink])
     worst = max(observer.checks.values(), key=lambda check: check.relative)
     return [
-        f"tlens: {count} observations in {seconds:.1f} s, loading not counted",
-        f"tlens: shadow and model were compared at each; at worst: {worst}",
+        f"tlens: {count} observations in {seconds:.1f} s, without loading the models",
+        f"tlens: shadow and model were compared at each checkpoint; at worst: {worst}",
         *sink_lines([sink]),
-        f"tlens: what changed most: tlens-callback summary {sink.path}",
+        f"tlens: to see what changed most: tlens-callback summary {sink.path}",
     ]

@@ -1,4 +1,4 @@
-"""How far a replay has come, beside its store, so that it goes on after whatever stopped it."""
+"""Records how far a replay has come, so that it can continue after an interruption."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ RECORD = "replay.json"
 
 
 class Record:
-    """What was asked for, and the steps that are completely written.
+    """What a replay was asked for, and the steps that are completely written.
 
-    A step is added after the store has it, and after the file with the instruments' baselines: what
-    is killed in between does that step again, with the baselines of before.
+    A step is added after the store has it, and after the file with the instruments' baselines is
+    written: a replay that is killed in between does that step again, with the earlier baselines.
 
     Attributes:
         path: directory of the store.
-        asked: what was asked for.
+        asked: what the replay was asked for.
         seen: step -> `stamp` of the checkpoint, for the steps that are done.
     """
 
@@ -32,28 +32,29 @@ class Record:
         self.path, self.asked, self.seen = path, asked, dict(seen)
 
     def baselines_file(self, step: int) -> Path:
-        """Where the baselines are, as they were after a step."""
+        """Path of the file that holds the baselines as they were after a step."""
         return self.path / f"replay-{step:08d}.memory"
 
-    def left(self, stages: Sequence[Stage]) -> tuple[Sequence[Stage], Path | None]:
-        """The stages to be observed, and the baselines to go on from; None: from the beginning."""
+    def remaining(self, stages: Sequence[Stage]) -> tuple[Sequence[Stage], Path | None]:
+        """The stages to observe, and the file of memories to continue from; None: begin anew."""
         done = sorted(self.seen)
         if not done:
             return stages, None
         if stages[-1].step <= done[-1] and not self.changed(stages[-1]):
             return [], None
         at = done[-1]
-        # As the last one it was shown to all instruments; among others it is not.
+        # The last step was shown to all instruments. If later steps follow, it has to be shown
+        # only to those that are due, so it is observed again.
         if any(stage.step == at for stage in stages) and len(done) > 1:
             at = done[-2] if self.baselines_file(done[-2]).exists() else at
         return [stage for stage in stages if stage.step > at], self.baselines_file(at)
 
     def changed(self, stage: Stage) -> bool:
-        """Whether a step is done whose checkpoint is another one now."""
+        """Whether the checkpoint of a step that is done has changed since."""
         return stage.step in self.seen and self.seen[stage.step] != stamp(stage)
 
     def can_redo(self, stage: Stage) -> bool:
-        """Whether it is the last that is done, and can be done anew."""
+        """Whether a stage is the last one that is done and can be observed again."""
         before = [step for step in self.seen if step < stage.step]
         return (
             bool(before)
@@ -62,7 +63,7 @@ class Record:
         )
 
     def begin(self) -> None:
-        """Makes the directory; removes a first step that is there and was not completed."""
+        """Makes the directory, and removes a first step that was not completed."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.seen:
             for step in steps_in(self.path / "scores"):
@@ -70,10 +71,10 @@ class Record:
         self._write()
 
     def add(self, stage: Stage, *, last: bool) -> None:
-        """A step is done; its baselines are written.
+        """Adds a step that is done and whose memories are written.
 
         Args:
-            last: the baselines of before are kept too: see `left`.
+            last: also keep the baselines of the step before, which `remaining` needs.
         """
         earlier = [step for step in self.seen if step < stage.step]
         self.seen = {step: self.seen[step] for step in earlier} | {stage.step: stamp(stage)}
@@ -89,8 +90,11 @@ class Record:
 
 
 def choose(base: Path, asked: Mapping[str, Any], stages: Sequence[Stage]) -> Record:
-    """The record of the last store `<base>`, `<base>-2`, ... if it can be gone on with; of the next
-    one otherwise, and a line says why."""
+    """Chooses the store to write to, and returns its record.
+
+    It is the last of the stores `<base>`, `<base>-2`, ... if that one can be continued. Otherwise
+    it is a new one, and a printed line says why.
+    """
     number, path = newest(base, lambda path: is_store(path) or (path / RECORD).exists())
     asked = json.loads(json.dumps(asked))
     if not (is_store(path) or (path / RECORD).exists()):
@@ -98,11 +102,13 @@ def choose(base: Path, asked: Mapping[str, Any], stages: Sequence[Stage]) -> Rec
     record = _read(path)
     if record is not None and not record.seen and len(steps_in(path / "scores")) < 2:
         return Record(path, asked, {})
-    why = "it is of no replay" if record is None else _other(record, asked, stages)
+    why = "no replay made it" if record is None else _obstacle(record, asked, stages)
     if record is not None and not why:
         return record
-    path = unused(base, number)
-    print_lines([f"tlens: a new store {path.name}, since there is another beside it: {why}"])
+    other, path = path.name, unused(base, number)
+    print_lines(
+        [f"tlens: making a new store {path.name}, because {other} cannot be continued: {why}"]
+    )
     return Record(path, asked, {})
 
 
@@ -114,27 +120,27 @@ def _read(path: Path) -> Record | None:
         return None
 
 
-def _other(record: Record, asked: Mapping[str, Any], stages: Sequence[Stage]) -> str:
-    """Why a store is not to be gone on with; empty where it is."""
+def _obstacle(record: Record, asked: Mapping[str, Any], stages: Sequence[Stage]) -> str:
+    """Says why a store cannot be continued; empty if it can."""
     names = [name for name in asked if record.asked.get(name) != asked[name]]
-    # One that was moved has the same checkpoints elsewhere.
+    # A run that was moved has another path and the same checkpoints.
     if any(stage.step and record.seen.get(stage.step) == stamp(stage) for stage in stages):
         names = [name for name in names if name != "run"]
     if names:
-        return f"of another {' and '.join(names)}"
+        return f"another call made it, which differs in: {', '.join(names)}"
     for stage in stages:
-        # The last may have been seen while it was being saved.
+        # The last checkpoint may have been observed while it was still being saved.
         if record.changed(stage) and not record.can_redo(stage):
             return f"{stage.name} has changed since"
     if set(record.seen) - set(steps_in(record.path / "scores")):
-        return "it lacks steps that were in it"
+        return "steps are missing from it"
     if not record.baselines_file(max(record.seen)).exists():
-        return f"it lacks {record.baselines_file(max(record.seen)).name}"
+        return f"{record.baselines_file(max(record.seen)).name} is missing from it"
     return ""
 
 
 def stamp(stage: Stage) -> str:
-    """What tells a checkpoint from others that are saved under its name: sizes and times."""
+    """Tells apart checkpoints of the same name, by the sizes and times of their files."""
     place = Path(stage.checkpoint.path if stage.step else stage.checkpoint.model)
     kinds = "*.safetensors", "*.bin", "trainer_state.json"
     files = [file for kind in kinds for file in place.glob(kind)]
@@ -143,8 +149,10 @@ def stamp(stage: Stage) -> str:
 
 
 def watched_in(checkpoint: Path) -> str | None:
-    """The precision in which a training run was watched, as the callback or the tracer noted it
-    beside its checkpoint; None where it was not watched."""
+    """The precision in which a training run was watched; None if it was not watched.
+
+    The callback or the tracer noted it beside the checkpoint.
+    """
     for file in checkpoint.glob("*.memory"):
         try:
             with safe_open(file, "pt") as opened:

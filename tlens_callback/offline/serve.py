@@ -1,7 +1,7 @@
-"""The live page of a store on this machine's own address, for a browser.
+"""Serves the live page of a store to a browser on the same machine.
 
-It shows each step as soon as the store has it. What can be asked for is the page and its data, by
-the names that they have, and nothing else of the disk.
+The page shows each step as soon as the store has it. Only the page and its data can be requested,
+by their names, and no other file of the disk.
 """
 
 import errno
@@ -37,20 +37,20 @@ class PageServer:
             print(server.address)
             server.run()  # until Ctrl-C
 
-    Where the store has no live page, or not all steps are in it, one is made in a temporary
-    directory, which `run` keeps up to date. The store itself is not written to.
+    If the store has no live page, or its page lacks steps, one is made in a temporary directory,
+    which `run` keeps up to date. The store itself is not written to.
 
-    Only this machine can connect. A request by another name than this machine's is refused, so that
-    no other site's name can lead here; other sites' pages may not load the data either.
+    Only this machine can connect. A request under any host name but this machine's own is refused,
+    so that no name of another site can lead here. Pages of other sites cannot load the data either.
 
     Args:
-        port: to listen at; 0: any that is free.
+        port: the port to listen on; 0: any free port.
 
     Attributes:
-        address: where the page is, with the port.
+        address: the address of the page, with the port.
 
     Raises:
-        OSError: on entering, where the port is taken or not allowed.
+        OSError: on entering the block, if the port is taken or not allowed.
     """
 
     def __init__(self, store: Store, *, port: int = 0) -> None:
@@ -68,7 +68,7 @@ class PageServer:
                 if error.errno != errno.EADDRINUSE:
                     raise
                 raise OSError(
-                    f"Port {self._port} of {HOST} is taken; port 0 is any that is free."
+                    f"Port {self._port} of {HOST} is in use. Port 0 stands for any free port."
                 ) from error
             self._ended.callback(server.server_close)
             server.folder = self._folder()
@@ -92,15 +92,15 @@ class PageServer:
             return
 
     def follow(self) -> None:
-        """Brings a page in a temporary directory to what the store has by now."""
+        """Updates a page in a temporary directory with the steps that the store has now."""
         if self._copy is None:
             return
-        there = {step: stamp for step in steps_in(self._store.path / "scores")
-                 if (stamp := _stamp(self._store, step)) is not None}  # fmt: skip
-        for step in self._written.keys() - there.keys():
+        stamps = {step: stamp for step in steps_in(self._store.path / "scores")
+                  if (stamp := _stamp(self._store, step)) is not None}  # fmt: skip
+        for step in self._written.keys() - stamps.keys():
             del self._written[step]
         self._copy.keep(self._written)
-        for step, stamp in there.items():
+        for step, stamp in stamps.items():
             if self._written.get(step) == stamp:
                 continue
             readings = _readings(self._store, step)
@@ -109,19 +109,19 @@ class PageServer:
                 self._written[step] = stamp
 
     def _folder(self) -> Path:
-        """That of the store if all of it is there, or a temporary one."""
+        """The store's own page if it has all steps, or else a new one in a temporary directory."""
         path = self._store.path.resolve() / "page"
         whole = path.resolve() == path and (path / "index.html").is_file()
         if whole and PageFolder(path).steps == self._store.steps:
             return path
-        made = self._ended.enter_context(TemporaryDirectory(prefix="tlens-page-"))
-        self._copy = PageFolder(Path(made).resolve(), title=title_of(self._store.path))
+        temporary = self._ended.enter_context(TemporaryDirectory(prefix="tlens-page-"))
+        self._copy = PageFolder(Path(temporary).resolve(), title=title_of(self._store.path))
         self._copy.begin()
         return self._copy.path
 
 
 def _stamp(store: Store, step: int) -> int | None:
-    """When the step was written, in nanoseconds; None where it is gone meanwhile."""
+    """When the step was written, in nanoseconds; None if it has been removed meanwhile."""
     try:
         return scores_file(store.path, step).stat().st_mtime_ns
     except OSError:
@@ -129,7 +129,7 @@ def _stamp(store: Store, step: int) -> int | None:
 
 
 def _readings(store: Store, step: int) -> list[Reading] | None:
-    """None where the step is torn, or is just being removed by a run that begins again."""
+    """Reads a step; None if it is incomplete, or is being removed by a run that begins again."""
     try:
         return store.readings(step)
     except (ValueError, OSError, SafetensorError):
@@ -141,7 +141,7 @@ class _Server(ThreadingHTTPServer):
     folder: Path
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A browser that goes away in the middle of an answer is no error.
+        # A browser may close the connection in the middle of an answer; that is no error.
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -151,15 +151,15 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "tlens", ""
 
     def do_GET(self) -> None:
-        content = self._found()
+        content = self._send_head()
         if content is not None:
             self.wfile.write(content)
 
     def do_HEAD(self) -> None:
-        self._found()
+        self._send_head()
 
-    def _found(self) -> bytes | None:
-        """Sends the head of the answer, and gives its body."""
+    def _send_head(self) -> bytes | None:
+        """Sends the head of the answer and returns its body; None after an error."""
         assert isinstance(self.server, _Server)
         if not _HOSTS.fullmatch(self.headers.get("Host", "")):
             self.send_error(HTTPStatus.FORBIDDEN)
@@ -168,27 +168,27 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "text/html" if name == "index.html" else "text/javascript"
         content = None
         if name == "index.html" or _NAMES.fullmatch(name):
-            content = _content(self.server.folder, name)
+            content = _read_inside(self.server.folder, name)
         if content is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return None
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
-        # Files are renewed under their names while a run goes on.
+        # Files are rewritten under the same names while a run goes on.
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
-        # A script of another site would otherwise get the data by loading them as its own.
+        # Without this, a page of another site could load the data as a script of its own.
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
         return content
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: what is asked for every two seconds is no news."""
+        """Prints nothing, because the page makes a request every two seconds."""
 
 
-def _content(folder: Path, name: str) -> bytes | None:
-    """Of a file in the folder; None where there is none, or a link leads away."""
+def _read_inside(folder: Path, name: str) -> bytes | None:
+    """Reads a file in the folder; None if there is no such file, or a link leads out of it."""
     path = folder / name
     try:
         return path.read_bytes() if path.resolve(strict=True) == path else None

@@ -1,4 +1,4 @@
-"""Looking at saved models one after another, with the parts that watch a training run."""
+"""Observes saved models one after another, with the parts that watch a training run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +25,11 @@ Logged = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A checkpoint, and the training step that its readings are put at.
+    """A checkpoint, and the training step at which its readings are written.
 
     Attributes:
-        name: what a person calls it; None: where it is.
-        logged: what the trainer had logged by then, or what reads it when its turn comes.
+        name: the name that a person knows it by; None: its path.
+        logged: what the trainer had logged by then, or a function that reads it when it is needed.
     """
 
     step: int
@@ -42,7 +42,7 @@ _CHECKPOINT = Description(title="Checkpoint", group="Training", others=Meaning(o
 
 
 def name_reading(name: str) -> Reading:
-    """`checkpoint/name`, with the name as its text."""
+    """The reading `checkpoint/name`, with the name as its text."""
     return Reading(
         key="checkpoint/name",
         values=np.asarray(0.0),
@@ -54,7 +54,7 @@ def name_reading(name: str) -> Reading:
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """Which checkpoint a step shows.
+    """The name of the checkpoint that a step shows.
 
     Keys:
         checkpoint/name: [], path; the name is its text.
@@ -66,24 +66,24 @@ class CheckpointName:
     now: list[str] = field(default_factory=list)
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Any]:
-        """Nothing of the pass."""
+        """Returns no hook points: the name needs nothing from the forward pass."""
         return {}
 
     def read(self, taken: Any, shadow: Shadow, batch: ProbeBatch) -> Iterator[Reading]:
-        """The name."""
+        """Yields the name of the current checkpoint."""
         yield name_reading(self.now[-1])
 
 
-def with_what_is_there(instruments: Sequence[Instrument], there: Needs) -> list[Instrument]:
-    """The instruments without those optional ones that need something else than is there."""
+def without_unmet_needs(instruments: Sequence[Instrument], available: Needs) -> list[Instrument]:
+    """Leaves out each optional instrument that needs something that is not available."""
     return [
         one
         for one in instruments
-        if not (described(one).needs & ~there and getattr(one, "optional", False))
+        if not (described(one).needs & ~available and getattr(one, "optional", False))
     ]
 
 
-def look_at(
+def observe_stages(
     stages: Sequence[Stage],
     loader: Loader,
     arguments: Settings,
@@ -93,22 +93,23 @@ def look_at(
     memory: Path | None = None,
     progress: str | None = None,
     leave_out: Callable[[Stage, Exception], None] | None = None,
-    seen: Callable[[Observer, Stage], None] | None = None,
+    written: Callable[[Observer, Stage], None] | None = None,
 ) -> Observer:
-    """Observes each stage in turn, as if a training run had come by there, and closes the sinks.
+    """Observes each stage in turn, as the steps of one training run, and closes the sinks.
 
-    The first is what later ones are compared with, and the shadow is compared with the model at
-    each. No two models are in memory at a time. `arguments.prompts` are given.
+    Later stages are compared with the first one, and the shadow is compared with the model at each
+    stage. Only one model is in memory at a time. The probes are `arguments.prompts`.
 
     Args:
-        memory: goes on from a file that `Observer.remember` wrote after an earlier stage.
-        progress: names a progress bar over the stages, on a terminal.
-        leave_out: is told of a stage that cannot be loaded, and why; the others go on. None raises.
-        seen: is told of a stage when all of it is written.
+        memory: a file that `Observer.remember` wrote after an earlier stage, to continue from.
+        progress: name of a progress bar over the stages, which is shown on a terminal.
+        leave_out: called with a stage that cannot be loaded, and the error; the other stages are
+            still observed. None: the error is raised.
+        written: called with a stage when all its readings are written.
 
     Raises:
-        ValueError: as `TLensCallback` does at the start, and as `Loader.load`.
-        FidelityError: where the shadow is not the model.
+        ValueError: as `TLensCallback` raises it at the start, and as `Loader.load`.
+        FidelityError: if the shadow does not compute what the model computes.
     """
     named = CheckpointName()
     observer = Observer(arguments, sinks)
@@ -116,7 +117,7 @@ def look_at(
     logged: list[Mapping[str, Any]] = []
 
     def load(stage: Stage) -> nn.Module | None:
-        """The first model; later ones go to the observer at once, so that none is held here."""
+        """Returns the first model; hands later ones to the observer, so that none is held here."""
         if not observer.steps:
             return loader.load(stage.checkpoint)
         if observer.watching and loader.fits(stage.checkpoint):
@@ -124,8 +125,8 @@ def look_at(
         else:
             observer.exchange(partial(loader.load, stage.checkpoint))
 
-    def look(stage: Stage, last: bool) -> bool:
-        """Whether to go on."""
+    def observe_stage(stage: Stage, last: bool) -> bool:
+        """Observes a stage, and returns whether the observer is still watching."""
         named.now[:] = [stage.name or stage.checkpoint.path]
         many = f" ({stages.index(stage) + 1} of {len(stages)})" if len(stages) > 1 else ""
         print_lines([f"tlens: loading {named.now[0]}{many}"])
@@ -137,7 +138,7 @@ def look_at(
                 raise
             leave_out(stage, error)
             return True
-        # Where a state was lost, the rows come with the next one.
+        # A checkpoint without a trainer's state has no rows; the next one has them all.
         logged[:] = rows if len(rows) > len(logged) else logged
         if first is not None:
             observer.start(
@@ -152,15 +153,15 @@ def look_at(
             )
         else:
             observer.after_update(stage.step, observe=True, last=last, check=True)
-        if seen is not None and observer.watching:
+        if written is not None and observer.watching:
             observer.writer.drain()
-            seen(observer, stage)
+            written(observer, stage)
         return observer.watching
 
     try:
         bar = tqdm(stages, desc=progress, disable=None if progress else True, leave=False)
         for i, stage in enumerate(bar):
-            if not look(stage, i == len(stages) - 1):
+            if not observe_stage(stage, i == len(stages) - 1):
                 break
     finally:
         observer.close()

@@ -1,4 +1,4 @@
-"""`summary`: what a run changed inside its model, in a few lines for a commit message."""
+"""`summary` describes what a run changed inside its model, in a few lines for a commit message."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from textwrap import shorten, wrap
@@ -22,45 +22,45 @@ from tlens_callback.offline.changes import (
 from tlens_callback.store import Store
 
 WIDTH = 72
-"""Columns, those of a commit message."""
+"""Columns of the text, as for a commit message."""
 
 _PROBES, _EVENTS, _HEADS = 4, 3, 4
 
 _LOGGED = {"loss": "Training loss", "eval_loss": "Evaluation loss", "reward": "Reward"}
-"""What the trainer logs, and what it is called."""
+"""Name of a number that the trainer logs -> its name in the summary."""
 
 _WHOLE = "\N{NO-BREAK SPACE}"
 
 
 def summary(store: Store) -> str:
-    """What changed most between the first and the last observation, when, and the events.
+    """Describes what changed most between the first and the last observation, when, and the events.
 
-    Plain text of about 20 lines of 72 columns, from the readings of these quantities, whoever
-    measured them, as far as they are there:
+    The text is plain, about 20 lines of 72 columns. It uses the readings of these quantities, from
+    whatever instrument, as far as the store has them:
 
     - what the trainer logged: `trainer/loss`, `eval_loss` and `reward`, the first value and the
       last, and their steps.
     - each probe: probability and rank of its target, first and last; the four probes whose
       probability changed most. A rank is the number of tokens that are likelier.
     - heads whose attention, and parts whose activations, are farthest from the first observation.
-    - heads that took or lost a role, by the thresholds of `Watch`, or where none did, those whose
-      score in a role (minimum over the block lengths) changed most, from 0.01 on.
-    - what the repetition of a random block gains, where it changed by 0.01 nats: of the block
-      length that gains least.
+    - heads that took or lost a role, by the thresholds of `Watch`; if there are none, the heads
+      whose score in a role (minimum over the block lengths) changed most, by 0.01 or more.
+    - what the repetition of a random block gains, at the block length that gains least, if it
+      changed by 0.01 nats or more.
     - heads and MLPs whose direct attribution changed most.
     - events, and where shadow and model differed most (`fidelity/max_abs_diff`).
 
-    "most in steps 10-20" says that of all intervals between neighbouring observations the one from
-    step 10 to step 20 has the largest change. A store with none of these keys gives the keys whose
-    values changed most for their size, |last - first| / |first| in norms. With one observation,
-    and from readings that were made once, there are values only.
+    "most in steps 10-20" means that, of all intervals between neighbouring observations, the one
+    from step 10 to step 20 has the largest change. If the store has none of these keys, the summary
+    names the keys whose values changed most relative to their size, |last - first| / |first| in
+    norms. A reading that was made only once is given as a value without a change.
 
     Raises:
-        ValueError: for a store without a complete step.
+        ValueError: if the store has no complete step.
     """
     history = History(store)
     if not history.steps:
-        raise ValueError(f"{store.path} has no complete step, so there is nothing to say.")
+        raise ValueError(f"{store.path} has no complete step, so there is nothing to summarise.")
     known = [
         *_logged(history),
         *targets(history),
@@ -75,7 +75,10 @@ def summary(store: Store) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Lines of `WIDTH` columns, all but the first indented; never broken at a `whole` space."""
+    """Breaks a text into lines of `WIDTH` columns, but never at a space that `whole` protects.
+
+    All lines but the first are indented.
+    """
     lines = wrap(
         text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
@@ -83,12 +86,15 @@ def paragraph(text: str) -> str:
 
 
 def whole(text: str) -> str:
-    """Something that stays on one line."""
+    """Protects the spaces of a text, so that `paragraph` keeps it on one line."""
     return text.replace(" ", _WHOLE)
 
 
 def targets(history: History, *, same: str = "") -> Iterator[str]:
-    """A line for each of the probes whose target's probability changed most; `same` as `arrow`."""
+    """Describes the probes whose target's probability changed most, one line each.
+
+    `same` is as in `arrow`.
+    """
     found = []
     for key in history.keys(Quantity.ANSWER_PROBABILITY, numbers=True):
         probe = probe_of(key) or ""
@@ -103,7 +109,7 @@ def targets(history: History, *, same: str = "") -> Iterator[str]:
         line = (
             f"P(target) {_short(probe):{width}} {arrow(chance, _probability, same)}{when(chance)}"
         )
-        # Nothing is above a logit that is not a number.
+        # The rank means nothing if the target's logit is NaN.
         if rank and np.isfinite([chance.first, chance.last]).all():
             ranked = True
             line += f", rank {arrow(rank, lambda value: f'{value:.0f}', same)}"
@@ -115,7 +121,7 @@ def targets(history: History, *, same: str = "") -> Iterator[str]:
 
 
 def moved(history: History) -> Iterator[str]:
-    """The heads whose attention moved most, and where activations did."""
+    """Describes the heads whose attention moved most, and where activations moved most."""
     if heads := moved_heads(history, _HEADS):
         yield paragraph(f"Attention moved most: {listed(heads)} (JS divergence, 1 bit at most)")
     elif (
@@ -124,36 +130,36 @@ def moved(history: History) -> Iterator[str]:
         and len(history.observed) > 1
     ):
         if np.isfinite(ends[1].values).all():
-            yield f"Attention has not moved: no head by {LEAST:.0e} bits of JS divergence."
+            yield f"Attention has not moved: no head by {LEAST:.0e} bits JS divergence or more."
         else:
-            yield "How far attention moved is not a number."
+            yield "How far attention moved cannot be said: the values are NaN or infinite."
     if parts := moved_layers(history, 3):
         yield paragraph(f"Activations moved most: {listed(parts)} (cosine distance)")
 
 
 def two_digits(value: float) -> str:
-    """Two digits behind the point, and no minus before a zero."""
+    """Formats a number with two digits after the point, and no minus before a zero."""
     return f"{round(value, 2) + 0.0:.2f}"
 
 
 def arrow(change: Change, show: Callable[[float], str] = two_digits, same: str = "") -> str:
-    """First -> last; one of them, and `same` behind it, where they look the same."""
+    """Formats a change as "first -> last", or as one value and `same` if both look the same."""
     first, last = show(change.first), show(change.last)
     return f"{last}{same}" if first == last else f"{first} -> {last}"
 
 
 def listed(values: Iterable[tuple[str, float]], form: str = ".3g") -> str:
-    """Names with their values."""
+    """Formats names with their values as a list."""
     return ", ".join(whole(f"{name} {value:{form}}") for name, value in values)
 
 
 def when(change: Change) -> str:
-    """Between which steps it changed most."""
+    """Formats the steps between which a number changed most; empty if these are unknown."""
     return f" (most in steps {change.when[0]}-{change.when[1]})" if change.when else ""
 
 
 def change_list(changes: Sequence[Change], most: int) -> str:
-    """Names with both values, and how many more there are."""
+    """Formats the first `most` changes as a list, and says how many more there are."""
     parts = [whole(f"{change.what} {arrow(change)}{when(change)}") for change in changes[:most]]
     left = len(changes) - most
     return ", ".join(parts) + (f" and {left} more" if left > 0 else "")
@@ -161,24 +167,24 @@ def change_list(changes: Sequence[Change], most: int) -> str:
 
 def _opening(history: History) -> str:
     steps = history.observed or [step for steps in history.steps.values() for step in steps]
-    looks = f"{len(steps)} observations, steps {min(steps)} to {max(steps)}"
+    observations = f"{len(steps)} observations, steps {min(steps)} to {max(steps)}"
     if len(steps) == 1:
-        looks = f"1 observation, step {steps[0]}"
+        observations = f"1 observation, step {steps[0]}"
     of_probes = Quantity.ANSWER_PROBABILITY, Quantity.TOKEN_LOSS, Quantity.NEXT_TOKEN
     probes = {probe for key in history.keys(*of_probes) if (probe := probe_of(key))}
-    said = [looks]
+    facts = [observations]
     if probes:
-        said.append(f"{len(probes)} probe{'s' * (len(probes) > 1)}")
+        facts.append(f"{len(probes)} probe{'s' * (len(probes) > 1)}")
     for key in history.keys(Quantity.ATTENTION_CHANGE, Quantity.HEAD_ROLE):
         if ends := history.ends(key):
             layers, heads = ends[1].values.shape[-2:]
-            said.append(f"{layers} layers x {heads} heads")
+            facts.append(f"{layers} layers x {heads} heads")
             break
-    return ", ".join(said)
+    return ", ".join(facts)
 
 
 def _logged(history: History) -> Iterator[str]:
-    for name, said in _LOGGED.items():
+    for name, title in _LOGGED.items():
         values: dict[str, float] = {}
         steps = history.steps.get(f"trainer/{name}", [])
         for step in [*steps[:1], *steps[-1:]]:
@@ -186,7 +192,7 @@ def _logged(history: History) -> Iterator[str]:
             values |= dict(zip(reading.labels["update"], reading.values.tolist(), strict=True))
         if values:
             (at, first), (end, last) = next(iter(values.items())), [*values.items()][-1]
-            line = f"{said} {arrow(Change(name, first, last), lambda value: f'{value:.3g}')}"
+            line = f"{title} {arrow(Change(name, first, last), lambda value: f'{value:.3g}')}"
             yield f"{line} (logged at steps {at} and {end})" if at != end else f"{line} (step {at})"
 
 
@@ -197,17 +203,17 @@ def _roles(history: History) -> Iterator[str]:
     if lost:
         yield paragraph(f"Roles lost: {change_list(lost, _HEADS)}")
     if not gained and not lost and (changes := changed_roles(history, 3)):
-        said = "No role gained or lost by the end; scores changed most"
-        yield paragraph(f"{said}: {change_list(changes, 3)}")
+        start = "No role gained or lost by the end; scores changed most"
+        yield paragraph(f"{start}: {change_list(changes, 3)}")
 
 
 def repeats(history: History) -> Iterator[str]:
-    """How learning in context changed."""
+    """Describes how learning in context changed."""
     key = history.key(Quantity.REPEAT_GAIN)
     change = history.number(key) if key else None
     if change and change.size >= 0.01:
-        said = "Loss of a repeated block, second time less first, at the worst length"
-        yield paragraph(f"{said}: {arrow(change)} nats{when(change)}")
+        start = "Loss of a repeated block, second time minus first, at the worst length"
+        yield paragraph(f"{start}: {arrow(change)} nats{when(change)}")
 
 
 def attributed(history: History) -> list[str]:
@@ -223,7 +229,8 @@ def _writers(history: History) -> Iterator[str]:
         for change in changed_writers(history, probe, 3)
     ]
     found.sort(key=lambda one: -one[0].size)
-    # One entry a component: a head that writes one probe's answer often writes the others' too.
+    # Name each component once: a head that writes the answer of one probe often writes those of
+    # the others too.
     best = {change.what: (change, probe) for change, probe in reversed(found)}
     shown = sorted(best.values(), key=lambda one: -one[0].size)[:3]
     if shown:
@@ -234,11 +241,11 @@ def _writers(history: History) -> Iterator[str]:
 
 
 def unknown(history: History) -> list[str]:
-    """Of a store with none of the package's keys: what changed most, or some values."""
+    """Describes a store with none of the known quantities: what changed most, or some values."""
     found = changed_keys(history, 5)
     if found:
         return [
-            "Changed most for their size:",
+            "Changed most relative to their size:",
             *[
                 paragraph(f"  {one.what} {arrow(one, lambda value: f'{value:.4g}')}")
                 for one in found
@@ -275,7 +282,7 @@ def _fidelity(history: History) -> list[str]:
 
 
 def _probability(value: float) -> str:
-    """Three digits, also near 1; "<1e-4" says no more than is worth saying."""
+    """Formats a probability with three or four digits after the point, or as "<1e-4"."""
     return "<1e-4" if value < 1e-4 else f"{value:.3f}" if value >= 0.001 else f"{value:.4f}"
 
 

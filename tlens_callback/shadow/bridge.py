@@ -1,4 +1,4 @@
-"""The one place that imports TransformerLens, and what its bridge needs beyond a plain build."""
+"""Builds TransformerLens's bridge; no other module imports TransformerLens."""
 
 import copy
 import logging
@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 # Importing the bridge sets the logger "transformers" to ERROR and adds a warning filter
-# (transformer-lens 4.3.0). Both belong to the training process: they go back as they were.
+# (transformer-lens 4.3.0). Both belong to the training process, so they are restored here.
 # get_verbosity() makes transformers configure its logger first, so that there is a level to save.
 transformers.logging.get_verbosity()
 _level = logging.getLogger("transformers").level
@@ -27,11 +27,11 @@ finally:
 __all__ = ["SplitCopy", "TransformerBridge", "build", "round_rotated", "split_copies"]
 
 SplitCopy = tuple[Tensor, Tensor, Tensor]
-"""(copy, source, rows): `copy` holds `source[rows]` and has to be told when `source` changes."""
+"""(copy, source, rows): `copy` holds `source[rows]` and must be refreshed when `source` changes."""
 
 
 def build(skeleton: nn.Module, device: torch.device) -> TransformerBridge:
-    """A raw bridge over `skeleton`; random states are left as they were.
+    """Builds a raw bridge over `skeleton`, and leaves the random states as they were.
 
     Splitting a fused QKV constructs linear layers, which draw from the global generators.
     """
@@ -44,8 +44,9 @@ def build(skeleton: nn.Module, device: torch.device) -> TransformerBridge:
 def round_rotated(bridge: TransformerBridge, dtype: torch.dtype) -> None:
     """Rounds rotated queries and keys to the model's precision, as OLMo 2 does.
 
-    Its rotary embedding computes in float32 and rounds afterwards; the bridge leaves them as they
-    are and then cannot multiply them with values in half precision (transformer-lens 4.3.0).
+    OLMo 2's rotary embedding computes in float32 and rounds afterwards. The bridge does not round,
+    and then cannot multiply queries and keys with values in half precision (transformer-lens
+    4.3.0).
     """
     if dtype != torch.float32:
         for name, point in bridge.hook_dict.items():
@@ -54,7 +55,7 @@ def round_rotated(bridge: TransformerBridge, dtype: torch.dtype) -> None:
 
 
 def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:
-    """The split query, key and value tensors that are copies of a fused one, not views of it.
+    """Finds the split query, key and value tensors that are copies of a fused tensor, not views.
 
     The bridge of GPT-NeoX and Falcon interleaves heads when it splits, and so has to copy. The
     row order is learned by splitting a layer whose rows are numbered.
@@ -72,7 +73,7 @@ def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:
         if all(part.weight.untyped_storage().data_ptr() in storages for part in split):
             continue
         with _random_state_kept(fused.weight.device):
-            numbered = attn.split_qkv_matrix(_holding(attn.qkv.name, _row_numbers(fused)))
+            numbered = attn.split_qkv_matrix(_parent_of(attn.qkv.name, _row_numbers(fused)))
         for part, numbers in zip(split, numbered, strict=True):
             rows = numbers.weight[:, 0].round().long().to(fused.weight.device)
             copies.append((part.weight.data, fused.weight.data, rows))
@@ -82,7 +83,7 @@ def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:
 
 
 def refresh(copies: Iterable[SplitCopy]) -> None:
-    """Brings every split copy up to date: one gather each, no allocation."""
+    """Brings every split copy up to date, with one gather each and no allocation."""
     for own, source, rows in copies:
         torch.index_select(source, 0, rows, out=own)
 
@@ -102,10 +103,10 @@ def _row_numbers(fused: nn.Module) -> nn.Module:
     return layer
 
 
-def _holding(name: str, child: nn.Module) -> nn.Module:
-    holder = nn.Module()
-    setattr(holder, name, child)
-    return holder
+def _parent_of(name: str, child: nn.Module) -> nn.Module:
+    parent = nn.Module()
+    setattr(parent, name, child)
+    return parent
 
 
 def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""How far the shadow is from the live model, and whether that is rounding."""
+"""Measures how far the shadow is from the live model, and whether the difference is rounding."""
 
 import math
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from tlens_callback.shadow.shadow import Shadow
 from tlens_callback.shadow.weights import unwrap
 
 _CHUNK = 2**24
-"""Logits compared at a time, in elements."""
+"""How many logits are compared at a time."""
 
 
 class FidelityError(RuntimeError):
-    """The shadow computes something else than the live model."""
+    """Raised if the shadow does not compute what the live model computes."""
 
 
 _DESCRIPTION = Description(
@@ -37,12 +37,12 @@ _DESCRIPTION = Description(
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Live against shadow over the real tokens of all probes.
+    """The differences between live model and shadow over the real tokens of all probes.
 
     Attributes:
         max_abs_diff: largest difference of two logits, logits.
-        scale: largest live logit by magnitude, logits. Not finite where the live model's
-            logits are not: then there is nothing to compare.
+        scale: largest live logit by magnitude, logits. It is not finite if the live model's
+            logits are not; then there is nothing to compare.
         kl: mean over tokens of KL(live || shadow), nats; rounding below 0 is shown as 0.
         top1_agreement: share of tokens with the same most likely next token.
         gap: largest live-shadow difference at the probes' last tokens, logits.
@@ -76,9 +76,10 @@ class Fidelity:
         return self.relative <= relative and self.kl <= kl
 
     def telling(self, first: "Fidelity") -> bool:
-        """Whether the live model has moved far enough from its start to tell a missed update.
+        """Whether the live model has moved so far that a missed update would be visible.
 
-        In bfloat16 one update is often less than rounding; then only a later comparison tells.
+        In bfloat16 one update is often less than rounding; then only a later comparison can show
+        it.
         """
         noise = max(first.gap, self.eps * self.scale)
         return self.moved is not None and self.moved > 10 * noise
@@ -86,9 +87,9 @@ class Fidelity:
     def stale(self, first: "Fidelity") -> bool:
         """Whether the shadow holds older weights than the live model.
 
-        A shadow that missed an update has not moved as the live model has, where that is telling.
-        How far the two are apart says less: in half precision, where adapters are merged, rounding
-        grows with training beyond what an update moves.
+        A shadow that missed an update has not moved as the live model has, which shows once
+        `telling` is true. The distance between the two shows less: in half precision, where
+        adapters are merged, rounding grows with training beyond what an update moves.
         """
         return self.telling(first) and self.followed is not None and self.followed < 0.25
 
@@ -120,7 +121,7 @@ class Fidelity:
 def compare(
     model: nn.Module, shadow: Shadow, batch: ProbeBatch, *, reference: Tensor | None = None
 ) -> tuple[Fidelity, Tensor]:
-    """Runs the probes through the live model and its shadow.
+    """Runs the probes through the live model and its shadow, and compares their logits.
 
     In half precision both run eager attention: kernels differ among themselves by as much as a
     small adapter's whole effect (SmolLM2-135M in bfloat16: KL 1e-3 between sdpa and eager).
@@ -164,9 +165,10 @@ def compare(
     ends = torch.stack([torch.cat(lasts), torch.cat(shadowed)])
     moved = followed = None
     if reference is not None:
-        change, made = ends - reference
-        moved = float(change.abs().max())
-        followed = float((change * made).sum() / change.square().sum()) if moved else None
+        live_change, shadow_change = ends - reference
+        moved = float(live_change.abs().max())
+        overlap = (live_change * shadow_change).sum()
+        followed = float(overlap / live_change.square().sum()) if moved else None
     return Fidelity(
         max_abs_diff=worst,
         scale=scale,
@@ -187,7 +189,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _worse(so_far: float, value: Tensor) -> float:
-    """The maximum, where NaN wins."""
+    """The maximum of both, or NaN if either is NaN."""
     new = float(value)
     return new if math.isnan(new) or new > so_far else so_far
 
@@ -233,16 +235,16 @@ def as_inference(
 
 
 def mismatch(model: nn.Module, fidelity: Fidelity, *, stale: bool = False) -> str:
-    """Why a shadow is not to be believed."""
+    """Describes for the user why the shadow cannot be trusted."""
     if stale:
         return (
-            f"the shadow of {type(model).__name__} did not follow the live model's update: it made "
-            f"{fidelity.followed:.0%} of a movement of {fidelity.moved:.1e} logits, and is "
-            f"{fidelity.gap:.1e} off"
+            f"the shadow of {type(model).__name__} did not follow the live model's update: the "
+            f"live logits moved by {fidelity.moved:.1e}, the shadow's made {fidelity.followed:.0%} "
+            f"of this change and are {fidelity.gap:.1e} off"
         )
     return (
         f"the shadow of {type(model).__name__} is not the live model: {fidelity}; rounding allows "
         f"{fidelity.tolerance[0]:.0e} of the largest logit and KL {fidelity.tolerance[1]:.0e}. "
-        f"Its pictures would be of another model. This family or this adapter may not be "
-        f"supported by TransformerLens's bridge"
+        f"Its readings would describe another model. Perhaps TransformerLens's bridge does not "
+        f"support this family or this adapter"
     )

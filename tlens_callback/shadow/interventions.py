@@ -1,4 +1,4 @@
-"""Forward passes that are not the model's own: activations replaced, layers before one skipped.
+"""Runs forward passes with replaced activations, or from a later layer on.
 
 `edited` and `starting_at` are context managers around `shadow.logits` or `shadow.run`, and can be
 combined:
@@ -6,8 +6,8 @@ combined:
     with edited(shadow, {"blocks.3.attn.hook_z": zero_head}), starting_at(shadow, 3, resid):
         logits = shadow.logits(tokens)
 
-`captured` and `effects` are made of them: one text as it is, and what becomes of it when one of its
-activations is another.
+`captured` and `effects` are built on them: `captured` runs one text unchanged, and `effects`
+measures what changes when one of its activations is replaced.
 """
 
 import itertools
@@ -25,28 +25,30 @@ from torch import Tensor, nn
 from tlens_callback.shadow.shadow import Shadow
 
 TOKENS = 2048
-"""Tokens of one batch of variants, the text itself included; a long text goes through with one
-variant. Attention and logits grow with it."""
+"""Most tokens in one batch of variants, including the text itself.
+
+The memory for attention and logits grows with it. A text that is too long runs with one variant.
+"""
 
 Edit = Callable[[Tensor], Tensor]
-"""An activation in, what shall stand in its place out; it must not write to what it is given."""
+"""Takes an activation and returns its replacement; it must not write to its argument."""
 
 Change = Callable[[Tensor, Tensor], None]
-"""Writes to an activation that is its own, [variant, pos, ...]; given the variants' numbers too."""
+"""Writes into a copy of an activation, [variant, pos, ...]; also gets the variants' numbers."""
 
 Score = Callable[[Tensor], Tensor]
-"""Logits [variant, kept, vocab] in, a few numbers each out: [variant, ...]."""
+"""Takes logits [variant, kept, vocab] and returns a few numbers for each: [variant, ...]."""
 
 
 @contextmanager
 def edited(shadow: Shadow, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Replaces activations at hook points, for the forward passes inside the `with`.
+    """Replaces activations at hook points, for the forward passes inside the `with` block.
 
-    What is added to an edited hook point inside the `with` sees the new activation, what listened
-    there before sees the old one.
+    A hook that is added to an edited hook point inside the block sees the new activation; a hook
+    that was there before sees the old one.
 
     Raises:
-        ValueError: for a name that is no hook point of this model.
+        ValueError: if a name is no hook point of this model.
     """
     handles = []
     try:
@@ -64,8 +66,10 @@ def edited(shadow: Shadow, edits: Mapping[str, Edit]) -> Iterator[None]:
 def starting_at(
     shadow: Shadow, layer: int, resid: Float[Tensor, "probe pos d_model"]
 ) -> Iterator[None]:
-    """Begins at a layer: `resid` enters it as `blocks.{layer}.hook_resid_pre`, and the layers
-    before it do not run. The tokens of the forward pass still set its batch and its length.
+    """Starts the forward passes inside the `with` block at a layer, with `resid` as its input.
+
+    `resid` enters as `blocks.{layer}.hook_resid_pre`, and earlier layers do not run. The tokens of
+    a forward pass still set its batch size and its length.
     """
     *before, first = list(shadow.bridge.blocks)[: layer + 1]  # type: ignore[arg-type]
     blocks: list[nn.Module] = [*before, first]
@@ -76,7 +80,7 @@ def starting_at(
         return enter(resid, *args, **kwargs)
 
     def skipping(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if blocks[0] not in _IN_TUPLES:  # only a layer that runs, once, can tell
+        if blocks[0] not in _IN_TUPLES:  # a layer has to run once to show its return type
             _IN_TUPLES[blocks[0]] = isinstance(run(hidden, *args, **kwargs), tuple)
         return (hidden,) if _IN_TUPLES[blocks[0]] else hidden
 
@@ -102,14 +106,15 @@ def captured(
     *,
     grad: bool = False,
 ) -> tuple[Float[Tensor, "1 kept vocab"], dict[str, Tensor]]:
-    """One text through the model as it is: the logits, and activations as the hook points have
-    them, [1, pos, ...].
+    """Runs one text unchanged, and returns the logits and the activations at the hook points.
+
+    The activations are [1, pos, ...].
 
     Args:
-        grad: the activations are nodes of the logits' graph, for `torch.autograd.grad`.
+        grad: make the activations nodes of the logits' graph, for `torch.autograd.grad`.
 
     Raises:
-        ValueError: for a name that is no hook point of this model.
+        ValueError: if a name is no hook point of this model.
     """
     got: dict[str, Tensor] = {}
 
@@ -127,10 +132,10 @@ class Variants:
     """Variants of a text that differ from it in one activation of one layer.
 
     Attributes:
-        layer: the first layer that knows of the difference.
+        layer: the first layer that the difference affects.
         hook: a hook point of that layer.
         which: number of each variant: a head, a position.
-        change: writes the variants of some of these numbers into copies of the activation.
+        change: writes the variants with the given numbers into copies of the activation.
     """
 
     layer: int
@@ -149,14 +154,14 @@ def effects(
     positions: Int[Tensor, " kept"] | None = None,
     rows: int,
 ) -> tuple[Float[Tensor, "1 ..."], list[Float[Tensor, "variant ..."]]]:
-    """A text's score, and for each of `variants` their scores minus the text's.
+    """Returns a text's score, and for each of `variants` their scores minus the text's.
 
-    One batch takes up to `rows` variants, fewer of a long text (`TOKENS`), of as many layers as
-    that fills, and begins at the first of these layers. The text itself is a row of each: in half
-    precision the rounding depends on the size of a batch.
+    One batch takes up to `rows` variants, or fewer if the text is long (`TOKENS`). It may hold
+    variants of several layers, and begins at the first of these layers. The text itself is a row
+    of each batch, because in half precision the rounding depends on the size of a batch.
 
     Args:
-        score: what is kept of a batch's logits.
+        score: computes the numbers that are kept of a batch's logits.
         positions: where to take logits. Default: everywhere.
     """
     rows = max(1, min(rows, TOKENS // len(tokens) - 1))
@@ -182,23 +187,27 @@ def effects(
 
 
 def demand_heads(z: Float[Tensor, "*batch head d_head"], shadow: Shadow, name: str) -> None:
-    """Refuses a model whose `hook_z` is not cut into its heads: with a latent for keys and values,
-    whose heads' outputs are of another width than its queries', it is cut across them
-    (DeepSeek; transformer-lens 4.3.0).
+    """Raises a ValueError if the bridge does not split `hook_z` into the model's heads.
+
+    In a model with a latent for keys and values, the outputs of heads have another width than the
+    queries, and the bridge splits `hook_z` across heads (DeepSeek; transformer-lens 4.3.0).
 
     Raises:
-        ValueError: for such a model; `name` is the instrument that wants heads.
+        ValueError: for such a model; `name` is the instrument that needs heads.
     """
     if z.shape[-2] != shadow.n_heads:
         raise ValueError(
-            f"{name}: the bridge cuts the output of this model's {shadow.n_heads} heads into "
-            f"{z.shape[-2]} pieces, so that none of them is a head's. Leave the instrument out, or "
-            f"heads out of what it looks at."
+            f"{name}: the bridge splits the output of this model's {shadow.n_heads} heads into "
+            f"{z.shape[-2]} pieces, so none of them belongs to one head. Leave the instrument out, "
+            f"or do not let it look at heads."
         )
 
 
 def _batches(variants: Sequence[Variants], rows: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """The variants by layer, in parts, (place in `variants`, numbers), up to `rows` in a batch."""
+    """Splits the variants, sorted by layer, into batches of up to `rows`.
+
+    A batch is a list of (index in `variants`, numbers of the variants).
+    """
     batch, room = [], rows
     for i in sorted(range(len(variants)), key=lambda i: variants[i].layer):
         left = variants[i].which

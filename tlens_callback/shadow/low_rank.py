@@ -1,4 +1,4 @@
-"""The low-rank updates that LoRA adapters add to the live model's weights, as their factors."""
+"""Finds the low-rank updates that LoRA adapters add to the live model's weights, as factors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from tlens_callback.shadow.weights import low_rank_update
 
 @dataclass(frozen=True, eq=False)
 class LowRankUpdate:
-    """What the active adapters add to one matrix: `b @ a`.
+    """The update that the active adapters add to one matrix: `b @ a`.
 
     Attributes:
-        name: of the module, as a plain model of the live one's class names it.
+        name: name of the module in a plain model of the live model's class.
         weight: the live matrix without the update, [out, in]; not to be written to.
         b: the scaling (alpha / r, or alpha / sqrt(r) for rsLoRA) folded in; float32 or wider.
         a: as the adapter keeps it. With several active adapters their ranks stand side by side.
@@ -35,10 +35,10 @@ class LowRankUpdate:
 def low_rank_updates(shadow: Shadow) -> Iterator[LowRankUpdate]:
     """The low-rank updates of the live model that `shadow` follows, in the order of its modules.
 
-    Plain LoRA on linear layers, Conv1D and embeddings, whatever its initialisation. Left out are
-    tuners whose effect is no such product alone (DoRA, LoRA with a bias of its own, LoHa, OFT, IA3
-    ...), adapters on stacked experts, and adapters that are disabled or merged into the live weight
-    at the moment.
+    They are those of plain LoRA on linear layers, Conv1D and embeddings, with any initialisation.
+    Left out are tuners whose effect is not just such a product (DoRA, LoRA with a bias of its own,
+    LoHa, OFT, IA3 ...), adapters on stacked experts, and adapters that are at the moment disabled
+    or merged into the live weight.
     """
     for path, module in shadow.mirror.live_modules():
         found = low_rank_update(module)

@@ -15,14 +15,14 @@ from tlens_callback.shadow.weights import adapted_leaves, fill, innermost, live_
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """One parameter of the model as it computes.
+    """One parameter of the model, with the value that the model computes with.
 
     Attributes:
-        name: as a plain model of the live one's class names it.
+        name: name of the parameter in a plain model of the live model's class.
         value: the effective value, on the mirror's device and in its dtype: with adapters merged.
         live: the live model's parameter, without adapters.
-        trained: whether training changes the effective value: the live parameter is trained, or an
-            adapter on it.
+        trained: whether training changes the effective value, because the live parameter or an
+            adapter on it is trained.
     """
 
     name: str
@@ -33,35 +33,35 @@ class Weight:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the parameters of one module come from; each name is in one mapping, or is tied."""
+    """The source of the parameters of one module; each name is in one mapping, or is tied."""
 
     path: str
     live: nn.Module
     adapted: frozenset[str]
     own: dict[str, Tensor] = field(default_factory=dict)
-    """Changed by an adapter: storage of the mirror's, filled with the merged weight."""
+    """Parameters that an adapter changes: the mirror's own storage for the merged weight."""
     aliased: dict[str, int] = field(default_factory=dict)
-    """The live tensor itself, and where its data stood when it was borrowed."""
+    """Parameters that are the live tensor itself: the address of its data when it was borrowed."""
     copied: dict[str, Tensor] = field(default_factory=dict)
-    """The live tensor's values on another device or in another dtype."""
+    """Parameters that copy the live tensor to another device or another dtype."""
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Of each copied live tensor: where its data stood and how often it had been written."""
+    """The address of each copied live tensor's data, and how often it had been written."""
 
 
 class Mirror:
-    """An empty model of the live one's class, filled with aliased, owned and copied tensors.
+    """An empty model of the live model's class, filled with aliased, owned and copied tensors.
 
     Args:
         base: the live model, as `weights.unwrap` returns it.
-        device, dtype: of the mirror; None: the live model's.
+        device, dtype: device and dtype of the mirror; None: those of the live model.
 
     Attributes:
-        module: the tree.
-        device, dtype: where it is, and in which precision most of it is.
+        module: the module tree.
+        device, dtype: its device, and the dtype of most of its parameters.
         coarsest: the live model's dtype of lowest precision.
         mixed: whether the live model computes with parameters of several dtypes, for which
-            trainers use autocast. The mirror copies what is not of the common dtype into it,
-            except where the model's class keeps a module in float32 by design.
+            trainers use autocast. The mirror copies parameters of other dtypes into the common
+            one, except where the model's class keeps a module in float32 by design.
     """
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class Mirror:
             for name in names:
                 origin = leaves[name]
                 wanted = origin.dtype if kept else self.dtype
-                # Tied weights stay one parameter, unless an adapter on one of them parts them.
+                # Tied weights stay one parameter, unless an adapter changes one of them.
                 key = (origin.data_ptr(), *origin.shape)
                 if name in source.adapted:
                     parameter = self._own(source, name, origin, wanted)
@@ -140,7 +140,7 @@ class Mirror:
         return sum(len(source.own) for source in self._sources)
 
     def weights(self) -> list[Weight]:
-        """Every parameter, in the order of the modules; tied ones once."""
+        """Every parameter, in the order of the modules; tied parameters are listed once."""
         found = []
         for source in self._sources:
             for name, live in innermost(source.live)._parameters.items():
@@ -159,12 +159,12 @@ class Mirror:
         return found
 
     def live_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules with parameters, by their names in a plain model: live, adapters included."""
+        """Name in a plain model, and live module with its adapters, of all with parameters."""
         for source in self._sources:
             yield source.path, source.live
 
     def fits(self, base: nn.Module) -> bool:
-        """Whether each module still has the source that it was built on. After `release`: no."""
+        """Whether each module still has the source that it was built on; False after `release`."""
         if not self._sources:
             return False
         for source in self._sources:
@@ -193,18 +193,18 @@ class Mirror:
                     source.stamps[name] = stamp
 
     def _merge(self, source: _Source) -> None:
-        """Merges where the live tensors are: a live model may be spread over several devices."""
-        places = {name: leaf.device for name, leaf in live_leaves(source.live).items()}
-        if set(places.values()) == {self.device}:
+        """Merges on the devices of the live tensors, since a live model may be on several."""
+        devices = {name: leaf.device for name, leaf in live_leaves(source.live).items()}
+        if set(devices.values()) == {self.device}:
             fill(source.live, source.own)
             return
-        there = {n: torch.empty_like(own, device=places[n]) for n, own in source.own.items()}
-        fill(source.live, there)
+        merged = {n: torch.empty_like(own, device=devices[n]) for n, own in source.own.items()}
+        fill(source.live, merged)
         for name, own in source.own.items():
-            own.copy_(there[name])
+            own.copy_(merged[name])
 
     def release(self) -> None:
-        """Lets go of every tensor. Bridges are cycles, which would hold them until collected."""
+        """Drops every tensor now; a bridge is a reference cycle and would hold them longer."""
         for module in self.module.modules():
             module._parameters.clear()
             module._buffers.clear()
@@ -213,10 +213,10 @@ class Mirror:
 
 
 def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
-    """An empty model of the live one's class, on the meta device, with a config of its own.
+    """Makes an empty model of the live model's class, on the meta device, with its own config.
 
-    Nothing is drawn or allocated. A deep copy of the live model would not do: trainers patch
-    `forward` on the instance, and the copy's patch still calls the live model.
+    Nothing is drawn or allocated. A deep copy of the live model would not work: trainers patch
+    `forward` on the instance, and the patch of a copy would still call the live model.
     """
     config = copy.deepcopy(base.config)
     for part in (config, config.get_text_config()):
@@ -229,7 +229,7 @@ def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def _borrow_buffers(module: nn.Module, live: nn.Module, device: torch.device) -> None:
-    """Buffers, and tensors kept as plain attributes (the unscaled rotary frequencies)."""
+    """Takes over buffers, and tensors that are plain attributes (unscaled rotary frequencies)."""
     live = innermost(live)
     for name, value in live._buffers.items():
         if name in module._buffers and value is not None:

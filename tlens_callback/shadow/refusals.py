@@ -1,4 +1,4 @@
-"""What has no shadow: each refusal names the thing, gives the reason and says what to try."""
+"""Refuses models that cannot have a shadow: each refusal gives the reason and what to try."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +36,7 @@ _VARIANTS = {
 
 
 def refuse(model: nn.Module, *, device: torch.device | str | None = None) -> None:
-    """Raises for a live model whose weights cannot be shown as those of one plain model.
+    """Raises a ValueError for a live model that no plain model with merged weights can represent.
 
     Refused are: a model that is not a transformers model; quantised parameters; parameters that
     are sharded (FSDP, tensor parallelism, DeepSpeed ZeRO-3), absent (meta device, offloading) or,
@@ -45,10 +45,10 @@ def refuse(model: nn.Module, *, device: torch.device | str | None = None) -> Non
 
     Args:
         model: as the trainer hands it over, wrappers included.
-        device: where the shadow will be, or None for beside the live model.
+        device: device of the shadow; None: the device of the live model.
 
     Raises:
-        ValueError: one sentence on what it is, one on why, one on what to try.
+        ValueError: one sentence says what is refused, one says why, one says what to try.
     """
     if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
         raise ValueError(
@@ -156,7 +156,7 @@ def _layer(layer: Any) -> Iterator[str]:
         if variant in _VARIANTS:
             yield _VARIANTS[variant]
         if getattr(layer, "lora_bias", {}).get(adapter) and layer.get_base_layer().bias is None:
-            yield "lora_bias=True on a layer without a bias adds one that the plain model has not"
+            yield "lora_bias=True on a layer without a bias adds one that the plain model lacks"
         if getattr(layer, "sample_at_inference", {}).get(adapter):
             yield "PVeRA with sample_at_inference=True draws another weight for every input"
 

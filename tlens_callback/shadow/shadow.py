@@ -1,4 +1,4 @@
-"""`Shadow`: the hooked copy of a live model, kept equal to it without touching it."""
+"""`Shadow`: a hooked copy of the live model that is kept equal to it and never changes it."""
 
 import difflib
 import inspect
@@ -25,10 +25,10 @@ LAST_LOGITS = "last_logits"
 _OUTPUTS = (LOGITS, LAST_LOGITS)
 
 Taken = Tensor | tuple[Tensor, ...]
-"""What one reduction returned, on the CPU, floating point numbers as float32."""
+"""The result of one reduction, on the CPU, with floating point numbers as float32."""
 
 Reduce = Callable[[Tensor], Taken]
-"""Runs on the device, inside the forward pass: a hook's activation in, a few numbers out."""
+"""Takes the activation of a hook, on the device inside the forward pass; returns few numbers."""
 
 
 class Shadow:
@@ -46,9 +46,9 @@ class Shadow:
     Attributes:
         bridge: the bridge; `bridge.blocks[0].attn.W_O`, `bridge.W_U` and so on are views.
         hooks: every hook point by every name it has.
-        n_layers, n_heads, d_model, vocab_size: of the model.
-        context: longest input in tokens, or None where the model sets no limit.
-        device, dtype: where the shadow computes, and in which precision.
+        n_layers, n_heads, d_model, vocab_size: sizes of the model.
+        context: longest input in tokens, or None if the model sets no limit.
+        device, dtype: the device and the precision in which the shadow computes.
     """
 
     def __init__(
@@ -73,18 +73,18 @@ class Shadow:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "Shadow":
-        """The shadow of a live model: a `PreTrainedModel`, or one wrapped by PEFT, DDP or compile.
+        """Makes the shadow of a `PreTrainedModel`, plain or wrapped by PEFT, DDP or compile.
 
         Args:
-            device: where to put the shadow. Default: beside the live model. Another device takes a
+            device: device of the shadow. Default: that of the live model. Another device needs a
                 full copy of the weights there, and each sync moves what training changes.
             dtype: precision of the shadow. Default: that of most live parameters. Another dtype
-                takes a full copy of the weights in it: 4 bytes a parameter for float32.
+                needs a full copy of the weights in it: 4 bytes a parameter for float32.
 
         Raises:
-            ValueError: for a model that is no causal language model, that TransformerLens's bridge
-                does not know, that has no single merged weight, or that cannot be read in place
-                (quantised, sharded, offloaded ...), by name and with the reason.
+            ValueError: if the model is no causal language model, is not supported by
+                TransformerLens's bridge, has no single merged weight, or cannot be read in place
+                (quantised, sharded, offloaded ...); the text gives name and reason.
         """
         return cls(model, device=device, dtype=dtype)
 
@@ -105,7 +105,7 @@ class Shadow:
         except Exception as error:
             raise ValueError(
                 f"TransformerLens's bridge cannot take a {type(base).__name__}: {error} "
-                f"A later version of transformer-lens may."
+                f"A later version of transformer-lens may be able to."
             ) from error
         cfg = self.bridge.cfg
         self.n_layers, self.n_heads, self.d_model = cfg.n_layers, cfg.n_heads, cfg.d_model
@@ -162,21 +162,21 @@ class Shadow:
         *,
         on_error: Callable[[int, Exception], None] | None = None,
     ) -> list[dict[str, Taken]]:
-        """One forward pass over the batch; the reductions run inside it, on the device.
+        """Runs one forward pass over the batch, with the reductions inside it, on the device.
 
         Args:
             taps: one mapping of hook name to reduction per instrument. Besides the names in
                 `hooks` there are "logits", [probe, pos, vocab], and "last_logits", [probe, vocab]
                 at each probe's last real token; the full logits are computed only if asked for.
-            on_error: takes the index and the exception of an instrument whose reduction failed;
-                its mapping comes back empty. None raises.
+            on_error: called with the index and the exception of an instrument whose reduction
+                failed; the result of this instrument is empty. None: the error is raised.
 
         Returns:
-            Per instrument, what its reductions returned, still on the device, under the names
-            asked for and in their order.
+            For each instrument, what its reductions returned, still on the device, under the names
+            in its mapping and in their order.
 
         Raises:
-            ValueError: for a name that is no hook point of this model, or one that did not fire.
+            ValueError: if a name is no hook point of this model, or its hook did not fire.
         """
         taken: list[dict[str, Taken]] = [{} for _ in taps]
         failed: set[int] = set()
@@ -243,14 +243,14 @@ class Shadow:
         *,
         grad: bool = False,
     ) -> Float[Tensor, "probe kept vocab"]:
-        """The model's output for right-padded tokens, at all positions or at some.
+        """The model's output for right-padded tokens, at all positions or only at `positions`.
 
         Args:
             grad: keep the graph, for `torch.autograd.grad` towards an activation that
-                `intervene.edited` made a leaf of it. No weight gets a gradient otherwise.
+                `interventions.edited` made a leaf of it. No weight gets a gradient otherwise.
 
-        No attention mask: under a causal model what stands right of a token cannot reach it, and
-        the rows of padding are never read.
+        There is no attention mask: in a causal model a token is not affected by what stands to its
+        right, and the rows of padding are never read.
         """
         kwargs: dict[str, Any] = {}
         if positions is not None and self._keeps_logits:
@@ -269,8 +269,8 @@ class Shadow:
             near = difflib.get_close_matches(name, [*self.hooks, *_OUTPUTS], n=3)
             raise ValueError(
                 f"This model has no hook point {name!r}. "
-                + (f"Near it are {near}. " if near else "")
-                + "All of them: list(Shadow.of(model).hooks)."
+                + (f"Similar names: {near}. " if near else "")
+                + "To list all hook points: list(Shadow.of(model).hooks)."
             )
         return self.hooks[name]
 
@@ -281,20 +281,20 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
     causal = name.endswith(("ForCausalLM", "LMHeadModel")) or name in _CAUSAL.values()
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder or not causal:
         raise ValueError(
-            f"A {name} is no causal language model of transformers. The probes are read from left "
-            f"to right, without the mask that others need; train a ...ForCausalLM to watch it."
+            f"A {name} is no causal language model of transformers. Probes run from left to right "
+            f"without a mask, which other models need. Only a ...ForCausalLM can be watched."
         )
     return base
 
 
 def parts(value: Any) -> tuple[Any, ...]:
-    """What one reduction returned, as a tuple."""
+    """The result of one reduction as a tuple."""
     return value if isinstance(value, tuple) else (value,)
 
 
 def _listen(
     take: Callable[..., None], i: int, name: str, reduce: Reduce, value: Any, hook: Any
 ) -> None:
-    """A hook that only looks: what it returns would replace the activation."""
+    """A hook that only reads; it returns nothing, because that would replace the activation."""
     del hook
     take(i, name, reduce, value)

@@ -1,4 +1,4 @@
-"""Effective weights of a live model, computed out of place: it is read and never written to.
+"""Computes the effective weights of a live model, which is read and never written to.
 
 The effective weight of a layer is the tensor that a plain layer would need to compute what the
 adapted layer computes: `W + scaling * B @ A` for LoRA, and for every other tuner what PEFT's own
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
-"""Under these names `torch.compile` and activation checkpointing keep the module they wrap."""
+"""The names under which `torch.compile` and activation checkpointing keep the wrapped module."""
 
 _SCRATCH = 2**23
-"""Most elements of float32 scratch in which a result of lower precision is formed."""
+"""Most elements of the float32 scratch space for results of lower precision."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The `PreTrainedModel` inside DDP, `torch.compile` and PEFT.
+    """Finds the `PreTrainedModel` inside DDP, `torch.compile` and PEFT.
 
     A model adapted with transformers' own `add_adapter` has no wrapper and comes back as it is.
     """
@@ -50,17 +50,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def resolve(base: nn.Module, path: str) -> nn.Module:
-    """The live module that does the work of the module `path` of a plain model of the same class.
+    """Finds the live module that has the place of the module `path` in a plain model of its class.
 
-    Steps through what PEFT and compilation put in between: `modules_to_save` leads to the active
-    copy, or to the original where none is active. A tuner layer stands for the module it adapts.
+    Steps through the wrappers of PEFT and compilation: `modules_to_save` leads to the active copy,
+    or to the original if none is active. A tuner layer stands for the module that it adapts.
 
     Args:
         base: the model as `unwrap` returns it.
         path: dotted, as `named_modules()` of a fresh model gives it; "" is the model itself.
 
     Raises:
-        ValueError: where the live model has no such module.
+        ValueError: if the live model has no such module.
     """
     module = _serving(base)
     for name in path.split(".") if path else ():
@@ -69,8 +69,8 @@ def resolve(base: nn.Module, path: str) -> nn.Module:
         if child is None:
             raise ValueError(
                 f"The live model has no module {path!r} ({type(holder).__name__} has no {name!r}), "
-                f"though its class and config call for one. Hand over the model as its class "
-                f"builds it, with adapters added by PEFT only."
+                f"though its class and config need one. Pass the model as its class builds it, "
+                f"with adapters added only by PEFT."
             )
         module = _serving(child)
     return module
@@ -78,7 +78,7 @@ def resolve(base: nn.Module, path: str) -> nn.Module:
 
 @functools.cache
 def _role(kind: type) -> str:
-    """What modules of this class are. Remembered: every sync asks it of every module."""
+    """The role of modules of this class; cached, because every sync asks it for every module."""
     if issubclass(kind, TrainableTokensWrapper):
         return "tokens"
     if issubclass(kind, AuxiliaryTrainingWrapper):
@@ -87,7 +87,7 @@ def _role(kind: type) -> str:
 
 
 def _serving(module: Any) -> Any:
-    """What runs when `module` is called: a plain module, a tuner layer or trained tokens."""
+    """The module that runs when `module` is called: plain, a tuner layer or trained tokens."""
     while True:
         role = _role(type(module))
         if role == "saved":
@@ -126,7 +126,7 @@ def live_leaves(module: nn.Module) -> dict[str, Tensor]:
 
 
 def adapted_leaves(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters whose effective value is no live tensor and so needs storage.
+    """Names of the parameters whose effective value is not a live tensor and needs storage.
 
     "weight" for a plain LoRA layer, whose bias, if it is trained, is trained in place; the targeted
     parameters where LoRA wraps parameters; "weight" for trained tokens; all that the layer has for
@@ -157,7 +157,7 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
             dtype, for names among `adapted_leaves`.
 
     Raises:
-        ValueError: where PEFT cannot merge the layer; names the tuner and the layer.
+        ValueError: if PEFT cannot merge the layer; the text names the tuner and the layer.
     """
     layers, base = _peel(module)
     chain = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
@@ -178,7 +178,7 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
 
 
 def low_rank_update(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, bool] | None:
-    """What the active adapters add to a matrix, where that is a product of low rank.
+    """The update that the active adapters add to a matrix, if it is a product of low rank.
 
     Returns:
         The live matrix without it; B, [out, rank], with the scaling, in float32 or wider; A,
@@ -203,12 +203,13 @@ def low_rank_update(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, bool] | 
 
 
 def _plain_target(layer: Any, *, ever: bool = False) -> str | None:
-    """The parameter to which this layer adds scaled products of two factors and does nothing else.
+    """The parameter to which this layer adds scaled products of two factors.
 
-    None for any other kind of layer. `ever` asks for all its adapters, not the active ones.
+    None for a layer that does anything else. With `ever` all its adapters count, not only the
+    active ones.
     """
     if type(layer) is ParamWrapper:
-        # PEFT before 0.19 does not say which way round it keeps the factors of experts.
+        # PEFT before 0.19 does not say in which order it keeps the factors of experts.
         known = hasattr(layer, "_did_swap_in_out_features")
         factored = known if layer.num_experts > 1 else layer.get_param().ndim == 2
         return layer.parameter_name if factored else None
@@ -258,9 +259,9 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
 
 
 def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
-    """out = weight + scale * left @ right, rounded once to the precision of `out`.
+    """Computes out = weight + scale * left @ right, rounded once to the precision of `out`.
 
-    Matrices, or stacks of them behind a leading dimension.
+    The arguments are matrices, or stacks of matrices along a leading dimension.
     """
     dtype = _at_least_float32(out)
     left, right = left.to(dtype), right.to(dtype)
@@ -279,7 +280,7 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, out:
 
 
 def _replace_rows(weight: Tensor, layer: Any, out: Tensor) -> None:
-    """out = weight, with the trained tokens' rows in place of the base layer's."""
+    """Copies weight to out, with the trained tokens' rows in place of the base layer's."""
     out.copy_(weight)
     for name in layer.active_adapters:
         if name in layer.token_indices:
@@ -288,7 +289,7 @@ def _replace_rows(weight: Tensor, layer: Any, out: Tensor) -> None:
 
 
 def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
-    """What PEFT's own merge of these layers, the outermost first, makes of the base layer."""
+    """The base layer's parameters after PEFT's own merge of these layers, the outermost first."""
     floating = [t for t in chain[0].parameters() if t.is_floating_point()]
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in floating), torch.float32)
     inner = _stand_in(base, dtype)
@@ -306,14 +307,14 @@ def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
         kind = type(chain[0])
         raise ValueError(
             f"PEFT cannot merge {kind.__module__}.{kind.__qualname__} into {base!r}: {error} "
-            f"So this layer has no single weight to look at; use a tuner that merges, or turn this "
+            f"So this layer has no single weight to look at. Use a tuner that merges, or turn this "
             f"adapter off."
         ) from error
     return {n: p for n, p in innermost(inner)._parameters.items() if p is not None}
 
 
 def _stand_in(module: Any, dtype: torch.dtype) -> Any:
-    """A twin of `module` that a merge can do with as it likes.
+    """Makes a copy of `module` that a merge can change without effect on the live model.
 
     Its parameters are copies in `dtype`: some merges write to the adapter as well as to the base
     (OFT with `coft` projects its rotation). Its containers and bookkeeping are copies too: some
