@@ -167,6 +167,7 @@ BAD_SETTINGS = [
     ),
     (dict(instruments=[with_(every=2.5)]), "every of 'constant' must be a whole number"),
     (dict(instruments=[with_(every="3")]), "every of 'constant' must be a whole number"),
+    (dict(instruments=[with_(baseline=None)]), "baseline of 'constant' is a dict of tensors"),
     (dict(instruments=[with_(memory=None)]), "memory of 'constant' is a dict of tensors, got None"),
     (dict(name="a/b"), "name may only have letters"),
     (dict(sinks=[object()]), "is not a Sink"),

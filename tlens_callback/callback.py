@@ -120,7 +120,7 @@ class TLensCallback(TrainerCallback):
                 processing_class,
                 probes,
                 step=state.global_step,
-                memory=self._resumed_memory_file(args, state) if state.global_step else None,
+                memory=self._resumed_baseline_file(args, state) if state.global_step else None,
                 run=_run_identity(state),
                 training=training_rows(train_dataloader, processing_class),
                 logged=state.log_history,
@@ -181,7 +181,7 @@ class TLensCallback(TrainerCallback):
         self._observe_last(state, control)
         if self.observer is not None:
             self.observer.remember(
-                self._memory_file(args, state), step=state.global_step, run=_run_identity(state)
+                self._baseline_file(args, state), step=state.global_step, run=_run_identity(state)
             )
 
     def _observe_last(self, state: TrainerState, control: TrainerControl) -> None:
@@ -213,17 +213,17 @@ class TLensCallback(TrainerCallback):
             self.sinks.append(sink)
             self.observer.writer.add(sink)
 
-    def _memory_file(self, args: TrainingArguments, state: TrainerState) -> Path:
+    def _baseline_file(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The file in the checkpoint of this step that holds what instruments keep."""
         folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         return Path(args.output_dir or ".") / folder / f"{self.name}.memory"
 
-    def _resumed_memory_file(self, args: TrainingArguments, state: TrainerState) -> Path:
+    def _resumed_baseline_file(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The same file in the checkpoint that the run resumes from.
 
         `train` does not tell callbacks which checkpoint that is.
         """
-        usual = self._memory_file(args, state)
+        usual = self._baseline_file(args, state)
         given = Path(str(args.resume_from_checkpoint or usual.parent)) / usual.name
         return given if given.exists() else usual
 

@@ -18,7 +18,7 @@ class Instrument(Protocol):
 
     - `every: int`: it is asked at every n-th observation, counted from the first of the run, and at
       the last one. This is for instruments that run forward passes of their own.
-    - `memory: dict[str, Tensor]`: what it keeps from earlier observations to compare with, by any
+    - `baseline: dict[str, Tensor]`: what it keeps from earlier observations to compare with, by any
       names. It is emptied when a run starts, saved with every checkpoint and back when a run is
       resumed from one, on the shadow's device.
     - `optional: bool`: if it is true and the instrument raises `ValueError` at the first

@@ -56,6 +56,8 @@ def started(*arguments, cwd: Path, **options) -> subprocess.CompletedProcess[str
     """The installed command in a bare shell's environment."""
     command = Path(sys.executable).with_name("tlens-callback")
     env = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"}
+    # Where a test limits the size of files, Python would leave its own cut short, for all to load.
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
     env |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_DIR": str(cwd)}
     return subprocess.run(
         [command, *map(str, arguments)],

@@ -58,7 +58,7 @@ def test_a_rule_on_many_entries_is_one_sentence():
         found = sentences(watch, [reading])
         assert len(found) == events
         assert not found or found[0].endswith(f"and {values.size - 8} more, 1")
-    assert len(watch.memory) == 3
+    assert len(watch.baseline) == 3
 
 
 def test_a_number_that_is_none_any_more():

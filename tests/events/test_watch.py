@@ -282,7 +282,7 @@ def test_features_that_are_chosen_anew_leave_nothing_behind():
     for i in range(5):
         sentences(watch, frequency([str(i), str(i + 1)], [0.4, 0.0]))
         sentences(watch, frequency([str(i), str(i + 1)], [0.0, 0.4]))
-    assert len([key for key in watch.memory if "features" in key]) == 5
+    assert len([key for key in watch.baseline if "features" in key]) == 5
 
 
 def test_a_changed_frozen_weight():
@@ -297,7 +297,7 @@ def test_memory_goes_on_where_another_watch_stopped():
     first, second = Watch(), Watch()
     sentences(first, scores(entropy=0.6))
     sentences(first, scores(induction=[(1, 2, 0.5, 0.6)], entropy=0.6))
-    second.memory.update(first.memory)
+    second.baseline.update(first.baseline)
     assert sentences(second, scores(induction=[(1, 2, 0.5, 0.6)], entropy=0.6)) == []
     assert len(sentences(second, scores(induction=[(1, 2, 0.01, 0.6)], entropy=0.01))) == 2
 

@@ -22,7 +22,7 @@ from tests.instruments.pretend_device import DEVICE, WrongDevice
 from tests.shadow.test_shadow import lora
 from tests.test_no_trace_instruments import every_instrument
 from tlens_callback import ProbeBatch, Reading, Shadow, observe
-from tlens_callback.run.baselines import keep, marks, memories, recall
+from tlens_callback.run.baselines import baselines, keep, marks, recall
 from tlens_callback.shadow import Reduce, Taken
 
 ROWS = [[1, *((7 * row + i) % 80 + 10 for i in range(20))] for row in range(8)]
@@ -94,8 +94,8 @@ def every(families: str, dtypes: str) -> None:
             observe(moved(shadow, model), batch, before)
             about = marks(batch, shadow.dtype, "a run")
             with tempfile.TemporaryDirectory() as folder:
-                keep(Path(folder, "memory"), memories(before), about)
-                assert recall(Path(folder, "memory"), memories(after), about, shadow.device)
+                keep(Path(folder, "memory"), baselines(before), about)
+                assert recall(Path(folder, "memory"), baselines(after), about, shadow.device)
             resumed = observe(moved(shadow, model), batch, after)
             assert {one.name for one in after} == {reading.instrument for reading in resumed}
 

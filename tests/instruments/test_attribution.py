@@ -93,8 +93,8 @@ def _no_post_norm(monkeypatch):
 
 
 def _no_output_bias(monkeypatch):
-    heads = attribution._heads
-    monkeypatch.setattr(attribution, "_heads", lambda *args: heads(*args[:3], None, args[4]))
+    heads = attribution.head_writes
+    monkeypatch.setattr(attribution, "head_writes", lambda *args: heads(*args[:3], None, args[4]))
 
 
 def _no_constant(monkeypatch):
@@ -103,9 +103,11 @@ def _no_constant(monkeypatch):
 
 
 def _every_head_the_first(monkeypatch):
-    heads = attribution._heads
+    heads = attribution.head_writes
     monkeypatch.setattr(
-        attribution, "_heads", lambda a, b, w, *rest: heads(a, b, w[:1].expand(4, -1, -1), *rest)
+        attribution,
+        "head_writes",
+        lambda a, b, w, *rest: heads(a, b, w[:1].expand(4, -1, -1), *rest),
     )
 
 
@@ -194,7 +196,7 @@ def test_changes_are_against_the_first_observation():
                 np.testing.assert_array_equal(change, now - values(first, measure, probe))
                 assert np.abs(change).max() > 1e-2
     resumed = LogitAttribution()
-    resumed.memory.update({key: kept.clone() for key, kept in instrument.memory.items()})
+    resumed.baseline.update({key: kept.clone() for key, kept in instrument.baseline.items()})
     again = readings(resumed, of, ASKED)
     for key, reading in later.items():
         np.testing.assert_array_equal(again[key].values, reading.values)

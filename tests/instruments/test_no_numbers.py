@@ -135,7 +135,11 @@ def test_other_probes_are_what_they_were():
             reading.probe not in (None, "story") and reading.instrument != "head_ablation"
         ):
             # All heads are replaced by their mean over the probes, which is not known.
-            assert same(reading, before[key]), key
+            if reading.instrument == "trained_features":
+                # Its autoencoder was trained on what is left: another one.
+                assert np.isfinite(reading.values).all(), key
+            else:
+                assert same(reading, before[key]), key
         elif reading.probe == "story" and {"pos", "query", "token"} & set(reading.axes):
             (axis,) = {"pos", "query", "token"} & set(reading.axes)
             by_token = np.moveaxis(reading.values, reading.axes.index(axis), 0)

@@ -11,8 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tests import tiny
 from tests.adapters import randomise
 from tests.browser import needs_browser, opened
-from tlens_callback import FidelityError, Probe
-from tlens_callback.offline import ask
+from tlens_callback import FidelityError, LogitAttribution, Probe, TokenLoss
 from tlens_callback.offline.ask import Asker
 from tlens_callback.run import fidelity_monitor
 
@@ -213,11 +212,11 @@ def test_what_a_family_does_not_have_is_left_out_with_a_line(asker, monkeypatch)
     def taps(*given):
         raise ValueError("this family has no direct path.")
 
-    monkeypatch.setattr(ask.LogitAttribution, "taps", taps)
+    monkeypatch.setattr(LogitAttribution, "taps", taps)
     answer = asker.ask(PROMPT)
     assert answer.lines()[-1] == "  without logit_attribution: this family has no direct path."
     assert answer.writers == [] and not any("added" in line for line in answer.lines())
-    monkeypatch.setattr(ask.TokenLoss, "taps", lambda *given: 1 / 0)
+    monkeypatch.setattr(TokenLoss, "taps", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         asker.ask(PROMPT)
 

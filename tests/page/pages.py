@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.described import as_read
 from tlens_callback.page import page
 from tlens_callback.reading import Reading
 from tlens_callback.sinks import LocalSink, read_store
@@ -14,7 +15,7 @@ def page_of(
     """The address of a page with these readings, step -> readings."""
     sink = LocalSink(folder / "store", page=False)
     for step, some in readings.items():
-        sink.write(some, step=step)
+        sink.write(as_read(*some), step=step)
     sink.close()
     file = folder / "page.html"
     file.write_text(page(read_store(folder / "store"), most_bytes=most_bytes), encoding="utf-8")

@@ -12,8 +12,7 @@ from tests.page.decode import Decoder, near
 from tests.sinks.samples import everything, pattern, small
 from tlens_callback.page import PageFolder, folder
 from tlens_callback.page.heads import interleave
-from tlens_callback.page.meanings import meanings
-from tlens_callback.reading import Reading
+from tlens_callback.reading import Reading, descriptions
 
 
 def index_of(path):
@@ -82,6 +81,10 @@ def test_every_step_comes_back_by_itself(tmp_path):
         "notes": [],
         "done": False,
         "steps": [[step, stamps(page.path)[step], 0] for step in (0, 10, 20)],
+        "instruments": {
+            name: json.loads(json.dumps(one.as_json()))
+            for name, one in descriptions(everything(0)).items()
+        },
     }
     text = (page.path / "index.html").read_text("utf-8")
     about = re.search(r'<script type="application/json" id="about">(.*)</script>', text)[1]
@@ -90,7 +93,6 @@ def test_every_step_comes_back_by_itself(tmp_path):
         "title": title,
         "live": True,
         "notes": [],
-        "instruments": meanings(),
     }
     page.finish()
     assert index_of(page.path)["done"] and page.steps == (0, 10, 20)

@@ -4,9 +4,9 @@ import inspect
 
 import numpy as np
 import pytest
-from tlens_callback.page.meanings import meanings
 
 from tests.browser import drawn, needs_browser, opened
+from tests.described import OWN
 from tests.page.pages import page_of
 from tlens_callback import Watch, instruments
 from tlens_callback.reading import Reading
@@ -48,14 +48,14 @@ def test_a_page_opens_with_the_drift_where_there_is_any(tmp_path, drift, opens, 
         for name, count in (("head_scores", 1), ("attention_drift", 1), ("theirs", 0)):
             told = page.locator(f"[data-instrument={name}] > .meaning")
             assert told.count() == count
-            assert not count or told.inner_text() == meanings()[name]
+            assert not count or told.inner_text() == OWN[name].sentence
         assert faults == []
 
 
 def test_each_instrument_has_one_sentence():
     there = [getattr(instruments, name) for name in instruments.__all__]
     made = [*filter(inspect.isclass, there), Watch]
-    told = meanings()
+    told = {name: one.sentence for name, one in OWN.items() if name != "cost"}
     assert sorted(told) == sorted(one.name for one in made)
     for one in made:
         sentence = told[one.name]

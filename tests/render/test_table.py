@@ -166,7 +166,7 @@ def test_refuses_what_makes_no_table():
     a, _ = neurons("p")
     with pytest.raises(ValueError, match="one instrument"):
         neuron_table([a, Reading(key="x/y", values=a.values, axes=a.axes, unit="x")])
-    with pytest.raises(ValueError, match="one key"):
+    with pytest.raises(ValueError, match="the same key"):
         neuron_table([a, a])
     assert neuron_table([]).empty and isinstance(neuron_table([]), pd.DataFrame)
     assert list(axis_table([], "event").columns) == ["probe", "event"]

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.training import CAPITAL, trainer
 from tlens_callback import MemorySink, Probe, Reading, TLensCallback, read_store
+from tlens_callback.run.baselines import baselines
 
 KEY = "distance/norm"
 
@@ -22,14 +23,14 @@ class Distance:
     name = "distance"
 
     def __init__(self):
-        self.memory = {}
+        self.baseline = {}
 
     def taps(self, shadow, batch):
         def last(hidden):
             now = hidden[0, batch.last[0]]
-            if "first" not in self.memory:
-                self.memory["first"] = now.clone()
-            return (now - self.memory["first"]).norm()
+            if "first" not in self.baseline:
+                self.baseline["first"] = now.clone()
+            return (now - self.baseline["first"]).norm()
 
         return {"blocks.1.hook_resid_post": last}
 
@@ -215,16 +216,16 @@ class Odd(Rare):
 
     def __init__(self):
         super().__init__(1)
-        self.memory = {}
+        self.baseline = {}
 
     def read(self, taken, shadow, batch):
-        self.memory["first"] = [1, 2]
+        self.baseline["first"] = [1, 2]
         return super().read(taken, shadow, batch)
 
 
 def test_a_memory_of_other_things_raises_when_training_begins(tmp_path):
     callback = TLensCallback([CAPITAL], instruments=[Odd()], sinks=[], every_n_steps=1)
-    with pytest.raises(ValueError, match="'every1' has a list in its memory, as 'first'"):
+    with pytest.raises(ValueError, match="'every1' has a list in its baseline, as 'first'"):
         trainer(tmp_path, callback, save_strategy="steps", save_steps=3).train()
 
 
@@ -232,18 +233,18 @@ def test_a_memory_that_goes_wrong_later_ends_nothing(tmp_path, caplog):
     class Late(Rare):
         def __init__(self):
             super().__init__(1)
-            self.memory, self.looks = {}, 0
+            self.baseline, self.looks = {}, 0
 
         def read(self, taken, shadow, batch):
             self.looks += 1
             if self.looks > 1:
-                self.memory["first"] = [1, 2]
+                self.baseline["first"] = [1, 2]
             return super().read(taken, shadow, batch)
 
     callback = TLensCallback([CAPITAL], instruments=[Late()], sinks=[], every_n_steps=1)
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         trainer(tmp_path, callback, save_strategy="steps", save_steps=3).train()
-    assert "'every1' has a list in its memory, as 'first'" in caplog.text
+    assert "'every1' has a list in its baseline, as 'first'" in caplog.text
 
 
 def test_ctrl_c_while_it_is_written_leaves_no_half(tmp_path, monkeypatch):
@@ -310,7 +311,7 @@ def test_a_memory_lives_where_the_shadow_does(tmp_path):
     callback = TLensCallback([CAPITAL], instruments=[instrument], sinks=[], every_n_steps=1)
     run = trainer(tmp_path, callback)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert instrument.memory["first"].device == torch.device("cpu")
+    assert instrument.baseline["first"].device == torch.device("cpu")
 
 
 def adapted():
@@ -353,3 +354,13 @@ def test_every_fast_instrument_goes_on_where_it_stopped(tmp_path):
             np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5, err_msg=key)
     for key in changes - {"adapter_spectrum/rotation"}:
         assert not np.array_equal(whole.readings[key][6].values, whole.readings[key][0].values)
+
+
+def test_the_older_name_of_the_attribute_is_known():
+    """An instrument of a user's own may still call it `memory`."""
+    now, before = type("Now", (), {}), type("Before", (), {})
+    now.name, now.baseline = "now", {"first": torch.ones(1)}
+    before.name, before.memory = "before", {"first": torch.zeros(1)}
+    found = baselines([now, before, object()])
+    assert found == {"now": now.baseline, "before": before.memory}
+    assert found["before"] is before.memory

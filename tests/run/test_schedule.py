@@ -53,7 +53,7 @@ def resumed(schedule: Schedule, at: int) -> Schedule:
     """The schedule of a run that goes on from a checkpoint at this step."""
     schedule.remember(at)
     other = Schedule()
-    other.memory.update({name: kept.clone() for name, kept in schedule.memory.items()})
+    other.baseline.update({name: kept.clone() for name, kept in schedule.baseline.items()})
     other.start()
     return other
 

@@ -39,7 +39,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path):
 
 
 def test_without_the_mark_of_a_new_beginning_both_would_be_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(TensorBoardSink, "_enter", lambda self, step: False)
+    monkeypatch.setattr(TensorBoardSink, "_choose_folder", lambda self, step: False)
     for first in (0, 20):
         sink = TensorBoardSink(tmp_path)
         for step in (first, first + 10, first + 20):

@@ -110,8 +110,8 @@ def test_what_an_observation_becomes(project, tmp_path):
         assert np.allclose(histogram["bins"], edges)
         frame = axis_table([r for r in named(step) if r.instrument == "virtual_heads"], "rank")
         table = row["tlens/virtual_heads/rank_table"]["_value"]
-        assert [cells["pair"] for cells in table] == frame["pair"].tolist()
-        assert [cells["pair_id"] for cells in table] == frame["pair_id"].tolist()
+        assert [cells["lag_pair"] for cells in table] == frame["lag_pair"].tolist()
+        assert [cells["lag_pair_id"] for cells in table] == frame["lag_pair_id"].tolist()
         assert "probe" not in table[0], "it would be empty"
         tokens = row["tlens/logit_lens/table"]["_value"]
         texts = by_key["logit_lens/token/capital"].texts

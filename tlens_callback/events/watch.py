@@ -99,7 +99,7 @@ class Watch:
     cooldown: int = 10
     scores: str | None = None
     name: str = "watch"
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.loses <= self.takes:
@@ -128,8 +128,8 @@ class Watch:
             ValueError: if the heads, the scores or the key of a rule have never been read.
         """
         by_key = {reading.key: reading for reading in readings}
-        now = int(self.memory["looks"]) + 1 if "looks" in self.memory else 0
-        self.memory["looks"] = torch.tensor(now)
+        now = int(self.baseline["looks"]) + 1 if "looks" in self.baseline else 0
+        self.baseline["looks"] = torch.tensor(now)
         found: list[Event] = []
         curves: list[Reading] = []
         followed = self._followed_readings(by_key.values())
@@ -147,7 +147,7 @@ class Watch:
         for rule in self.rules:
             if rule.key in by_key:
                 found += self._rule_events(rule, by_key[rule.key])
-            elif f"past {rule}" not in self.memory:
+            elif f"past {rule}" not in self.baseline:
                 near = get_close_matches(rule.key, by_key, cutoff=0.3)
                 raise ValueError(f"Watch: no reading is {rule.key!r}; the nearest are {near}.")
         return [r.described(described(self)) for r in [*curves, *self._event_readings(found)]]
@@ -179,7 +179,7 @@ class Watch:
         scorers = list(dict.fromkeys(reading.instrument for reading in roles))
         asked = self.scores is not None or self.heads is not None
         known = [name for name in scorers if self.scores in (None, name)]
-        if asked and not known and not any(key.endswith(" head held") for key in self.memory):
+        if asked and not known and not any(key.endswith(" head held") for key in self.baseline):
             raise ValueError(
                 f"Watch is to follow heads, and no instrument"
                 f"{f' {self.scores!r}' * bool(self.scores)} scores heads in a role, as HeadScores "
@@ -189,7 +189,7 @@ class Watch:
 
     def _allowed(self, about: str, where: np.ndarray) -> np.ndarray:
         """Returns which of these events are outside their cooldown, and starts it for them."""
-        now, raised = int(self.memory["looks"]), self._old(f"{about} raised")
+        now, raised = int(self.baseline["looks"]), self._old(f"{about} raised")
         if raised is None or raised.shape != where.shape:
             raised = np.full(where.shape, _LONG_AGO)
         fresh = where & (now - raised > self.cooldown)
@@ -218,9 +218,9 @@ class Watch:
                 often, key = reading.values, f"{reading.instrument} features"
                 names = reading.labels.get("feature") or [str(i) for i in range(len(often))]
                 shown = np.frombuffer("\n".join(names).encode(), np.uint8)
-                if not np.array_equal(self.memory.get(f"{key} names", ()), shown):
-                    for of_others in [name for name in self.memory if name.startswith(f"{key} ")]:
-                        del self.memory[of_others]
+                if not np.array_equal(self.baseline.get(f"{key} names", ()), shown):
+                    for of_others in [name for name in self.baseline if name.startswith(f"{key} ")]:
+                        del self.baseline[of_others]
                     self._store(f"{key} names", shown)
                 yield from self._crossings(
                     key,
@@ -338,10 +338,10 @@ class Watch:
         self._store(f"past {rule}", np.concatenate([past, new[None]])[-HISTORY:])
 
     def _old(self, key: str) -> np.ndarray | None:
-        return self.memory[key].cpu().numpy() if key in self.memory else None
+        return self.baseline[key].cpu().numpy() if key in self.baseline else None
 
     def _store(self, key: str, values: np.ndarray) -> None:
-        self.memory[key] = torch.from_numpy(np.array(values))
+        self.baseline[key] = torch.from_numpy(np.array(values))
 
 
 def _join_some(parts: Sequence[str], of: np.ndarray) -> str:

@@ -146,14 +146,18 @@ class LogitAttribution:
             "remainder": Meaning(
                 title="What no component accounts for", axes=(), quantity=Quantity.DIRECT_REMAINDER
             ),
-            "neuron": Meaning(title="Neurons that add most", axes=("layer", "rank")),
-            "neuron_write": Meaning(title="What these neurons add", axes=("layer", "rank")),
+            "neuron": Meaning(
+                title="Neurons that add most", axes=("layer", "rank"), sometimes=True
+            ),
+            "neuron_write": Meaning(
+                title="What these neurons add", axes=("layer", "rank"), sometimes=True
+            ),
         },
     )
 
     probes: Sequence[str] | None = None
     neurons: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "logit_attribution"
 
     def __post_init__(self) -> None:
@@ -277,7 +281,7 @@ class LogitAttribution:
         self, measure: str, probe: str, values: Tensor, axes: tuple[str, ...]
     ) -> Iterator[Reading]:
         values = values.float()
-        change = values - first_seen(self.memory, f"{measure}/{probe}", values)
+        change = values - first_seen(self.baseline, f"{measure}/{probe}", values)
         yield self._reading(measure, probe, values, axes)
         yield self._reading(f"{measure}_change", probe, change, axes)
 

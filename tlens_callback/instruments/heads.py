@@ -36,22 +36,16 @@ _TITLES = {
     "lag_mass": "Attention at that distance",
 }
 
-_ROLES = {
-    "previous": "previous",
-    "duplicate": "duplicate",
-    "induction": "induction",
-    "induction_diagonal": "induction",
-}
-"""The measures that make a head a head of a kind, and what it is called."""
+_EITHER = ("induction", "induction_diagonal")  # one of them is measured, as `strict` says
 
-_EITHER = ("induction", "induction_diagonal")
-"""Only one of them is measured, as `strict` says."""
+_ROLES = dict(previous="previous", duplicate="duplicate") | dict.fromkeys(_EITHER, "induction")
+"""The measures that make a head a head of a kind, and what it is called."""
 
 
 def _meanings() -> dict[str, Meaning]:
     axes, found = ("layer", "head"), {}
     for measure, title in _TITLES.items():
-        role = _ROLES.get(measure, "")
+        role, sometimes = _ROLES.get(measure, ""), measure in _EITHER
         quantity = Quantity.HEAD_ENTROPY if measure == "entropy" else None
         found |= {
             measure: Meaning(
@@ -60,7 +54,7 @@ def _meanings() -> dict[str, Meaning]:
                 headline=bool(role),
                 quantity=quantity,
                 role=role,
-                sometimes=measure in _EITHER,
+                sometimes=sometimes,
             ),
             # One block length is not enough: a positional copy scores high at one alone.
             f"{measure}_by_block": Meaning(
@@ -68,8 +62,11 @@ def _meanings() -> dict[str, Meaning]:
                 axes=("block", *axes),
                 quantity=Quantity.HEAD_ROLE if role else None,
                 role=role,
+                sometimes=sometimes,
             ),
-            f"{measure}_spread": Meaning(title=f"{title}: spread over block lengths", axes=axes),
+            f"{measure}_spread": Meaning(
+                title=f"{title}: spread over block lengths", axes=axes, sometimes=sometimes
+            ),
         }
     for measure in (*_ROLES, "prefix_matching"):
         found[f"max_{measure}"] = Meaning(

@@ -59,7 +59,7 @@ class UpdateSparsity:
 
     Raises:
         ValueError: tolerance <= 0 or sample < 1; from `taps`, when training changes no weight;
-            from `read`, when the memory is of a model with other weights.
+            from `read`, when the baseline is of a model with other weights.
     """
 
     description: ClassVar[Description] = Description(
@@ -73,6 +73,7 @@ class UpdateSparsity:
                 of_run=True,
             ),
             "share_elsewhere": Meaning(
+                sometimes=True,
                 title="Share of the weights that have not moved, outside the layers",
                 axes=("weight",),
                 of_run=True,
@@ -89,7 +90,7 @@ class UpdateSparsity:
     tolerance: float = 1e-5
     sample: int | None = 4096
     name: str = "update_sparsity"
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _drawn: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,9 +136,9 @@ class UpdateSparsity:
 
     def _of_all(self, weight: Weight) -> Float[Tensor, ""]:
         now, key = weight.value, f"first/{weight.name}"
-        if key not in self.memory:
-            self.memory[key] = now.clone()
-        first = self.memory[key]
+        if key not in self.baseline:
+            self.baseline[key] = now.clone()
+        first = self.baseline[key]
         if first.shape != now.shape:
             raise ValueError(_other_model(weight.name))
         # In pieces, so that the differences take little memory beside the weight.
@@ -161,9 +162,9 @@ class UpdateSparsity:
                 for weight, size, drawn in zip(weights, sizes, self._drawn[about], strict=True)
             ]
         )
-        if "first" not in self.memory:
-            self.memory["first"] = now
-        first = self.memory["first"]
+        if "first" not in self.baseline:
+            self.baseline["first"] = now
+        first = self.baseline["first"]
         if first.shape != now.shape:
             raise ValueError(_other_model(f"{len(weights)} weights"))
         still = ((now - first).abs() < self.tolerance).cpu().numpy()
@@ -187,6 +188,6 @@ def _entries(weight: Tensor, drawn: Int[Tensor, " sample"]) -> Float[Tensor, " s
 
 def _other_model(what: str) -> str:
     return (
-        f"UpdateSparsity remembers another shape than {what} has now: its memory is of another "
+        f"UpdateSparsity remembers another shape than {what} has now: its baseline is of another "
         f"model. Give each run an instrument of its own, or resume with the model it began with."
     )

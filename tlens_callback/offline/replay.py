@@ -115,7 +115,7 @@ def replay(
     def seen(observer: Observer, stage: Stage) -> None:
         if observer.shadow is not None and len(observer.steps) == 1:
             print_lines(_rounding(of_last, observer.shadow.dtype, asked=loader.dtype is not None))
-        observer.remember(record.memory(stage.step), step=stage.step + 1, always=True)
+        observer.remember(record.baselines_file(stage.step), step=stage.step + 1, always=True)
         record.add(stage, last=stage is todo[-1])
 
     record.begin()

@@ -19,8 +19,8 @@ RECORD = "replay.json"
 class Record:
     """What was asked for, and the steps that are completely written.
 
-    A step is added after the store has it, and after the file with the instruments' memories: what
-    is killed in between does that step again, with the memories of before.
+    A step is added after the store has it, and after the file with the instruments' baselines: what
+    is killed in between does that step again, with the baselines of before.
 
     Attributes:
         path: directory of the store.
@@ -31,12 +31,12 @@ class Record:
     def __init__(self, path: Path, asked: Mapping[str, Any], seen: Mapping[int, str]) -> None:
         self.path, self.asked, self.seen = path, asked, dict(seen)
 
-    def memory(self, step: int) -> Path:
-        """Where the memories are, as they were after a step."""
+    def baselines_file(self, step: int) -> Path:
+        """Where the baselines are, as they were after a step."""
         return self.path / f"replay-{step:08d}.memory"
 
     def left(self, stages: Sequence[Stage]) -> tuple[Sequence[Stage], Path | None]:
-        """The stages to be observed, and the memories to go on from; None: from the beginning."""
+        """The stages to be observed, and the baselines to go on from; None: from the beginning."""
         done = sorted(self.seen)
         if not done:
             return stages, None
@@ -45,8 +45,8 @@ class Record:
         at = done[-1]
         # As the last one it was shown to all instruments; among others it is not.
         if any(stage.step == at for stage in stages) and len(done) > 1:
-            at = done[-2] if self.memory(done[-2]).exists() else at
-        return [stage for stage in stages if stage.step > at], self.memory(at)
+            at = done[-2] if self.baselines_file(done[-2]).exists() else at
+        return [stage for stage in stages if stage.step > at], self.baselines_file(at)
 
     def changed(self, stage: Stage) -> bool:
         """Whether a step is done whose checkpoint is another one now."""
@@ -55,7 +55,11 @@ class Record:
     def can_redo(self, stage: Stage) -> bool:
         """Whether it is the last that is done, and can be done anew."""
         before = [step for step in self.seen if step < stage.step]
-        return bool(before) and stage.step == max(self.seen) and self.memory(max(before)).exists()
+        return (
+            bool(before)
+            and stage.step == max(self.seen)
+            and self.baselines_file(max(before)).exists()
+        )
 
     def begin(self) -> None:
         """Makes the directory; removes a first step that is there and was not completed."""
@@ -66,17 +70,17 @@ class Record:
         self._write()
 
     def add(self, stage: Stage, *, last: bool) -> None:
-        """A step is done; its memories are written.
+        """A step is done; its baselines are written.
 
         Args:
-            last: the memories of before are kept too: see `left`.
+            last: the baselines of before are kept too: see `left`.
         """
         earlier = [step for step in self.seen if step < stage.step]
         self.seen = {step: self.seen[step] for step in earlier} | {stage.step: stamp(stage)}
         self._write()
         kept = {stage.step, *([max(earlier)] if last and earlier else [])}
         for file in self.path.glob("replay-*.memory"):
-            if file not in {self.memory(step) for step in kept}:
+            if file not in {self.baselines_file(step) for step in kept}:
                 file.unlink()
 
     def _write(self) -> None:
@@ -124,8 +128,8 @@ def _other(record: Record, asked: Mapping[str, Any], stages: Sequence[Stage]) ->
             return f"{stage.name} has changed since"
     if set(record.seen) - set(steps_in(record.path / "scores")):
         return "it lacks steps that were in it"
-    if not record.memory(max(record.seen)).exists():
-        return f"it lacks {record.memory(max(record.seen)).name}"
+    if not record.baselines_file(max(record.seen)).exists():
+        return f"it lacks {record.baselines_file(max(record.seen)).name}"
     return ""
 
 

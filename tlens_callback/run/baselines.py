@@ -13,18 +13,23 @@ from torch import Tensor
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.store.atomic import write_whole
 
-Memories = Mapping[str, dict[str, Tensor]]
-"""Name of an instrument -> its `memory`."""
+Baselines = Mapping[str, dict[str, Tensor]]
+"""Name of an instrument -> its `baseline`."""
+
+BASELINE = ("baseline", "memory")
+"""The attribute of an instrument that holds what it compares with; the second name is the older
+one."""
 
 logger = logging.getLogger("tlens_callback")
 
 
-def memories(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
-    """The memories of those instruments that have one, by name."""
+def baselines(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
+    """Gives the baseline of each instrument that has one, by the instrument's name."""
     return {
-        getattr(thing, "name"): memory  # noqa: B009
+        getattr(thing, "name"): baseline  # noqa: B009
         for thing in things
-        if isinstance(memory := getattr(thing, "memory", None), dict)
+        for what in BASELINE
+        if isinstance(baseline := getattr(thing, what, None), dict)
     }
 
 
@@ -43,22 +48,22 @@ def marks(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:
     }
 
 
-def check(of: Memories) -> None:
-    """A memory holds tensors, so that it can be kept.
+def check(of: Baselines) -> None:
+    """Checks that baselines hold tensors alone, so that they can be written to a file.
 
     Raises:
-        ValueError: where an instrument remembers something else than tensors.
+        ValueError: where one holds something else.
     """
-    for name, memory in of.items():
-        if wrong := [key for key, value in memory.items() if not isinstance(value, Tensor)]:
+    for name, baseline in of.items():
+        if wrong := [key for key, value in baseline.items() if not isinstance(value, Tensor)]:
             raise ValueError(
-                f"{name!r} has a {type(memory[wrong[0]]).__name__} in its memory, as {wrong[0]!r}; "
-                f"a memory holds tensors."
+                f"{name!r} has a {type(baseline[wrong[0]]).__name__} in its baseline, as "
+                f"{wrong[0]!r}; a baseline holds tensors."
             )
 
 
-def keep(path: Path, of: Memories, about: Mapping[str, str]) -> None:
-    """Writes the memories to a file, whole or not at all; removes the file if there are none.
+def keep(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
+    """Writes the baselines to a file, whole or not at all; removes the file if there are none.
 
     Args:
         about: what `marks` returned.
@@ -71,8 +76,8 @@ def keep(path: Path, of: Memories, about: Mapping[str, str]) -> None:
     # Copied: safetensors refuses tensors that share storage.
     tensors = {
         f"{name}/{key}": tensor.detach().to("cpu", copy=True).contiguous()
-        for name, memory in of.items()
-        for key, tensor in memory.items()
+        for name, baseline in of.items()
+        for key, tensor in baseline.items()
     }
     if tensors:
         write_whole(path, save(tensors, metadata=dict(about)))
@@ -81,9 +86,9 @@ def keep(path: Path, of: Memories, about: Mapping[str, str]) -> None:
 
 
 def recall(
-    path: Path, of: Memories, about: Mapping[str, str], device: torch.device
+    path: Path, of: Baselines, about: Mapping[str, str], device: torch.device
 ) -> frozenset[str]:
-    """Fills the memories from a file, and returns the names of those that the file has.
+    """Fills the baselines from a file, and returns the names of those that the file has.
 
     If there is no such file, or it is from another run, other probes or another precision, a
     warning is logged: changes are then measured from the first observation after resuming.

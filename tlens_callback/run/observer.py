@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.run.baselines import check, keep, marks, memories, recall
+from tlens_callback.run.baselines import baselines, check, keep, marks, recall
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.observe import observe
@@ -141,8 +141,8 @@ class Observer:
                     training=training,
                 )
             assert self.batch is not None
-            remembered = memories([*self.instruments, self.watch])
-            own = memories([self.logs, self._schedule])
+            remembered = baselines([*self.instruments, self.watch])
+            own = baselines([self.logs, self._schedule])
             for one in [*remembered.values(), *own.values()]:
                 one.clear()
             recalled = frozenset()
@@ -191,13 +191,13 @@ class Observer:
         with self.cost.spending():
             try:
                 about = marks(self.batch, self.shadow.dtype, run)
-                of = memories([*self.instruments, self.watch])
+                of = baselines([*self.instruments, self.watch])
                 if self.watch is not None and self._watch_before[0] == step:
                     of[self.watch.name] = self._watch_before[1]
                 if any(of.values()) or has_rare(self.instruments) or always:
                     for own in (self.logs, self._schedule):
                         own.remember(step)
-                        of[own.name] = own.memory
+                        of[own.name] = own.baseline
                 keep(path, of, about)
             except Exception as error:
                 if self.settings.on_error == "raise":
@@ -330,7 +330,7 @@ class Observer:
         """Returns the watch's readings for an observation, and prints its events."""
         if self.watch is None:
             return []
-        self._watch_before = step, dict(self.watch.memory)
+        self._watch_before = step, dict(self.watch.baseline)
         try:
             found = self.watch.look(readings)
         except Exception as error:

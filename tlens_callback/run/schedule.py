@@ -17,21 +17,21 @@ class Schedule:
     """Counts a run's observations, including those before it was resumed.
 
     Attributes:
-        memory: as an instrument's: how many observations there were.
+        baseline: as an instrument's: how many observations there were.
     """
 
     name = "checkpoint"
 
     def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}
+        self.baseline: dict[str, Tensor] = {}
         self._n_observations = 0
         self._before_last = -1, 0
         self._new: set[int] = set()
         self._asked: set[int] = set()
 
     def start(self) -> None:
-        """Starts to count where `memory` says that the run was interrupted, or at 0."""
-        self._n_observations, self._before_last = int(self.memory.get("looks", 0)), (-1, 0)
+        """Starts to count where `baseline` says that the run was interrupted, or at 0."""
+        self._n_observations, self._before_last = int(self.baseline.get("looks", 0)), (-1, 0)
         self._new, self._asked = set(), set()
 
     def due(self, instruments: Sequence[Instrument], *, step: int, last: bool) -> list[Instrument]:
@@ -54,7 +54,7 @@ class Schedule:
         return id(instrument) in self._new
 
     def remember(self, step: int) -> None:
-        """Sets `memory` for a run that resumes at `step`; if the step was observed already, it is
+        """Sets `baseline` for a run that resumes at `step`; if the step was observed already, it is
         not counted, because the resumed run observes it again."""
         looks = self._before_last[1] if self._before_last[0] == step else self._n_observations
-        self.memory["looks"] = torch.tensor(looks)
+        self.baseline["looks"] = torch.tensor(looks)

@@ -20,6 +20,7 @@ from tlens_callback.probes.builtin import repeated_blocks
 from tlens_callback.probes.entries import ENDINGS
 from tlens_callback.probes.file import read_probes
 from tlens_callback.reading import RESERVED
+from tlens_callback.run.baselines import BASELINE
 from tlens_callback.run.writer import OnError, Writing
 from tlens_callback.shadow import Shadow
 
@@ -202,8 +203,11 @@ def _check_parts(
             raise ValueError(
                 f"every of {instrument.name!r} must be a whole number, 1 or more, got {every!r}."
             )
-        if not isinstance(memory := getattr(instrument, "memory", {}), dict):
-            raise ValueError(f"memory of {instrument.name!r} is a dict of tensors, got {memory!r}.")
+        for what in BASELINE:
+            if not isinstance(kept := getattr(instrument, what, {}), dict):
+                raise ValueError(
+                    f"{what} of {instrument.name!r} is a dict of tensors, got {kept!r}."
+                )
     names = [thing.name for thing in (*instruments, *filter(None, [watch]))]
     if wrong := [one for one in names if not isinstance(one, str) or not one or "/" in one]:
         raise ValueError(

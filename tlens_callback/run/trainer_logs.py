@@ -26,29 +26,29 @@ class TrainerLogs:
             and the summary at the end of the run are left out.
 
     Attributes:
-        memory: as an instrument's: how many rows of the log earlier observations had.
+        baseline: as an instrument's: how many rows of the log earlier observations had.
     """
 
     name = "trainer"
 
     def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}
+        self.baseline: dict[str, Tensor] = {}
         self._rows: Sequence[Mapping[str, Any]] = ()
         self._taken = 0
         self._before_last = -1, 0
         self._keys: dict[str, str] = {}
 
     def start(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
-        """Starts at the row of the log that `memory` names.
+        """Starts at the row of the log that `baseline` names.
 
         Args:
             rows: the log, which grows as the trainer logs: `TrainerState.log_history`.
-            step: the step where the run begins. If it is not 0 and there is no memory, the rows
+            step: the step where the run begins. If it is not 0 and there is no baseline, the rows
                 logged so far are left out.
         """
         self._rows, self._before_last = rows, (-1, 0)
         unknown = len(rows) if step else 0
-        self._taken = min(int(self.memory.get("taken", unknown)), len(rows))
+        self._taken = min(int(self.baseline.get("taken", unknown)), len(rows))
 
     def take(self, step: int) -> list[Reading]:
         """Returns the readings that belong to the observation at `step`."""
@@ -76,10 +76,10 @@ class TrainerLogs:
             ]
 
     def remember(self, step: int) -> None:
-        """Sets `memory` for a checkpoint of `step`. A resumed run observes that step again, so the
-        rows logged before it are to be read again."""
+        """Sets `baseline` for a checkpoint of `step`. A resumed run observes that step again, so
+        the rows logged before it are to be read again."""
         taken = self._before_last[1] if self._before_last[0] == step else self._taken
-        self.memory["taken"] = torch.tensor(taken)
+        self.baseline["taken"] = torch.tensor(taken)
 
     def _key(self, name: str) -> str:
         """Returns a key for a logged name: the name itself if it can be a key, else another one
