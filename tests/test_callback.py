@@ -84,8 +84,9 @@ def test_the_end_says_where_to_look_and_what_it_cost(tmp_path, capsys):
     trainer(tmp_path, callback).train()
     said = capsys.readouterr().out
     assert re.search(
-        r"watching 2 layers x 4 heads with 1 probe and 0 repeated blocks; all weights are the "
-        r"model's own, none is copied\n.*the shadow agrees with the model: max logit difference",
+        r"watching 2 layers x 4 heads with 1 probe and 0 repeated blocks; the shadow "
+        r"shares all weights of the model and copies none\n"
+        r".*the shadow agrees with the model: max logit difference",
         said,
     )
     assert said.count(f"local store {tmp_path / 'tlens'}") == 2, "at the start and at the end"
@@ -124,7 +125,9 @@ def test_what_was_spent_beforehand_is_that_of_the_start(tmp_path):
 def test_adapters_and_copies_are_said(tmp_path, capsys):
     adapted = get_peft_model(tiny.model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
     trainer(tmp_path, TLensCallback([CAPITAL], sinks=[]), model=adapted, max_steps=1).train()
-    assert re.search(r"; 2 weights have adapters, [\d.]+ MiB beside", capsys.readouterr().out)
+    assert re.search(
+        r"; 2 weights have adapters, the shadow takes [\d.]+ MiB more", capsys.readouterr().out
+    )
     split = tiny.model("gpt_neox")
     trainer(tmp_path, TLensCallback([CAPITAL], sinks=[]), model=split, max_steps=1).train()
     assert re.search(r"repeated blocks; [\d.]+ MiB beside", capsys.readouterr().out)
@@ -137,34 +140,43 @@ def with_(**attributes) -> Constant:
 
 
 BAD_SETTINGS = [
-    (dict(every_n_steps=0), "every_n_steps is a whole number from 1"),
-    (dict(every_n_steps=2.5), "every_n_steps is a whole number"),
-    (dict(every_n_steps=True), "every_n_steps is a whole number"),
+    (dict(every_n_steps=0), "every_n_steps must be a whole number, 1 or more"),
+    (dict(every_n_steps=2.5), "every_n_steps must be a whole number"),
+    (dict(every_n_steps=True), "every_n_steps must be a whole number"),
     (dict(on_error="ignore"), "'warn' or 'raise'"),
-    (dict(probes="text"), "probes is a list"),
+    (dict(probes="text"), "probes must be a list"),
     (dict(probes=["text"]), "Probe objects"),
     (
         dict(instruments=[AttentionPatterns]),
         "AttentionPatterns is a class; write AttentionPatterns",
     ),
-    (dict(instruments=[HeadScores(), HeadScores()]), "Two instruments are named 'head_scores'"),
-    (dict(instruments=[Constant("watch")]), "are named 'watch'.*watch's name are taken"),
-    (dict(instruments=[Constant("cost")]), "are named 'cost'"),
-    (dict(instruments=[Constant("trainer")]), "are named 'trainer'.*cost, fidelity, trainer"),
-    (dict(writing="later"), "writing is 'wait', 'drop_old' or 'inline', got 'later'"),
-    (dict(instruments=[with_(every=0)]), "every of 'constant' is a whole number from 1 on, got 0"),
-    (dict(instruments=[with_(every=2.5)]), "every of 'constant' is a whole number"),
-    (dict(instruments=[with_(every="3")]), "every of 'constant' is a whole number"),
+    (dict(instruments=[HeadScores(), HeadScores()]), "The name 'head_scores' is used twice"),
+    (
+        dict(instruments=[Constant("watch")]),
+        "name 'watch' is used twice.*may have the watch's name",
+    ),
+    (dict(instruments=[Constant("cost")]), "name 'cost' is used twice"),
+    (
+        dict(instruments=[Constant("trainer")]),
+        "name 'trainer' is used twice.*cost, fidelity, trainer",
+    ),
+    (dict(writing="later"), "writing must be 'wait', 'drop_old' or 'inline', got 'later'"),
+    (
+        dict(instruments=[with_(every=0)]),
+        "every of 'constant' must be a whole number, 1 or more, got 0",
+    ),
+    (dict(instruments=[with_(every=2.5)]), "every of 'constant' must be a whole number"),
+    (dict(instruments=[with_(every="3")]), "every of 'constant' must be a whole number"),
     (dict(instruments=[with_(baseline=None)]), "baseline of 'constant' is a dict of tensors"),
     (dict(instruments=[with_(memory=None)]), "memory of 'constant' is a dict of tensors, got None"),
-    (dict(name="a/b"), "name is made of letters"),
+    (dict(name="a/b"), "name may only have letters"),
     (dict(sinks=[object()]), "is not a Sink"),
     (dict(instruments=[object()]), "is not an Instrument"),
     (dict(instruments=[fast]), r"write \[\*fast"),
     (dict(instruments=[fast()]), r"write \[\*fast"),
-    (dict(sinks=MemorySink()), "sinks is a list"),
-    (dict(instruments=HeadScores()), "instruments is a list"),
-    (dict(device="nonsense"), "device is one that torch knows"),
+    (dict(sinks=MemorySink()), "sinks must be a list"),
+    (dict(instruments=HeadScores()), "instruments must be a list"),
+    (dict(device="nonsense"), "torch does not know this device"),
     (dict(dtype="float32"), "torch.dtype"),
 ]
 
@@ -189,7 +201,7 @@ BAD_RUNS = [
     (dict(instruments=[AttentionPatterns(layers=[7])]), "7"),
     (
         dict(watch=Watch(scores="mine")),
-        r"no instrument 'mine' scores .*there are \['head_scores'\]",
+        r"no instrument 'mine' scores .*instruments \['head_scores'\] do",
     ),
     (dict(repeats=False, instruments=[HeadScores()]), "Probe.repeated"),
 ]

@@ -52,7 +52,8 @@ def test_every_look_up_is_one_and_is_said_beside_it():
     assert {(one.file, one.wants) for one in there if looks_up(one)} == LOOKS_UP
     for one in there:
         if looks_up(one) and one.when == "late":
-            above = rf"# Looks up.*\n(?: *(?:#|from ).*\n)* *from {re.escape(one.module)} import"
+            module = re.escape(one.module)
+            above = rf"# Imports a higher room.*\n(?: *(?:#|from ).*\n)* *from {module} import"
             assert re.search(above, (PACKAGE / one.file).read_text()), one
 
 

@@ -141,16 +141,16 @@ def test_entered_twice_at_once():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"every_n_steps": 0}, "every_n_steps is a whole number"),
-        ({"step": -1}, "step is a whole number from 0 on, got -1"),
-        ({"step": 1.5}, "step is a whole number from 0 on, got 1.5"),
-        ({"step": True}, "step is a whole number"),
-        ({"step": 3, "last_step": 3}, "last_step is a whole number above 3, got 3"),
-        ({"last_step": "4"}, "last_step is a whole number above 0, got '4'"),
-        ({"resume_from": "."}, r"say at which step, Tracer\(step=...\)"),
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number"),
+        ({"step": -1}, "step must be a whole number, 0 or more, got -1"),
+        ({"step": 1.5}, "step must be a whole number, 0 or more, got 1.5"),
+        ({"step": True}, "step must be a whole number"),
+        ({"step": 3, "last_step": 3}, "last_step must be a whole number greater than 3, got 3"),
+        ({"last_step": "4"}, "last_step must be a whole number greater than 0, got '4'"),
+        ({"resume_from": "."}, r"give the step where it resumes, Tracer\(step=...\)"),
         ({"train_dataset": DataLoader([1])}, "give loader.dataset, not the loader"),
-        ({"model": "gpt2"}, "model is the module that is trained, got str"),
-        ({"probes": [Constant()]}, "Probes are Probe objects"),
+        ({"model": "gpt2"}, "model must be the torch module that is trained, got str"),
+        ({"probes": [Constant()]}, "probes must be Probe objects"),
         ({"probes": "no file"}, "there is no file 'no file'"),
     ],
 )
@@ -163,7 +163,7 @@ def test_what_cannot_work_is_said_at_once(settings, text):
 @pytest.mark.parametrize("wrong", ["text", None, [1.0], torch.zeros(2)])
 def test_what_is_no_number_is_not_logged(wrong):
     with tracer(tiny.model("llama"), instruments=[TargetScores()]) as watching:
-        with pytest.raises(ValueError, match="What a step logs are numbers, got loss="):
+        with pytest.raises(ValueError, match=r"step\(\) takes numbers, got loss="):
             watching.step(loss=wrong)
         with pytest.raises(ValueError, match="counts the steps itself"):
             watching.step(step=3)

@@ -156,14 +156,14 @@ def anew(folder: Path, caplog, **settings) -> str:
 
 def test_the_memory_of_another_step_or_other_probes_is_not_taken(tmp_path, caplog):
     folder = stopped(tmp_path, 4)
-    assert "is of another training run, so" in anew(folder, caplog, step=5)
+    assert "is from another training run, so" in anew(folder, caplog, step=5)
     caplog.clear()
     rome = Probe("capital", "the capital of Italy is", target=" Rome")
-    assert "is of other probes, so" in anew(folder, caplog, probes=[rome])
+    assert "is from other probes, so" in anew(folder, caplog, probes=[rome])
     caplog.clear()
     log = folder / "eyes" / "tlens.log.json"
     log.write_text(json.dumps([{"loss": 1.0, "step": 4}]))
-    assert "is of another training run, so" in anew(folder, caplog)
+    assert "is from another training run, so" in anew(folder, caplog)
 
 
 @pytest.mark.parametrize("missing", ["tlens.memory", "tlens.log.json"])

@@ -250,4 +250,4 @@ def test_without_the_sink_s_waiting_it_would_lose_it(ended):
     """The control of the test above."""
     assert max(rows(ended / "wandb, no seam")) < 4
     said = (ended / "wandb, no seam" / "stderr.txt").read_text()
-    assert "was finished by whoever started it" in said
+    assert "has been finished, so" in said

@@ -1,4 +1,4 @@
-"""`TLensCallback`: decides when to look, and hands the trainer's objects to the observer."""
+"""`TLensCallback`: decides when to observe, and gives the trainer's objects to the observer."""
 
 import json
 import logging
@@ -26,35 +26,36 @@ logger = logging.getLogger("tlens_callback")
 
 
 class TLensCallback(TrainerCallback):
-    """Looks inside a model while a Hugging Face trainer trains it, and leaves the run as it was.
+    """Looks inside a model while a Hugging Face trainer trains it, without changing the training.
 
-    Observes at step 0, every `every_n_steps` steps and at the last step: the current weights
-    (adapters merged) go into a hooked shadow of the model, the probes run through it once, the
-    instruments read, the sinks write.
+    It observes at step 0, every `every_n_steps` steps and at the last step. An observation copies
+    the current weights (adapters merged) into a hooked shadow of the model and runs the probes
+    through the shadow once; the instruments measure, and the sinks write what they measured.
 
     Args:
-        probes: what to ask, or the path of a file that `read_probes` reads. None: the first rows
-            of the training data.
+        probes: the texts to run, or the path of a file that `read_probes` reads. None: the first
+            rows of the training data.
         settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, on_error,
             writing and name, as `tlens_callback.run.settings.Settings` explains them.
 
     Raises:
-        ValueError: here or when training begins, for what cannot work; the text says what to do.
+        ValueError: here or when training begins, if something cannot work; the text says what to
+            do.
         FidelityError: when training begins, if the shadow does not compute what the model does.
 
-    On a run of several processes rank 0 observes; the others do nothing.
+    In a run of several processes only rank 0 observes.
 
     Keys:
         cost/<what>, fidelity/<what>: see `Observer`.
-        trainer/<name>: [update], as logged; what the trainer itself logged since the observation
-            before, that of the observed step included.
+        trainer/<name>: [update], as logged; what the trainer itself logged after the previous
+            observation, up to and including the observed step.
 
     Attributes:
-        sinks: where the readings of the run go, or went, also those that were set aside; the
-            default ones are known once training has begun.
+        sinks: where the readings go, including sinks that failed and were set aside. The default
+            sinks are chosen when training begins.
     """
 
-    __signature__ = signature(Settings)  # for help(), which shows it
+    __signature__ = signature(Settings)  # help() shows it
 
     def __init__(
         self,
@@ -80,14 +81,14 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        # Its trainer's callbacks see the same state; it is saved without this.
+        # All callbacks of one trainer share this state. The attribute is not saved with it.
         if vars(state).setdefault(f"_{self.name}_callback", id(self)) != id(self):
             raise ValueError(
                 f"Two callbacks of one trainer are named {self.name!r} and would write the same "
-                f"files; give one of them another name=."
+                f"files. Give one of them another name=."
             )
-        # A trainer that searches for a batch size begins anew on the same model with a smaller one.
-        # What else is left is of a run that was interrupted.
+        # A trainer that searches for a batch size starts again on the same model with a smaller
+        # one. Any other observer that is still here belongs to a run that was interrupted.
         size, before = state.train_batch_size or 0, self._batch_size
         self._batch_size = size
         retry = args.auto_find_batch_size and size < before
@@ -106,7 +107,7 @@ class TLensCallback(TrainerCallback):
                 given = first_rows(train_dataloader, processing_class, context=shadow.context)
                 if not given:
                     logger.warning(
-                        "tlens: the training data gives no text to look at; probes=[...] would."
+                        "tlens: no probe texts were found in the training data; pass probes=[...]."
                     )
             return self.settings.completed(given, shadow)
 
@@ -119,8 +120,8 @@ class TLensCallback(TrainerCallback):
                 processing_class,
                 probes,
                 step=state.global_step,
-                memory=self._recalled(args, state) if state.global_step else None,
-                run=_run(state),
+                memory=self._resumed_baseline_file(args, state) if state.global_step else None,
+                run=_run_identity(state),
                 training=training_rows(train_dataloader, processing_class),
                 logged=state.log_history,
             )
@@ -138,7 +139,7 @@ class TLensCallback(TrainerCallback):
         step = state.global_step
         last = control.should_training_stop or step >= state.max_steps
         by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)
-        # What is logged of this step is known later, and belongs to its observation.
+        # The trainer logs this step later; the observation waits for what it logs.
         hold = control.should_log or control.should_evaluate or by_epoch
         self.observer.after_update(
             step, observe=step % self.settings.every_n_steps == 0, last=last, hold=hold
@@ -155,7 +156,7 @@ class TLensCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._end(state, control)
+        self._observe_last(state, control)
         if self.observer and control.should_training_stop:
             if not (control.should_log or control.should_evaluate):
                 self.observer.finish()
@@ -168,24 +169,26 @@ class TLensCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # The summary of the run: before other callbacks' `on_train_end` and before the best
-        # checkpoint's weights are loaded.
+        # The trainer logs its summary before it calls `on_train_end` and before it loads the best
+        # checkpoint's weights.
         if self.observer and SUMMARY in (logs or ()):
-            self._end(state, control)
+            self._observe_last(state, control)
             self.observer.finish()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._end(state, control)
+        self._observe_last(state, control)
         if self.observer is not None:
-            self.observer.remember(self._kept(args, state), step=state.global_step, run=_run(state))
+            self.observer.remember(
+                self._baseline_file(args, state), step=state.global_step, run=_run_identity(state)
+            )
 
-    def _end(self, state: TrainerState, control: TrainerControl) -> None:
-        """The last look, where the run was stopped after this step's `on_step_end`.
+    def _observe_last(self, state: TrainerState, control: TrainerControl) -> None:
+        """Makes the last observation of a run that was stopped after this step's `on_step_end`.
 
-        Early stopping asks for it in an evaluation. By `on_train_end` the model may hold the best
-        checkpoint's weights, and so it is too late.
+        Early stopping stops a run during an evaluation. `on_train_end` is too late: by then the
+        model may hold the best checkpoint's weights.
         """
         observer = self.observer
         if observer and control.should_training_stop and state.global_step not in observer.steps:
@@ -195,7 +198,7 @@ class TLensCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not args.load_best_model_at_end:
-            self._end(state, control)
+            self._observe_last(state, control)
         observer, self.observer = self.observer, None
         if observer is None:
             return
@@ -203,25 +206,28 @@ class TLensCallback(TrainerCallback):
         print_lines(summary(observer))
 
     def _join_wandb(self) -> None:
-        """Adds the active W&B run to the default sinks; it may begin after this callback does."""
+        """Adds the active W&B run to the default sinks; it may start after this callback."""
         if self._given_sinks or self.observer is None:
             return
         if (sink := active_wandb(self.sinks, self.name)) is not None:
             self.sinks.append(sink)
             self.observer.writer.add(sink)
 
-    def _kept(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """In the checkpoint of this step."""
+    def _baseline_file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The file in the checkpoint of this step that holds what instruments keep."""
         folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         return Path(args.output_dir or ".") / folder / f"{self.name}.memory"
 
-    def _recalled(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """In the checkpoint that is being resumed from; `train` does not say which that is."""
-        usual = self._kept(args, state)
+    def _resumed_baseline_file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The same file in the checkpoint that the run resumes from.
+
+        `train` does not tell callbacks which checkpoint that is.
+        """
+        usual = self._baseline_file(args, state)
         given = Path(str(args.resume_from_checkpoint or usual.parent)) / usual.name
         return given if given.exists() else usual
 
 
-def _run(state: TrainerState) -> str:
-    """What tells a checkpoint from those of other runs: what was logged last."""
+def _run_identity(state: TrainerState) -> str:
+    """Identifies the run of a checkpoint by what was logged last."""
     return json.dumps(state.log_history[-100:], sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""The two things a user may write: an `Instrument` and a `Sink`."""
+"""Defines `Instrument` and `Sink`, the two interfaces that a user may implement."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -14,67 +14,70 @@ if TYPE_CHECKING:
 class Instrument(Protocol):
     """Measures something at every observation, from a forward pass that all instruments share.
 
-    It may have more attributes:
+    An instrument may also have these attributes:
 
-    - `every: int`: it is asked at every n-th observation, counted from the first of the
-      run, and at the last one. For what takes forward passes of its own.
+    - `every: int`: it is asked at every n-th observation, counted from the first of the run, and at
+      the last one. This is for instruments that run forward passes of their own.
     - `baseline: dict[str, Tensor]`: what it keeps from earlier observations to compare with, by any
       names. It is emptied when a run starts, saved with every checkpoint and back when a run is
       resumed from one, on the shadow's device.
-    - `optional: bool`: where the first observation has nothing for it to measure (it raises
-      `ValueError`), it is left out with a line that says why. Without it, that ends the training
-      before it begins. Those of `fast()` are optional.
-    - `description: Description`, of the class: what it says about itself and its readings, for
-      whoever shows or compares them; see `tlens_callback.meaning`.
-    - `between(first, last) -> Iterable[Reading]`: its readings that compare with the first
-      observation of a run, made anew from the readings of any two observations, by key. `first` is
-      taken for the first observation. For comparing two runs.
+    - `optional: bool`: if it is true and the instrument raises `ValueError` at the first
+      observation, because the model has nothing for it to measure, it is left out and a printed
+      line says why. If it is false, the error stops the training before it begins. The instruments
+      of `fast()` are optional.
+    - `description: Description`, on the class: what its readings mean, for everything that shows or
+      compares them; see `tlens_callback.meaning`.
+    - `between(first, last) -> Iterable[Reading]`: computes the readings that compare with the first
+      observation of a run from the readings of any two observations, given by key; `first` stands
+      for the first observation. It is used to compare two runs.
     """
 
     @property
     def name(self) -> str:
-        """First segment of every key it emits."""
+        """The first segment of all its keys."""
         ...
 
     def taps(self, shadow: "Shadow", batch: "ProbeBatch") -> "Mapping[str, Reduce]":
-        """The hook points to listen to, each with its reduction.
+        """Returns the hook points that the instrument needs, each with its reduction.
 
-        Called anew at each observation, before the forward pass. Besides TransformerLens's names
-        (`blocks.0.attn.hook_pattern`) there are two for the model's output: `logits`,
+        It is called at each observation, before the forward pass. Besides TransformerLens's names
+        (`blocks.0.attn.hook_pattern`) there are two names for the model's output: `logits`,
         [probe, pos, vocab], and `last_logits`, [probe, vocab] at each probe's last token.
-        An instrument of weights alone returns an empty mapping. An activation that the hook
-        point gives without a probe axis (router outputs) arrives as the model has it.
+        An instrument that reads only weights returns an empty mapping. An activation without a
+        probe axis (router outputs) arrives in the shape that the model gives it.
         """
         ...
 
     def read(
         self, taken: "Mapping[str, Taken]", shadow: "Shadow", batch: "ProbeBatch"
     ) -> Iterable[Reading]:
-        """Turns what the reductions returned, under the names of `taps` and in their order,
-        into readings."""
+        """Turns what the reductions returned into readings; `taken` has the names and the order of
+        `taps`."""
         ...
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes the readings of each observation somewhere.
+    """Writes the readings of each observation somewhere.
 
-    Its methods are called one at a time from one thread, which is not the training's unless
-    `writing="inline"`, in the contextvars context that the training thread had; what a call sets
-    there is gone at the next. A call of more than a minute, when others wait, is the last.
+    Its methods are called one at a time from one thread. With `writing="inline"` that is the
+    training thread, else a thread of its own. A call has a copy of the training thread's
+    contextvars context, so what it sets there is gone at the next call. If a call takes more than a
+    minute while others wait, the sink is given up.
 
-    It may have one more method:
+    A sink may have one more method:
 
     - `before_finish(wait: Callable[[], None])`: called on the training thread, before anything is
-      written. `wait` returns once everything that was handed over is written; it is to be called
-      when somebody else is about to finish the run that this sink logs to. It may be called from
-      any thread and at any time, does nothing on the thread of the sinks, and raises nothing.
+      written. The sink keeps `wait` and calls it when somebody else is about to finish the run that
+      it logs to; `wait` returns once everything up to then is written. It may be called from any
+      thread and at any time. It does nothing on the thread of the sinks, and it never raises.
     """
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:
-        """Stores or shows one observation; `step` is the trainer's global step."""
+        """Writes one observation; `step` is the trainer's global step."""
         ...
 
     def close(self) -> None:
-        """Called at the end of training; may be called twice, and `write` may follow it."""
+        """Ends the writing: called at the end of training. It may be called twice, and `write` may
+        follow it."""
         ...

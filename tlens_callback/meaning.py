@@ -1,8 +1,8 @@
-"""What an instrument says about itself and its readings, for whoever shows or compares them.
+"""`Description` and `Meaning`: what an instrument says about itself and about its readings.
 
-Nobody else knows an instrument by its name: what is first among the curves, which heads have a
-role, what a page opens with, how two runs are compared, is asked of what stands here. So an
-instrument of a user's own is treated as the package's own are.
+Everything that shows or compares readings asks these, and never the name of an instrument: which
+curves come first, which heads have a role, what the page opens with, how two runs are compared. So
+an instrument that a user writes is treated like those of the package.
 """
 
 import re
@@ -18,7 +18,7 @@ class Needs(Flag):
 
     NOTHING = 0
     BLOCKS = auto()
-    """Repeated random blocks among the probes; they are added where there are none."""
+    """Repeated random blocks among the probes; they are added if there are none."""
     TARGET = auto()
     """A probe with a target token."""
     ADAPTER = auto()
@@ -32,7 +32,7 @@ class Needs(Flag):
 
 
 class Quantity(StrEnum):
-    """What kind of thing a measure is, for those who look for that kind, whoever measured it."""
+    """The kind of thing that a measure is, so that it can be found whatever instrument made it."""
 
     ATTENTION = auto()
     """Attention of each head: [layer, head, query, key], probability."""
@@ -48,9 +48,9 @@ class Quantity(StrEnum):
     DIRECT_EFFECT = auto()
     """Logits that each head, [layer, head], or MLP, [layer], adds directly to a probe's answer."""
     DIRECT_TOTAL = auto()
-    """What all components together add: a number."""
+    """Logits that all components together add directly to a probe's answer: a number."""
     DIRECT_REMAINDER = auto()
-    """What the components do not account for: a number."""
+    """Logits of a probe's answer that the components do not account for: a number."""
     ANSWER_PROBABILITY = auto()
     """Probability of a probe's target token: a number, or one after each layer."""
     ANSWER_RANK = auto()
@@ -58,39 +58,42 @@ class Quantity(StrEnum):
     ANSWER_LEAD = auto()
     """Logit of the target minus that of the foil: a number."""
     ANSWER_LAYER = auto()
-    """The first layer from which on the target is the likeliest token: a number."""
+    """The first layer after which the target stays the likeliest token: a number."""
     NEXT_TOKEN = auto()
     """The likeliest next tokens after each layer, as texts: [layer, rank]."""
     NEXT_TOKEN_PROBABILITY = auto()
-    """The probabilities of these."""
+    """The probabilities of the tokens of `NEXT_TOKEN`: [layer, rank]."""
     TOKEN_LOSS = auto()
     """Loss of each token of a probe: [token], nats."""
     PROBE_LOSS = auto()
     """Mean loss of a probe's tokens: a number, nats."""
     REPEAT_GAIN = auto()
-    """Loss of a random block when it comes again minus when it came first: a number, nats."""
+    """Loss on the second copy of a random block minus loss on the first: a number, nats."""
     FEATURE_FREQUENCY = auto()
     """Share of the tokens on which each feature fires: [feature]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
-    """What the readings of one measure mean.
+    """Says what the readings of one measure mean.
 
     Attributes:
-        title: in plain words, as a heading of a panel.
-        axes: of its readings, where they are alike for all probes and models; None: not said.
-        headline: people look at it first: a number becomes a curve in W&B, another a figure or a
-            table. None: not said; then W&B shows what fits, the first numbers alone.
-        quantity: what kind of thing it is.
-        role: that a head of a high score plays, as in "new induction head"; `Watch` follows those
-            of quantity `HEAD_ROLE`.
-        better: whether a good training makes it "higher" or "lower"; None: neither.
-        of_run: it says something of the run that read it: it compares with an earlier observation,
-            or counts what was done. Of two runs it is not compared as it is.
-        sometimes: only some settings, or some models, have it.
-        alarm: a sentence for the event that a number above 0 is; behind the number itself.
-        explanation: a sentence for a person who looks at it.
+        title: a heading for a panel, in plain words.
+        axes: the axes of its readings, if they are the same for all probes and models; None: not
+            known.
+        headline: True: people look at it first, so W&B shows a single number as a curve and other
+            readings as a figure or a table. None: not known; W&B then shows the figures and tables,
+            and only the first numbers.
+        quantity: the kind of thing that it is.
+        role: the role of a head with a high score, as in "new induction head". `Watch` follows the
+            roles of quantity `HEAD_ROLE`.
+        better: whether good training makes it "higher" or "lower"; None: neither.
+        of_run: it describes the run that it was read in: it compares with an earlier observation,
+            or counts what was done. Such readings of two runs are not compared directly.
+        sometimes: only some settings or some models have it.
+        alarm: makes a number above 0 an event. The sentence of the event is the number followed by
+            this text.
+        explanation: one sentence that explains it to a person who looks at it.
     """
 
     title: str = ""
@@ -105,78 +108,78 @@ class Meaning:
     explanation: str = ""
 
 
-UNSAID = Meaning(headline=None)
-"""The meaning of a measure of which its instrument says nothing."""
+UNDESCRIBED = Meaning(headline=None)
+"""The meaning of a measure that its instrument does not describe."""
 
 _TEXTS = ("title", "group", "kind", "sentence")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What an instrument says about itself, as its class attribute `description`.
+    """Describes an instrument, as its class attribute `description`.
 
     Attributes:
-        title: in plain words, as a heading of a panel.
-        group: the heading under which it stands with others: "Heads", "Answers".
+        title: a heading for a panel, in plain words.
+        group: the section in which its panels are shown: "Heads", "Answers".
         needs: what it needs beside a model and probes.
-        measures: second segment of its keys -> what these readings mean.
+        measures: second segment of a key -> what the readings with that segment mean.
         others: what the readings of all other measures mean.
-        kind: the name of its class; known by itself, as the next.
-        sentence: the first one of its docstring.
+        kind: the name of the instrument's class; filled in by `described`.
+        sentence: the first sentence of its docstring; filled in by `described`.
     """
 
     title: str = ""
     group: str = ""
     needs: Needs = Needs.NOTHING
     measures: Mapping[str, Meaning] = field(default_factory=dict)
-    others: Meaning = UNSAID
+    others: Meaning = UNDESCRIBED
     kind: str = ""
     sentence: str = ""
 
     def meaning(self, measure: str) -> Meaning:
-        """What the readings of this measure mean."""
+        """Returns what the readings of this measure mean."""
         return self.measures.get(measure, self.others)
 
     def as_json(self) -> dict[str, Any]:
-        """For a file."""
+        """Returns the description in a form that can be written as JSON."""
         return {
             **{name: getattr(self, name) for name in _TEXTS},
             "needs": [one.name for one in self.needs],
-            "measures": {name: _told(one) for name, one in self.measures.items()},
-            "others": _told(self.others),
+            "measures": {name: _changed_fields(one) for name, one in self.measures.items()},
+            "others": _changed_fields(self.others),
         }
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> "Description":
-        """What `as_json` wrote; what a newer version of this package added is passed over."""
+        """Reads what `as_json` wrote, and ignores what a newer version of this package added."""
         needs = Needs.NOTHING
         for name in told["needs"]:
             needs |= Needs.__members__.get(name, Needs.NOTHING)
         return cls(
             **{name: told[name] for name in _TEXTS},
             needs=needs,
-            measures={name: _meaning(of) for name, of in told["measures"].items()},
-            others=_meaning(told["others"]),
+            measures={name: _meaning_from_json(of) for name, of in told["measures"].items()},
+            others=_meaning_from_json(told["others"]),
         )
 
 
 def described(thing: object) -> Description:
-    """What an instrument or a watch says about itself; of one that says nothing, the name of its
-    class and the first sentence of its docstring.
+    """Returns the description of an instrument or a watch, completed by the name of its class and
+    the first sentence of its docstring.
 
     Raises:
-        ValueError: for a `description` that is none.
+        ValueError: if its `description` is not a `Description`.
     """
     return described_class(type(thing))
 
 
 @lru_cache
 def described_class(kind: type) -> Description:
-    """The same of a class of instruments."""
+    """Does the same for a class of instruments."""
     said = getattr(kind, "description", None) or Description()
     if not isinstance(said, Description):
         raise ValueError(
-            f"{kind.__name__}.description is a tlens_callback.Description, got {said!r}."
+            f"{kind.__name__}.description must be a tlens_callback.Description, got {said!r}."
         )
     text = " ".join((kind.__doc__ or "").split())
     # A dataclass without a docstring has its signature as one.
@@ -184,17 +187,17 @@ def described_class(kind: type) -> Description:
     return replace(said, kind=kind.__name__, sentence=sentence[0] if sentence else "")
 
 
-def _told(meaning: Meaning) -> dict[str, Any]:
-    """What differs from the default."""
+def _changed_fields(meaning: Meaning) -> dict[str, Any]:
+    """Returns the fields of a meaning that differ from the default."""
     told = {one.name: getattr(meaning, one.name) for one in fields(Meaning)}
     return {one.name: told[one.name] for one in fields(Meaning) if told[one.name] != one.default}
 
 
-def _meaning(told: Mapping[str, Any]) -> Meaning:
+def _meaning_from_json(told: Mapping[str, Any]) -> Meaning:
     known = {one.name: told[one.name] for one in fields(Meaning) if one.name in told}
     if "axes" in known:
         known["axes"] = tuple(known["axes"])
     if "quantity" in known:
-        there = known["quantity"] in set(Quantity)
-        known["quantity"] = Quantity(known["quantity"]) if there else None
+        is_known = known["quantity"] in set(Quantity)
+        known["quantity"] = Quantity(known["quantity"]) if is_known else None
     return Meaning(**known)

@@ -1,4 +1,4 @@
-"""`Reading`: one measured quantity, the only thing that travels from instruments to sinks."""
+"""`Reading`: one measured quantity. Instruments give readings to sinks, and nothing else."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 RESERVED = ("cost", "fidelity", "trainer", "checkpoint")
-"""First segments of keys that no instrument makes: they are the observer's own."""
+"""First segments of keys that only the observer may use."""
 
 TOKEN_AXES = ("pos", "token", "query", "key")
 """Axes whose labels are tokens."""
@@ -22,25 +22,27 @@ TOKEN_AXES = ("pos", "token", "query", "key")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reading:
-    """One quantity at one observation, with everything needed to draw or store it.
+    """Holds one quantity at one observation, with everything needed to draw or store it.
 
     Attributes:
         key: `<instrument>/<measure>` or `<instrument>/<measure>/<probe>`; unique in an observation.
-        values: float32 array on the CPU, made read-only. No axes: a number, a point of a curve.
+        values: float32 array on the CPU, made read-only. Without axes it is a single number, which
+            becomes a point of a curve.
         axes: one name per dimension, in TransformerLens's words: `("layer", "head")`,
             `("layer", "head", "query", "key")`, `("layer", "rank", "pos")`, ...
-        unit: "nats", "probability", "logit", "count", "index", ... never empty.
+        unit: "nats", "probability", "logit", "count", "index", ...; never empty.
         labels: axis name -> one string per index (tokens, names). Axes without labels are numbered.
-        limits: fixed range of the colour scale, so that step 100 compares with step 900.
-        texts: one string per value, in an array of the values' shape, where a value stands for
-            something with a name: the tokens that a lens reads, behind their ids. numpy's strings
-            lose a NUL at their end.
-        description: what the instrument says about itself; `observe` puts it there.
+        limits: fixed range of the colour scale, so that step 100 can be compared with step 900.
+        texts: one string per value, in an array of the values' shape, if each value stands for
+            something with a name: a token id for its token. numpy's strings lose a NUL at their
+            end.
+        description: what the instrument says about itself; `observe` sets it.
 
-    Half a surrogate pair in key, labels or texts, which no file can hold, becomes its escape.
+    Half a surrogate pair in key, labels or texts cannot be written to a file; its escape is written
+    instead.
 
     Raises:
-        ValueError: where key, values, axes, labels and limits do not fit together.
+        ValueError: if key, values, axes, labels and limits do not fit together.
     """
 
     key: str
@@ -57,19 +59,19 @@ class Reading:
         parts = self.key.split("/", 2)
         if len(parts) < 2 or not all(parts):
             raise ValueError(
-                f"A reading's key is '<instrument>/<measure>' or '<instrument>/<measure>/<probe>', "
-                f"got {self.key!r}."
+                f"A reading's key must be '<instrument>/<measure>' or "
+                f"'<instrument>/<measure>/<probe>', got {self.key!r}."
             )
         values = np.array(np.asarray(self.values), dtype=np.float32)
         if values.ndim != len(self.axes):
             raise ValueError(
-                f"Reading {self.key!r} has values of shape {values.shape} but axes {self.axes}: "
-                f"name each dimension once."
+                f"Reading {self.key!r} has values of shape {values.shape} but axes {self.axes}; "
+                f"it needs one axis name for each dimension."
             )
         if len(set(self.axes)) != len(self.axes):
             raise ValueError(f"Reading {self.key!r} names an axis twice: {self.axes}.")
         if not self.unit:
-            raise ValueError(f"Reading {self.key!r} has no unit; say what one unit of it is.")
+            raise ValueError(f"Reading {self.key!r} has no unit; give one, such as unit='nats'.")
         labels = {
             axis: tuple(_encodable(str(name)) for name in names)
             for axis, names in self.labels.items()
@@ -77,7 +79,8 @@ class Reading:
         for axis, names in labels.items():
             if axis not in self.axes:
                 raise ValueError(
-                    f"Reading {self.key!r} labels axis {axis!r}, which is not one of {self.axes}."
+                    f"Reading {self.key!r} has labels for axis {axis!r}, which is not one of its "
+                    f"axes {self.axes}."
                 )
             size = values.shape[self.axes.index(axis)]
             if len(names) != size:
@@ -89,7 +92,7 @@ class Reading:
             low, high = self.limits
             if not low < high:
                 raise ValueError(
-                    f"Reading {self.key!r}: limits are (low, high) with low < high, "
+                    f"Reading {self.key!r}: limits must be (low, high) with low < high, "
                     f"got {self.limits}."
                 )
         if self.texts is not None:
@@ -110,55 +113,55 @@ class Reading:
 
     @property
     def instrument(self) -> str:
-        """First segment of the key."""
+        """The first segment of the key."""
         return self.key.split("/", 2)[0]
 
     @property
     def measure(self) -> str:
-        """Second segment of the key."""
+        """The second segment of the key."""
         return self.key.split("/", 2)[1]
 
     @property
     def probe(self) -> str | None:
-        """What follows the second slash, or None for a reading that belongs to no single probe."""
+        """The rest of the key after its second slash; None if the reading is not of one probe."""
         parts = self.key.split("/", 2)
         return parts[2] if len(parts) == 3 else None
 
     @property
     def meaning(self) -> Meaning:
-        """What the instrument says of this measure."""
+        """What the instrument says about this measure."""
         return self.description.meaning(self.measure)
 
     def described(self, description: Description) -> "Reading":
-        """The same reading with what its instrument says about itself."""
+        """Returns the same reading with this description of its instrument."""
         same = copy(self)
         object.__setattr__(same, "description", description)
         return same
 
     def to_plotly(self, /, **at: int) -> "Figure":
-        """An interactive figure: a number, a line or bars, a heat map of the last two axes with a
-        slider over the axes before them.
+        """Draws an interactive figure: a number, a line, bars, or a heat map of the last two axes
+        with a slider over the axes before them.
 
         Args:
-            at: the index of an axis, to show only what is there: `to_plotly(layer=5)`.
+            at: an axis and an index of it, to draw only that part: `to_plotly(layer=5)`.
 
         Raises:
-            ValueError: for an axis or index that is not there, or more than a million values.
+            ValueError: for an axis or index that does not exist, or more than a million values.
         """
-        # Looks up, late: drawing is above a reading, and users ask a reading to be drawn.
+        # Imports a higher room, late: users expect a reading to draw itself.
         from tlens_callback.render.figure import to_plotly
 
         return to_plotly(self, at)
 
     def _repr_html_(self) -> str:
-        # Looks up, late: as `to_plotly` does.
+        # Imports a higher room, late, as `to_plotly` does.
         from tlens_callback.render.snippet import snippet
 
         return snippet(self)
 
 
 def descriptions(readings: Iterable[Reading]) -> dict[str, Description]:
-    """Instrument -> what it says about itself, of the instruments that say something."""
+    """Returns instrument -> description, for the instruments that describe themselves."""
     said = {reading.instrument: reading.description for reading in readings}
     return {name: one for name, one in said.items() if one != Description()}
 

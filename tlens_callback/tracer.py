@@ -1,4 +1,4 @@
-"""`Tracer`: the callback's eyes in a training loop of one's own."""
+"""`Tracer`: does what the callback does, in a training loop of your own."""
 
 import json
 import logging
@@ -30,8 +30,8 @@ logger = logging.getLogger("tlens_callback")
 
 
 class Tracer:
-    """Looks inside a model while a plain PyTorch or accelerate loop trains it, and leaves the run
-    as it was.
+    """Looks inside a model while a plain PyTorch or accelerate loop trains it, without changing
+    the training.
 
         with Tracer(model, tokenizer, probes, every_n_steps=50) as tracer:
             for batch in loader:
@@ -41,48 +41,49 @@ class Tracer:
                 optimizer.zero_grad()
                 tracer.step(loss=loss.item())
 
-    Entering observes the model as it is; `step` after an optimizer's step observes every
-    `every_n_steps` steps; leaving observes the last step, unless that was observed, writes
-    everything, closes the sinks and frees the shadow. Where the block raises, there is no last
-    look: what was observed is written, and the exception goes on. A tracer that is entered again
-    begins a new run.
+    Entering the block observes the model as it is. `step`, called after each step of the optimizer,
+    observes every `every_n_steps` steps. Leaving the block observes the last step if it was not
+    observed yet, writes everything, closes the sinks and frees the shadow. If the block raises,
+    there is no last observation: what was observed is written, and the exception goes on. A tracer
+    that is entered again begins a new run.
 
-    Of several processes (`torch.distributed`, which `accelerate` uses) rank 0 observes and the
-    others do nothing; all call `step` alike.
+    With several processes (`torch.distributed`, which `accelerate` uses) all of them call `step`,
+    and only rank 0 observes.
 
     Args:
-        model: what is trained: a `PreTrainedModel`, plain or wrapped by PEFT, DDP,
+        model: the model that is trained: a `PreTrainedModel`, plain or wrapped by PEFT, DDP,
             `Accelerator.prepare` or `torch.compile`.
-        tokenizer: encodes the probes, with a copy of it; None will do for probes of token ids.
-        probes: what to ask, or the path of a file that `read_probes` reads. None: the first rows
-            of `train_dataset`, and without one only the repeated blocks.
-        output_dir: where the default store goes, as `<output_dir>/<name>`.
+        tokenizer: encodes the probes; a copy of it is used. It can be None if the probes are token
+            ids.
+        probes: the texts to run, or the path of a file that `read_probes` reads. None: the first
+            rows of `train_dataset`; if there is no dataset, only the repeated blocks.
+        output_dir: the default store is `<output_dir>/<name>`.
         step: how many optimizer steps the model has had: where a resumed loop begins.
-        last_step: the step that the loop ends with. None: leaving the block tells, and if the last
-            step was observed by then, the shadow is not checked once more, and an instrument with
-            an `every` is not asked unless it was its turn.
+        last_step: the step that the loop ends with. None: the loop ends when the block is left. If
+            the last step has been observed by then, the shadow is not checked again, and an
+            instrument with an `every` is asked only if it was its turn.
         resume_from: the folder that `save` wrote to at this step. None: changes are measured from
-            the first observation of this loop on.
+            the first observation of this loop.
         train_dataset: rows that the model is trained on, by index, each a dict with `input_ids`,
-            `text` or `prompt`; for instruments that learn from them, and for `probes=None`. It is
-            read beside the loop's loader, whose order stays what it is.
+            `text` or `prompt`. Instruments that learn from training rows read it, and so does
+            `probes=None`. This does not change the order of the loop's own loader.
         settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, on_error,
             writing and name, as `tlens_callback.run.settings.Settings` explains them. The default
-            sinks are the local store and the active W&B run. To that a loop logs
-            `{..., "train/global_step": step}` and no `step=`: W&B's own steps are rows, the
-            tracer's among them, and it drops what comes for an earlier one.
+            sinks are the local store and the active W&B run. If the loop logs to that run too, it
+            should log `{..., "train/global_step": step}` and give no `step=`: W&B's own step counts
+            rows, the tracer's included, and W&B drops a row for an earlier step.
 
     Raises:
-        ValueError: here or on entering, for what cannot work; the text says what to do.
+        ValueError: here or on entering, if something cannot work; the text says what to do.
         FidelityError: on entering, if the shadow does not compute what the model does.
 
     Keys:
         cost/<what>, fidelity/<what>: see `Observer`.
-        trainer/<name>: [update], as logged; what `step` was told since the observation before.
+        trainer/<name>: [update], as logged; what `step` was given after the previous observation.
 
     Attributes:
-        sinks: where the readings go, or went, also those that were set aside; the default ones are
-            known once the block was entered.
+        sinks: where the readings go, including sinks that failed and were set aside. The default
+            sinks are chosen when the block is entered.
     """
 
     def __init__(
@@ -100,19 +101,24 @@ class Tracer:
     ) -> None:
         self.settings = Settings(probes, **settings)
         if not isinstance(model, nn.Module):
-            raise ValueError(f"model is the module that is trained, got {type(model).__name__}.")
+            raise ValueError(
+                f"model must be the torch module that is trained, got {type(model).__name__}."
+            )
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise ValueError(f"step is a whole number from 0 on, got {step!r}.")
+            raise ValueError(f"step must be a whole number, 0 or more, got {step!r}.")
         if last_step is not None and not (isinstance(last_step, int) and last_step > step):
-            raise ValueError(f"last_step is a whole number above {step}, got {last_step!r}.")
+            raise ValueError(
+                f"last_step must be a whole number greater than {step}, got {last_step!r}."
+            )
         if resume_from is not None and step == 0:
             raise ValueError(
-                "resume_from is for a loop that goes on: say at which step, Tracer(step=...)."
+                "resume_from is only for a resumed loop: give the step where it resumes, "
+                "Tracer(step=...)."
             )
         if isinstance(train_dataset, DataLoader):
             raise ValueError(
-                "train_dataset is read by index beside the loop; give loader.dataset, not the "
-                "loader."
+                "train_dataset must be a dataset that can be read by index; give loader.dataset, "
+                "not the loader."
             )
         self.sinks: list[Sink] = list(self.settings.sinks or ())
         self._given_sinks = self.settings.sinks is not None
@@ -128,14 +134,16 @@ class Tracer:
         self._log: list[dict[str, float]] = []
 
     def __enter__(self) -> Self:
-        """Builds the shadow, holds it against the model, observes for the first time."""
+        """Builds the shadow, compares it with the model and makes the first observation."""
         if self._entered:
-            raise ValueError("This tracer is inside its block already; a second one takes another.")
+            raise ValueError(
+                "This tracer is inside its block already; a second block needs a second tracer."
+            )
         self._step, self._log = self._begin, []
-        if not _first_process():
+        if not _is_first_process():
             self._entered = True
             return self
-        memory = self._recall()
+        memory = self._read_saved()
         if not self._given_sinks:
             self.sinks = [LocalSink(self._folder / self.settings.name)]
         self.observer = observer = Observer(self.settings, self.sinks)
@@ -149,7 +157,7 @@ class Tracer:
                     self._probes,
                     step=self._begin,
                     memory=memory,
-                    run=self._run,
+                    run=self._run_identity,
                     training=self._training_rows(),
                     logged=self._log,
                 )
@@ -161,18 +169,20 @@ class Tracer:
         return self
 
     def step(self, **logged: float) -> None:
-        """To be called after each step of the optimizer, on every process: with gradient
-        accumulation not after each batch (under accelerate, `if accelerator.sync_gradients:`).
+        """Counts a step of the optimizer and observes when it is time; call it on every process.
 
-        Checks the shadow after the first update and observes every `every_n_steps` steps; at other
-        steps it costs microseconds.
+        With gradient accumulation, call it after each step of the optimizer and not after each
+        batch (under accelerate: `if accelerator.sync_gradients:`).
+
+        It checks the shadow after the first update and observes every `every_n_steps` steps. At
+        other steps it takes microseconds.
 
         Args:
-            logged: numbers of this step, such as its loss; readings `trainer/<name>`, of the
-                observation at this step or of the next.
+            logged: numbers of this step, such as its loss. They become readings `trainer/<name>` of
+                the observation at this step, or of the next one.
 
         Raises:
-            ValueError: outside of the block, or for what is no number.
+            ValueError: outside of the block, or for a value that is not a number.
         """
         self._check_entered("step")
         row = {name: _number(name, value) for name, value in logged.items()}
@@ -190,13 +200,14 @@ class Tracer:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Keeps, beside the loop's own checkpoint of this step, what later observations are
-        compared with and what `step` was told: `<name>.memory` and `<name>.log.json`, for
-        `resume_from`. On processes that do not observe it does nothing.
+        """Saves in a folder what `resume_from` needs; call it where the loop saves a checkpoint.
+
+        It writes `<name>.memory`, what later observations are compared with, and `<name>.log.json`,
+        what `step` was given. On processes that do not observe it does nothing.
 
         Raises:
             ValueError: outside of the block.
-            OSError: a full disk, say, with `on_error="raise"`.
+            OSError: with `on_error="raise"`, if a file cannot be written (the disk is full).
         """
         self._check_entered("save")
         if self.observer is None or not self.observer.watching:
@@ -210,7 +221,7 @@ class Tracer:
                 raise
             logger.warning("tlens: %s could not be written: %s", path, error)
             return
-        self.observer.remember(path, step=self._step, run=self._run, always=True)
+        self.observer.remember(path, step=self._step, run=self._run_identity, always=True)
 
     def __exit__(
         self,
@@ -218,7 +229,7 @@ class Tracer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """The last look, unless the block raised; then everything is written and closed."""
+        """Makes the last observation unless the block raised, then writes and closes everything."""
         self._entered = False
         observer, self.observer = self.observer, None
         if observer is None:
@@ -233,7 +244,7 @@ class Tracer:
             except Exception as failed:
                 if kind is None:
                     raise
-                # The loop's own exception is the one to know.
+                # The loop's own exception must reach the user, not this one.
                 logger.warning("tlens: %s: %s", type(failed).__name__, failed, exc_info=failed)
             print_lines(summary(observer))
 
@@ -243,8 +254,8 @@ class Tracer:
             given = first_rows(self._data, self._tokenizer, context=shadow.context)
             if not given:
                 logger.warning(
-                    "tlens: there is no text to look at, only repeated blocks; probes=[...] or "
-                    "train_dataset= would give some."
+                    "tlens: no probe texts were given, so only repeated blocks are run; pass "
+                    "probes=[...] or train_dataset=."
                 )
         return self.settings.completed(given, shadow)
 
@@ -252,28 +263,29 @@ class Tracer:
         return training_rows(self._data, self._tokenizer)
 
     def _join_wandb(self) -> None:
-        """Adds the active W&B run to the default sinks; it may begin after the block does."""
+        """Adds the active W&B run to the default sinks; it may start inside the block."""
         if self._given_sinks or self.observer is None:
             return
         if (sink := active_wandb(self.sinks, self.settings.name)) is not None:
             self.sinks.append(sink)
             self.observer.writer.add(sink)
 
-    def _recall(self) -> Path | None:
-        """The file of baselines to go on with; what was logged before is taken up."""
+    def _read_saved(self) -> Path | None:
+        """Reads the log that `save` wrote, and returns the path of the other file it wrote."""
         if self._resume_from is None:
             return None
         path, log = (self._resume_from / self._file(kind) for kind in ("memory", "log.json"))
         if missing := [file for file in (path, log) if not file.exists()]:
             raise ValueError(
-                f"{self._resume_from} has no {missing[0].name}, which tracer.save(folder) writes "
-                f"beside a checkpoint. Without resume_from, changes are measured from here on."
+                f"{self._resume_from} has no {missing[0].name}, which tracer.save(folder) writes. "
+                f"Without resume_from, changes are measured from this step on."
             )
         try:
             self._log += json.loads(log.read_text())
         except ValueError as error:
             raise ValueError(
-                f"{log} is torn: {error}. Without resume_from it can go on."
+                f"{log} is torn, only a part of it was written: {error}. Without resume_from the "
+                f"loop can go on."
             ) from error
         return path
 
@@ -281,8 +293,8 @@ class Tracer:
         return f"{self.settings.name}.{kind}"
 
     @property
-    def _run(self) -> str:
-        """What tells this run from others: how far it has come, and what was logged last."""
+    def _run_identity(self) -> str:
+        """Identifies this run by its step and what was logged last."""
         return json.dumps([self._step, self._log[-100:]], sort_keys=True)
 
     def _check_entered(self, what: str) -> None:
@@ -292,7 +304,7 @@ class Tracer:
             )
 
 
-def _first_process() -> bool:
+def _is_first_process() -> bool:
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or (
         distributed.get_rank() == 0
@@ -301,7 +313,7 @@ def _first_process() -> bool:
 
 @contextmanager
 def _full_precision(model: nn.Module) -> Iterator[None]:
-    """Lifts the autocast that a loop may have on around its whole step."""
+    """Turns off the autocast that a loop may have turned on around its whole step."""
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
         yield
@@ -309,8 +321,10 @@ def _full_precision(model: nn.Module) -> Iterator[None]:
 
 def _number(name: str, value: Any) -> float:
     if name == "step":
-        raise ValueError("The tracer counts the steps itself; Tracer(step=...) says the first.")
+        raise ValueError(
+            "The tracer counts the steps itself; Tracer(step=...) sets where it begins to count."
+        )
     try:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"What a step logs are numbers, got {name}={value!r}.") from error
+        raise ValueError(f"tracer.step() takes numbers, got {name}={value!r}.") from error

@@ -104,7 +104,9 @@ def test_costs_can_have_a_rule_and_a_key_that_nothing_reads_is_refused(tmp_path)
     callback = TLensCallback(
         [CAPITAL], instruments=[Steps()], sinks=[], watch=Watch([Rule("step/value", above=2)])
     )
-    with pytest.raises(ValueError, match=r"reads 'step/value'; the nearest are \['steps/value"):
+    with pytest.raises(
+        ValueError, match=r"no reading is 'step/value'; the nearest are \['steps/value"
+    ):
         trainer(tmp_path, callback).train()
 
 
@@ -148,5 +150,5 @@ def test_a_watch_that_fails_is_set_aside(tmp_path, caplog, monkeypatch):
 
 @pytest.mark.parametrize("watch", [True, "induction", [Watch()]])
 def test_what_is_no_watch_is_refused(watch):
-    with pytest.raises(ValueError, match="watch is a Watch, False or None"):
+    with pytest.raises(ValueError, match="watch must be a Watch, False or None"):
         TLensCallback([CAPITAL], watch=watch)

@@ -183,7 +183,7 @@ def test_any_head_scores_are_followed(scores_):
 
 @pytest.mark.parametrize("watch", [Watch(heads=[(0, 0)]), Watch(scores="head_scores")])
 def test_heads_without_scores_are_refused(watch):
-    with pytest.raises(ValueError, match="follows heads, and no instrument"):
+    with pytest.raises(ValueError, match="is to follow heads, and no instrument"):
         watch.look([number("a/b", 1)])
 
 
@@ -305,12 +305,12 @@ def test_memory_goes_on_where_another_watch_stopped():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Watch(takes=0.1, loses=0.2), "loses <= takes"),
-        (lambda: Watch(collapse=1), "share of 1"),
+        (lambda: Watch(takes=0.1, loses=0.2), "at most takes"),
+        (lambda: Watch(collapse=1), "below 1: 1"),
         (lambda: Watch(cooldown=-1), "0 or more"),
-        (lambda: Watch(fires=0), "share of the tokens"),
+        (lambda: Watch(fires=0), "fires must be a share"),
         (lambda: Watch(["head_scores/sink"]), "Rule objects"),  # type: ignore[list-item]
-        (lambda: Rule("a/b"), "asks for nothing"),
+        (lambda: Rule("a/b"), "has no condition"),
         (lambda: Rule("a/b", jump=0), "more than 0"),
     ],
 )

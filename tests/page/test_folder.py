@@ -11,7 +11,7 @@ import pytest
 from tests.page.decode import Decoder, near
 from tests.sinks.samples import everything, pattern, small
 from tlens_callback.page import PageFolder, folder
-from tlens_callback.page.heads import in_turn
+from tlens_callback.page.heads import interleave
 from tlens_callback.reading import Reading, descriptions
 
 
@@ -131,7 +131,10 @@ def test_too_many_patterns_are_cut_to_the_heads_of_the_highest_scores(tmp_path, 
             part = Reading(**{**vars(reading), "values": np.where(hidden, np.nan, reading.values)})
             assert near(entry, part)
         (note,) = index_of(page.path)["notes"]
-        assert f"of {len(selected)} of 64 at step {step}" in note and "highest head scores" in note
+        assert (
+            f"at step {step} of {len(selected)} of 64 heads" in note
+            and "highest head scores" in note
+        )
     # What was left out stays said, also when the next step fits and the run is resumed.
     page = PageFolder(tmp_path / "page")
     page.write(small(20), 20)
@@ -250,5 +253,5 @@ def test_a_write_that_fails_leaves_a_page_that_is_right(tmp_path, monkeypatch, l
 
 def test_heads_come_in_turn():
     a, b = {("0", "0"): 0.1, ("0", "1"): 0.9}, {("0", "0"): 5.0, ("1", "0"): 7.0, ("0", "1"): 6.0}
-    assert in_turn([a, b]) == [("0", "1"), ("1", "0"), ("0", "0")]
-    assert in_turn([]) == [] and pattern().axes[:2] == ("layer", "head")
+    assert interleave([a, b]) == [("0", "1"), ("1", "0"), ("0", "0")]
+    assert interleave([]) == [] and pattern().axes[:2] == ("layer", "head")

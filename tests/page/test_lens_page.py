@@ -177,8 +177,8 @@ def test_what_the_lens_shows_is_not_listed_again_below(page):
         title = section.locator("summary").inner_text()
         sections[name] = [section.locator("table").count(), " ".join(title.split())]
     assert sections["logit_lens"] == [0, "logit lens of capital"]  # its lines are there
-    assert sections["difference_lens"] == [0, "difference lens in the card of the lens, above"]
-    assert sections["my_lens"] == [0, "my lens in the card of the lens, above"]
+    assert sections["difference_lens"] == [0, "difference lens shown above, under the logit lens"]
+    assert sections["my_lens"] == [0, "my lens shown above, under the logit lens"]
     assert sections["top_neurons"] == [1, "top neurons of capital"]  # no lens shows it
     assert page.locator("[data-instrument=logit_lens] figure").count() == 2
 

@@ -10,7 +10,7 @@ import pytest
 from tests.page.decode import Page, near
 from tests.sinks.samples import TOKENS, everything, pattern, small
 from tlens_callback.page import page, template
-from tlens_callback.page.thin import evenly
+from tlens_callback.page.thin import evenly_spaced
 from tlens_callback.reading import Reading
 from tlens_callback.sinks import LocalSink, read_store
 
@@ -129,10 +129,10 @@ def test_patterns_go_at_some_steps_first(store, bare):
     rare = [step for step in range(0, 400, 50) if RARE in made.readings[step]]
     assert rare[0] == 0 and rare[-1] == 350 and 2 <= len(rare) < 8
     said = " ".join(made.notes)
-    assert f"(attention_patterns/pattern) are here at {len(here)} of 40 steps" in said
-    assert f"(pattern_change/pattern) are here at {len(rare)} of 8 steps" in said
-    assert f"numbers (s/long) are here at {len(here)} of 40 steps" in said
-    assert "heads" not in said and "All of it is in the store" in said
+    assert f"(attention_patterns/pattern) are in this page at {len(here)} of 40 steps" in said
+    assert f"(pattern_change/pattern) are in this page at {len(rare)} of 8 steps" in said
+    assert f"numbers (s/long) are in this page at {len(here)} of 40 steps" in said
+    assert "heads" not in said and "The store has everything" in said
 
 
 def test_then_of_some_heads_those_of_the_highest_scores_and_the_most_change(store, bare):
@@ -151,8 +151,10 @@ def test_then_of_some_heads_those_of_the_highest_scores_and_the_most_change(stor
     assert {3 * HEADS + 4, 0 * HEADS + 1} <= set(selected)
     assert len({2 * HEADS + head for head in range(HEADS)} & set(selected)) >= 4
     said = " ".join(made.notes)
-    assert f"are here of {n} of 20 heads" in said and "s/score" in said and "change of" in said
-    assert "are here at 20 of 40 steps" in said
+    assert (
+        f"in this page are of {n} of 20 heads" in said and "s/score" in said and "change of" in said
+    )
+    assert "are in this page at 20 of 40 steps" in said
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.4, 0.6, 0.9, 1.3])
@@ -174,9 +176,11 @@ def test_nothing_goes_without_a_word(store, bare, share):
         kept = [s for s in made.readings.values() if key in s]
         of = len([step for step in STEPS if key in {r.key for r in drifting(step)}])
         if not kept:
-            assert f"({name}) are not here" in said or "Attention patterns (" in said
+            assert f"({name}) are not in this page" in said or "Attention patterns (" in said
         elif len(at_all) == 40:
-            assert (f"({name}) are here at {len(kept)} of {of} steps" in said) == (len(kept) < of)
+            assert (f"({name}) are in this page at {len(kept)} of {of} steps" in said) == (
+                len(kept) < of
+            )
     assert bool(made.notes) == bool(missing) == (share < 1)
 
 
@@ -197,7 +201,7 @@ def test_scores_go_only_where_they_alone_are_too_much(tmp_path, bare):
     assert 10 < len(here) < 60 and {0, 99} <= set(here)
     assert np.diff(here).max() - np.diff(here).min() <= 1
     check(made, readings_of, here)
-    assert made.notes[0].startswith(f"This page has {len(here)} of 100 steps: even without")
+    assert made.notes[0].startswith(f"This page has {len(here)} of 100 steps, because all of them")
     with pytest.raises(ValueError, match=r"most_bytes=\d+ is too few"):
         page(store, most_bytes=bare + 4100)
     with pytest.raises(ValueError, match="is too few"):
@@ -244,11 +248,11 @@ def test_runs_of_a_step_or_two_keep_what_fits(tmp_path, bare, steps):
     made = Page(page(store, most_bytes=bare + 4000 + steps * 20_000))
     selected = made.readings[0][MAIN]["select"]
     assert 3 < len(selected) < 16 and list(made.steps) == list(range(steps))
-    said = "nothing that was measured" if steps == 1 else "first by change of the pattern"
+    said = "no measured score ranks them" if steps == 1 else "highest change of the pattern"
     assert f"of {len(selected)} of 16 heads" in made.notes[0] and said in made.notes[0]
     check(made, readings_of, range(steps))
     made = Page(page(store, most_bytes=bare + 4500))
-    assert made.readings[0] == {} and "are not here: there is no room" in made.notes[0]
+    assert made.readings[0] == {} and "are not in this page: there is no room" in made.notes[0]
 
 
 def test_readings_that_come_and_go(tmp_path):
@@ -273,7 +277,7 @@ def test_a_store_with_torn_and_missing_steps(tmp_path):
     (tmp_path / "run/scores/step-00000020.parquet").unlink()
     made = Page(page(store))
     assert list(made.steps) == [0, 30] and not check(made, everything, (0, 30))
-    assert made.notes == ["1 of 3 steps are cut short in the store, and not here: 10."]
+    assert made.notes == ["1 of 3 steps are incomplete in the store, so they are not here: 10."]
     for left in (0, 30):
         (tmp_path / f"run/scores/step-{left:08d}.parquet").unlink()
     with pytest.raises(ValueError, match="no complete step"):
@@ -296,7 +300,7 @@ def test_the_store_reads_what_the_page_needs(tmp_path):
 @pytest.mark.parametrize("most", [2, 3, 7, 20, 39, 40, 41])
 @pytest.mark.parametrize("wanted", [(), (3,), (0, 1, 2, 3, 38, 39), tuple(range(40))])
 def test_evenly(most, wanted):
-    chosen = evenly(range(40), most, wanted)
+    chosen = evenly_spaced(range(40), most, wanted)
     assert chosen == sorted(set(chosen)) and len(chosen) == min(most, 40)
     assert {chosen[0], chosen[-1]} == {0, 39}
     if not wanted:

@@ -296,7 +296,7 @@ def test_another_probe_and_what_it_lacks(shown):
     page.evaluate("tlens.set({probe: 'two'})")
     (row,) = rows(section(page, "target_scores"))
     assert row[1] == "7.50"
-    assert "nothing of two" in section(page, "top_neurons").inner_text()
+    assert "no readings of two" in section(page, "top_neurons").inner_text()
     page.evaluate("tlens.set({probe: 'one'})")
 
 

@@ -201,7 +201,7 @@ def test_a_layer_that_was_not_recorded_is_not_said_to_be_left_out(tmp_path, brow
     assert browser.locator("#maps canvas").is_visible()
     show(browser, layer=0, head=0)
     told = browser.locator("#maps .told").first.inner_text()
-    assert told == "The attention of L0H0 was not recorded: that of 2 heads was."
+    assert told == "The attention of L0H0 was not recorded, only that of 2 heads."
     browser.goto(before)
     settled(browser)
 

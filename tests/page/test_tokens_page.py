@@ -320,4 +320,4 @@ def test_elements_stay_from_one_step_to_the_next(page):
 def test_a_probe_without_such_readings_says_so(page):
     put(page, probe="bare")
     assert page.locator("#notokens").is_visible() and not page.locator("#strip").is_visible()
-    assert "no readings at its tokens" in page.locator("#notokens").inner_text()
+    assert "no readings for its tokens" in page.locator("#notokens").inner_text()

@@ -102,7 +102,7 @@ def test_the_checkpoint_of_another_run_is_not_taken_for_this_ones(tmp_path, capl
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         resumed = norms(watched(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-3")))
     assert resumed[3] == 0
-    assert "is of another training run, so" in caplog.text
+    assert "is from another training run, so" in caplog.text
 
 
 def test_another_precision_has_another_first_observation(tmp_path, caplog):
@@ -110,7 +110,7 @@ def test_another_precision_has_another_first_observation(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         resumed = watched(tmp_path, resume=str(tmp_path / "checkpoint-3"), dtype=torch.bfloat16)
     assert norms(resumed)[3] == 0
-    assert "is of another precision, so" in caplog.text
+    assert "is from another precision, so" in caplog.text
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_an_instrument_that_is_new_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         resumed = norms(watched(tmp_path, resume=str(tmp_path / "checkpoint-3")))
     assert resumed[3] == 0
-    assert "kept nothing of 'distance'" in caplog.text and "'watch'" not in caplog.text
+    assert "saved nothing for 'distance'" in caplog.text and "'watch'" not in caplog.text
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_without_the_file_it_says_so_and_begins_anew(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         resumed = norms(watched(tmp_path, resume=str(tmp_path / "checkpoint-3")))
     assert resumed[3] == 0
-    assert "measured from here on" in caplog.text
+    assert "measured from this step on" in caplog.text
 
 
 def test_other_probes_have_another_first_observation(tmp_path, caplog):
@@ -184,7 +184,7 @@ def test_other_probes_have_another_first_observation(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         resumed = norms(watched(tmp_path, str(tmp_path / "checkpoint-3"), probes=[other]))
     assert resumed[3] == 0
-    assert "is of other probes, so" in caplog.text
+    assert "is from other probes, so" in caplog.text
 
 
 def test_a_torn_file_ends_nothing(tmp_path, caplog):
@@ -201,7 +201,7 @@ def test_a_file_of_somebody_else_ends_nothing(tmp_path, caplog):
     save_file({"a": torch.zeros(1)}, tmp_path / "checkpoint-3" / "tlens.memory")
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         assert norms(watched(tmp_path, resume=str(tmp_path / "checkpoint-3")))[3] == 0
-    assert "measured from here on" in caplog.text
+    assert "measured from this step on" in caplog.text
 
 
 def test_weights_are_what_a_checkpoint_s_safetensors_hold(tmp_path):

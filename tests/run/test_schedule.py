@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlens_callback.run.schedule import Schedule, rare
+from tlens_callback.run.schedule import Schedule, has_rare
 
 
 @dataclass(frozen=True)
@@ -131,4 +131,5 @@ def test_an_instrument_is_new_at_its_first_time_since_the_start():
 
 
 def test_what_is_rare():
-    assert rare([Plain(), Every(2)]) and not rare([Plain(), Every(1)]) and not rare([])
+    assert has_rare([Plain(), Every(2)])
+    assert not has_rare([Plain(), Every(1)]) and not has_rare([])

@@ -40,13 +40,13 @@ def test_a_broken_file_raises_at_construction(tmp_path):
         (Path("The capital"), "There is no file of probes The capital"),
         (
             "The capital of France is",
-            r"list of Probe objects or a file of them \(\.yaml.*no file 'The capital.*"
+            r"list of Probe objects or the path of a file of probes \(.*no file 'The capital.*"
             r"probes=\[Probe\('name', 'The capital of France is'\)\]",
         ),
-        ("A text. It ends", "For a text"),
-        ("", "For a text"),
-        (b"probes.yaml", "probes is a list, got bytes|Probe objects, got int"),
-        (Probe("p", "x"), "probes is a list, got Probe"),
+        ("A text. It ends", "If it is the text of a probe"),
+        ("", "If it is the text of a probe"),
+        (b"probes.yaml", "probes must be a list, .*got bytes|Probe objects, got int"),
+        (Probe("p", "x"), "probes must be a list, .*got Probe"),
     ],
 )
 def test_what_is_neither_a_list_nor_a_file_is_named(tmp_path, monkeypatch, given, says):
@@ -73,4 +73,4 @@ def test_a_name_that_splits_keys_is_refused(name):
 def test_a_test_set_for_probes_is_worth_a_word(caplog, count):
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         TLensCallback([Probe(f"p{i}", "x") for i in range(count)], sinks=[])
-    assert ("257 probes are many" in caplog.text) == (count == 257)
+    assert ("257 probes are a lot" in caplog.text) == (count == 257)

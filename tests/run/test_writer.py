@@ -168,7 +168,7 @@ def test_an_error_is_reported_once_and_the_others_go_on(caplog, writing):
         logging.getLogger("tlens_callback").removeHandler(note)
     said = [r.getMessage() for r in caplog.records]
     assert said == [
-        "tlens: sink Notes raised OSError: no space. It is set aside; training goes on."
+        "tlens: sink Notes raised OSError: no space. It is not used any more; training goes on."
     ]
     assert reported_by == {threading.get_ident()}
     assert [what for what, *_ in bad.asked] == [0, 1, 2] and good.wrote == [*range(6), "close"]
@@ -200,7 +200,7 @@ def test_with_raise_the_error_tells_of_the_others_too():
         writer.drain()
     assert raised.value.__notes__ == [
         "(raised by the sink Notes)",
-        "(so did the sink Notes: KeyError: 'run')",
+        "(the sink Notes raised too: KeyError: 'run')",
     ]
     writer.close()
 

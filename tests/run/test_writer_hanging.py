@@ -20,8 +20,8 @@ def test_a_sink_that_hangs_is_given_up_with_a_word_and_the_others_complete(caplo
     writer.close()
     assert good.wrote == [*range(6), "close"]
     assert [r.getMessage() for r in caplog.records] == [
-        "tlens: sink Notes is given up: writing step 1 has taken more than 1 s. The others and "
-        "training go on."
+        "tlens: sink Notes is given up: writing step 1 has taken more than 1 s. The other sinks "
+        "and training go on."
     ]
     gate.set()
     thread = hangs.asked[-1][1]
@@ -83,8 +83,8 @@ def test_closing_has_longer(caplog, gate):
         writer.close()
         assert sink.wrote == wrote and other.wrote == [0, "close"]
     assert [r.getMessage() for r in caplog.records] == [
-        "tlens: sink Uploads is given up: closing has taken more than 1.5 s. The others and "
-        "training go on."
+        "tlens: sink Uploads is given up: closing has taken more than 1.5 s. The other sinks "
+        "and training go on."
     ]
 
 

@@ -236,7 +236,7 @@ def test_says_what_cannot_be_written(tmp_path):
         LocalSink(tmp_path)
     sink = LocalSink(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="two readings of the key 'cost/seconds'"):
+    with pytest.raises(ValueError, match="two readings with the key 'cost/seconds'"):
         sink.write([small()[0], small()[0]], step=0)
     with pytest.raises(ValueError, match="0 or more"):
         sink.write([], step=-1)
@@ -247,9 +247,11 @@ def test_says_what_cannot_be_read(tmp_path):
     store = read_store(sink.path)
     with pytest.raises(ValueError, match=r"no directory .*stores beside it: \['run'\]"):
         read_store(tmp_path / "missing")
-    with pytest.raises(ValueError, match=r"not a tlens_callback store.*In it are '.*/run'"):
+    with pytest.raises(
+        ValueError, match=r"not a tlens_callback store.*It holds the stores '.*/run'"
+    ):
         read_store(tmp_path)
-    with pytest.raises(ValueError, match=r"no complete step 5; it has \(0, 10\)"):
+    with pytest.raises(ValueError, match=r"no complete step 5; its steps are \(0, 10\)"):
         store.reading("cost/seconds", 5)
     with pytest.raises(ValueError, match=r"no 'cost/second'; .*nearest are \['cost/seconds'"):
         store.reading("cost/second", 10)

@@ -86,7 +86,7 @@ def test_a_step_without_its_table_is_not_there(tmp_path):
     (tmp_path / "run/scores/step-00000010.parquet").unlink()
     store = read_store(tmp_path / "run")
     assert store.steps == (0,)
-    with pytest.raises(ValueError, match=r"no complete step 10; it has \(0,\)"):
+    with pytest.raises(ValueError, match=r"no complete step 10; its steps are \(0,\)"):
         store.readings(10)
 
 

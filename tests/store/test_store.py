@@ -222,7 +222,9 @@ def test_a_directory_of_a_run_means_the_last_of_its_stores(tmp_path):
     store, others = find_store(out)
     assert store.path == out / "tlens-11" and others == ["tlens-replay", *earlier]
     fill(out / "slow", (0,), page=False)
-    with pytest.raises(ValueError, match=r"several stores: name one of .*slow, .*tlens-11, .*repl"):
+    with pytest.raises(
+        ValueError, match=r"several stores: name one of them.*slow, .*tlens-11, .*repl"
+    ):
         find_store(out)
     fill(tmp_path / "unseen" / "tlens-replay", (0,), page=False)
     assert find_store(tmp_path / "unseen")[0].path.name == "tlens-replay"

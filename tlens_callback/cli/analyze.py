@@ -62,7 +62,7 @@ def analyze(
     from tlens_callback.checkpoints import Checkpoint
     from tlens_callback.offline.stages import Stage, observe_stages
     from tlens_callback.run.printing import print_lines
-    from tlens_callback.run.terminal import looked
+    from tlens_callback.run.terminal import saved_model_lines
     from tlens_callback.sinks import LocalSink, read_store
 
     checkpoint = Checkpoint.of(model, adapter, base=base)
@@ -82,7 +82,7 @@ def analyze(
         (step,) = observer.steps
         readings = {reading.key: reading for reading in read_store(store.path).readings(step)}
         over = f" over {checkpoint.model}" if checkpoint.adapter else ""
-        print_lines(looked(observer, readings, name=checkpoint.path + over))
+        print_lines(saved_model_lines(observer, readings, name=checkpoint.path + over))
 
 
 def usable_instruments(

@@ -1,4 +1,4 @@
-"""Says when something happens in a run. Reads what was read; runs no model."""
+"""Finds events in the readings of a run: `Watch` and `Rule`. No model is run here."""
 
 from tlens_callback.events.rules import Rule as Rule
 from tlens_callback.events.watch import Watch as Watch

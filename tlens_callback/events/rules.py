@@ -1,4 +1,4 @@
-"""`Rule`: when a number is worth an event."""
+"""`Rule`: says when a number becomes an event."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,23 +10,24 @@ from tlens_callback.reading import Reading
 HISTORY = 20
 """Observations that a number is compared with."""
 
-_ENOUGH = 3
+_LEAST_HISTORY = 3
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a number is worth an event.
+    """Says when a number becomes an event.
 
     Args:
-        key: of the reading to follow; if it has axes, each of its entries.
-        above, below: an event when an entry crosses this value upwards, or downwards. One that
-            is beyond it at the first observation has not crossed it.
-        jump: an event when an entry is further than this, and further than six standard deviations
-            (1.4826 times the median absolute deviation), from the median of its own last finite
-            values, of at most 20 observations, once there are 3; and when it is finite no more.
+        key: the key of the reading to follow. If the reading has axes, each entry is followed.
+        above, below: an entry that crosses this value upwards, or downwards, is an event. An entry
+            that is beyond the value at the first observation has not crossed it.
+        jump: an entry is an event if its distance from the median of its own last finite values is
+            more than this, and more than six standard deviations (1.4826 times the median absolute
+            deviation). At least 3 and at most the last 20 observations are compared. An entry that
+            was finite and is not any more is an event too.
 
     Raises:
-        ValueError: without any of the three, or for a jump that is not positive.
+        ValueError: if none of the three is given, or jump is not positive.
     """
 
     key: str
@@ -36,16 +37,16 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.above is None and self.below is None and self.jump is None:
-            raise ValueError(f"Rule({self.key!r}) asks for nothing; give above=, below= or jump=.")
+            raise ValueError(f"Rule({self.key!r}) has no condition; give above=, below= or jump=.")
         if self.jump is not None and not self.jump > 0:
-            raise ValueError(f"Rule({self.key!r}): jump is more than 0, got {self.jump}.")
+            raise ValueError(f"Rule({self.key!r}): jump must be more than 0, got {self.jump}.")
 
     def crossed(self, past: np.ndarray, new: np.ndarray) -> dict[str, np.ndarray]:
-        """What has happened -> which of the new entries it has happened to.
+        """Returns, for each kind of event, which of the new entries it happened to.
 
         Args:
             past: [observation, ...], the last values, oldest first.
-            new: [...]
+            new: [...], the values of now.
         """
         crossed: dict[str, np.ndarray] = {}
         if len(past):
@@ -55,7 +56,7 @@ class Rule:
                 crossed[f"below {self.below:g}"] = (new < self.below) & (past[-1] >= self.below)
             if self.jump is not None:
                 crossed["not finite"] = ~np.isfinite(new) & np.isfinite(past[-1])
-        if self.jump is not None and len(past) >= _ENOUGH:
+        if self.jump is not None and len(past) >= _LEAST_HISTORY:
             middle = _median(past)
             with np.errstate(invalid="ignore"):
                 away, spread = np.abs(new - middle), _median(np.abs(past - middle))
@@ -66,7 +67,7 @@ class Rule:
 
 
 def entry(reading: Reading, at: Sequence[int]) -> str:
-    """Which entry of a reading with axes: "layer 3 head 2 "; empty for a number."""
+    """Returns the name of an entry of a reading, "layer 3 head 2 "; empty for a single number."""
     names = []
     for axis, i in zip(reading.axes, at, strict=True):
         name = reading.labels[axis][i] if axis in reading.labels else str(i)
@@ -76,5 +77,5 @@ def entry(reading: Reading, at: Sequence[int]) -> str:
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """Over the first axis, of the finite ones; not finite where there are none."""
+    """Returns the median of the finite values over the first axis; NaN if there are none."""
     return np.ma.filled(np.ma.median(np.ma.masked_invalid(values), axis=0), np.nan)

@@ -1,4 +1,4 @@
-"""One HTML page with everything a store holds: it needs no server, no network, no library."""
+"""Makes one HTML page with everything in a store. It needs no server, network or library."""
 
 from tlens_callback.page.folder import PageFolder as PageFolder
 from tlens_callback.page.pack import page as page

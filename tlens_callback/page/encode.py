@@ -1,18 +1,18 @@
-"""Readings as the page's script reads them: small integers, differences, byte planes, deflate.
+"""Encodes readings for the page's script: small integers, differences, byte planes, deflate.
 
 A step is a list of blobs, each compressed with raw deflate. The first, inflated, is: the length of
 a JSON text (uint32, little-endian), the text, zeros up to a multiple of 4, and payloads, each
-filled up to a multiple of 4. The text is a list of entries, one a reading, in order; an entry's
-payload begins at byte `at` behind the text, or is all there is in the further blob number `blob`.
+filled up to a multiple of 4. The text is a list of entries, one for each reading, in order; an
+entry's payload begins at byte `at` after the text, or it is the whole of large blob number `blob`.
 
 - `type` "f32" and "f16" are the bits of the numbers. "u8" is for attention patterns with limits
   (0, scale) or, `signed`, (-scale, scale): 255 is "not a number", else v = scale * (q / 254)**2
   or, with x = (q - 127) / 127, v = scale * sign(x) * x**2.
 - `tril`: the payload holds `values[..., rows, columns]` of `numpy.tril_indices(n)`; the rest is 0.
-- `select`: it holds only these of the leading axes, flat indices.
-- `delta`: it holds the difference, modulo 2**bits, to the step before in which the key occurs.
+- `select`: it holds only these heads, as flat indices over the leading axes.
+- `delta`: it holds the difference, modulo 2**bits, to the previous step that has the key.
 - A payload is cut into byte planes: the lowest byte of every number, then the next, ...
-- `same`: all but `delta`, `at` and `blob` is as in the step before in which the key occurs.
+- `same`: all except `delta`, `at` and `blob` is as in the previous step that has the key.
 """
 
 import base64
@@ -32,16 +32,17 @@ from tlens_callback.reading import Reading
 from tlens_callback.store.triangle import is_pattern, lower_triangle
 
 LARGE = 20_000
-"""Payloads of more numbers have a blob of their own, which the page inflates when it is shown."""
+"""A payload of more numbers has a blob of its own, which the page inflates when it is shown."""
 
 _KEY_FRAME_EVERY = 20
-_FEW = 4_000
+_HALF_FROM = 4_000
 _LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
 class Code:
-    """A reading as integers: what the page is told of it, and uint8, uint16 or uint32 [number]."""
+    """Holds an encoded reading: its description for the page, and uint8, uint16 or uint32
+    [number]."""
 
     about: dict[str, Any]
     payload: np.ndarray
@@ -53,7 +54,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Part:
-    """A reading within a step: its entry and its bytes, compressed where they are a `blob`."""
+    """Holds a reading within a step: its entry and its bytes, compressed if they are a `blob`."""
 
     entry: dict[str, Any]
     content: bytes
@@ -61,19 +62,19 @@ class Part:
 
     @property
     def size(self) -> float:
-        """About how many letters of the page it takes."""
+        """About how many characters of the page it takes."""
         content = len(self.content if self.blob else _deflate(self.content, 6))
         return (content + len(_deflate(_json(self.entry), 6))) * 4 / 3 + 20
 
 
 def code(reading: Reading, select: Sequence[int] | None = None) -> Code:
-    """Integers for a reading; of patterns only those `select`ed, by flat index over what they are
-    many by (layer * heads + head).
+    """Encodes a reading as integers; `select` keeps only some heads' patterns, by flat index
+    (layer * heads + head).
 
-    An attention pattern with limits (0, x) or (-x, x) that it keeps to is off by at most half a
-    code, which is |v| / 254 or less for |v| near x: x / 254, for the two-sided x / 127. What has
-    more than 4,000 values, is no index, and is 2**-10 to 65504 at its largest, is off by at most
-    2**-11 of a value or, if that is less, 2**-25. All else is exact.
+    An attention pattern within its limits (0, x) or (-x, x) is off by at most half a code: x / 254
+    for values near x, or x / 127 with limits (-x, x), and less for smaller values. A reading of
+    more than 4,000 values that is no index, and whose largest magnitude is 2**-10 to 65504, is off
+    by at most 2**-11 of a value, or 2**-25 if that is more. Everything else is exact.
     """
     lower = lower_triangle(reading.values, reading.axes)
     about = {
@@ -92,7 +93,7 @@ def code(reading: Reading, select: Sequence[int] | None = None) -> Code:
 def code_lower(
     key: str, stored: Mapping[str, Any], lower: np.ndarray, select: Sequence[int] | None = None
 ) -> Code:
-    """The same from a store: what `Store.about` says of it, and `Store.lower`."""
+    """Encodes a stored pattern from what `Store.about` says of it and its lower triangles."""
     about = {
         "key": key,
         "axes": list(stored["axes"]),
@@ -120,7 +121,7 @@ def _code(
     if scale is not None:
         signed = about["limits"][0] != 0
         about |= {"type": "u8", "scale": scale, "signed": signed}
-        payload = _bytes_of(values, scale, signed)
+        payload = _to_bytes(values, scale, signed)
     elif _fits_half(about, values, low, high):
         about["type"] = "f16"
         # numpy converts what is below 2**-14 in software, ten times slower than torch.
@@ -131,7 +132,7 @@ def _code(
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest value that is a number; 0 where there is none."""
+    """Returns the smallest and the largest value that is not NaN; 0 if there is none."""
     if not values.size:
         return 0.0, 0.0
     low, high = float(values.min()), float(values.max())
@@ -146,18 +147,18 @@ def _limits(limits: Sequence[float] | None) -> list[float | None] | None:
 
 
 def _scale(about: Mapping[str, Any], low: float, high: float) -> float | None:
-    """The scale of a pattern that goes into a byte a number; None where it does not."""
+    """Returns the scale of a pattern if it can be encoded in one byte per number; else None."""
     if not is_pattern(about["axes"]) or about["limits"] is None:
         return None
     least, most = about["limits"]
     if least is None or most is None or most <= 0 or least not in (0, -most):
         return None
-    # Limits are those of the colours. What is beyond them by more than rounding stays as it is.
+    # Limits are for colours: values may be beyond them, and one byte could not hold those.
     room = most * 1e-3
     return most if least - room <= low and high <= most + room else None
 
 
-def _bytes_of(values: np.ndarray, scale: float, signed: bool) -> UInt8[np.ndarray, " n"]:
+def _to_bytes(values: np.ndarray, scale: float, signed: bool) -> UInt8[np.ndarray, " n"]:
     x = np.abs(values)
     x *= np.float32(1 / scale)
     np.sqrt(x, out=x)
@@ -176,20 +177,20 @@ def _bytes_of(values: np.ndarray, scale: float, signed: bool) -> UInt8[np.ndarra
 
 
 def _fits_half(about: Mapping[str, Any], values: np.ndarray, low: float, high: float) -> bool:
-    if values.size <= _FEW or about["unit"] == "index":
+    if values.size <= _HALF_FROM or about["unit"] == "index":
         return False
     largest = max(-low, high)
     if math.isinf(largest):
         finite = np.abs(values[np.isfinite(values)])
         largest = float(finite.max(initial=0))
-    # float16 keeps 2**-24 and no less: small numbers, as those of an adapter just begun, would go.
+    # float16 keeps 2**-24 and no less: small numbers, as of a new adapter, would become 0.
     return largest == 0 or 2**-10 <= largest < _LARGEST_HALF
 
 
 class Track:
-    """Turns the codes of one step after another into parts, against the step before.
+    """Turns the codes of successive steps into parts, as differences to the step before.
 
-    With `deltas` False each step stands by itself.
+    With `deltas` False each step is encoded by itself.
     """
 
     def __init__(self, *, deltas: bool = True) -> None:
@@ -197,8 +198,11 @@ class Track:
         self._before: dict[str, tuple[Code, int]] = {}
 
     def part(self, coded: Code, *, blob: bool | None = None) -> Part:
-        """The part of this reading; `blob` says whether it has one of its own, by default those
-        that are large. Of those every twentieth is no difference: a jump costs at most twenty."""
+        """Returns the part of this reading.
+
+        `blob`: whether it has a blob of its own; by default a large payload has. Every twentieth
+        blob of a key is not a difference, so that a jump to any step inflates at most twenty.
+        """
         if blob is None:
             blob = coded.payload.size > LARGE
         about, payload = coded.about, coded.payload
@@ -223,8 +227,10 @@ def _planes(payload: np.ndarray) -> bytes:
 
 
 def _deflate_noise(content: bytes) -> bytes:
-    """Deflated without looking for repetitions, of which attention has none but runs: fifteen
-    times faster than level 6, and smaller for differences."""
+    """Deflates without searching for repetitions, since attention repeats only in runs.
+
+    It is fifteen times faster than level 6, and smaller for differences.
+    """
     sizes = [_deflate(content, 6, how) for how in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)]
     return min(sizes, key=len)
 
@@ -235,7 +241,8 @@ def _deflate(content: bytes, level: int, how: int = zlib.Z_DEFAULT_STRATEGY) -> 
 
 
 def blobs(parts: Iterable[Part]) -> list[str]:
-    """A step in base64: what holds the entries and the small payloads, then the large ones."""
+    """Returns a step in base64: first the blob with the entries and the small payloads, then the
+    large blobs."""
     entries, payloads, large, at = [], [], [], 0
     for part in parts:
         if part.blob:

@@ -1,4 +1,4 @@
-"""Which heads to show where the patterns of all would be too much."""
+"""Ranks heads, to choose whose patterns to keep when those of all would take too much room."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -7,43 +7,43 @@ import numpy as np
 
 from tlens_callback.reading import Reading
 
-Place = tuple[str, str]
-"""A head by its layer's and its own label; a number where there are none."""
+Head = tuple[str, str]
+"""A head: the label of its layer and its own label, or their numbers if there are no labels."""
 
-Scores = dict[Place, float]
+Scores = dict[Head, float]
 
-HEADS = ("layer", "head")
+HEAD_AXES = ("layer", "head")
 
 
-def places(
+def heads_of(
     axes: Sequence[str], shape: Sequence[int], labels: Mapping[str, Sequence[str]]
-) -> list[Place]:
-    """The heads of a reading by layer and head, or of its patterns, in the order of its values;
-    empty for others."""
-    if tuple(axes[:2]) != HEADS or len(axes) not in (2, 4):
+) -> list[Head]:
+    """Returns the heads of a reading by layer and head, or of its patterns, in the order of its
+    values; empty for other readings."""
+    if tuple(axes[:2]) != HEAD_AXES or len(axes) not in (2, 4):
         return []
     layers, heads = (
         labels.get(axis) or [str(i) for i in range(size)]
-        for axis, size in zip(HEADS, shape, strict=False)
+        for axis, size in zip(HEAD_AXES, shape, strict=False)
     )
     return [(layer, head) for layer in layers for head in heads]
 
 
 def is_score(axes: Sequence[str], unit: str) -> bool:
-    """Whether a reading is a probability of each head."""
-    return tuple(axes) == HEADS and unit == "probability"
+    """Whether a reading has one probability for each head."""
+    return tuple(axes) == HEAD_AXES and unit == "probability"
 
 
-def take_largest(scores: Scores, reading: Reading) -> None:
-    """Puts the reading's values into `scores` where they are larger than what is there."""
-    at = places(reading.axes, reading.values.shape, reading.labels)
-    for place, value in zip(at, reading.values.ravel().tolist(), strict=True):
-        if value > scores.get(place, -np.inf):
-            scores[place] = value
+def keep_largest(scores: Scores, reading: Reading) -> None:
+    """Raises each head's entry of `scores` to the reading's value if that is larger."""
+    at = heads_of(reading.axes, reading.values.shape, reading.labels)
+    for head, value in zip(at, reading.values.ravel().tolist(), strict=True):
+        if value > scores.get(head, -np.inf):
+            scores[head] = value
 
 
-def in_turn(rankings: Iterable[Scores]) -> list[Place]:
-    """The first of each ranking, then the second of each, ...; each head once."""
+def interleave(rankings: Iterable[Scores]) -> list[Head]:
+    """Returns the first head of each ranking, then the second of each, ...; each head once."""
     orders = [sorted(scores, key=scores.__getitem__, reverse=True) for scores in rankings]
     rows = zip_longest(*orders)
-    return list(dict.fromkeys(place for row in rows for place in row if place is not None))
+    return list(dict.fromkeys(head for row in rows for head in row if head is not None))

@@ -1,4 +1,4 @@
-"""The page of a run as the output of a notebook's cell."""
+"""`PageView`: shows the page of a run as the output of a notebook cell."""
 
 import html
 from dataclasses import dataclass, field
@@ -9,24 +9,24 @@ from tlens_callback.store.atomic import write_whole
 
 @dataclass(frozen=True)
 class PageView:
-    """A page that Jupyter shows, as the last line of a cell, and that `save` writes to a file.
+    """Holds a page that Jupyter shows as the last line of a cell, and that `save` writes to a file.
 
-    In the notebook it has a frame of its own, where its scripts run, but reach neither the notebook
-    nor any file or cookie. The notebook's file then holds the whole page.
+    In the notebook it has a frame of its own. Its scripts run there, but cannot reach the notebook,
+    files or cookies. The notebook's file then contains the whole page.
 
     Attributes:
         text: the HTML of the page.
-        height: of the frame, in pixels.
+        height: height of the frame, in pixels.
     """
 
     text: str = field(repr=False)
     height: int = 820
 
     def save(self, path: str | Path) -> Path:
-        """Writes the page as one file, for a browser; folders on the way are made.
+        """Writes the page as one file for a browser, and makes the folders on its path.
 
         Raises:
-            OSError: where there can be no such file.
+            OSError: if the file cannot be written.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,10 +34,11 @@ class PageView:
         return path
 
     def _repr_html_(self) -> str:
-        # Without "allow-same-origin": its origin is none, so that it shares nothing with Jupyter.
+        # Without "allow-same-origin" the frame has no origin, so that it shares nothing with
+        # Jupyter.
         return (
             f'<iframe srcdoc="{html.escape(self.text)}" sandbox="allow-scripts" '
-            f'title="what was seen of a model in training" width="100%" '
+            f'title="observations of a model in training" width="100%" '
             f'height="{self.height:d}" style="border:0"></iframe>'
         )
 

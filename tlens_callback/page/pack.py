@@ -1,4 +1,5 @@
-"""A whole store as the text of one HTML file, within a bound: what had to go is said on it."""
+"""`page`: makes one HTML file of a whole store, within a size limit; the page says what it
+leaves out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 from tlens_callback.meaning import Description
 from tlens_callback.page.encode import Part, Track, blobs, code
 from tlens_callback.page.template import html, step_element, title_of
-from tlens_callback.page.thin import evenly, is_bulky, thin
+from tlens_callback.page.thin import evenly_spaced, is_bulky, thin
 
 if TYPE_CHECKING:
     from tlens_callback.store.store import Store
@@ -17,45 +18,47 @@ _FOR_NOTES = 4000
 
 
 def page(store: "Store", *, most_bytes: int = 15_000_000, view: str = "") -> str:
-    """One HTML file with all complete steps of a store.
+    """Makes one HTML file with all complete steps of a store.
 
-    If that takes more than `most_bytes` (of UTF-8), attention patterns, and readings of more than
-    4,000 numbers, are there at fewer steps: the first, the last, evenly between, at those with
-    events where they are near. If that would leave fewer than 20 steps, patterns are there of
-    fewer heads: those of the largest change since the first step and of the largest head scores, a
-    head of each in turn. Then come fewer steps, then none. All else stays, unless it is more than
-    `most_bytes` by itself: then the page has fewer steps. The page says each of these.
+    If that takes more than `most_bytes` (of UTF-8), attention patterns and readings of more than
+    4,000 numbers are kept at fewer steps: the first, the last and some evenly between, moved to
+    steps with events if these are near. If that would leave fewer than 20 steps, the patterns of
+    fewer heads are kept: those with the largest change since the first step and with the largest
+    head scores, one of each in turn. After that steps are left out again, down to none. All other
+    readings are kept, unless they alone take more than `most_bytes`: then the page has fewer steps.
+    The page says what it leaves out.
 
-    `view` is what it shows where its address says nothing, in the words of an address:
-    "step=1&other=0&change=1". Choosing something in the page writes these words into its address.
+    `view` is what the page shows if its address says nothing, in the words of an address:
+    "step=1&other=0&change=1". When something is chosen in the page, these words are written into
+    its address.
 
-    Holds the text, what it is made of and a step's patterns in memory, never those of all steps.
+    It holds the text, its parts and the patterns of one step in memory, never those of all steps.
 
     Raises:
-        ValueError: for a store without a complete step, or where not even the small readings of
-            its first and last step fit.
+        ValueError: if the store has no complete step, or not even the small readings of its first
+            and last step fit.
     """
     steps, torn = store.steps, store.torn
     if not steps:
-        raise ValueError(f"{store.path} has no complete step: there is nothing to show yet.")
+        raise ValueError(f"{store.path} has no complete step, so there is nothing to show yet.")
     instruments: dict[str, Description] = {}
     for step in steps:
         instruments |= store.descriptions(step)
     room = most_bytes - len(_html(store, instruments, [], [], view).encode()) - _FOR_NOTES
-    fits = _fitting(store, steps, room)
+    fits = _fit_small(store, steps, room)
     if fits is None:
         raise ValueError(
-            f"most_bytes={most_bytes} is too few for {store.path}: the page without data and the "
-            f"small readings of its first and last step take more. Give more."
+            f"most_bytes={most_bytes} is too few for {store.path}: the page with only the small "
+            f"readings of its first and last step takes more. Give a larger most_bytes."
         )
     chosen, small = fits
-    # What is measured part by part comes out a little different in one piece.
+    # The parts together may take a little more than the sum of their estimated sizes.
     for share in (0.99, 0.9, 0.5):
         kept = thin(store, chosen, int((room - small) * share))
-        notes = [*_about_steps(steps, chosen, torn, most_bytes), *kept.notes]
+        notes = [*_step_notes(steps, chosen, torn, most_bytes), *kept.notes]
         if kept.notes:
             notes.append(
-                f"That keeps the page within {most_bytes / 1e6:,.3g} MB. All of it is in the store."
+                f"That keeps the page within {most_bytes / 1e6:,.3g} MB. The store has everything."
             )
         text = _html(store, instruments, notes, list(_elements(store, chosen, kept.parts)), view)
         if len(text.encode()) <= most_bytes:
@@ -84,7 +87,7 @@ def _html(
 def _elements(
     store: "Store", steps: Sequence[int], parts: Mapping[tuple[int, str], Part]
 ) -> Iterator[str]:
-    """The element of each step: its small readings, and those of the bulky ones that are given."""
+    """Yields the element of each step, with its small readings and the given bulky ones."""
     track = Track()
     for step in steps:
         about = store.about(step)
@@ -100,8 +103,9 @@ def _elements(
         )
 
 
-def _fitting(store: "Store", steps: Sequence[int], room: int) -> tuple[list[int], int] | None:
-    """The steps whose small readings fit, all if they do, and how many letters they take."""
+def _fit_small(store: "Store", steps: Sequence[int], room: int) -> tuple[list[int], int] | None:
+    """Returns the steps whose small readings fit, if possible all, and the characters they take;
+    None if not even two steps fit."""
     chosen = list(steps)
     events: set[int] = set()
     while True:
@@ -119,22 +123,22 @@ def _fitting(store: "Store", steps: Sequence[int], room: int) -> tuple[list[int]
             events = {
                 s for s in steps if any(a["unit"] == "event" for a in store.about(s).values())
             }
-        chosen = evenly(steps, max(2, int(done * 0.95)), events)
+        chosen = evenly_spaced(steps, max(2, int(done * 0.95)), events)
 
 
-def _about_steps(
+def _step_notes(
     steps: Sequence[int], chosen: Sequence[int], torn: Sequence[int], most_bytes: int
 ) -> list[str]:
     notes = []
     if torn:
         names = ", ".join(map(str, torn[:10])) + (", ..." if len(torn) > 10 else "")
         notes.append(
-            f"{len(torn)} of {len(steps) + len(torn)} steps are cut short in the store, and not "
-            f"here: {names}."
+            f"{len(torn)} of {len(steps) + len(torn)} steps are incomplete in the store, so they "
+            f"are not here: {names}."
         )
     if len(chosen) < len(steps):
         notes.append(
-            f"This page has {len(chosen)} of {len(steps)} steps: even without attention patterns "
-            f"all of them take more than {most_bytes / 1e6:,.3g} MB."
+            f"This page has {len(chosen)} of {len(steps)} steps, because all of them would take "
+            f"more than {most_bytes / 1e6:,.3g} MB even without attention patterns."
         )
     return notes

@@ -1,4 +1,4 @@
-"""The page around the data: one HTML text with its style and scripts inside."""
+"""Makes the HTML around the data: one text with the page's style and scripts inside."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from tlens_callback.palette import page_colours
 
-# In this order: a later one uses what an earlier one declares.
+# The order matters: a script uses what earlier ones declare.
 _SCRIPTS = [
     f"{name}.js"
     for name in (
@@ -20,10 +20,10 @@ _SCRIPTS = [
 
 
 def html(about: Mapping[str, Any], steps: Iterable[str] = ()) -> str:
-    """The page. `about` is what it says of itself; `steps` are `step_element`s, or nothing for a
-    page that loads its data."""
+    """Makes the page from `about`, its title, notes and descriptions, and `steps`, its
+    `step_element`s; a page that loads its data has none."""
     before, after = _frame()
-    # No letter of the data can end the element or begin another.
+    # So nothing in the data can end the element or begin another one.
     text = json.dumps(about, allow_nan=False).replace("<", "\\u003c")
     return "".join(
         [
@@ -36,34 +36,34 @@ def html(about: Mapping[str, Any], steps: Iterable[str] = ()) -> str:
 
 
 def title_of(store: Path) -> str:
-    """What a page of this store is called: its folder and the one around it, which is the run's."""
+    """Returns the title of a store's page: the folder of the run and the folder of the store."""
     return "/".join(store.absolute().parts[-2:])
 
 
 def step_element(step: int, blobs: Iterable[str]) -> str:
-    """The element that holds a step's blobs, in base64."""
+    """Makes the element that holds a step's blobs, in base64."""
     return (
         f'<script type="text/plain" class="step" data-step="{step}">' + "\n".join(blobs)
     ) + "</script>\n"
 
 
 def colour_script() -> str:
-    """The line of script that hands the page its colours."""
+    """Makes the line of script that defines the page's colours."""
     return f"const PALETTE = {json.dumps(page_colours())};"
 
 
 @lru_cache
 def _frame() -> tuple[str, str]:
-    """The template with style and scripts in it, cut where the data belong."""
+    """Returns the template with style and scripts, cut in two where the data go."""
     assets = files("tlens_callback.page") / "assets"
-    there = {file.name for file in assets.iterdir()}
-    scripts = [(assets / name).read_text("utf-8") for name in _SCRIPTS if name in there]
+    found = {file.name for file in assets.iterdir()}
+    scripts = [(assets / name).read_text("utf-8") for name in _SCRIPTS if name in found]
     script = "\n".join([colour_script(), *scripts])
     style = (assets / "style.css").read_text("utf-8")
     assert "</script" not in script.lower() and "<!--" not in script, "it would end the element"
     assert "</style" not in style.lower(), "it would end the element"
     template = (assets / "index.html").read_text("utf-8")
-    # Cut at all marks first, since what is put in may hold them.
+    # All marks are cut first, since the style and the scripts may contain one.
     head, rest = template.split("/*CSS*/")
     middle, rest = rest.split("<!--DATA-->")
     between, tail = rest.split("/*JS*/")

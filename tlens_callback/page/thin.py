@@ -1,4 +1,4 @@
-"""What of the attention patterns of a run fits into a page, if not all of them do."""
+"""Chooses which attention patterns to keep when all of them would not fit in the page."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -8,73 +8,76 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tlens_callback.page.encode import Part, Track, code, code_lower
-from tlens_callback.page.heads import Place, Scores, in_turn, is_score, places, take_largest
+from tlens_callback.page.heads import Head, Scores, heads_of, interleave, is_score, keep_largest
 from tlens_callback.store.triangle import is_pattern
 
 if TYPE_CHECKING:
     from tlens_callback.store.store import Store
 
 _FEW_STEPS, _FEW_HEADS = 20, 8
-"""Fewer than these are kept only where neither steps nor heads can be given up any more."""
+"""Fewer steps or heads than these are kept only if both numbers are down to them already."""
 
-_MANY = 4_000
-_TRIALS, _LOOKS = 8, 8
+_BULKY_SIZE = 4_000
+_TRIALS, _COMPARED_STEPS = 8, 8
 
 
 def is_bulky(axes: Sequence[str], shape: Sequence[int]) -> bool:
-    """Whether a reading may be left out at some steps: patterns, and what has more than 4,000
+    """Whether a reading may be left out at some steps: patterns, and readings of more than 4,000
     numbers."""
-    return is_pattern(axes) or math.prod(shape) > _MANY
+    return is_pattern(axes) or math.prod(shape) > _BULKY_SIZE
 
 
-def evenly(steps: Sequence[int], most: int, wanted: Collection[int] = ()) -> list[int]:
-    """At most so many of the steps: first, last, evenly between; each but these two gives its place
-    to one of the `wanted` that is nearer to it than to the others."""
+def evenly_spaced(steps: Sequence[int], most: int, wanted: Collection[int] = ()) -> list[int]:
+    """Chooses at most `most` of the steps: the first, the last, and some evenly between.
+
+    Each chosen step, except the first and the last, is replaced by a `wanted` step that is nearer
+    to it than to the other chosen ones.
+    """
     if most >= len(steps):
         return list(steps)
     chosen = [round(i * (len(steps) - 1) / max(most - 1, 1)) for i in range(most)]
-    for place in (i for i, step in enumerate(steps) if step in wanted):
-        nearest = min(range(most), key=lambda i: abs(chosen[i] - place))
+    for at in (i for i, step in enumerate(steps) if step in wanted):
+        nearest = min(range(most), key=lambda i: abs(chosen[i] - at))
         if 0 < nearest < most - 1 and steps[chosen[nearest]] not in wanted:
-            chosen[nearest] = place
+            chosen[nearest] = at
     return sorted(steps[i] for i in set(chosen))
 
 
 @dataclass
-class Kept:
-    """What fits: a part by step and key, and a sentence for each thing that had to go."""
+class KeptParts:
+    """Holds what fits, a part by step and key, and a sentence for everything left out."""
 
     parts: dict[tuple[int, str], Part] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def thin(store: "Store", steps: Sequence[int], room: int) -> Kept:
-    """As many of the bulky readings of these steps as `room` bytes of page hold."""
+def thin(store: "Store", steps: Sequence[int], room: int) -> KeptParts:
+    """Keeps as many of the bulky readings of these steps as fit in `room` bytes of the page."""
     run = _Bulky(store, steps)
     if not run.steps_of:
-        return Kept()
+        return KeptParts()
     share, fits, fails = 1.0, 0.0, math.inf
-    kept: Kept | None = None
+    kept: KeptParts | None = None
     for _ in range(_TRIALS):
         plan = run.plan(share)
         if plan is None:
             break
         found, size = run.trial(*plan, room)
         if found is not None:
-            kept, fits = Kept(found, run.notes(*plan)), share
+            kept, fits = KeptParts(found, run.notes(*plan)), share
             goal = min(1.0, share * room / max(size, 1) * 0.95, (share + fails) / 2)
             if size > 0.8 * room or run.plan(goal) == plan:
                 break
         else:
             fails = share
-            # The first step is dearer than those that follow, so that this is rather too little.
+            # The first step takes more room than later ones, so this estimate is on the low side.
             goal = (fits + share) / 2 if kept else share * room / size * 0.95
         share = goal
-    return kept or Kept(notes=run.notes(0, 0))
+    return kept or KeptParts(notes=run.notes(0, 0))
 
 
 class _Bulky:
-    """The bulky readings of some steps of a store."""
+    """Knows the bulky readings of some steps of a store, and encodes a choice of them."""
 
     def __init__(self, store: "Store", steps: Sequence[int]) -> None:
         self._store = store
@@ -83,7 +86,7 @@ class _Bulky:
         self._patterns: set[str] = set()
         self._scores: dict[str, list[int]] = {}
         self._events: set[int] = set()
-        heads: dict[Place, None] = {}
+        heads: dict[Head, None] = {}
         for step in steps:
             for key, about in store.about(step).items():
                 axes, shape = about["axes"], about["shape"]
@@ -100,12 +103,15 @@ class _Bulky:
                     heads.update(dict.fromkeys(_heads(about)))
         self._most = max(map(len, self.steps_of.values()), default=0)
         self._heads = list(heads)
-        self._order: list[Place] | None = None
+        self._order: list[Head] | None = None
         self._ranked_by: list[str] = []
 
     def plan(self, share: float) -> tuple[int, int] | None:
-        """Numbers of steps and of heads that are about this share of all: steps go first, down to
-        20, then heads, down to 8, then steps, then heads. None where nothing is left."""
+        """Returns numbers of steps and of heads that keep about this share of everything.
+
+        Steps are left out first, down to 20, then heads, down to 8, then steps, then heads. Returns
+        None if nothing is left.
+        """
         steps, heads = self._most, max(len(self._heads), 1)
         amount = share * steps * heads + 1e-6
         few_steps, few_heads, two = min(steps, _FEW_STEPS), min(heads, _FEW_HEADS), min(steps, 2)
@@ -120,8 +126,8 @@ class _Bulky:
     def trial(
         self, n_steps: int, n_heads: int, room: int
     ) -> tuple[dict[tuple[int, str], Part] | None, float]:
-        """The parts of so many steps and heads, and how many bytes they take: None and about how
-        many where that is more than `room`."""
+        """Returns the parts of so many steps and heads, and how many bytes they take; None and an
+        estimate if that is more than `room`."""
         chosen = self._choose(n_steps)
         heads = None if n_heads >= len(self._heads) else set(self._ranked()[:n_heads])
         total = sum(self._weight[key] * len(steps) for key, steps in chosen.items())
@@ -132,7 +138,7 @@ class _Bulky:
             for key, about, lower in self._store.stored(step, keys):
                 select = None
                 if heads is not None and key in self._patterns and (at := _heads(about)):
-                    select = [i for i, place in enumerate(at) if place in heads]
+                    select = [i for i, head in enumerate(at) if head in heads]
                 if lower is None:
                     coded = code(self._store.reading(key, step), select)
                 else:
@@ -145,7 +151,7 @@ class _Bulky:
         return parts, size
 
     def notes(self, n_steps: int, n_heads: int) -> list[str]:
-        """A sentence for each thing that is not there with so many steps and heads."""
+        """Returns a sentence for everything that is left out with so many steps and heads."""
         groups: dict[tuple[bool, int, int], list[str]] = {}
         chosen = self._choose(n_steps)
         for key, steps in self.steps_of.items():
@@ -154,36 +160,39 @@ class _Bulky:
         notes = []
         for (patterns, here, steps), keys in groups.items():
             what = "Attention patterns" if patterns else "Readings of more than 4,000 numbers"
-            what = f"{what} ({named(keys)})"
+            what = f"{what} ({names_of(keys)})"
             if not here:
-                notes.append(f"{what} are not here: there is no room for them.")
+                notes.append(f"{what} are not in this page: there is no room for them.")
             elif here < steps:
                 notes.append(
-                    f"{what} are here at {here} of {steps} steps: the first, the last, and evenly "
-                    f"between, or at a step near by that has an event."
+                    f"{what} are in this page at {here} of {steps} steps: the first, the last and "
+                    f"some evenly between, or a step near by that has an event."
                 )
         if 0 < n_heads < len(self._heads):
             which = (
-                f"those that are first by {', '.join(self._ranked_by)}, one of each in turn"
+                f"those with the highest {', '.join(self._ranked_by)}, one of each in turn"
                 if self._ranked_by
-                else "the first of them, since nothing that was measured tells them apart"
+                else "the first ones, since no measured score ranks them"
             )
             notes.append(
-                f"Attention patterns are here of {n_heads} of {len(self._heads)} heads: {which}."
+                f"Attention patterns in this page are of {n_heads} of {len(self._heads)} heads: "
+                f"{which}."
             )
         return notes
 
     def _choose(self, n_steps: int) -> dict[str, list[int]]:
-        """Key -> its steps that are kept: of each the same share, but two at least."""
+        """Returns key -> its steps that are kept: the same share of each key, but at least two."""
         if not n_steps:
             return {key: [] for key in self.steps_of}
         return {
-            key: evenly(steps, max(2, round(len(steps) * n_steps / self._most)), self._events)
+            key: evenly_spaced(
+                steps, max(2, round(len(steps) * n_steps / self._most)), self._events
+            )
             for key, steps in self.steps_of.items()
         }
 
-    def _ranked(self) -> list[Place]:
-        """All heads, the most telling first."""
+    def _ranked(self) -> list[Head]:
+        """Returns all heads, those with the largest changes and scores first."""
         if self._order is None:
             rankings: dict[str, Scores] = {"change of the pattern since its first step": {}}
             (change,) = rankings.values()
@@ -192,20 +201,21 @@ class _Bulky:
             for key, steps in self._scores.items():
                 scores = rankings[key] = {}
                 for step in steps:
-                    take_largest(scores, self._store.reading(key, step))
-            told = {name: of for name, of in rankings.items() if len(set(of.values())) > 1}
-            self._ranked_by = list(told)
+                    keep_largest(scores, self._store.reading(key, step))
+            telling = {name: of for name, of in rankings.items() if len(set(of.values())) > 1}
+            self._ranked_by = list(telling)
             heads = set(self._heads)
-            order = dict.fromkeys([*in_turn(told.values()), *self._heads])
-            self._order = [place for place in order if place in heads]
+            order = dict.fromkeys([*interleave(telling.values()), *self._heads])
+            self._order = [head for head in order if head in heads]
         return self._order
 
     def _take_changes(self, key: str, into: Scores) -> None:
-        """Mean absolute difference of each head's pattern to the first, the largest of a few."""
+        """Raises each head's entry of `into` to the largest mean absolute difference of its pattern
+        to its first one, over a few steps."""
         first = None
-        for step in evenly(self.steps_of[key], _LOOKS + 1):
+        for step in evenly_spaced(self.steps_of[key], _COMPARED_STEPS + 1):
             reading = self._store.reading(key, step)
-            at = places(reading.axes, reading.values.shape, reading.labels)
+            at = heads_of(reading.axes, reading.values.shape, reading.labels)
             if not at:
                 return
             values = reading.values.reshape(len(at), -1)
@@ -213,16 +223,16 @@ class _Bulky:
                 first = values
             if first.shape != values.shape:
                 continue
-            for place, value in zip(at, np.abs(values - first).mean(-1).tolist(), strict=True):
-                into[place] = max(into.get(place, 0.0), value)
+            for head, value in zip(at, np.abs(values - first).mean(-1).tolist(), strict=True):
+                into[head] = max(into.get(head, 0.0), value)
 
 
-def named(keys: Collection[str], most: int = 4) -> str:
-    """The instruments and measures of keys, the first few."""
+def names_of(keys: Collection[str], most: int = 4) -> str:
+    """Lists the instruments and measures of keys, the first few by name."""
     names = list(dict.fromkeys("/".join(key.split("/")[:2]) for key in keys))
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _heads(about: Mapping[str, Any]) -> list[Place]:
-    return places(about["axes"], about["shape"], about["labels"])
+def _heads(about: Mapping[str, Any]) -> list[Head]:
+    return heads_of(about["axes"], about["shape"], about["labels"])

@@ -1,1 +1,1 @@
-"""One training run, watched: when to look, what goes wrong, what it costs."""
+"""Observes one training run: when to observe, what to do on failure, what it costs."""

@@ -1,4 +1,4 @@
-"""What instruments keep from earlier observations, beside each checkpoint of the training run."""
+"""Saves what instruments keep from earlier observations, in each checkpoint of the run."""
 
 import hashlib
 import logging
@@ -34,10 +34,10 @@ def baselines(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
 
 
 def marks(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:
-    """What has to be equal for a comparison with earlier observations to mean something.
+    """Returns what must be equal, or a comparison with earlier observations would mean nothing.
 
     Args:
-        run: what tells a checkpoint from those of other training runs.
+        run: identifies the training run of a checkpoint.
     """
     rows = zip(batch.tokens.tolist(), batch.lengths, strict=True)
     probes = [(probe.name, row[:n]) for probe, (row, n) in zip(batch.probes, rows, strict=True)]
@@ -63,13 +63,13 @@ def check(of: Baselines) -> None:
 
 
 def keep(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
-    """Writes the baselines to a file, whole or not at all; no file where all are empty.
+    """Writes the baselines to a file, whole or not at all; removes the file if there are none.
 
     Args:
-        about: `marks`.
+        about: what `marks` returned.
 
     Raises:
-        OSError: a full disk, say.
+        OSError: if the file cannot be written (the disk is full).
         ValueError: as `check`.
     """
     check(of)
@@ -88,11 +88,10 @@ def keep(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
 def recall(
     path: Path, of: Baselines, about: Mapping[str, str], device: torch.device
 ) -> frozenset[str]:
-    """Fills the baselines from a file, as far as it has them; returns the names of those it has.
+    """Fills the baselines from a file, and returns the names of those that the file has.
 
-    Says so where it cannot: without the file, or where it is of another run, of other probes or
-    another precision, what is measured against the first observation is measured against the first
-    after resuming.
+    If there is no such file, or it is from another run, other probes or another precision, a
+    warning is logged: changes are then measured from the first observation after resuming.
     """
     if not of:
         return frozenset()
@@ -103,15 +102,15 @@ def recall(
             found = {} if other else {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
         logger.warning(
-            "tlens: the first observation of the run that is resumed is not in %s (%s), so changes "
-            "are measured from here on. Where the checkpoint is in another directory, say so in "
+            "tlens: the first observation of the resumed run is not in %s (%s), so changes are "
+            "measured from this step on. If the checkpoint is in another directory, name it in "
             "TrainingArguments(resume_from_checkpoint=...) too.",
             *(path, error),
         )
         return frozenset()
     if other:
         logger.warning(
-            "tlens: %s is of %s, so changes are measured from here on.",
+            "tlens: %s is from %s, so changes are measured from this step on.",
             *(path, " and ".join(other)),
         )
     for key, tensor in found.items():

@@ -1,4 +1,4 @@
-"""`Cost`: the time that watching takes from the training thread."""
+"""`Cost`: measures the time that watching takes from the training thread."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _DESCRIPTION = Description(
     group="Training",
     measures={
         "share": Meaning(
-            title="Share of the time spent on looking",
+            title="Share of the time spent on observing",
             axes=(),
             headline=True,
             better="lower",
@@ -26,23 +26,23 @@ _DESCRIPTION = Description(
 
 
 def cost_reading(measure: str, value: float, unit: str) -> Reading:
-    """A number `cost/<measure>`."""
+    """Returns the reading `cost/<measure>` of a number."""
     values = np.asarray(value)
     return Reading(key=f"cost/{measure}", values=values, unit=unit, description=_DESCRIPTION)
 
 
 class Cost:
-    """A stopwatch of the training thread.
+    """Measures the time that observing takes on the training thread.
 
     Keys:
-        cost/seconds: [], seconds on the training thread since the reading before, with the
-            handing over of that observation and the waiting for room, without what the sinks do on
-            their own thread; they add up to all that was spent before this reading.
-        cost/share: [], fraction of the time since the start that was spent here.
+        cost/seconds: [], seconds on the training thread since the previous reading. They include
+            handing that observation to the sinks and waiting for them, but not what the sinks do on
+            their own thread. All readings so far add up to the whole time up to this one.
+        cost/share: [], fraction of the time since the start that was spent on observing.
 
     Attributes:
-        seconds: spent so far.
-        beforehand: those of them that were spent before the first step.
+        seconds: all seconds so far.
+        beforehand: the seconds before the first step.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Cost:
         self._began = self._entered = time.perf_counter()
 
     def begin(self) -> None:
-        """The run begins where the spending did that is going on."""
+        """Sets the start of the run to when the current `spending` block was entered."""
         self._began = self._entered
 
     @contextmanager
@@ -65,11 +65,11 @@ class Cost:
 
     @property
     def share(self) -> float:
-        """`seconds` as a share of the time since the start."""
+        """The seconds so far as a share of the time since the start."""
         return self._share(self.seconds)
 
     def readings(self) -> list[Reading]:
-        """To be asked while spending."""
+        """Returns the readings of now; call it inside a `spending` block."""
         spent = self.seconds + time.perf_counter() - self._entered
         since, self._accounted = spent - self._accounted, spent
         return [

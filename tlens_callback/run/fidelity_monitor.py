@@ -1,4 +1,4 @@
-"""`FidelityMonitor`: whether a shadow follows its live model, and when to compare them."""
+"""`FidelityMonitor`: decides when to compare the shadow with its live model, and does it."""
 
 import logging
 import math
@@ -16,11 +16,12 @@ logger = logging.getLogger("tlens_callback")
 class FidelityMonitor:
     """Compares shadow and live model when a run begins, after its first update, and when asked to.
 
-    Under a warm-up, or in half precision, the first updates may move less than rounding: then it is
-    due again, at distances that double, until one has told.
+    During a warm-up, or in half precision, the first updates may change the logits by less than
+    rounding does. The comparison is then repeated, each time after twice as many steps, until an
+    update was large enough to show whether the shadow follows it.
 
     Attributes:
-        checks: step -> fidelity, where it was computed.
+        checks: step -> fidelity, for the steps where it was computed.
     """
 
     def __init__(self) -> None:
@@ -31,11 +32,11 @@ class FidelityMonitor:
         self._reference: Tensor | None = None
 
     def start(self, model: nn.Module, shadow: Shadow, batch: ProbeBatch, *, step: int) -> Fidelity:
-        """The first comparison of a run.
+        """Makes the first comparison of a run.
 
         Raises:
-            ValueError: for probes that do not run through both, or logits that are not finite.
-            FidelityError: where the shadow is not the model.
+            ValueError: if the probes do not run through both models, or logits are not finite.
+            FidelityError: if the shadow does not compute what the model does.
         """
         try:
             fidelity, self._reference = compare(model, shadow, batch)
@@ -58,16 +59,17 @@ class FidelityMonitor:
         return fidelity
 
     def due(self, step: int) -> bool:
-        """Whether no update has told yet, and it is time to look again."""
+        """Whether it is time to compare again, since no update so far was large enough to show."""
         return self._next is not None and step >= self._next
 
     def check(
         self, model: nn.Module, shadow: Shadow, batch: ProbeBatch, *, step: int
     ) -> Fidelity | None:
-        """A later comparison; None where the live model's logits are not finite.
+        """Makes a later comparison; returns None if the live model's logits are not finite.
 
         Raises:
-            FidelityError: where the shadow is not the model, or not the model of now.
+            FidelityError: if the shadow does not compute what the model does, or did not follow the
+                last updates.
         """
         assert self._first is not None
         fidelity, logits = compare(model, shadow, batch, reference=self._reference)
@@ -81,10 +83,10 @@ class FidelityMonitor:
         if not fidelity.close or fidelity.stale(self._first):
             raise FidelityError(mismatch(model, fidelity, stale=fidelity.close))
         if told:
-            # A later update may be small beside all that came before it.
+            # The next comparison starts from here: an update may be small beside all earlier ones.
             self._reference = logits
         return fidelity
 
     def end(self) -> None:
-        """Frees what later comparisons would need."""
+        """Frees the logits that were kept for later comparisons."""
         self._reference = None

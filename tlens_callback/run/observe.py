@@ -1,4 +1,4 @@
-"""`observe`: look once. One forward pass serves all instruments."""
+"""`observe`: makes one observation. All instruments share one forward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,8 +12,8 @@ from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
 from tlens_callback.shadow.shadow import parts
 
-_SMALL = 2**18
-"""Elements of a tensor that is handed over beside others."""
+_MOST_JOINED = 2**18
+"""Tensors of at most this many elements are copied to the CPU together."""
 
 
 def observe(
@@ -25,15 +25,17 @@ def observe(
 ) -> list[Reading]:
     """Runs the probes through the shadow once and returns what the instruments read.
 
-    The shadow is taken as it is; `shadow.sync()` first brings it up to the live model. Reductions
-    run on the shadow's device inside the forward pass; their results leave it together.
+    The shadow is used as it is: call `shadow.sync()` first to copy the live model's weights into
+    it. Reductions run on the shadow's device, inside the forward pass; all their results are copied
+    to the CPU together.
 
     Args:
-        on_error: takes an instrument that raised, and what; the others go on. None raises, but
-            for an `optional` instrument that has nothing to measure here, which is left out.
+        on_error: called with an instrument that raised and its error; the others go on. None: the
+            error is raised, except that an `optional` instrument with nothing to measure is left
+            out.
 
     Raises:
-        ValueError: where two readings have one key.
+        ValueError: if two readings have the same key.
     """
     failed: set[int] = set()
 
@@ -51,7 +53,7 @@ def observe(
         except Exception as error:
             taps.append({})
             fail(i, error)
-    taken = _hand_over(shadow.run(batch, taps, on_error=fail))
+    taken = _move_to_cpu(shadow.run(batch, taps, on_error=fail))
     readings: list[Reading] = []
     seen: set[str] = set()
     for i, (instrument, got) in enumerate(zip(instruments, taken, strict=True)):
@@ -63,8 +65,8 @@ def observe(
             keys = [reading.key for reading in fresh]
             if other := [key for key in keys if not key.startswith(f"{instrument.name}/")]:
                 raise ValueError(
-                    f"The reading {other[0]!r} is not named after its instrument; its key begins "
-                    f"with '{instrument.name}/'."
+                    f"The reading {other[0]!r} is not named after its instrument: its key must "
+                    f"begin with '{instrument.name}/'."
                 )
             if twice := [key for n, key in enumerate(keys) if key in seen or key in keys[:n]]:
                 raise ValueError(
@@ -79,13 +81,13 @@ def observe(
     return readings
 
 
-def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
-    """Everything to the CPU, and there floating point to float32."""
+def _move_to_cpu(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
+    """Moves all tensors to the CPU, and converts floating point to float32."""
     flat = [t for got in taken for value in got.values() for t in parts(value)]
-    there = iter([t.float() if t.is_floating_point() else t for t in _to_cpu(flat)])
+    moved = iter([t.float() if t.is_floating_point() else t for t in _to_cpu(flat)])
     return [
         {
-            name: tuple(next(there) for _ in value) if isinstance(value, tuple) else next(there)
+            name: tuple(next(moved) for _ in value) if isinstance(value, tuple) else next(moved)
             for name, value in got.items()
         }
         for got in taken
@@ -93,14 +95,14 @@ def _hand_over(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
 
 
 def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
-    """From a GPU through pinned memory, with one wait for the device in all.
+    """Copies tensors from a GPU to the CPU through pinned memory, and waits for the device once.
 
-    Small tensors travel side by side, one copy a dtype; a large one by itself, since to lay it
-    beside others would take its size once more on the device.
+    The small tensors of one dtype are joined and copied together. A large tensor is copied alone:
+    to join it with others would take its size a second time on the device.
     """
     moved: list[Tensor] = [t.cpu() if t.device.type != "cuda" else t for t in tensors]
     far = [i for i, t in enumerate(moved) if t.device.type == "cuda"]
-    small = [i for i in far if moved[i].numel() <= _SMALL]
+    small = [i for i in far if moved[i].numel() <= _MOST_JOINED]
     for dtype in {moved[i].dtype for i in small}:
         which = [i for i in small if moved[i].dtype == dtype]
         line = _pinned(torch.cat([moved[i].flatten() for i in which]))
@@ -115,6 +117,6 @@ def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, there once the stream has been waited for."""
-    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return there.copy_(tensor, non_blocking=True)
+    """Starts a copy to pinned memory; its values are valid once the stream has been waited for."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)

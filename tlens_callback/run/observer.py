@@ -1,4 +1,4 @@
-"""`Observer`: one training run watched. Knows when a look failed; knows nothing of a trainer."""
+"""`Observer`: observes one training run and handles what fails. It does not know the trainer."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.observe import observe
 from tlens_callback.run.printing import print_lines
-from tlens_callback.run.schedule import Schedule, rare
+from tlens_callback.run.schedule import Schedule, has_rare
 from tlens_callback.run.settings import Settings
 from tlens_callback.run.trainer_logs import TrainerLogs
 from tlens_callback.run.writer import Writer, report
@@ -28,39 +28,39 @@ from tlens_callback.shadow.fidelity import Fidelity, FidelityError
 logger = logging.getLogger("tlens_callback")
 
 
-NO_ROOM = (
-    "tlens: there is no room for the shadow and its probes beside the model. Put it elsewhere "
-    "(device='cpu'), shorten the probes, or adapt fewer layers."
+NO_ROOM_FOR_SHADOW = (
+    "tlens: there is no room for the shadow and its probes in the memory of the model's device. "
+    "Put the shadow on another device (device='cpu'), shorten the probes, or adapt fewer layers."
 )
 
 
 class Observer:
-    """Shadow, probes, instruments and sinks of one run, with one policy for what goes wrong.
+    """Observes one run with a shadow, probes, instruments and sinks, and handles what fails.
 
-    What a user can get wrong raises in `start`; an `optional` instrument that has nothing to
-    measure in this model is left out with a line. Later an instrument or a sink that raises is
-    reported once and set aside; a shadow that fails or drifts ends the watching. With
-    `on_error="raise"` everything raises.
+    A mistake of the user raises in `start`. An `optional` instrument that has nothing to measure in
+    this model is left out, and a printed line says so. After the start, an instrument or a sink
+    that raises is reported once and not used any more, and if the shadow fails or does not follow
+    the model, watching ends. With `on_error="raise"` all errors are raised.
 
     Args:
-        settings: what is watched, and how; the probes among them are left to `start`.
+        settings: what is watched, and how; its probes are ignored, `start` takes them.
         sinks: where the readings go.
 
     Keys:
-        fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement: where they were computed; see
-            `Fidelity`.
+        fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement: at the steps where they were
+            computed; see `Fidelity`.
         cost/seconds, cost/share: [], seconds, fraction; of the training thread, see `Cost`.
         cost/dropped: [], count; observations dropped so far, with `writing="drop_old"`.
         trainer/<name>: [update], as logged; see `TrainerLogs`.
 
     Attributes:
-        instruments, watch: those that are not set aside.
-        writer: has the sinks.
-        model, shadow: what is watched, and how; None before `start` and after the end.
+        instruments, watch: those that are still used.
+        writer: holds the sinks.
+        model, shadow: the live model and its shadow; None before `start` and after the end.
         batch: the encoded probes.
         cost: the time spent on the training thread so far.
         steps: the observed steps.
-        checks: step -> fidelity, where it was computed.
+        checks: step -> fidelity, for the steps where it was computed.
     """
 
     def __init__(self, settings: Settings, sinks: Sequence[Sink]) -> None:
@@ -78,17 +78,17 @@ class Observer:
         self.cost = Cost()
         self.extra_bytes = self._first_step = 0
         self._schedule = Schedule()
-        self._shape: tuple[int, ...] = ()
-        self._watched: tuple[int, dict[str, Tensor]] = (-1, {})
+        self._model_shape: tuple[int, ...] = ()
+        self._watch_before: tuple[int, dict[str, Tensor]] = (-1, {})
 
     @property
     def watching(self) -> bool:
-        """Whether there is a shadow and nothing has ended the watching."""
+        """Whether there is a shadow, and watching has not ended."""
         return self.shadow is not None
 
     @property
     def sinks(self) -> list[Sink]:
-        """Those that are not set aside."""
+        """The sinks that are still used."""
         return self.writer.sinks
 
     def start(
@@ -105,33 +105,33 @@ class Observer:
         earlier: bool = False,
         last: bool = False,
     ) -> None:
-        """Builds the shadow, encodes the probes, checks fidelity, observes for the first time and
-        writes that.
+        """Builds the shadow, encodes the probes, checks fidelity, and makes and writes the first
+        observation.
 
-        Starting again on the same model (a batch size being searched for) keeps the shadow. Where
-        it raises, the sinks are closed and there is no shadow.
+        Starting again on the same model (a search for a batch size) keeps the shadow. If it raises,
+        the sinks are closed and the shadow is freed.
 
         Args:
-            memory, run: a file that `remember` wrote, where a run is resumed, and what that was
-                given; None for a new one.
+            memory, run: for a resumed run, a file that `remember` wrote, and the `run` that
+                `remember` was given. None for a new run.
             training: see `ProbeBatch`.
             logged: what the trainer logs, a list that grows.
-            earlier: what was logged up to now belongs to this observation, at whatever step it is.
+            earlier: everything logged up to now belongs to this observation, whatever its step.
             last: there will be no other observation.
 
         Raises:
-            ValueError: for a model, probe, instrument or hook that cannot work.
-            FidelityError: where the shadow is not the model.
-            RuntimeError: where there is no room for it.
+            ValueError: for a model, probe, instrument or hook point that cannot work.
+            FidelityError: if the shadow does not compute what the model does.
+            RuntimeError: if the device has no room for the shadow.
         """
         with self._closing_on_error(), self.cost.spending():
-            self.writer.release()  # an observation of the try before, with what was logged then
+            self.writer.release()  # an observation of the previous try, with its logs
             if self.shadow is not None and self.model is model:
                 self.shadow.sync()
             else:
                 self.cost.begin()
                 self.shadow = Shadow(model, device=self.settings.device, dtype=self.settings.dtype)
-                self.model, self._shape = model, _shape(self.shadow)
+                self.model, self._model_shape = model, _model_shape(self.shadow)
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
                     tokenizer,
@@ -146,21 +146,21 @@ class Observer:
             for one in [*remembered.values(), *own.values()]:
                 one.clear()
             recalled = frozenset()
-            if memory is not None and (remembered or rare(self.instruments) or memory.exists()):
+            if memory is not None and (remembered or has_rare(self.instruments) or memory.exists()):
                 about = marks(self.batch, self.shadow.dtype, run)
                 recalled = recall(memory, {**remembered, **own}, about, self.shadow.device)
             self._schedule.start()
             self.logs.start(logged, step=0 if earlier else step)
             fidelity = self._monitor.start(model, self.shadow, self.batch, step=step)
             self._first_step = step
-            self._look(step, fidelity, last=last)
+            self._observe_now(step, fidelity, last=last)
             check(remembered)
             self.writer.drain()
             for name, one in remembered.items():
                 if recalled and one and name not in recalled:
                     logger.warning(
-                        "tlens: the run that is resumed kept nothing of %r, which measures changes "
-                        "from here on.",
+                        "tlens: the resumed run has saved nothing for %r, which measures changes "
+                        "from this step on.",
                         name,
                     )
         self.cost.beforehand = self.cost.seconds
@@ -173,19 +173,18 @@ class Observer:
             with suppress(Exception):
                 self.close()
             if isinstance(error, torch.OutOfMemoryError):
-                # Not as it is: a search for the batch size would take it for the batch's.
-                raise RuntimeError(NO_ROOM) from error
+                # Another kind of error: a search for the batch size would blame the batch for it.
+                raise RuntimeError(NO_ROOM_FOR_SHADOW) from error
             raise
 
     def remember(self, path: Path, *, step: int, run: str = "", always: bool = False) -> None:
-        """Keeps in a file what the instruments compare later observations with.
+        """Writes to a file what the instruments compare later observations with.
 
         Args:
-            step: where what goes on from here begins. If it was observed already, it will be
-                observed anew, and the store writes it anew: with its events, and all that was
-                logged before it.
-            run: what tells this training run, as far as it has come, from others.
-            always: there is a file even where nobody remembers a thing.
+            step: the step where a resumed run begins. If it was observed already, the resumed run
+                observes and writes it again, with its events and all that was logged before it.
+            run: identifies this training run up to this step.
+            always: write a file even if there is nothing to keep.
         """
         if self.batch is None or self.shadow is None:
             return
@@ -193,9 +192,9 @@ class Observer:
             try:
                 about = marks(self.batch, self.shadow.dtype, run)
                 of = baselines([*self.instruments, self.watch])
-                if self.watch is not None and self._watched[0] == step:
-                    of[self.watch.name] = self._watched[1]
-                if any(of.values()) or rare(self.instruments) or always:
+                if self.watch is not None and self._watch_before[0] == step:
+                    of[self.watch.name] = self._watch_before[1]
+                if any(of.values()) or has_rare(self.instruments) or always:
                     for own in (self.logs, self._schedule):
                         own.remember(step)
                         of[own.name] = own.baseline
@@ -208,11 +207,11 @@ class Observer:
     def after_update(
         self, step: int, *, observe: bool, last: bool, hold: bool = False, check: bool = False
     ) -> None:
-        """After the optimizer's step number `step`: checks and observes, where it is time to.
+        """Checks and observes, if it is time, after the optimizer's step number `step`.
 
         Args:
-            check: checks in any case.
-            hold: the readings are handed over by `hand_over`, with what is logged until then.
+            check: check in any case.
+            hold: keep the readings until `hand_over`, and add what is logged until then.
         """
         if self.shadow is None or self.model is None or self.batch is None:
             return
@@ -226,7 +225,7 @@ class Observer:
                 if check:
                     fidelity = self._monitor.check(self.model, self.shadow, self.batch, step=step)
                 if observe or last:
-                    self._look(step, fidelity, last=last, hold=hold)
+                    self._observe_now(step, fidelity, last=last, hold=hold)
                 elif fidelity is not None:
                     self.writer.put(fidelity.readings(), step=step)
             except Exception as error:
@@ -234,37 +233,38 @@ class Observer:
                     raise
                 if self.watch is not None and isinstance(error, FidelityError):
                     self.writer.put(self.watch.breach(error), step=step)
-                self._let_go()
+                self._release_shadow()
                 logger.warning(
-                    "tlens: observing failed (%s: %s). Watching ends here; training goes on.",
+                    "tlens: observing failed (%s: %s). Watching ends here, and training goes on.",
                     type(error).__name__,
                     error,
                     exc_info=None if isinstance(error, FidelityError) else error,
                 )
 
     def exchange(self, load: Callable[[], nn.Module]) -> None:
-        """Goes on with another model of the same shape; this one is freed before that is loaded.
+        """Replaces the model by another of the same shape, freeing the old one before the new one
+        is loaded.
 
-        Where it raises there is no model, until the next exchange.
+        If it raises, there is no model until the next exchange.
 
         Raises:
-            ValueError: for a model of another shape or vocabulary, or one that cannot be shadowed.
+            ValueError: if the new model has another shape or vocabulary, or can have no shadow.
         """
-        assert self._shape
+        assert self._model_shape
         if self.shadow is not None:
             self.shadow.release()
         self.shadow = self.model = None
         model = load()
         shadow = Shadow(model, device=self.settings.device, dtype=self.settings.dtype)
-        if _shape(shadow) != self._shape:
+        if _model_shape(shadow) != self._model_shape:
             raise ValueError(
-                f"The models have another shape and cannot be compared head by head: {self._shape} "
-                f"and {_shape(shadow)} layers, heads, d_model and tokens."
+                f"The models have different shapes and cannot be compared head by head: (layers, "
+                f"heads, d_model, tokens) are {self._model_shape} and {_model_shape(shadow)}."
             )
         self.model, self.shadow = model, shadow
 
     def hand_over(self) -> None:
-        """Ends the holding of an observation."""
+        """Hands over an observation that was kept with `hold`."""
         with self.cost.spending():
             self.writer.release()
 
@@ -278,16 +278,16 @@ class Observer:
         try:
             self.finish()
         finally:
-            self._let_go()
+            self._release_shadow()
 
-    def _let_go(self) -> None:
+    def _release_shadow(self) -> None:
         if self.shadow is not None:
             self.extra_bytes = self.shadow.extra_bytes
             self.shadow.release()
         self.shadow = self.model = None
         self._monitor.end()
 
-    def _look(
+    def _observe_now(
         self, step: int, fidelity: Fidelity | None, *, last: bool, hold: bool = False
     ) -> None:
         assert self.shadow is not None and self.batch is not None
@@ -295,17 +295,17 @@ class Observer:
         first = step == self._first_step
 
         def failed(instrument: Instrument, error: Exception) -> None:
-            # A rare instrument's first time may come later, where a run is resumed.
+            # After resuming, an instrument with an `every` may be asked first at a later step.
             new = self._schedule.is_new(instrument)
             optional = new and getattr(instrument, "optional", False)
             unfit = optional and isinstance(error, ValueError)
-            # At the start an instrument's failure is the user's to mend: a hook that is not there.
+            # At the start the user can still mend what fails: a hook point that does not exist.
             if not unfit and (self.settings.on_error == "raise" or (first and not optional)):
                 error.add_note(f"(raised by the instrument {instrument.name!r})")
                 raise error
             self.instruments = [i for i in self.instruments if i is not instrument]
             if unfit:
-                print_lines([f"tlens: without {instrument.name}: {error}"])
+                print_lines([f"tlens: {instrument.name} is left out: {error}"])
             else:
                 report(f"instrument {instrument.name!r}", error)
 
@@ -315,18 +315,22 @@ class Observer:
         readings += self.cost.readings()
         if self.writer.writing == "drop_old":
             readings.append(cost_reading("dropped", self.writer.dropped, "count"))
-        readings += self._events(readings, step, strict=self.settings.on_error == "raise" or first)
+        readings += self._watch_events(
+            readings, step, strict=self.settings.on_error == "raise" or first
+        )
         if step not in self.steps:
             self.steps.append(step)
         self.writer.hold(readings, step=step, more=partial(self.logs.take, step))
         if not hold:
             self.writer.release()
 
-    def _events(self, readings: Sequence[Reading], step: int, *, strict: bool) -> list[Reading]:
-        """What the watch makes of an observation; its events are printed."""
+    def _watch_events(
+        self, readings: Sequence[Reading], step: int, *, strict: bool
+    ) -> list[Reading]:
+        """Returns the watch's readings for an observation, and prints its events."""
         if self.watch is None:
             return []
-        self._watched = step, dict(self.watch.baseline)
+        self._watch_before = step, dict(self.watch.baseline)
         try:
             found = self.watch.look(readings)
         except Exception as error:
@@ -341,5 +345,5 @@ class Observer:
         return found
 
 
-def _shape(shadow: Shadow) -> tuple[int, ...]:
+def _model_shape(shadow: Shadow) -> tuple[int, ...]:
     return shadow.n_layers, shadow.n_heads, shadow.d_model, shadow.vocab_size

@@ -1,4 +1,4 @@
-"""Lines on the terminal of a training run."""
+"""Prints lines on the terminal of a training run."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,15 @@ from tlens_callback.interfaces import Sink
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Prints beside a progress bar without breaking it; what the terminal has no letter for, as its
-    escape."""
+    """Prints lines without breaking a progress bar; letters that the terminal cannot show are
+    printed as escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in lines:
         tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def sink_lines(sinks: Iterable[Sink]) -> list[str]:
-    """A line for each sink; one that does not say where it writes is named by its class."""
+    """Returns a line for each sink: what `str` says of it, or the name of its class."""
     named = [
         type(sink).__name__ if type(sink).__str__ is object.__str__ else str(sink) for sink in sinks
     ]

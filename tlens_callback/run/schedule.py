@@ -1,4 +1,4 @@
-"""Which instruments are asked at an observation."""
+"""`Schedule`: decides which instruments are asked at an observation."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from tlens_callback.interfaces import Instrument
 
 
-def rare(instruments: Sequence[Instrument]) -> bool:
-    """Whether some of them are not asked at every observation."""
+def has_rare(instruments: Sequence[Instrument]) -> bool:
+    """Whether some instruments are not asked at every observation."""
     return any(getattr(instrument, "every", 1) > 1 for instrument in instruments)
 
 
 class Schedule:
-    """Counts a run's observations, those before it was resumed included.
+    """Counts a run's observations, including those before it was resumed.
 
     Attributes:
         baseline: as an instrument's: how many observations there were.
@@ -24,29 +24,37 @@ class Schedule:
 
     def __init__(self) -> None:
         self.baseline: dict[str, Tensor] = {}
-        self._looks = 0
-        self._before = -1, 0
+        self._n_observations = 0
+        self._before_last = -1, 0
         self._new: set[int] = set()
         self._asked: set[int] = set()
 
     def start(self) -> None:
-        """Goes on from what `baseline` says."""
-        self._looks, self._before = int(self.baseline.get("looks", 0)), (-1, 0)
+        """Starts to count where `baseline` says that the run was interrupted, or at 0."""
+        self._n_observations, self._before_last = int(self.baseline.get("looks", 0)), (-1, 0)
         self._new, self._asked = set(), set()
 
     def due(self, instruments: Sequence[Instrument], *, step: int, last: bool) -> list[Instrument]:
-        """Those to ask now: at the last observation all of them."""
-        due = [one for one in instruments if last or self._looks % getattr(one, "every", 1) == 0]
-        self._before, self._looks = (step, self._looks), self._looks + 1
+        """Returns the instruments to ask now; at the last observation all of them."""
+        due = [
+            one
+            for one in instruments
+            if last or self._n_observations % getattr(one, "every", 1) == 0
+        ]
+        self._before_last, self._n_observations = (
+            (step, self._n_observations),
+            self._n_observations + 1,
+        )
         self._new = {id(one) for one in due} - self._asked
         self._asked |= self._new
         return due
 
     def is_new(self, instrument: Instrument) -> bool:
-        """Whether it is asked for the first time since the start."""
+        """Whether the instrument is asked for the first time since the start."""
         return id(instrument) in self._new
 
     def remember(self, step: int) -> None:
-        """Sets `baseline` for a run that goes on at `step`, and observes it anew if it was."""
-        looks = self._before[1] if self._before[0] == step else self._looks
+        """Sets `baseline` for a run that resumes at `step`; if the step was observed already, it is
+        not counted, because the resumed run observes it again."""
+        looks = self._before_last[1] if self._before_last[0] == step else self._n_observations
         self.baseline["looks"] = torch.tensor(looks)

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: when it begins, when something happens, when it ends."""
+"""The lines that a run prints when it begins and when it ends, and for a saved model."""
 
 from collections.abc import Mapping
 
@@ -10,55 +10,58 @@ from tlens_callback.run.printing import sink_lines
 
 
 def opening(observer: Observer) -> list[str]:
-    """What is watched, and how near the shadow is to it."""
+    """Says what is watched, and how closely the shadow agrees with the model."""
     shadow, fidelity = observer.shadow, observer.checks[min(observer.checks)]
     assert shadow is not None
-    held = f"{shadow.extra_bytes / 2**20:.1f} MiB beside the model's"
+    held = f"the shadow takes {shadow.extra_bytes / 2**20:.1f} MiB more than the model"
     if shadow.n_owned:
         held = f"{shadow.n_owned} weights have adapters, {held}"
     elif not shadow.extra_bytes:
-        held = "all weights are the model's own, none is copied"
+        held = "the shadow shares all weights of the model and copies none"
     return [
         f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
-        f"{_asked(observer)}; {held}",
+        f"{_probe_counts(observer)}; {held}",
         f"tlens: the shadow agrees with the model: {fidelity}",
         *sink_lines(observer.sinks),
     ]
 
 
 def summary(observer: Observer) -> list[str]:
-    """What was seen, where to look, what it cost."""
+    """Says how much was observed, what it cost and where the readings are."""
     if not observer.steps or observer.batch is None:
         return []
     lines = [
-        f"tlens: {_many(len(observer.steps), 'observation')} of {_asked(observer)} in "
+        f"tlens: {_plural(len(observer.steps), 'observation')} of {_probe_counts(observer)} in "
         f"{observer.cost.seconds:.1f} s, {observer.cost.beforehand:.1f} of them before the first "
-        f"step, {observer.cost.share:.1%} of the run; "
-        f"{observer.extra_bytes / 2**20:.1f} MiB of weights beside the model's"
+        f"step, {observer.cost.share:.1%} of the run; the shadow took "
+        f"{observer.extra_bytes / 2**20:.1f} MiB more than the model"
     ]
     if observer.checks:
         worst = max(observer.checks.values(), key=lambda check: check.relative)
-        times = _many(len(observer.checks), "time")
-        lines.append(f"tlens: shadow and model were compared {times}; at worst: {worst}")
+        times = _plural(len(observer.checks), "time")
+        lines.append(f"tlens: shadow and model were compared {times}; the worst result: {worst}")
     if dropped := observer.writer.dropped:
         lines.append(
-            f"tlens: {dropped} observations were dropped, since the sinks were slower than "
-            f"training; writing='wait' or a larger every_n_steps keeps all"
+            f"tlens: {dropped} observations were dropped, because the sinks were slower than "
+            f"training; use writing='wait' or a larger every_n_steps to keep all of them"
         )
     return lines + sink_lines(observer.sinks)
 
 
-def looked(observer: Observer, readings: Mapping[str, Reading], *, name: str) -> list[str]:
-    """What one look at a saved model says: is the shadow the model, and what does it answer?
+def saved_model_lines(
+    observer: Observer, readings: Mapping[str, Reading], *, name: str
+) -> list[str]:
+    """Says for a saved model whether the shadow agrees with it, and what it answers to the probes.
 
     Args:
-        readings: of the observed step, by key.
-        name: of the model.
+        readings: the readings of the observed step, by key.
+        name: the name of the model.
     """
     batch, (step,) = observer.batch, observer.steps
     assert batch is not None
     return [
-        f"tlens: {name}, at step {step}: {_asked(observer)} in {observer.cost.seconds:.1f} s",
+        f"tlens: {name}, at step {step}: {_probe_counts(observer)} in "
+        f"{observer.cost.seconds:.1f} s",
         f"tlens: the shadow agrees with the model: {observer.checks[step]}",
         *(
             f"tlens: {probe.name}: {said}"
@@ -70,7 +73,8 @@ def looked(observer: Observer, readings: Mapping[str, Reading], *, name: str) ->
 
 
 def _answer(batch: ProbeBatch, row: int, readings: Mapping[str, Reading]) -> str | None:
-    """What was measured of the model's next token behind a probe: of the target, if it has one."""
+    """Says what the model predicts after a probe: the target's probability and rank if the probe
+    has a target, else the likeliest tokens."""
     target = batch.targets[row]
     measured: dict[Quantity | None, Reading] = {}
     for reading in readings.values():
@@ -92,12 +96,12 @@ def _answer(batch: ProbeBatch, row: int, readings: Mapping[str, Reading]) -> str
     return None
 
 
-def _asked(observer: Observer) -> str:
+def _probe_counts(observer: Observer) -> str:
     assert observer.batch is not None
     blocks = sum(probe.block is not None for probe in observer.batch.probes)
     probes = len(observer.batch.probes) - blocks
-    return f"{_many(probes, 'probe')} and {_many(blocks, 'repeated block')}"
+    return f"{_plural(probes, 'probe')} and {_plural(blocks, 'repeated block')}"
 
 
-def _many(count: int, what: str) -> str:
+def _plural(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""What the trainer itself logs (loss, rewards, evaluations), as readings beside the others."""
+"""`TrainerLogs`: turns what the trainer logs (loss, rewards, evaluations) into readings."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -12,21 +12,21 @@ from tlens_callback.meaning import Description, Meaning
 from tlens_callback.reading import Reading
 
 SUMMARY = "total_flos"
-"""Is logged by the trainer once, with what it says of the whole run."""
+"""The trainer logs this name once, with its summary of the whole run."""
 
 _DESCRIPTION = Description(title="Training", group="Training", others=Meaning(of_run=True))
 
 
 class TrainerLogs:
-    """The numbers of a trainer's log, each once.
+    """Turns each number of a trainer's log into one value of a reading.
 
     Keys:
-        trainer/<name>: [update], as logged; the values since the observation before, of one step
-            the last; the steps are the labels. NaN and infinity stay what they are, text is left
-            out, and so is the summary at the end.
+        trainer/<name>: [update], as logged; the values since the previous observation, labelled by
+            their steps; if a step logged several, the last one. NaN and infinity are kept; texts
+            and the summary at the end of the run are left out.
 
     Attributes:
-        baseline: as an instrument's: how much of the log earlier observations had.
+        baseline: as an instrument's: how many rows of the log earlier observations had.
     """
 
     name = "trainer"
@@ -35,25 +35,25 @@ class TrainerLogs:
         self.baseline: dict[str, Tensor] = {}
         self._rows: Sequence[Mapping[str, Any]] = ()
         self._taken = 0
-        self._before = -1, 0
+        self._before_last = -1, 0
         self._keys: dict[str, str] = {}
 
     def start(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
-        """Goes on from what `baseline` says.
+        """Starts at the row of the log that `baseline` names.
 
         Args:
-            rows: grows as the trainer logs: `TrainerState.log_history`.
-            step: where the run begins; without a baseline, a later one than 0 begins with what is
-                logged next.
+            rows: the log, which grows as the trainer logs: `TrainerState.log_history`.
+            step: the step where the run begins. If it is not 0 and there is no baseline, the rows
+                logged so far are left out.
         """
-        self._rows, self._before = rows, (-1, 0)
+        self._rows, self._before_last = rows, (-1, 0)
         unknown = len(rows) if step else 0
         self._taken = min(int(self.baseline.get("taken", unknown)), len(rows))
 
     def take(self, step: int) -> list[Reading]:
-        """The readings of the observation at `step`."""
-        if self._before[0] != step:
-            self._before = step, self._taken
+        """Returns the readings that belong to the observation at `step`."""
+        if self._before_last[0] != step:
+            self._before_last = step, self._taken
         rows, self._taken = self._rows[self._taken :], len(self._rows)
         series: dict[str, dict[int, float]] = {}
         for row in rows:
@@ -61,7 +61,7 @@ class TrainerLogs:
                 number = None if SUMMARY in row or name == "step" else _number(value)
                 if number is not None:
                     series.setdefault(str(name), {})[int(row.get("step", step))] = number
-        # What float32 cannot hold is infinite.
+        # A value too large for float32 becomes infinite.
         with np.errstate(over="ignore"):
             return [
                 Reading(
@@ -76,13 +76,14 @@ class TrainerLogs:
             ]
 
     def remember(self, step: int) -> None:
-        """Sets `baseline` for a checkpoint of `step`: a resumed run observes that step anew, and
-        the store writes it anew, with what was logged before it."""
-        taken = self._before[1] if self._before[0] == step else self._taken
+        """Sets `baseline` for a checkpoint of `step`. A resumed run observes that step again, so
+        the rows logged before it are to be read again."""
+        taken = self._before_last[1] if self._before_last[0] == step else self._taken
         self.baseline["taken"] = torch.tensor(taken)
 
     def _key(self, name: str) -> str:
-        """One that no other name has; the name itself, but where no key can be made of it."""
+        """Returns a key for a logged name: the name itself if it can be a key, else another one
+        that no other name has."""
         if name not in self._keys:
             text = name.encode("utf-8", "backslashreplace").decode()
             parts = [part or "_" for part in text.split("/")]

@@ -1,4 +1,4 @@
-"""`Writer`: hands readings to the sinks on a thread of its own, so that training need not wait."""
+"""`Writer`: gives readings to the sinks on a thread of its own, so that training need not wait."""
 
 import atexit
 import contextvars
@@ -21,55 +21,55 @@ logger = logging.getLogger("tlens_callback")
 OnError = Literal["warn", "raise"]
 Writing = Literal["wait", "drop_old", "inline"]
 
-_ROOM = 2
+_MOST_WAITING = 2
 """Observations that may wait while one is being written."""
 
-_CLOSING = 5
-"""Times the patience that closing a sink has."""
+_CLOSING_FACTOR = 5
+"""Closing a sink may take this many times as long as another call."""
 
 _AT_EXIT = 30.0
-"""Seconds that the interpreter's end waits for what is not written yet; a third of it for one
-call."""
+"""Seconds that the end of the program waits for what is not written yet; one call may take a third
+of them."""
 
 
 class SinkHangs(TimeoutError):
-    """A sink's call has taken longer than others can wait."""
+    """Raised if a call of a sink takes so long that the sink is given up."""
 
 
 class _Job(NamedTuple):
-    """Calls that are still to be made, in order, in the context of the thread that asked."""
+    """Holds calls that are still to be made, in order, and the context to make them in."""
 
     step: int | None
-    """Of the observation; None: the sinks are closed."""
+    """The step of the observation to write; None: the calls close the sinks."""
 
     calls: deque[tuple[Sink, Callable[[], None]]]
     context: contextvars.Context
 
 
 class Writer:
-    """Runs the sinks of one run, in the order of the list, one observation after the other.
+    """Calls the sinks of one run, in the order of the list, one observation after the other.
 
-    All calls come from one daemon thread, in the contextvars context that the caller had. A sink
-    that raises is set aside and the others go on; the training thread hears of it at its next call
-    here. A call that takes longer than `patience` while somebody waits is given up: another thread
-    goes on with the other sinks, and what the old one still does is not looked at. Closing, which
-    may upload or make a page, has five times as long.
+    All calls come from one daemon thread, in the contextvars context of the caller. A sink that
+    raises is not used any more, and the others go on; the training thread learns of it at its next
+    call of the writer. If a call takes longer than `patience` while somebody waits, its sink is
+    given up: a new thread goes on with the other sinks, and whatever the old thread still does is
+    ignored. Closing a sink, which may upload files or make a page, may take five times as long.
 
-    At the interpreter's end, what was handed over is written and the sinks are closed, within 30
-    seconds; one call may take 10 of them.
+    When the program ends, everything is written and the sinks are closed within 30 seconds; one
+    call may take 10 of them.
 
     Args:
-        writing: "wait": at most two observations wait beside the one being written, and the caller
-            waits for room. "drop_old": the oldest that waits is dropped instead, with all that it
-            holds. "inline": all is written on the caller's thread, before a call returns, and
-            nothing is given up.
-        on_error: "warn": a sink that fails is reported once. "raise": its error raises on the
-            training thread, at its next call here.
+        writing: "wait": at most two observations wait beside the one being written; the caller
+            waits until there is room. "drop_old": the oldest waiting observation is dropped
+            instead. "inline": everything is written on the caller's thread, before a call returns,
+            and no sink is given up.
+        on_error: "warn": a sink that fails is reported once. "raise": its error is raised on the
+            training thread, at its next call of the writer.
         patience: seconds that one call of a sink may take.
 
     Attributes:
-        sinks: those that are not set aside.
-        dropped: observations that were dropped so far.
+        sinks: the sinks that are still used.
+        dropped: how many observations were dropped so far.
     """
 
     def __init__(
@@ -97,24 +97,24 @@ class Writer:
             self.add(sink)
 
     def add(self, sink: Sink) -> None:
-        """One more sink, which gets what is handed over from now on."""
+        """Adds a sink, which gets the observations from now on."""
         with self._changed:
             self.sinks.append(sink)
-        if (seam := getattr(sink, "before_finish", None)) is not None:
-            seam(self._settle)
+        if (before_finish := getattr(sink, "before_finish", None)) is not None:
+            before_finish(self._wait_until_written)
 
     def put(self, readings: Sequence[Reading], *, step: int) -> None:
-        """Hands one observation over."""
+        """Hands over one observation to be written."""
         self.hold(readings, step=step, more=tuple)
         self.release()
 
     def hold(
         self, readings: Sequence[Reading], *, step: int, more: Callable[[], Sequence[Reading]]
     ) -> None:
-        """Keeps one observation until `release`, which asks for `more` readings of it.
+        """Keeps one observation until `release`, which adds the readings that `more` returns.
 
-        Every other call here releases it too, and so does the interpreter's end. Until then `more`
-        lives, with all that it refers to; it is not to raise.
+        Every other call of the writer releases it too, and so does the end of the program. `more`
+        is kept until then, with everything it refers to; it must not raise.
         """
         self._report()
         self._release()
@@ -123,7 +123,7 @@ class Writer:
         self._held = readings, step, more
 
     def release(self) -> None:
-        """Hands over what is held."""
+        """Hands over the observation that `hold` kept."""
         self._release()
         self._report()
 
@@ -137,16 +137,16 @@ class Writer:
             self._submit(step, calls)
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Waits until everything is written; False where `timeout` seconds were not enough."""
-        done = self._settle(timeout)
-        # What a sink registered for the exit meanwhile is to come after this.
+        """Waits until everything is written; returns False if `timeout` seconds were not enough."""
+        done = self._wait_until_written(timeout)
+        # Again, so that it runs before the exit functions that sinks have registered meanwhile.
         self._watch_exit()
         self._report()
         return done
 
     def close(self) -> None:
-        """Writes everything, closes the sinks and ends the thread. May be called twice, and `put`
-        may follow."""
+        """Writes everything, closes the sinks and ends the thread. It may be called twice, and
+        `put` may follow it."""
         self._close(None)
         self._report()
 
@@ -165,21 +165,25 @@ class Writer:
             if self._thread is None:
                 return
             try:
-                # The interpreter's end has a limit of its own.
+                # The end of the program has a time limit of its own.
                 if step is not None and self.writing == "wait" and not self._exiting:
-                    self._wait_for(lambda: len(self._waiting) < _ROOM)
-            finally:  # Ctrl-C ends the waiting, not what waits
+                    self._wait_for(lambda: len(self._waiting) < _MOST_WAITING)
+            finally:  # Ctrl-C ends this wait; the observation is written all the same
                 self._waiting.append(job)
                 self._changed.notify_all()
             self._give_up_hung()
-            while step is not None and self.writing == "drop_old" and len(self._waiting) > _ROOM:
+            while (
+                step is not None
+                and self.writing == "drop_old"
+                and len(self._waiting) > _MOST_WAITING
+            ):
                 self._waiting.popleft()
                 self.dropped += 1
 
-    def _settle(self, timeout: float | None = None) -> bool:
-        """Waits until everything is written, and reports nothing; on the thread that writes, not at
-        all."""
-        # A forked process has the jobs and not the thread; they are its parent's to write.
+    def _wait_until_written(self, timeout: float | None = None) -> bool:
+        """Waits until everything is written, without reporting failures; on the writing thread it
+        returns at once."""
+        # A forked process has a copy of the jobs but no thread; its parent writes them.
         if getattr(self._local, "writes", False) or os.getpid() != self._process:
             return True
         self._release()
@@ -187,28 +191,30 @@ class Writer:
             return self._wait_for(lambda: not self._waiting and self._current is None, timeout)
 
     def _wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Waits with the lock held, and gives up a sink that hangs."""
+        """Waits, with the lock held, until `done`; gives up a sink that hangs."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         while not done():
             self._give_up_hung()
-            left = min(end, self._until()) - time.monotonic()
+            left = min(end, self._deadline()) - time.monotonic()
             if time.monotonic() >= end:
                 return False
             self._changed.wait(None if left == math.inf else max(0.0, left))
         return True
 
-    def _until(self) -> float:
-        """When the call that is being made is given up."""
+    def _deadline(self) -> float:
+        """Returns when the current call is to be given up."""
         if self._busy is None or self._current is None:
             return math.inf
-        return self._busy[1] + self.patience * (_CLOSING if self._current.step is None else 1)
+        return self._busy[1] + self.patience * (
+            _CLOSING_FACTOR if self._current.step is None else 1
+        )
 
     def _give_up_hung(self) -> None:
-        if self._busy is None or self._current is None or time.monotonic() < self._until():
+        if self._busy is None or self._current is None or time.monotonic() < self._deadline():
             return
         (sink, began), step = self._busy, self._current.step
         about = "closing" if step is None else f"writing step {step}"
-        limit = f"{self._until() - began:.3g} s"
+        limit = f"{self._deadline() - began:.3g} s"
         self._busy = None
         self._fail(
             sink,
@@ -219,25 +225,28 @@ class Writer:
         self._start()
 
     def _start(self) -> None:
-        """With the lock held, which the thread waits for."""
-        thread = threading.Thread(target=self._work, name="tlens-writer", daemon=True)
+        """Starts the writing thread; call it with the lock held."""
+        thread = threading.Thread(target=self._run_calls, name="tlens-writer", daemon=True)
         try:
             thread.start()
             self._thread = thread
-        except RuntimeError:  # from Python 3.12 on none starts while the interpreter ends
+        except RuntimeError:  # from Python 3.12 on no thread can start while the program ends
             self._thread, self._current = None, None
             self._waiting.clear()
-            logger.warning("tlens: no thread can be started to write, so some steps are lost.")
+            logger.warning(
+                "tlens: the program is ending and no thread can be started to write, so some "
+                "steps are lost."
+            )
 
-    def _work(self) -> None:
+    def _run_calls(self) -> None:
         me = threading.current_thread()
         self._local.writes = True
-        while (call := self._next(me)) is not None:
+        while (call := self._next_call(me)) is not None:
             sink, act, context = call
             failed: BaseException | None = None
             try:
                 context.run(act)
-            except BaseException as error:  # what ends a thread is for the training to decide
+            except BaseException as error:  # the training thread decides what to do about it
                 failed = error
             with self._changed:
                 if self._thread is not me:
@@ -245,12 +254,12 @@ class Writer:
                 self._busy = None
                 if failed is not None:
                     self._fail(sink, failed)
-            del call, sink, act, context, failed  # readings, while it waits for others
+            del call, sink, act, context, failed  # they would keep readings alive while it waits
 
-    def _next(
+    def _next_call(
         self, me: threading.Thread
     ) -> tuple[Sink, Callable[[], None], contextvars.Context] | None:
-        """The call to make now; None where another thread makes them, or none is to be made."""
+        """Waits for the next call to make; returns None if this thread is to end."""
         with self._changed:
             while self._thread is me:
                 if self._current is None and self._waiting:
@@ -264,7 +273,7 @@ class Writer:
                     if any(sink is other for other in self.sinks):
                         self._busy = sink, time.monotonic()
                         self._changed.notify_all()
-                        # A copy: who is given up is inside the context for ever.
+                        # A copy: a call that is given up never leaves its context.
                         return sink, act, self._current.context.copy()
                 self._changed.notify_all()
         return None
@@ -275,7 +284,7 @@ class Writer:
             self._failures.append((type(sink).__name__, error))
 
     def _report(self) -> None:
-        """On the training thread: what went wrong since the last call."""
+        """Reports, on the training thread, what has failed since the last call."""
         with self._changed:
             failures, self._failures = self._failures, []
         if failures and self.on_error == "raise":
@@ -283,11 +292,11 @@ class Writer:
             if not isinstance(first, SinkHangs):
                 first.add_note(f"(raised by the sink {name})")
             for name, error in others:
-                first.add_note(f"(so did the sink {name}: {type(error).__name__}: {error})")
+                first.add_note(f"(the sink {name} raised too: {type(error).__name__}: {error})")
             raise first
         for name, error in failures:
             if isinstance(error, SinkHangs):
-                logger.warning("tlens: %s. The others and training go on.", error)
+                logger.warning("tlens: %s. The other sinks and training go on.", error)
             else:
                 report(f"sink {name}", error)
 
@@ -296,7 +305,7 @@ class Writer:
         if self._closed:
             return True
         self._submit(None, [(sink, sink.close) for sink in self.sinks])
-        done = self._settle(timeout)
+        done = self._wait_until_written(timeout)
         with self._changed:
             thread, self._thread = self._thread, None
             self._changed.notify_all()
@@ -307,7 +316,7 @@ class Writer:
         return done
 
     def _watch_exit(self) -> None:
-        """To be asked at the interpreter's end, before all who were registered earlier."""
+        """Registers `_at_exit`, so that it runs before all exit functions registered earlier."""
         atexit.unregister(self._at_exit)
         if not self._exiting:
             atexit.register(self._at_exit)
@@ -321,16 +330,17 @@ class Writer:
             print_lines(sink_lines(self.sinks))
         else:
             logger.warning(
-                "tlens: not everything was written %g s after the end of the program.", _AT_EXIT
+                "tlens: not everything could be written within %g s after the end of the program.",
+                _AT_EXIT,
             )
         self.on_error = "warn"
         self._report()
 
 
 def report(what: str, error: BaseException) -> None:
-    """Says that something failed during training and is set aside."""
+    """Logs that an instrument or a sink failed during training and is not used any more."""
     logger.warning(
-        "tlens: %s raised %s: %s. It is set aside; training goes on.",
+        "tlens: %s raised %s: %s. It is not used any more; training goes on.",
         what,
         type(error).__name__,
         error,

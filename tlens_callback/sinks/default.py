@@ -1,4 +1,4 @@
-"""Where the callback writes when it is not told: a local store, and beside the trainer's logs."""
+"""Chooses the default sinks: a local store, and the places where the trainer logs."""
 
 import os
 import socket
@@ -14,9 +14,9 @@ from tlens_callback.sinks import LocalSink, TensorBoardSink, TrackioSink, WandbS
 
 
 def default_sinks(args: TrainingArguments, name: str) -> list[Sink]:
-    """The local store, and what `report_to` names; W&B comes by `active_wandb`.
+    """Returns the local store, and trackio and TensorBoard if `report_to` names them.
 
-    A package that is not there is the trainer's to report.
+    `active_wandb` adds W&B. If a package is not installed, the trainer reports that.
     """
     store = LocalSink(Path(args.output_dir or ".") / name)
     beside: dict[str, Callable[[], Sink]] = {
@@ -34,7 +34,7 @@ def default_sinks(args: TrainingArguments, name: str) -> list[Sink]:
 
 
 def active_wandb(sinks: Sequence[Sink], name: str) -> WandbSink | None:
-    """One for the active W&B run, unless there is none or the sinks have one already."""
+    """Returns a sink for the active W&B run; None if there is no run, or the sinks have one."""
     wandb = sys.modules.get("wandb")
     if getattr(wandb, "run", None) is None or any(isinstance(sink, WandbSink) for sink in sinks):
         return None
@@ -43,11 +43,11 @@ def active_wandb(sinks: Sequence[Sink], name: str) -> WandbSink | None:
 
 
 def tensorboard_folder(args: TrainingArguments, name: str) -> Path:
-    """`<name>` in the folder that this process's trainer writes its events to.
+    """Returns the folder `<name>` in the folder where this process's trainer writes its events.
 
-    So TensorBoard lists both together, `<run>` and `<run>/<name>`. The trainer chooses that folder
-    when training begins, by the clock, and tells nobody: it is known by the files in it, which have
-    the host and the process in their names.
+    So TensorBoard lists both together, `<run>` and `<run>/<name>`. The trainer names its folder by
+    the time when training begins and does not publish it. It is found by the files in it, which
+    have the host and the process id in their names.
     """
     if given := os.environ.get("TENSORBOARD_LOGGING_DIR"):
         return Path(given).expanduser() / name
@@ -55,6 +55,6 @@ def tensorboard_folder(args: TrainingArguments, name: str) -> Path:
     own = f".{socket.gethostname()}.{os.getpid()}."
     files = [file for file in runs.rglob("events.out.tfevents.*") if own in file.name]
     folders = {file.parent: file.stat().st_mtime for file in files}
-    # Those inside another are of sinks like this one.
+    # A folder inside another one belongs to a sink like this one.
     trainers = [folder for folder in folders if folders.keys().isdisjoint(folder.parents)]
     return max(trainers, key=folders.__getitem__, default=runs) / name

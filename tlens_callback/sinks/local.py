@@ -1,4 +1,4 @@
-"""`LocalSink`: every reading in one directory, readable with pandas and safetensors."""
+"""`LocalSink`: writes readings to a directory that pandas and safetensors can read."""
 
 import json
 import logging
@@ -37,102 +37,102 @@ _PACKAGES = "tlens-callback torch transformers peft trl transformer-lens numpy s
 _MOST_AXES, _MOST_VALUES = 3, 100_000
 
 PAGE = "page.html"
-"""The page of a run in one file, in its directory."""
+"""The file with the whole page of a run, in its directory."""
 
 
 class LocalSink:
-    """Writes every reading into one directory a run; `read_store` gives them back.
+    """Writes every reading of a run into one directory; `read_store` reads them back.
 
-    Layout: see `tlens_callback.store.format`. A process that is killed leaves every completed step
-    readable (nothing is synced to disk; a power cut may cost the last steps).
+    `tlens_callback.store.format` describes the files. If the process is killed, every completed
+    step can be read (nothing is synced to disk; a power cut may lose the last steps).
 
-    Attention patterns (axes ending in "query", "key", nothing above the diagonal, magnitude at
-    most 1) are packed: lower triangle, float16. That is off by at most 2**-12, relatively by 2**-11
-    (2**-25 below 2**-14, so that what is smaller becomes 0). All else is kept exactly.
+    Attention patterns (axes ending in "query", "key", zeros above the diagonal, magnitude at most
+    1) are packed: lower triangle, float16. A value is off by at most 2**-12, relatively by 2**-11
+    (below 2**-14 by at most 2**-25, so that the smallest become 0). Everything else is exact.
 
-    A step that is not greater than the last one makes the run begin again from there: the steps
-    from it on are removed first. A sink that is new or was closed looks at what is there: step 0
-    begins a new run, in `<path>-2`, `<path>-3`, ... if `path` holds one already; a later step
-    goes on with the last of these, from that step.
+    A step that is not greater than the last one makes the run begin again from that step: it and
+    all later steps are removed first. For a sink that is new or was closed, step 0 begins a new
+    run, in `<path>-2`, `<path>-3`, ... if `path` holds a run already; a later step resumes the last
+    of these runs from that step.
 
-    With `page`, the directory also has the page of the run, to look at: page/index.html, which
-    picks up each step by itself while the run goes on, and page.html, one file of at most 15 MB,
-    which is made by `close`. If the live page fails, that is logged and it stays as it is; the
-    store goes on, and so does the page of a later run that resumes it.
+    With `page`, the directory also has the page of the run: page/index.html, which shows each new
+    step while the run goes on, and page.html, one file of at most 15 MB, which `close` makes. If
+    the live page fails, that is logged and the page is not updated any more; the store goes on. A
+    later run that resumes this one updates the page again.
 
     Args:
         path: the directory; made at the first write.
         exact: keep attention patterns in float32, at twice the size.
-        page: keep the page too. About as much disk again, and 30 ms a step.
+        page: make the page too. It takes about as much disk again, and 30 ms per step.
 
     Attributes:
-        path: where this run is written; known after the first write.
+        path: the directory of this run; known after the first write.
 
     Raises:
-        ValueError: if `path` is a file, or holds a `manifest.json` of something else.
+        ValueError: if `path` is a file, or has a `manifest.json` that is not of a store.
     """
 
     def __init__(self, path: str | Path, *, exact: bool = False, page: bool = True) -> None:
         self._base = Path(path).expanduser().absolute()
         self.path, self.exact = self._base, exact
         self._last: int | None = None
-        self._entered = False
+        self._has_path = False
         self._with_page = page
         self._folder: PageFolder | None = None
         if self._base.exists() and not self._base.is_dir():
-            raise ValueError(f"{self._base} is a file; LocalSink needs a directory.")
+            raise ValueError(f"{self._base} is a file, but LocalSink needs a directory.")
         if (self._base / MANIFEST).exists() and not is_store(self._base):
             raise ValueError(
-                f"{self._base / MANIFEST} belongs to something else; give LocalSink a directory "
-                f"of its own."
+                f"{self._base / MANIFEST} belongs to something else. Give LocalSink a directory of "
+                f"its own."
             )
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:
         """Writes a step.
 
         Raises:
-            ValueError: for a negative step, or two readings of one key.
-            OSError: a full disk, say; the steps before are as they were.
+            ValueError: for a negative step, or two readings with the same key.
+            OSError: if it cannot be written (the disk is full); earlier steps are unchanged.
         """
         if step < 0:
-            raise ValueError(f"A step is 0 or more, got {step}.")
+            raise ValueError(f"step must be 0 or more, got {step}.")
         counts = Counter(reading.key for reading in readings)
         if twice := [key for key, count in counts.items() if count > 1]:
-            raise ValueError(f"Step {step} has two readings of the key {min(twice)!r}.")
+            raise ValueError(f"Step {step} has two readings with the key {min(twice)!r}.")
         if self._last is None:
-            self._enter(step)
+            self._open_run(step)
         elif step <= self._last:
-            self._drop(step)
+            self._remove_from(step)
         write_whole(arrays_file(self.path, step), pack(readings, exact=self.exact))
         self._write_scores(readings, step)
         self._last = step
-        # After the step is complete, so that the store is never behind.
-        self._on_page(lambda folder: folder.write(readings, step))
+        # After the step is complete, so that the store is never behind the page.
+        self._update_page(lambda folder: folder.write(readings, step))
 
     def page(self) -> Path:
-        """Packs what is there into one HTML file, unless the file has all of it, and says where.
+        """Makes the page of all steps in one HTML file, unless it is up to date; returns its path.
 
         Raises:
-            ValueError: where nothing was written yet.
-            OSError: a full disk, say.
+            ValueError: if nothing was written yet.
+            OSError: if it cannot be written (the disk is full).
         """
-        path = self.path if self._entered else newest(self._base, is_store)[1]
+        path = self.path if self._has_path else newest(self._base, is_store)[1]
         if not is_store(path):
-            raise ValueError(f"{path} is no store yet: the first write makes it.")
+            raise ValueError(f"{path} is no store yet; the first write makes it one.")
         if not _is_packed(path):
             text = page(read_store(path))
             write_whole(path / PAGE, text.encode())
         return path / PAGE
 
     def close(self) -> None:
-        """Packs the page; a `write` after it looks at the directory anew.
+        """Makes the page in one file. A `write` after it acts like one of a new sink.
 
         Raises:
-            OSError: if the page does not fit on the disk, say. All steps are written by then.
+            OSError: if the page cannot be written. All steps are written by then.
         """
         wrote, self._last = self._last is not None, None
         if wrote and self._with_page:
-            self._on_page(PageFolder.finish)
+            self._update_page(PageFolder.finish)
             self._folder = None
             self.page()
 
@@ -143,17 +143,19 @@ class LocalSink:
         packed = self._last is None and _is_packed(self.path)
         return f"{text}; page {self.path / PAGE if packed else self.path / 'page' / 'index.html'}"
 
-    def _on_page(self, act: Callable[[PageFolder], None]) -> None:
-        """Does something to the live page, and gives it up with a word if it fails: the readings
-        are what must not be lost, and whatever a sink raises sets it aside."""
+    def _update_page(self, act: Callable[[PageFolder], None]) -> None:
+        """Calls `act` on the live page; if that fails, logs it and gives the page up.
+
+        It must not raise: a sink that raises is not used any more, and the readings would be lost.
+        """
         if self._folder is None:
             return
         try:
             act(self._folder)
         except Exception as error:
             logger.warning(
-                "tlens: the page %s failed (%s: %s) and stays as it is. The store goes on; "
-                "LocalSink(page=False) does without.",
+                "tlens: the page %s failed (%s: %s) and is not updated any more. The store goes "
+                "on; LocalSink(page=False) makes no page.",
                 self._folder.path,
                 type(error).__name__,
                 error,
@@ -161,9 +163,9 @@ class LocalSink:
             )
             self._folder = None
 
-    def _enter(self, step: int) -> None:
+    def _open_run(self, step: int) -> None:
         """Chooses the directory, clears what an interrupted run left, and writes the manifest."""
-        self._entered = True
+        self._has_path = True
         number, self.path = newest(self._base, is_store)
         if step == 0 and steps_in(self.path / "scores"):
             self.path = unused(self._base, number)
@@ -172,7 +174,7 @@ class LocalSink:
         for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
             left.unlink()
         self._folder = PageFolder(self.path / "page") if self._with_page else None
-        self._drop(step)
+        self._remove_from(step)
         if not is_store(self.path):
             about = {
                 "tlens_callback": FORMAT,
@@ -181,18 +183,20 @@ class LocalSink:
                 "packages": {name: _version(name) for name in _PACKAGES},
             }
             write_whole(self.path / MANIFEST, json.dumps(about, indent=1).encode())
-        self._on_page(self._catch_up)
+        self._update_page(self._catch_up)
 
     def _catch_up(self, folder: PageFolder) -> None:
-        """Gives the page the steps of the store: a run may have gone on without it."""
+        """Gives the page the steps of the store that it lacks: a run may have gone on without
+        it."""
         store = read_store(self.path)
         folder.keep(store.steps)
         for step in sorted(set(store.steps) - set(folder.steps)):
             folder.write(store.readings(step), step)
 
-    def _drop(self, first: int) -> None:
-        """Removes the steps from `first` on; scores first, so that no half is taken for a whole."""
-        self._on_page(lambda folder: folder.drop(first))
+    def _remove_from(self, first: int) -> None:
+        """Removes the steps from `first` on; the scores first, so that no half step looks
+        complete."""
+        self._update_page(lambda folder: folder.drop(first))
         for folder, file in (("scores", scores_file), ("arrays", arrays_file)):
             for step in steps_in(self.path / folder):
                 if step >= first:
@@ -205,7 +209,7 @@ class LocalSink:
         frame.insert(0, "step", step)
         wanted = [str(name) for name in frame.columns]
         if earlier := steps_in(self.path / "scores"):
-            # Who reads the folder as one table gets the columns of its first file, no others.
+            # pandas reads the folder as one table with only the columns of its first file.
             first = scores_file(self.path, earlier[0])
             known = pq.read_schema(first).names
             if not set(wanted) <= set(known):
@@ -217,7 +221,7 @@ class LocalSink:
 
 
 def _is_packed(path: Path) -> bool:
-    """Whether the packed page is younger than the last step that came or went."""
+    """Whether the page in one file is newer than the last change of the steps."""
     try:
         return (path / PAGE).stat().st_mtime_ns > (path / "scores").stat().st_mtime_ns
     except OSError:
@@ -236,7 +240,8 @@ def _arrow(column: pd.Series) -> pa.Array:
 
 
 def _parquet(columns: Mapping[str, Any], names: Sequence[str]) -> bytes:
-    """A parquet file of these columns and of the axes among `names`, empty where not given."""
+    """Makes a parquet file of these columns and the axes among `names`; a column that is not given
+    is empty."""
     schema = _schema(tuple(dict.fromkeys(name for name in names if name not in _NOT_AXES)))
     length = len(columns["value"])
     arrays = [
@@ -252,7 +257,8 @@ def _parquet(columns: Mapping[str, Any], names: Sequence[str]) -> bytes:
 
 @lru_cache
 def _schema(axes: tuple[str, ...]) -> pa.Schema:
-    """Column types; pandas's own note on them, which makes it read axes as whole numbers."""
+    """Returns the column types, with pandas's own metadata, so that it reads axes as whole
+    numbers."""
     types = {
         "step": "int64",
         **dict.fromkeys(NAMES, "str"),

@@ -1,4 +1,4 @@
-"""`MemorySink`: readings in a dict, for notebooks and tests."""
+"""`MemorySink`: keeps readings in a dict, for notebooks and tests."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from tlens_callback.store.store import curve
 
 
 class MemorySink:
-    """Keeps every reading as it is. A step that is written again replaces its readings.
+    """Keeps every reading in memory. A step that is written again replaces its readings.
 
-    Whole attention patterns are kept too: 30 layers of 9 heads on 48 tokens are 2.5 MB a probe
-    and observation.
+    Attention patterns are kept too: 30 layers of 9 heads on 48 tokens take 2.5 MB per probe and
+    observation.
 
     Attributes:
         readings: key -> step -> reading.
@@ -36,17 +36,17 @@ class MemorySink:
         self._steps.add(step)
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [step] and values [step, *axes] of one reading.
+        """Returns steps [step] and values [step, *axes] of one reading.
 
         Raises:
-            ValueError: for a key that was not written, or values that change shape.
+            ValueError: if the key was not written, or the values change shape.
         """
         if key not in self.readings:
-            raise ValueError(f"There is no reading {key!r}; there are {sorted(self.readings)}.")
+            raise ValueError(f"There is no reading {key!r}; the keys are {sorted(self.readings)}.")
         return curve(key, dict(sorted(self.readings[key].items())))
 
     def close(self) -> None:
-        """Keeps everything."""
+        """Does nothing: the readings are kept."""
 
     def __str__(self) -> str:
         return f"{len(self.readings)} readings at {len(self._steps)} steps, in memory"

@@ -1,4 +1,4 @@
-"""The files of a run, written and read back."""
+"""Writes the files of a run and reads them back."""
 
 from tlens_callback.store.store import Store as Store
 from tlens_callback.store.store import read_store as read_store

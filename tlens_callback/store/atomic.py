@@ -1,14 +1,14 @@
-"""Files that are there whole or not at all."""
+"""Writes files so that each is there whole or not at all."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside it, under a name with a dot, and puts that in its place.
+    """Writes a file under a temporary name beside `path`, and then renames it to `path`.
 
     Raises:
-        OSError: a full disk, say; what was there before still is.
+        OSError: if it cannot be written (the disk is full); the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""The store that a path means: itself, or one in the directory of a run."""
+"""Finds the store that a path names: the path itself, or a store in that directory."""
 
 import re
 from collections.abc import Sequence
@@ -9,15 +9,13 @@ from tlens_callback.store.store import Store, read_store
 
 
 def find_store(path: str | Path) -> tuple[Store, Sequence[str]]:
-    """The store at a path, or in that directory, and the names of others that were passed by.
+    """Returns the store at a path or in that directory, and the names of other stores there.
 
-    In the directory of a run `<name>-2`, `<name>-3`, ... are later runs of `<name>`: the last is
-    meant. `<name>-replay` beside `<name>` looks at the same run again, at fewer steps: the one
-    that watched it is meant.
+    In the directory of a run, `<name>-2`, `<name>-3`, ... are later runs of `<name>`: the last is
+    chosen. `<name>-replay` is a replay of `<name>` at fewer steps: `<name>` itself is chosen.
 
     Raises:
-        ValueError: where there is none, one of a newer format, or several that are not runs of one
-            name.
+        ValueError: if there is no store, one of a newer format, or several with different names.
     """
     path = Path(path).expanduser()
     if not path.is_dir() or is_store(path):
@@ -27,15 +25,15 @@ def find_store(path: str | Path) -> tuple[Store, Sequence[str]]:
         inside = ", ".join(sorted(each.name for each in path.iterdir())[:12]) or "nothing"
         raise ValueError(
             f"There is no store of a watched run in {path}, which holds {inside}. A store is the "
-            f"directory that TLensCallback writes, <output_dir>/tlens; tlens-callback replay "
-            f"makes one of saved checkpoints."
+            f"directory that TLensCallback writes, <output_dir>/tlens; the command tlens-callback "
+            f"replay makes one from saved checkpoints."
         )
     runs = {name: _run(name) for name in stores}
     names = {name for name, _ in runs.values()}
     names -= {f"{name}-replay" for name in names}
     if len(names) > 1:
         raise ValueError(
-            f"{path} holds several stores: name one of "
+            f"{path} holds several stores: name one of them, "
             f"{', '.join(str(path / name) for name in sorted(stores))}."
         )
     *others, last = sorted(stores, key=lambda name: (runs[name][0] in names, runs[name][1]))
@@ -43,6 +41,7 @@ def find_store(path: str | Path) -> tuple[Store, Sequence[str]]:
 
 
 def _run(name: str) -> tuple[str, int]:
-    """Name and number of a run: of "tlens-3" ("tlens", 3)."""
+    """Splits the name of a store into the name and number of the run: "tlens-3" is
+    ("tlens", 3)."""
     numbered = re.fullmatch(r"(.+)-([1-9]\d*)", name)
     return (numbered[1], int(numbered[2])) if numbered else (name, 1)

@@ -1,17 +1,17 @@
-"""The local store on disk: where what is, and how readings are packed.
+"""Defines the local store on disk: its files, and how readings are packed in them.
 
     manifest.json                    format, creation time, package versions
     arrays/step-00000100.safetensors every reading of the step, a tensor per key
     scores/step-00000100.parquet     its small readings as a long table, for pandas
-    page/index.html, page.html       the page to look at, live and in one file; no reader needs them
+    page/index.html, page.html       the page, live and in one file; reading a store needs neither
 
 `pandas.read_parquet(run / "scores")` reads all steps. In a safetensors file the metadata entry
 "readings" is JSON: key -> axes, unit, labels, limits, shape, packing. With packing "tril" a tensor
 holds `values[..., rows, columns]` for `rows, columns = numpy.tril_indices(n)`; the rest is 0. A
 reading with texts has the entry "texts/<key>", a JSON list of them in the order of the values.
-The entry "instruments" is JSON: instrument -> what it says about itself, as far as it does.
+The entry "instruments" is JSON: instrument -> its description, if it has one.
 
-A step is complete if and only if its scores file exists; it is written last.
+A step is complete if and only if its scores file exists; that file is written last.
 """
 
 import json
@@ -29,25 +29,25 @@ from tlens_callback.reading import Reading, descriptions
 from tlens_callback.store.triangle import lower_triangle
 
 FORMAT = 1
-"""Goes up when a reader would take something in a store for what it is not. An entry that older
-readers pass over, as they do "texts/<key>", leaves it where it is."""
+"""Version of the format. It must go up if an older reader would misread a store; not for a new
+entry that older readers ignore, such as "texts/<key>"."""
 MANIFEST = "manifest.json"
 
 _INSTRUMENTS = "instruments"
 
 
 def arrays_file(path: Path, step: int) -> Path:
-    """Where the arrays of a step are."""
+    """Returns the path of the file with the arrays of a step."""
     return path / "arrays" / f"step-{step:08d}.safetensors"
 
 
 def scores_file(path: Path, step: int) -> Path:
-    """Where the table of a step is."""
+    """Returns the path of the file with the table of a step."""
     return path / "scores" / f"step-{step:08d}.parquet"
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps that have a file in this folder (`arrays`, `scores`), in order."""
+    """Lists the steps that have a file in this folder (`arrays`, `scores`), in order."""
     names = [re.fullmatch(r"step-(\d{8,})\.\w+", p.name) for p in folder.glob("step-*")]
     return sorted(int(name[1]) for name in names if name)
 
@@ -61,7 +61,7 @@ def is_store(path: Path) -> bool:
 
 
 def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
-    """One safetensors file. `exact` keeps float32 where attention would become float16."""
+    """Packs readings into one safetensors file; `exact` keeps attention patterns in float32."""
     tensors: dict[str, np.ndarray] = {}
     about: dict[str, Any] = {}
     # Beside "readings", which is parsed whole for every question about a step.
@@ -90,11 +90,12 @@ def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
 
 
 def texts_of(key: str) -> str:
-    """The metadata entry with a reading's texts."""
+    """Returns the name of the metadata entry with a reading's texts."""
     return f"texts/{key}"
 
 
 def unpack(key: str, values: np.ndarray, about: Mapping[str, Any], texts: str | None) -> Reading:
+    """Makes a reading again from its tensor and its metadata."""
     if about["packing"] == "tril":
         full = np.zeros(about["shape"], np.float32)
         rows, columns = np.tril_indices(full.shape[-1])
@@ -113,6 +114,6 @@ def unpack(key: str, values: np.ndarray, about: Mapping[str, Any], texts: str | 
 
 
 def described_in(metadata: Mapping[str, str]) -> dict[str, Description]:
-    """Instrument -> what it says about itself."""
+    """Returns instrument -> description, from the metadata of a safetensors file."""
     told = json.loads(metadata.get(_INSTRUMENTS, "{}"))
     return {name: Description.from_json(one) for name, one in told.items()}

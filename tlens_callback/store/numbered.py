@@ -1,11 +1,11 @@
-"""Directories of runs beside one another: `path`, `path-2`, `path-3`, ..."""
+"""Finds numbered directories of runs: `path`, `path-2`, `path-3`, ..."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 
 def newest(base: Path, holds_run: Callable[[Path], bool]) -> tuple[int, Path]:
-    """Number and path of the last of them that holds a run; the first if none does."""
+    """Returns number and path of the last directory that holds a run; `base` if none does."""
     beside = base.parent.iterdir() if base.parent.is_dir() else ()
     start = f"{base.name}-"
     numbers = [
@@ -20,7 +20,7 @@ def newest(base: Path, holds_run: Callable[[Path], bool]) -> tuple[int, Path]:
 
 
 def unused(base: Path, number: int) -> Path:
-    """The first after this number that does not exist."""
+    """Returns the first directory after this number that does not exist."""
     while (path := base.with_name(f"{base.name}-{number + 1}")).exists():
         number += 1
     return path

@@ -1,4 +1,4 @@
-"""`read_store`: the readings that a `LocalSink` wrote, given back; `format` has the layout."""
+"""`read_store`: reads back what a `LocalSink` wrote; `format` describes the files."""
 
 import json
 import struct
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from tlens_callback.page.notebook import PageView
 
 
-def _nearest(key: str, keys: Collection[str]) -> str:
-    """Which keys may have been meant: those most alike, or of a few all."""
+def _suggest_keys(key: str, keys: Collection[str]) -> str:
+    """Says which keys exist for a key that does not: all if they are few, else the nearest."""
     if len(keys) <= 12:
         return f"it has {sorted(keys)}"
     near = get_close_matches(key, keys, n=5, cutoff=0.4)
@@ -39,10 +39,10 @@ def _nearest(key: str, keys: Collection[str]) -> str:
 
 
 def curve(key: str, readings: Mapping[int, Reading]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [step] and values [step, *axes] of one reading at several steps.
+    """Returns steps [step] and values [step, *axes] of one reading at several steps.
 
-    What a trainer logged between observations comes as it was logged: steps [update] and values
-    [update].
+    For `trainer/<name>` it returns the steps at which the trainer logged, [update], and the values
+    there, [update].
     """
     if key.startswith("trainer/"):
         logged = {
@@ -61,10 +61,11 @@ def curve(key: str, readings: Mapping[int, Reading]) -> tuple[np.ndarray, np.nda
 
 
 def read_store(path: str | Path) -> "Store":
-    """Opens what a `LocalSink` wrote. The run may still be going on: every access looks again.
+    """Opens a store that a `LocalSink` wrote. The run may still be going on: every access reads the
+    files again.
 
     Raises:
-        ValueError: where there is no such directory, it holds no store, or a newer one.
+        ValueError: if there is no such directory, or it holds no store or one of a newer format.
     """
     path = Path(path)
     if not path.is_dir():
@@ -74,9 +75,9 @@ def read_store(path: str | Path) -> "Store":
         inside = sorted(p.name for p in path.glob("*"))
         stores = [name for name in inside if is_store(path / name)]
         raise ValueError(
-            f"{path} is not a tlens_callback store: it has no {MANIFEST} of one. "
+            f"{path} is not a tlens_callback store: it has no {MANIFEST} of a store. "
             + (
-                f"In it are {', '.join(repr(str(path / name)) for name in stores)}."
+                f"It holds the stores {', '.join(repr(str(path / name)) for name in stores)}."
                 if stores
                 else f"It holds {inside[:20]}."
             )
@@ -84,20 +85,21 @@ def read_store(path: str | Path) -> "Store":
     version = json.loads((path / MANIFEST).read_text())["tlens_callback"]
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(
-            f"{path} has store format {version}, this package reads up to {FORMAT}: upgrade it."
+            f"{path} has store format {version}, but this version of tlens_callback reads formats "
+            f"up to {FORMAT}: upgrade tlens_callback."
         )
     return Store(path)
 
 
 class Store:
-    """The readings of one run, from disk; made by `read_store`. Complete steps only."""
+    """Reads the complete steps of one run from disk; `read_store` opens it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The complete steps, in order. A file that was torn (a copy cut short) does not count."""
+        """The complete steps, in order. A step with a torn file (a copy cut short) is left out."""
         steps = steps_in(self.path / "scores")
         return tuple(step for step in steps if self._about(step) is not None)
 
@@ -108,40 +110,45 @@ class Store:
         return tuple(dict.fromkeys(key for of_step in about for key in of_step))
 
     def reading(self, key: str, step: int) -> Reading:
-        """One reading.
+        """Returns one reading.
 
         Raises:
-            ValueError: for a step or key that is not there.
+            ValueError: if the store does not have this step, or the step this key.
         """
-        about = self._complete(step)
+        about = self._about_complete(step)
         if key not in about:
-            raise ValueError(f"Step {step} of {self.path} has no {key!r}; {_nearest(key, about)}.")
+            raise ValueError(
+                f"Step {step} of {self.path} has no {key!r}; {_suggest_keys(key, about)}."
+            )
         return self._load(step, {key: about[key]})[0]
 
     def readings(self, step: int, keys: Collection[str] | None = None) -> list[Reading]:
-        """The readings of a step, or those of these keys among them, as they were written.
+        """Returns the readings of a step as they were written, or only those with these keys.
 
         Raises:
-            ValueError: for a step that is not there.
+            ValueError: if the store does not have this step.
         """
-        about = self._complete(step)
+        about = self._about_complete(step)
         return self._load(step, {key: about[key] for key in about if keys is None or key in keys})
 
     def about(self, step: int) -> dict[str, dict[str, Any]]:
-        """Key -> axes, unit, labels, limits, shape, packing of a step's readings, in the order in
-        which they were written; reads no values.
+        """Returns key -> axes, unit, labels, limits, shape, packing of a step's readings, in the
+        order in which they were written, without reading values.
 
         Raises:
-            ValueError: for a step that is not there.
+            ValueError: if the store does not have this step.
         """
-        return self._complete(step)
+        return self._about_complete(step)
 
     def stored(
         self, step: int, keys: Collection[str]
     ) -> Iterator[tuple[str, dict[str, Any], np.ndarray | None]]:
-        """Of these readings of a step: key, what `about` says, and [..., n (n + 1) / 2] as it is in
-        the file, float16 or float32, where that is lower triangles without texts; else None."""
-        about = self._complete(step)
+        """Yields for each of these readings its key, what `about` says of it, and its array.
+
+        The array is [..., n (n + 1) / 2], float16 or float32, as it is in the file, if the reading
+        is stored as lower triangles and has no texts; else it is None.
+        """
+        about = self._about_complete(step)
         with safe_open(arrays_file(self.path, step), "np") as file:
             others = file.metadata()
             for key in (key for key in about if key in keys):
@@ -149,46 +156,49 @@ class Store:
                 yield key, about[key], file.get_tensor(key) if lower else None
 
     def descriptions(self, step: int) -> dict[str, Description]:
-        """Instrument -> what it says about itself, of those that do.
+        """Returns instrument -> description, for the instruments that describe themselves.
 
         Raises:
-            ValueError: for a step that is not there.
+            ValueError: if the store does not have this step.
         """
-        self._complete(step)
+        self._about_complete(step)
         with safe_open(arrays_file(self.path, step), "np") as file:
             return described_in(file.metadata())
 
     @property
     def torn(self) -> tuple[int, ...]:
-        """The steps that were written and are complete no more: a copy cut short, say."""
+        """The steps that were complete once and are not any more, because a copy was cut short."""
         steps = steps_in(self.path / "scores")
         return tuple(step for step in steps if self._about(step) is None)
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [step] and values [step, *axes] of one reading, at the steps that have it; of
-        `trainer/<name>` the steps at which it was logged, and its values there.
+        """Returns steps [step] and values [step, *axes] of one reading, at the steps that have it;
+        for `trainer/<name>` the steps at which it was logged, and the values there.
 
         Raises:
-            ValueError: for a key that is not there, or values that change shape.
+            ValueError: if no step has this key, or the values change shape.
         """
         return curve(key, self._at_all_steps(key))
 
     def frame(self, key: str | None = None) -> pd.DataFrame:
-        """A tidy table, a row per number: of one reading at all complete steps, attention patterns
-        as well; or, without a key, of all small readings. Those are the ones of at most 3 axes and
-        100,000 numbers: patterns, of 4 axes, are left out.
+        """Returns a tidy table with one row per number.
 
-        Of one reading the columns are: step, int64; key, category; for each axis its numbers,
-        int32 (counted from 0, or its labels where these are whole numbers, as of a selection of
-        layers), and where it has labels that say more, tokens say, "<axis>_name", category; value,
-        float32, in the order of `curve`; text, category, where the reading has texts. The axis
-        "key" is "key_index" and "key_name". A pattern takes 33 bytes a number, `curve` 4.
+        With a key, it has this reading at all complete steps; attention patterns are possible too.
+        Without a key, it has all small readings: those of at most 3 axes and 100,000 numbers.
+        Patterns have 4 axes and are left out.
 
-        Of all small readings: `step` and the columns of `tlens_callback.render.long_frame`, as
-        `pandas.read_parquet(store.path / "scores")` has them.
+        With a key the columns are: step, int64; key, category; for each axis its numbers, int32
+        (counted from 0, or its labels if these are whole numbers, as for a selection of layers);
+        if an axis has labels that say more than its numbers, such as tokens, "<axis>_name",
+        category; value, float32, in the order of `curve`; text, category, if the reading has texts.
+        The axis "key" is "key_index" and "key_name". A pattern takes 33 bytes per number; `curve`
+        takes 4.
+
+        Without a key: `step` and the columns of `tlens_callback.render.long_frame`, as in
+        `pandas.read_parquet(store.path / "scores")`.
 
         Raises:
-            ValueError: for a key that is not there, or whose axes change between steps.
+            ValueError: if no step has this key, or its axes change between steps.
         """
         if key is not None:
             return self._frame_of(key)
@@ -209,10 +219,10 @@ class Store:
         return tidy(list(found), list(found.values()))
 
     def _at_all_steps(self, key: str) -> dict[int, Reading]:
-        """Step -> the reading, at the complete steps that have it.
+        """Returns step -> reading, for the complete steps that have it.
 
         Raises:
-            ValueError: where none has.
+            ValueError: if no step has it.
         """
         found: dict[int, Reading] = {}
         for step in steps_in(self.path / "scores"):
@@ -220,21 +230,22 @@ class Store:
             if about is not None and key in about:
                 found[step] = self._load(step, {key: about[key]})[0]
         if not found:
-            raise ValueError(f"{self.path} has no {key!r}; {_nearest(key, self.keys)}.")
+            raise ValueError(f"{self.path} has no {key!r}; {_suggest_keys(key, self.keys)}.")
         return found
 
     def page(self, *, most_bytes: int = 15_000_000, view: str = "") -> "PageView":
-        """The interactive page of the steps so far, which Jupyter shows as the last line of a cell;
-        its `save(path)` writes it as one HTML file.
+        """Makes the interactive page of the steps so far. Jupyter shows it as the last line of a
+        cell; its `save(path)` writes it as one HTML file.
 
         Args:
-            most_bytes: of that file; see `tlens_callback.page.page`.
-            view: what it shows at first, "step=1&other=0&change=1" say; see there too.
+            most_bytes: largest size of that file; see `tlens_callback.page.page`.
+            view: what the page shows first, such as "step=1&other=0&change=1"; see
+                `tlens_callback.page.page` too.
 
         Raises:
-            ValueError: for a store without a complete step, or too few bytes.
+            ValueError: if the store has no complete step, or most_bytes is too small.
         """
-        # Looks up, late: the page is above the store, and users ask a store for its page.
+        # Imports a higher room, late: users expect a store to make its page.
         from tlens_callback.page import page
         from tlens_callback.page.notebook import PageView
 
@@ -243,14 +254,16 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}: {len(self.steps)} steps, {len(self.keys)} keys)"
 
-    def _complete(self, step: int) -> dict[str, Any]:
+    def _about_complete(self, step: int) -> dict[str, Any]:
         about = self._about(step)
         if about is None:
-            raise ValueError(f"{self.path} has no complete step {step}; it has {self.steps}.")
+            raise ValueError(
+                f"{self.path} has no complete step {step}; its steps are {self.steps}."
+            )
         return about
 
     def _about(self, step: int) -> dict[str, Any] | None:
-        """Key -> description, or None where the step is not complete."""
+        """Returns what `about` returns; None if the step is not complete."""
         try:
             with scores_file(self.path, step).open("rb") as file:
                 size = file.seek(0, 2)

@@ -1,4 +1,4 @@
-"""The long table of a store: every number of its readings in a row of its own."""
+"""Makes the long table of a store: one row for every number of its readings."""
 
 from collections.abc import Sequence
 
@@ -8,26 +8,26 @@ import pandas as pd
 from tlens_callback.reading import TOKEN_AXES, Reading
 
 NAMES = ("key", "instrument", "measure", "probe", "unit")
-"""The columns of `long_frame` that say what a number is."""
+"""The columns of `long_frame` that say which reading a number belongs to."""
 
 _RESERVED = {*NAMES, "value", "text", "step"}
 
 
 def axis_column(axis: str) -> str:
-    """The column of `long_frame` that holds an axis: its name, or "key_index" where a column of
-    that name says something else."""
+    """Returns the name of the column for an axis: the axis's name, or "<axis>_index" if a column
+    of that name exists already."""
     return f"{axis}_index" if axis in _RESERVED else axis
 
 
 def long_frame(readings: Sequence[Reading]) -> pd.DataFrame:
-    """All numbers of the readings, one a row.
+    """Returns all numbers of the readings as a table, one number per row.
 
-    Columns: key, instrument, measure, probe (missing where a reading belongs to no single probe),
-    unit, as categories; one Int32 column per axis, missing where a reading lacks the axis; value,
-    float32; text, as categories, missing where a reading has no texts. An axis is counted from 0,
-    but for one whose labels are whole numbers and that is not made of tokens (a selection of
-    layers, block lengths): it has its labels. The axes "key", "probe" and others that are columns
-    already become "key_index", "probe_index", ...
+    Columns: key, instrument, measure, probe (missing if a reading is not of one probe), unit, as
+    categories; one Int32 column per axis, missing if a reading does not have the axis; value,
+    float32; text, as categories, missing if a reading has no texts. An axis is counted from 0. But
+    if its labels are whole numbers and it is not made of tokens (a selection of layers, block
+    lengths), the labels are used. The axes "key", "probe" and others that are columns already
+    become "key_index", "probe_index", ...
     """
     readings = list(readings)
     sizes = np.array([r.values.size for r in readings], dtype=int)
@@ -61,14 +61,14 @@ def long_frame(readings: Sequence[Reading]) -> pd.DataFrame:
 
 
 def numbering(reading: Reading, axis: str) -> np.ndarray:
-    """[index] -> the whole number that stands for it: its label where that is one, or itself."""
+    """Returns the whole number of each index of an axis: its label if that is one, else itself."""
     if is_numbered(reading, axis):
         return np.array([int(name) for name in reading.labels[axis]], np.int32)
     return np.arange(reading.values.shape[reading.axes.index(axis)], dtype=np.int32)
 
 
 def is_numbered(reading: Reading, axis: str) -> bool:
-    """Whether the labels are whole numbers, none twice."""
+    """Whether the labels of an axis are whole numbers, all different."""
     names = reading.labels.get(axis, ())
     whole = all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names)
     return axis not in TOKEN_AXES and whole and 0 < len({int(name) for name in names}) == len(names)

@@ -1,4 +1,4 @@
-"""One reading at several steps as a pandas table."""
+"""Makes a pandas table of one reading at several steps."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,8 @@ from tlens_callback.store.tables import axis_column, numbering
 
 
 def tidy(steps: Sequence[int], readings: Sequence[Reading]) -> pd.DataFrame:
-    """A row per number of a reading, at one step or more; see `Store.frame` for the columns."""
+    """Returns one row per number of a reading, at one or more steps; `Store.frame` explains the
+    columns."""
     sizes = [reading.values.size for reading in readings]
     key = pd.Index([readings[0].key], dtype="str")
     frame: dict[str, object] = {
@@ -30,24 +31,24 @@ def tidy(steps: Sequence[int], readings: Sequence[Reading]) -> pd.DataFrame:
 
 
 def _spread(along: np.ndarray, reading: Reading, axis: str) -> np.ndarray:
-    """What an axis has at [index], for each number of the reading."""
+    """Repeats what an axis has at each index, so that every number of the reading has its own."""
     shape = [-1 if name == axis else 1 for name in reading.axes]
     return np.broadcast_to(along.reshape(shape), reading.values.shape).ravel()
 
 
 def _has_names(reading: Reading, axis: str) -> bool:
-    """Whether the labels say more than the numbers that stand for them."""
+    """Whether an axis has labels that say more than their numbers do."""
     labels = reading.labels.get(axis, ())
     numbers = numbering(reading, axis)
-    return bool(labels) and (axis in TOKEN_AXES or any(map(_differ, labels, numbers)))
+    return bool(labels) and (axis in TOKEN_AXES or any(map(_says_more, labels, numbers)))
 
 
-def _differ(label: str, number: int) -> bool:
+def _says_more(label: str, number: int) -> bool:
     return label != str(number)
 
 
 def _names(readings: Sequence[Reading], axis: str) -> pd.Categorical:
-    """The label of each number; one code for a label, whatever the step."""
+    """Returns the label of each number; a label has the same code at all steps."""
     labels = [reading.labels.get(axis, ()) for reading in readings]
     known = {name: i for i, name in enumerate(dict.fromkeys(n for of in labels for n in of))}
     kind = np.int16 if len(known) < 2**15 else np.int32

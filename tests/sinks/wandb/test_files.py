@@ -83,7 +83,7 @@ def test_a_long_run_stays_below_a_thousand_files(offline, caplog, tmp_path):
     assert sum(key in row for row in rows for key in (MOSAIC, FIGURE, TABLE)) + 1 == len(media)
     assert [row[STEP] for row in rows if "tlens/page" in row] == [1_999]
     (said,) = words(caplog)
-    assert "from step 151 on only some observations" in said and "below 900 files" in said
+    assert "from step 151 on, only some observations" in said and "below 900 files" in said
 
 
 @pytest.mark.parametrize("most", [None, 5_000])

@@ -1,4 +1,4 @@
-// Charts that are made once and then given new numbers: lines over layers, bars, maps, sparks.
+// Draws charts, made once and then given new numbers: lines over layers, bars, maps, sparklines.
 
 // Lines over the indices of one axis. update({names, series: [{name, values, colour, dash}], limits})
 function lineChart(title, unit, across) {

@@ -1,4 +1,4 @@
-// Numbers from the bytes of a page: base64, deflate, byte planes, differences, codes.
+// Decodes the bytes of a page into numbers: base64, deflate, byte planes, differences, codes.
 
 const HALF = new Float32Array(65536);
 for (let bits = 0; bits < 65536; bits++) {

@@ -1,4 +1,4 @@
-// Colours: sequential for magnitudes, diverging around zero for signed values.
+// Chooses colours: sequential for magnitudes, diverging around zero for signed values.
 
 // PALETTE is the package's own: tables of colours as hexadecimal text, and the colours of curves.
 const tableFrom = (hex) => hex.match(/.{6}/g)

@@ -1,4 +1,4 @@
-// Curves over training: the loss, the score of the heads that are looked at, and any other number.
+// Draws curves over training: the loss, the score of the chosen heads, and any other number.
 
 const PAD = 56; // pixels left and right of the time axis, the slider's and the curves'
 const PLOT = { height: 136, top: 18, base: 112 };

@@ -1,16 +1,16 @@
-// The readings of a run: decoding them, and asking for them.
+// Holds the readings of a run: decodes them, and answers questions about them.
 //
 // data.steps                    observed steps, ascending: where the slider stops
 // data.keys()                   keys in order of appearance
 // data.has(key, step)           data.stepsOf(key)         data.latest(key, step): step at or before
 // data.entry(key, step)         {key, axes, unit, shape, limits, labels, texts, select, step}
-// data.values(key, step)        Float32Array to read, or null where it is not decoded yet
+// data.values(key, step)        Float32Array to read, or null if it is not decoded yet
 // data.slice(key, step, lead)   Float32Array [rows * columns] of the last two axes, or null
 // data.number(key, step, i)     one value
 // data.curve(key, i)            {steps, values}
-// data.range(key)               [low, high] of what is decoded of all steps, [] if nothing is
+// data.range(key)               [low, high] over all steps decoded so far, [] if none is
 // data.version, .versionOf(key) grow when the data (of a key) change
-// await data.ready(key, step)   decodes a large reading (patterns); true if it is there then
+// await data.ready(key, step)   decodes a large reading (patterns); true if that worked
 
 const MOST_DECODED = 256e6; // bytes of large readings that are kept decoded
 

@@ -1,4 +1,4 @@
-// Elements, numbers, tokens and the tooltip. All text goes in as text.
+// Makes elements, formats numbers and tokens, and shows the tooltip. Text is never read as HTML.
 
 function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);

@@ -1,4 +1,5 @@
-// One map of queries and keys: cells, tokens along both axes, values under the pointer or the keys.
+// Draws one map of queries and keys: cells, tokens along both axes, and the value of a cell under
+// the pointer or chosen by the arrow keys.
 
 // A token with its place; its place alone where it has no name.
 function tokenAt(entry, axis, i) {

@@ -1,5 +1,5 @@
-// What a lens reads in each layer: tokens with their probability, beside them what else the same
-// instrument has for each layer; at the slider's step and at the one that is compared with.
+// Shows what a lens reads in each layer: tokens with their probability, and the other readings of
+// the same instrument for each layer, at the slider's step and at the step compared with it.
 
 function lensView(root) {
   const { root: box, body, heading } = card("Logit lens", { id: "lens" });
@@ -96,7 +96,7 @@ function lensBlock(key) {
     if (probe === null) said.push("Of no single probe.");
     else if (measure === "token" && numbers?.includes("/top/")) said.push(`Read at the last token${last}.`);
     if (target) said.push(`Target: ${cut(token(target.text), 40)}, outlined.`);
-    if (state.other !== null) said.push("A bar at the left: not among these at the other step.");
+    if (state.other !== null) said.push("A bar at the left: not among the tokens of the other step.");
     return said.join(" ");
   }
   return { root, draw };

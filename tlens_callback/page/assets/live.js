@@ -1,4 +1,4 @@
-// A page of a run in progress: data/index.js is asked for again and again, and names the steps.
+// Follows a run in progress: loads data/index.js, which names the steps, again and again.
 
 const POLL = 2000, POLL_FINISHED = 10_000; // milliseconds
 const AT_ONCE = 8; // chunks on their way at a time

@@ -1,4 +1,4 @@
-// Puts the views on the page and the data into them.
+// Puts the views on the page, reads the data, and shows the keyboard help.
 
 window.tlens = {
   index: (index) => live.index(index),
@@ -132,7 +132,7 @@ function show(all = false) {
   const empty = document.getElementById("empty");
   empty.hidden = data.steps.length > 0;
   empty.textContent = data.about.live
-    ? "No step has been observed yet. This page shows the first one as soon as it is there."
+    ? "No step has been observed yet. The first one will appear here by itself."
     : "This store holds no steps.";
   redraw(...(all ? EVERYTHING : ["data", ...changed]));
 }
@@ -164,15 +164,15 @@ function whenIdle(act) {
 }
 
 const KEYS = [
-  ["← →", "one step back, forward (with Shift: ten)"],
-  ["Home, End", "first, last step"],
-  ["Page Up, Page Down", "ten steps, on the slider"],
-  ["Space", "play, pause"],
-  ["Tab", "to the next control: slider, events, matrix, patterns, tokens"],
-  ["↑ ↓ ← →", "in a matrix, a pattern, the tokens: the one beside"],
-  ["Enter", "in the matrix: pin the head, or unpin it; in a pattern or the tokens: look from this "
-    + "token; on an event: go to its step"],
-  ["?", "this help; Escape closes it"],
+  ["← →", "go one step back or forward (with Shift: ten)"],
+  ["Home, End", "go to the first or last step"],
+  ["Page Up, Page Down", "move the slider by ten steps"],
+  ["Space", "play or pause"],
+  ["Tab", "go to the next control: slider, events, matrix, patterns, tokens"],
+  ["↑ ↓ ← →", "go to the next cell of a matrix or a pattern, or to the next token"],
+  ["Enter", "in the matrix: pin or unpin the head; in a pattern or the tokens: choose this token as "
+    + "the query; on an event: go to its step"],
+  ["?", "show this help; Escape closes it"],
 ];
 
 function openHelp() {

@@ -1,5 +1,5 @@
-// The matrix layer x head, or layer x anything, of a score: its value, or its change since the
-// first step; and the heads that stand out in it.
+// Draws the matrix of a score, layer x head or layer x another axis: its value, or its change since
+// the first step; and lists the heads with the largest values or changes.
 
 const MOST_LISTED = 8;
 const signed = (value) => (value > 0 ? "+" : "") + fmt(value);

@@ -1,4 +1,4 @@
-// What the checkpoint of a step is called, where what was looked at are saved models.
+// Gives steps the names of their checkpoints, if the run is a series of saved models.
 
 const CHECKPOINT = "checkpoint/name"; // its only text is the name, often a path
 

@@ -1,4 +1,4 @@
-// Every instrument's readings, drawn by their axes and unit: those of this package and of others.
+// Draws the readings of every instrument by their axes and unit, whoever wrote the instrument.
 
 function panelsView(root) {
   const sections = new Map(); // instrument -> section
@@ -65,8 +65,8 @@ function sectionOf(instrument) {
     }
     for (const panel of shown) panel.draw();
     const ofProbe = keys.every((key) => parts(key).probe !== null);
-    write(note, !keys.length ? `nothing of ${plain(state.probe ?? "")}`
-      : !wanted.length ? "in the card of the lens, above"
+    write(note, !keys.length ? `no readings of ${plain(state.probe ?? "")}`
+      : !wanted.length ? "shown above, under the logit lens"
       : ofProbe ? `of ${plain(state.probe)}` : "");
   }
   return section;

@@ -1,5 +1,5 @@
-// Attention of the chosen head and of those that are pinned, over a probe's tokens: at the slider's
-// step and, where one is chosen, at another and the difference.
+// Draws the attention of the chosen and the pinned heads over a probe's tokens: at the slider's
+// step and, if another step is chosen to compare with, at that step and the difference.
 
 function patternView(root) {
   const { root: box, body, heading } = card("Attention");
@@ -90,7 +90,7 @@ function noPattern() {
   const others = patterns().filter((key) => !state.pattern || kindOf(key) === state.pattern);
   const names = [...new Set(others.map((key) => plain(parts(key).probe ?? key)))];
   return `There is no ${plain(what)} of the probe ${plain(state.probe ?? "")}. `
-    + (names.length ? `There is one of: ${names.join(", ")}.` : "There is none of any probe.");
+    + (names.length ? `These have one: ${names.join(", ")}.` : "No probe has one.");
 }
 
 // Filled only where they say something else, as an open list would close.
@@ -213,7 +213,7 @@ function absence(key, step, title) {
   const entry = data.entry(key, step), count = headsIn(entry).length;
   return entry.select
     ? `${title} is not in this page at step ${step}, which holds the patterns of ${count} heads.`
-    : `The attention of ${title} was not recorded: that of ${count} heads was.`;
+    : `The attention of ${title} was not recorded, only that of ${count} heads.`;
 }
 
 function fillOffer(offer, key, step) {

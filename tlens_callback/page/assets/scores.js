@@ -1,5 +1,5 @@
-// The scores that the matrix shows: readings [layer, x], and [block, layer, x] one block at a time.
-// A score's name is the key, with the block's label after a comma where there are blocks.
+// Lists the scores that the matrix shows: readings [layer, x], and [block, layer, x] one block at a
+// time. A score's name is the key; if there are blocks, a comma and the block's label follow.
 
 const MOST_BLOCKS = 64;
 const knownScores = { version: -1, all: new Map() };

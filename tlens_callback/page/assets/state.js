@@ -1,4 +1,4 @@
-// What is looked at. It is in the address, so that a link shows a head at a step.
+// Holds what is shown: step, head, probe, ... It is in the address, so that a link shows the same.
 
 const START = Object.freeze({
   step: null, // the slider

@@ -1,4 +1,4 @@
-// Tables: numbers of one instrument, ranked lists, lists along one axis, events.
+// Draws tables: numbers of one instrument, ranked lists, lists along one axis, events.
 
 const MOST_ROWS = 40;
 

@@ -1,4 +1,5 @@
-// The slider over the steps, on one axis with the curves: play, keys, legend, choice of curves.
+// Draws the slider over the steps, on one axis with the curves: play, keys, legend and the choice
+// of curves.
 
 const SPEEDS = [1, 2, 4, 8, 16]; // steps per second
 

@@ -1,4 +1,4 @@
-// A probe's tokens as text, coloured by what was measured at them; and what is known of one token.
+// Shows a probe's tokens as text, coloured by a measured value, and all values of one token.
 
 function tokensView(root) {
   const { root: box, body, heading } = card("Tokens", { id: "tokens" });
@@ -26,7 +26,7 @@ function tokensView(root) {
     none.hidden = tokens.length > 0;
     write(probe, state.probe === null ? "" : `of ${cut(token(state.probe), 40)}`);
     write(none, state.probe === null ? "No probe has readings in this run."
-      : "This probe has no readings at its tokens: no attention, neurons, features or losses.");
+      : "This probe has no readings for its tokens: no attention, neurons, features or losses.");
     if (!tokens.length) return;
     const now = ++turn;
     await prepare();

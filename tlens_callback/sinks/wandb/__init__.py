@@ -1,3 +1,3 @@
-"""Weights & Biases: the sink, what it shows, and the saved view of its panels."""
+"""Writes to Weights & Biases: the sink, what it shows, and the saved view of its panels."""
 
 from tlens_callback.sinks.wandb.sink import WandbSink as WandbSink

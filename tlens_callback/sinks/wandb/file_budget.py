@@ -1,22 +1,23 @@
-"""`FileBudget`: which observations of a run of unknown length have files, within a number."""
+"""`FileBudget`: decides which observations may write files when their number is limited."""
 
 import math
 
 
 class FileBudget:
-    """Counts files, and thins them out so that they stay within a number however long a run is.
+    """Counts files, and spaces them out so that a run of any length stays within the limit.
 
-    Half of them go to the observations as they come. Then what is left is spread evenly over twice
-    as many further observations as there were so far, again after each one that had some: intervals
-    grow as the run does. So much stays free that the last observation and the page have their own.
+    All observations have files until half of the limit is used. The rest is then spread evenly over
+    twice as many further observations as there were so far. This is computed again after each
+    observation with files, so that the intervals grow with the run. Enough is kept free for the
+    last observation and the page.
 
     Args:
-        most: files in all. None: no bound.
+        most: files in all. None: no limit.
         page: files to keep free besides those of the last observation.
 
     Attributes:
         spent: files so far.
-        seen: observations so far that had something to show.
+        seen: observations so far that had files to show.
     """
 
     def __init__(self, most: int | None, *, page: int) -> None:
@@ -25,7 +26,7 @@ class FileBudget:
         self._largest = self._next = 0
 
     def take(self, wanted: int) -> bool:
-        """Whether the next observation has its files, this many; they are counted if so."""
+        """Whether the next observation may write this many files; if so, they are counted."""
         at, self.seen = self.seen, self.seen + 1
         self._largest = max(self._largest, wanted)
         if self.most is not None:
@@ -39,11 +40,11 @@ class FileBudget:
         return True
 
     def last(self, wanted: int, *, page: int) -> int:
-        """How many of these files, of the last observation or the page, there is room for; they are
-        counted.
+        """Returns for how many of these files, of the last observation or the page, there is room,
+        and counts them.
 
         Args:
-            page: files to keep free beyond them.
+            page: files to keep free beside them.
         """
         room = wanted if self.most is None else max(0, self.most - page - self.spent)
         taken = min(wanted, room)

@@ -1,4 +1,4 @@
-"""Does something before a W&B run is finished, whoever finishes it."""
+"""`BeforeFinish`: calls a function just before a W&B run is finished, whoever finishes it."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class BeforeFinish:
-    """Calls `act` when the run is about to be finished, while it still takes what is logged.
+    """Calls `act` when the run is about to be finished and can still log.
 
-    wandb 0.31 has no public way to ask for this. Its list of teardown hooks is also gone through by
-    `wandb.finish()` and at the end of `with wandb.init()`; without it the run's own `finish` is
-    wrapped, which those two pass by.
+    wandb 0.31 has no public way to do this, so `act` goes into its private list of teardown hooks,
+    which `wandb.finish()` and the end of `with wandb.init()` call too. If that list does not exist,
+    the run's `finish` is wrapped, which those two do not call.
     """
 
     def __init__(self, run: Any, act: Callable[[], None]) -> None:
@@ -34,10 +34,10 @@ class BeforeFinish:
             run.finish = self._wrapped = finish_after
 
     def remove(self) -> None:
-        """Leaves the run as it was. May be called twice."""
+        """Restores the run as it was. It may be called twice."""
         hook, self._hook = self._hook, None
         if hook is not None:
-            # By identity: two sinks may have put equal ones there.
+            # By identity: two sinks may have added equal hooks.
             self.run._teardown_hooks[:] = [h for h in self.run._teardown_hooks if h is not hook]
         wrapped, self._wrapped = self._wrapped, None
         if wrapped is not None and vars(self.run).get("finish") is wrapped:

@@ -1,4 +1,4 @@
-"""What W&B shows of an observation: which numbers, which pictures, which sentences."""
+"""Chooses what W&B shows of an observation: numbers, pictures, figures, tables and alerts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from tlens_callback.sinks.shown import (
 )
 
 MOST_NUMBERS = 8
-"""Of the measures that an instrument says nothing of, for one probe."""
+"""Most numbers per instrument and probe from measures that the instrument does not describe."""
 
 _MOST_ROWS = 10_000
 
 _TITLE = 63
-"""Characters of an alert's title: W&B asks for less than 64."""
+"""Characters of an alert's title: W&B asks for fewer than 64."""
 
 
 @dataclass(frozen=True)
 class Medium:
-    """A file that W&B shows: a PNG's bytes, a plotly figure or a pandas table, when it is made."""
+    """Describes a file for W&B; `make` makes a PNG's bytes, a plotly figure or a pandas table."""
 
     name: str
     kind: Literal["picture", "figure", "table"]
@@ -39,9 +39,11 @@ class Medium:
 
 
 def numbers(readings: Sequence[Reading], *, everything: bool) -> tuple[list[Reading], set[str]]:
-    """The readings that become curves, in their order: the headlines among the numbers, and the
-    first `MOST_NUMBERS` of those of which their instrument says nothing; and the instruments that
-    had more of these."""
+    """Returns the readings that become curves, and the instruments of which some are left out.
+
+    The curves are the headlines among the numbers, and the first `MOST_NUMBERS` of the numbers that
+    their instrument does not describe.
+    """
     single = scalars(readings)
     if everything:
         return single, set()
@@ -59,8 +61,11 @@ def numbers(readings: Sequence[Reading], *, everything: bool) -> tuple[list[Read
 
 
 def head_numbers(readings: Sequence[Reading], wanted: Sequence[str]) -> dict[str, float]:
-    """`heads/<key>/L05H01` -> value, of the ("layer", "head") readings of these keys. Layers and
-    heads have as many digits as the last of them, so that names sort, and two at least."""
+    """Returns `heads/<key>/L05H01` -> value, for the ("layer", "head") readings of these keys.
+
+    Layers and heads are padded to the digits of the last one, and to at least two, so that the
+    names sort.
+    """
     found: dict[str, float] = {}
     for reading in readings:
         if reading.key in wanted and reading.axes == ("layer", "head"):
@@ -78,10 +83,11 @@ def media(
     step: int,
     everything: bool,
 ) -> list[Medium]:
-    """The files of an observation, none of them made yet.
+    """Lists the files of an observation; none of them is made yet.
 
     Args:
-        first: instrument -> step and lines of the first observation, to stand behind today's.
+        first: instrument -> step and lines of the first observation, which are drawn behind the
+            lines of this one.
     """
 
     def lines(own: list[Reading]) -> Any:
@@ -94,25 +100,25 @@ def media(
         if is_mosaic(reading)
     ]
     for name, own in matrices(readings):
-        if everything or _to_show(own):
+        if everything or _may_be_headline(own):
             found.append(Medium(name, "figure", lambda own=own: score_figure(own)))
     for name, own in curves(readings):
-        if everything or _to_show(own):
+        if everything or _may_be_headline(own):
             found.append(Medium(name, "figure", lambda own=own: lines(own)))
     for name, own, make in tables(readings):
-        if everything or _to_show(own):
+        if everything or _may_be_headline(own):
             found.append(Medium(name, "table", make))
     return found
 
 
-def made(wandb: Any, medium: Medium, path: Path) -> Any:
-    """The file as what W&B logs; a picture goes through a PNG at this path."""
+def to_wandb(wandb: Any, medium: Medium, path: Path) -> Any:
+    """Makes the object that W&B logs for a file; a picture is written as a PNG to this path."""
     shown = medium.make()
     if medium.kind == "figure":
         return wandb.Plotly(shown)
     if medium.kind == "table":
         return _table(wandb, shown)
-    # Of an array wandb would make a PNG of its own, larger and ten times slower.
+    # From an array wandb would make a PNG of its own, larger and ten times slower.
     path.write_bytes(shown)
     return wandb.Image(str(path), caption=medium.name)
 
@@ -125,13 +131,13 @@ def _table(wandb: Any, frame: pd.DataFrame) -> Any:
         data=[],
         dtype=[float if name in numbers else str for name in frame.columns],
     )
-    # Not add_data, which infers types anew for every row: 75 ms for 1350 rows.
+    # Not add_data, which infers the types again for every row: 75 ms for 1350 rows.
     table.data = [list(row) for row in zip(*cells(frame).values(), strict=True)]
     return table
 
 
-def _to_show(own: Sequence[Reading]) -> bool:
-    """Whether something in a figure or a table is a headline, or may be one."""
+def _may_be_headline(own: Sequence[Reading]) -> bool:
+    """Whether at least one of these readings is a headline, or not known to be none."""
     return any(reading.meaning.headline is not False for reading in own)
 
 
@@ -143,7 +149,7 @@ def _padded(reading: Reading, axis: str) -> list[str]:
 
 
 def alerts(readings: Sequence[Reading], step: int) -> Iterator[tuple[str, str]]:
-    """Title and text of every event, no title twice."""
+    """Yields title and text of every event; all titles are different."""
     titles: set[str] = set()
     for sentence, about in events(readings):
         title, number = cut(f"tlens: {sentence}", _TITLE), 2

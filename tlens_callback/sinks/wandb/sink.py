@@ -1,4 +1,4 @@
-"""`WandbSink`: readings as curves, figures, pictures and tables of a Weights & Biases run."""
+"""`WandbSink`: shows readings as curves, figures, pictures and tables in Weights & Biases."""
 
 import logging
 import os
@@ -25,9 +25,9 @@ from tlens_callback.sinks.wandb.rows import (
     Medium,
     alerts,
     head_numbers,
-    made,
     media,
     numbers,
+    to_wandb,
 )
 
 logger = logging.getLogger("tlens_callback")
@@ -42,26 +42,26 @@ _QUIET = 600
 class WandbSink:
     """Logs each observation as one row of a W&B run, beside the trainer's own rows.
 
-    Rows carry `train/global_step` themselves and are never merged with others, so that they land
-    on their step in whatever order and from whatever thread they come.
+    Each row has its own `train/global_step` and is never merged with another row, so that it is
+    shown at its step, whatever the order and the thread in which rows are logged.
 
-    A run page is for looking around in: of the package's own instruments it has the headlines, 20
-    numbers or so for one probe (`wandb_rows.NUMBERS`, `wandb_rows.MEDIA`), and the store and its
-    page have the rest. Of any other instrument, also of one with a name= of your own, it has what
-    is below, and the first 8 numbers for each probe.
+    W&B's run page shows an overview: the readings that an instrument's `description` marks as
+    headlines, about 20 numbers per probe for the package's own instruments. The store and its page
+    have the rest. If an instrument does not describe a measure, W&B shows all that is listed below,
+    but only the first 8 numbers per probe.
 
     Keys:
         tlens/<key>: a number, for a reading without axes and texts.
         tlens/heads/<key>/L05H01: a number for each head, of the readings named in `heads`; W&B
-            makes no panels of them by itself.
+            does not make panels for them by itself.
         tlens/<key>: picture of a ("layer", "head", "query", "key") reading, all heads.
         tlens/<instrument>/heads: interactive figure of its ("layer", "head") readings.
         tlens/<instrument>/experts: the same of ("layer", "expert").
         tlens/<instrument>/by_<axis>: the same of ("layer", <axis>), any other but "rank".
         tlens/<instrument>/feature_by_<axis>: the same of ("feature", <axis>).
         tlens/<instrument>/by_layer: interactive figure of its ("layer",) readings: a panel per
-            measure, a line per probe, dotted behind it that of the first observation since this
-            sink was made or closed.
+            measure, a line per probe, and behind it, dotted, the line of the first observation
+            since this sink was made or closed.
         tlens/<instrument>/table: table of its ("layer", "rank", ...) readings, a row per neuron or
             token; of more than 10000 rows the lowest ranks.
         tlens/<instrument>/<axis>_rank_table: the same of (<axis>, "rank", ...), any other.
@@ -71,36 +71,37 @@ class WandbSink:
         tlens/page: the page of `store`, once, when the sink is closed or its run is about to be
             finished.
 
-    Each entry of an ("event",) reading is an alert too, of level WARN: "tlens: " and its label, or
-    its text. The title is cut to 63 characters, the whole sentence and the step are below it. W&B
-    does not repeat a title within 10 minutes and passes alerts on as its user's settings say; an
-    offline run keeps them in its file.
+    Each entry of an ("event",) reading is also an alert of level WARN: "tlens: " and its label or
+    text. The title is cut to 63 characters; the whole sentence and the step are in the alert's
+    text. W&B does not repeat a title within 10 minutes, and sends alerts as the user's W&B settings
+    say; an offline run keeps them in its file.
 
-    Characters of a probe's name other than letters, digits, space and `_ - + =` become "_" in
-    keys. Readings of other axes fit no picture and are left to the local store; those with the axis
-    "update" are the trainer's own and are in the run already.
+    In keys, characters of a probe's name other than letters, digits, space and `_ - + =` become
+    "_". Readings with other axes are not shown here but only in the local store. Readings with the
+    axis "update" are the trainer's own numbers, which the run has already.
 
-    A picture, figure, table or page is a file, and W&B advises fewer than 1000 in a run. The first
-    observations have theirs; from half of `most_files` on only some have, at growing intervals, and
-    the last one, which is known when the sink is closed. Numbers are logged at every observation.
+    A picture, figure, table or page is a file, and W&B advises fewer than 1000 in a run. All
+    observations have their files until half of `most_files` is used. Then only some have, at
+    growing intervals, and the last one, whose files are logged when the sink is closed. Numbers are
+    logged at every observation.
 
     Args:
-        name: the first segment of its keys, in the place of "tlens".
-        run: the run to log to. None: the one that is active at the first write (the trainer's,
-            with `report_to="wandb"`), or else one that this sink starts, in the project
-            WANDB_PROJECT or "tlens_callback". Only a run started here is finished here.
-        store: whose page is shown: the `LocalSink` of the same training, before this sink in the
-            list. None: no page.
+        name: the first segment of its keys, instead of "tlens".
+        run: the run to log to. None: the run that is active at the first write (the trainer's, with
+            `report_to="wandb"`). If there is none, the sink starts one in the project WANDB_PROJECT
+            or "tlens_callback", and finishes it when it is closed.
+        store: the `LocalSink` whose page is logged. It must belong to the same training and come
+            before this sink in the list. None: no page.
         heads: keys of ("layer", "head") readings, such as "head_scores/induction", to be logged
             head by head: 270 numbers an observation for a model of 30 layers with 9 heads.
         everything: log all numbers and all figures and tables.
-        most_files: files of this sink in a run, the page included; the rest is for W&B's own and
-            the trainer's. A process that resumes a run counts anew. None: no bound. 0: numbers
-            alone.
+        most_files: most files of this sink in a run, including the page; W&B itself and the trainer
+            need some too. A process that resumes a run counts from 0. None: no limit. 0: only
+            numbers.
 
     Raises:
-        ImportError: where wandb is not installed.
-        ValueError: for a run, store, heads or most_files that are none.
+        ImportError: if wandb is not installed.
+        ValueError: if run, store, heads or most_files are of a wrong kind.
     """
 
     def __init__(
@@ -118,17 +119,17 @@ class WandbSink:
         except ImportError as error:
             raise ImportError("WandbSink needs wandb: pip install wandb") from error
         if run is not None and not callable(getattr(run, "define_metric", None)):
-            raise ValueError(f"run is what wandb.init() returns, got {run!r}.")
+            raise ValueError(f"run must be a run that wandb.init() returned, got {run!r}.")
         check_store(store)
         if isinstance(heads, str) or not all(isinstance(k, str) and "/" in k for k in heads):
             raise ValueError(
-                f"heads is a list of keys such as ['head_scores/induction'], got {heads!r}."
+                f"heads must be a list of keys such as ['head_scores/induction'], got {heads!r}."
             )
         if most_files is not None and (not isinstance(most_files, int) or most_files < 0):
             raise ValueError(
-                f"most_files is a whole number from 0 on, or None, got {most_files!r}."
+                f"most_files must be a whole number, 0 or more, or None, got {most_files!r}."
             )
-        # Here, and not at the first write, which is on the writer's thread.
+        # Now, since the first write comes on the writer's thread.
         load_plotly()
         self._wandb: Any = wandb
         self._name, self._given, self._store = name, run, store
@@ -141,52 +142,52 @@ class WandbSink:
         self._wait: Callable[[], None] = lambda: None
         self._hook: BeforeFinish | None = None
         self._files = FileBudget(most_files, page=int(store is not None))
-        self._files_of: str | None = None
+        self._files_run_id: str | None = None
         self._defined: set[str] = set()
-        self._said: set[str] = set()
-        self._looked = False
-        # What the run lacks if it ends now: the page of this step, files that were thinned out.
-        self._unpaged: int | None = None
-        self._held: tuple[list[Medium], int] | None = None
+        self._warned: set[str] = set()
+        self._checked_heads = False
+        # What must still be logged if the run ends now: the page of this step, and files held back.
+        self._page_step: int | None = None
+        self._held_files: tuple[list[Medium], int] | None = None
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:
-        """Logs one row, and sends the alerts of its events.
+        """Logs one row, and sends an alert for each of its events.
 
         Raises:
-            RuntimeError: if the run was finished by its owner.
+            RuntimeError: if somebody else has finished the run.
         """
-        run = self._resolve()
+        run = self._find_run()
         readings = without_trainer_logs(readings)
         shown, cut_short = numbers(readings, everything=self._everything)
         row: dict[str, Any] = {self._keys(r.key): r.values.item() for r in shown}
-        row |= self._of_heads(run, readings)
+        row |= self._head_row(run, readings)
         files = media(
-            readings, self._before(readings, step), step=step, everything=self._everything
+            readings, self._first_lines(readings, step), step=step, everything=self._everything
         )
         if files and self._files.take(len(files)):
-            self._held = None
+            self._held_files = None
         elif files:
-            self._held, files = (files, step), []
-        self._say(readings, cut_short, files, step)
+            self._held_files, files = (files, step), []
+        self._warn(readings, cut_short, files, step)
         self._log(run, row, files, step)
-        self._unpaged = step
+        self._page_step = step
         for title, text in alerts(readings, step):
             level = self._wandb.AlertLevel.WARN
             run.alert(title=title, text=text, level=level, wait_duration=_QUIET)
 
     def before_finish(self, wait: Callable[[], None]) -> None:
-        """Takes what to wait for when somebody else is about to finish the run; see `Sink`."""
+        """Keeps `wait`, to call it when somebody else is about to finish the run; see `Sink`."""
         self._wait = wait
         run = self._wandb.run if self._given is None else self._given
         if run is not None:
-            self._watch(run)
+            self._watch_finish(run)
 
     def close(self) -> None:
         """Logs the page, and finishes the run if this sink started it; the next `write` looks for a
-        run anew."""
+        run again."""
         run, started_here = self._run, self._started_here
         try:
-            self._end()
+            self._log_rest()
         finally:
             if self._hook is not None:
                 self._hook.remove()
@@ -199,8 +200,8 @@ class WandbSink:
     def __str__(self) -> str:
         return self._place
 
-    def _resolve(self) -> Any:
-        """The run to log to, its x axis declared."""
+    def _find_run(self) -> Any:
+        """Returns the run to log to, after declaring its x axis."""
         if self._run is not None:
             return self._run
         run = self._wandb.run if self._given is None else self._given
@@ -213,34 +214,34 @@ class WandbSink:
             run.define_metric(STEP)
             run.define_metric(f"{self._name}/*", step_metric=STEP)
         except self._wandb.errors.UsageError as error:
-            raise RuntimeError(_finished(run)) from error
-        self._watch(run)
-        if run.id != self._files_of:
-            self._files_of = run.id
+            raise RuntimeError(_finished_text(run)) from error
+        self._watch_finish(run)
+        if run.id != self._files_run_id:
+            self._files_run_id = run.id
             self._files = FileBudget(self._most_files, page=self._files.page)
             self._defined.clear()
         return run
 
-    def _watch(self, run: Any) -> None:
-        """Has the run wait for what is not written yet when somebody finishes it."""
+    def _watch_finish(self, run: Any) -> None:
+        """Makes the run wait for what is not written yet when somebody finishes it."""
         if self._hook is not None and self._hook.run is not run:
             self._hook.remove()
             self._hook = None
         if self._hook is None:
-            self._hook = BeforeFinish(run, self._before_it_is_finished)
+            self._hook = BeforeFinish(run, self._on_run_finish)
 
-    def _before_it_is_finished(self) -> None:
+    def _on_run_finish(self) -> None:
         try:
             self._wait()
-            self._end()
+            self._log_rest()
         except Exception as error:
-            # Not in the way of whoever finishes the run.
-            logger.warning("tlens: not everything reached W&B: %s", error, exc_info=error)
+            # Logged and not raised: it must not disturb whoever finishes the run.
+            logger.warning("tlens: not everything was logged to W&B: %s", error, exc_info=error)
 
-    def _end(self) -> None:
-        """Logs the files of the last observation, if they were held back, and the page."""
-        held, self._held = self._held, None
-        step, self._unpaged = self._unpaged, None
+    def _log_rest(self) -> None:
+        """Logs the files of the last observation if they were held back, and the page."""
+        held, self._held_files = self._held_files, None
+        step, self._page_step = self._page_step, None
         if self._run is None:
             return
         if held is not None:
@@ -254,75 +255,77 @@ class WandbSink:
     def _log(self, run: Any, row: dict[str, Any], files: Sequence[Medium], step: int) -> None:
         with tempfile.TemporaryDirectory(prefix="tlens-", ignore_cleanup_errors=True) as folder:
             for i, file in enumerate(files):
-                row[self._keys(file.name)] = made(self._wandb, file, Path(folder) / f"{i}.png")
+                row[self._keys(file.name)] = to_wandb(self._wandb, file, Path(folder) / f"{i}.png")
             if not row:
                 return
             try:
                 run.log({**row, STEP: step})
             except self._wandb.errors.UsageError as error:
-                raise RuntimeError(_finished(run)) from error
+                raise RuntimeError(_finished_text(run)) from error
 
-    def _of_heads(self, run: Any, readings: Sequence[Reading]) -> dict[str, float]:
+    def _head_row(self, run: Any, readings: Sequence[Reading]) -> dict[str, float]:
         row = {self._keys(k): v for k, v in head_numbers(readings, self._heads).items()}
         for key in row:
             if key not in self._defined:
-                # By name: of several patterns that match a key, W&B takes any.
+                # By its whole name: if several patterns match a key, W&B may choose any of them.
                 run.define_metric(key, step_metric=STEP, hidden=True)
                 self._defined.add(key)
         return row
 
-    def _before(
+    def _first_lines(
         self, readings: Sequence[Reading], step: int
     ) -> dict[str, tuple[int, list[Reading]]]:
-        """Each instrument's step and lines of the first observation, which may be this one."""
+        """Returns each instrument's step and lines at the first observation; it may be this one."""
         for instrument, own in by_instrument([r for r in readings if is_curve(r)]).items():
             if instrument not in self._first or step <= self._first[instrument][0]:
                 self._first[instrument] = step, own
         return self._first
 
-    def _say(
+    def _warn(
         self,
         readings: Sequence[Reading],
         cut_short: set[str],
         files: Sequence[Medium],
         step: int,
     ) -> None:
-        """A word on what a setting leaves out, exceeds or does not find, once each."""
+        """Warns, once each, of numbers that are left out, keys that do not exist and many files."""
         for instrument in sorted(cut_short):
-            self._once(
-                f"W&B shows the first {MOST_NUMBERS} numbers of {instrument!r}; "
-                f"WandbSink(everything=True) shows all."
+            self._warn_once(
+                f"W&B shows only the first {MOST_NUMBERS} numbers of {instrument!r}; "
+                f"WandbSink(everything=True) shows all of them."
             )
-        if self._heads and not self._looked:
+        if self._heads and not self._checked_heads:
             known = [r.key for r in readings if r.axes == ("layer", "head")]
             for key in self._heads:
                 if key not in known:
-                    self._once(f"heads=[{key!r}]: there is no such reading; there are {known}.")
-        self._looked = True
+                    self._warn_once(
+                        f"heads=[{key!r}]: there is no such reading; the readings with a value for "
+                        f"each head are {known}."
+                    )
+        self._checked_heads = True
         if files and (self._most_files is None or self._most_files > ADVISED_FILES):
-            self._once(
-                f"an observation has {len(files)} files in W&B, which advises fewer than "
-                f"{ADVISED_FILES} a run: {ADVISED_FILES // len(files)} observations. WandbSink() "
-                f"without most_files= stays below.",
+            self._warn_once(
+                f"each observation logs {len(files)} files to W&B, which advises fewer than "
+                f"{ADVISED_FILES} in a run: {ADVISED_FILES // len(files)} observations reach that "
+                f"number. WandbSink() without most_files= stays below it.",
                 about="files",
             )
-        if self._held is not None and self._most_files:
-            self._once(
-                f"from step {step} on only some observations have pictures and tables in W&B, so "
-                f"that the run stays below {self._most_files} files. Numbers go on, and a local "
-                f"store and its page have it all.",
+        if self._held_files is not None and self._most_files:
+            self._warn_once(
+                f"from step {step} on, only some observations have pictures and tables in W&B, so "
+                f"that the run stays below {self._most_files} files. All numbers are still logged, "
+                f"and the local store has everything.",
                 about="thin",
             )
 
-    def _once(self, text: str, about: str | None = None) -> None:
-        if (about or text) not in self._said:
-            self._said.add(about or text)
+    def _warn_once(self, text: str, about: str | None = None) -> None:
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
             logger.warning("tlens: %s", text)
 
 
-def _finished(run: Any) -> str:
+def _finished_text(run: Any) -> str:
     return (
-        f"The W&B run {run.name or run.id} was finished by whoever started it, so nothing more can "
-        f"be logged to it. Call wandb.finish() after train(), or pass WandbSink(run=...) a run "
-        f"that is active."
+        f"The W&B run {run.name or run.id} has been finished, so nothing more can be logged to it. "
+        f"Call wandb.finish() only after train(), or give WandbSink(run=...) an active run."
     )

@@ -1,4 +1,4 @@
-"""A saved view of a W&B project: the panels of `WandbSink`, in an order to look through."""
+"""Builds a saved view of a W&B project: the panels of `WandbSink` in a useful order."""
 
 import os
 import re
@@ -13,35 +13,35 @@ from tlens_callback.reading import RESERVED
 from tlens_callback.sinks.shown import STEP, Keys, figure_name, table_name
 
 REPEATED = "repeat-24-0"
-"""The repeated block that shown unless told otherwise."""
+"""The repeated block whose attention is shown by default."""
 
-_MISSING = "a workspace needs wandb-workspaces: pip install 'tlens-callback[workspace]'"
+_MISSING = "The workspace needs wandb-workspaces: pip install 'tlens-callback[workspace]'"
 
 
 def split_project(text: str) -> tuple[str, str]:
-    """Entity and project of "ENTITY/PROJECT".
+    """Splits "ENTITY/PROJECT" into entity and project.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if the text has another form.
     """
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", text):
         raise ValueError(
-            f"a project is named ENTITY/PROJECT, as in the address of its page, wandb.ai/ENTITY/"
-            f"PROJECT; got {text!r}."
+            f"the project must be given as ENTITY/PROJECT, as in the address of its page, "
+            f"wandb.ai/ENTITY/PROJECT; got {text!r}."
         )
     entity, project = text.split("/")
     return entity, project
 
 
 def unreachable() -> str | None:
-    """What keeps this machine from saving a view, and what to do about it; None if nothing does.
+    """Says why this machine cannot save a view and what to do about it; None if it can.
 
     Raises:
-        ImportError: where wandb is not installed.
+        ImportError: if wandb is not installed.
     """
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("offline", "disabled", "dryrun"):
-        return f"WANDB_MODE is {mode}; unset it on a machine with a network"
+        return f"WANDB_MODE is {mode}; unset it, on a machine with a network"
     try:
         import wandb
     except ImportError as error:
@@ -57,12 +57,12 @@ def unreachable() -> str | None:
 
 @dataclass(frozen=True)
 class Logged:
-    """What the latest run of a project has logged.
+    """Lists what the latest run of a project has logged.
 
     Attributes:
-        probes: those whose attention patterns it shows.
-        numbers, media: keys, without the name of the callback, of the instruments that the package
-            does not have.
+        probes: the probes whose attention patterns it shows.
+        numbers, media: keys, without the name of the callback, of instruments that are not the
+            package's own.
     """
 
     probes: Sequence[str] = ()
@@ -71,11 +71,11 @@ class Logged:
 
 
 def logged_by(entity: str, project: str, *, name: str) -> Logged:
-    """What the project's latest run has; nothing where it has none, or no run."""
+    """Returns what the project's latest run has logged; nothing if there is no run."""
     import wandb
 
-    pattern = _patterns()
-    known = {instrument for instrument, _ in _described()} | {*RESERVED, "page"}
+    pattern = _patterns_prefix()
+    known = {instrument for instrument, _ in _descriptions()} | {*RESERVED, "page"}
     for run in wandb.Api().runs(f"{entity}/{project}", order="-created_at", per_page=1):
         keys = [k.removeprefix(f"{name}/") for k in run.summary.keys() if k.startswith(f"{name}/")]
         probes = sorted(k.removeprefix(pattern) for k in keys if k.startswith(pattern))
@@ -87,24 +87,23 @@ def logged_by(entity: str, project: str, *, name: str) -> Logged:
     return Logged()
 
 
-def _described() -> list[tuple[str, Description]]:
-    """The instruments that a callback has unless told otherwise, what the observer and the watch
-    read, and what each says about itself."""
+def _descriptions() -> list[tuple[str, Description]]:
+    """Returns name and description of the default instruments and of the watch."""
     return [(one.name, described(one)) for one in (*fast(), Watch())]
 
 
-def _patterns() -> str:
-    """What the keys of attention patterns begin with."""
+def _patterns_prefix() -> str:
+    """Returns what the keys of attention patterns begin with."""
     return next(
         f"{name}/{measure}/"
-        for name, said in _described()
+        for name, said in _descriptions()
         for measure, meaning in said.measures.items()
         if meaning.quantity is Quantity.ATTENTION
     )
 
 
-def _headlines(said: Description) -> dict[tuple[str, ...], dict[str, list[str]]]:
-    """Axes -> title of a panel -> measures, where every run has one of them."""
+def _headline_panels(said: Description) -> dict[tuple[str, ...], dict[str, list[str]]]:
+    """Returns axes -> title of a panel -> measures, for panels that have a measure in any run."""
     found: dict[tuple[str, ...], dict[str, list[str]]] = {}
     always = {meaning.title for meaning in said.measures.values() if not meaning.sometimes}
     for measure, meaning in said.measures.items():
@@ -122,20 +121,20 @@ def build(
     probes: Sequence[str] = (REPEATED,),
     logged: Logged | None = None,
 ) -> Any:
-    """The view, a `wandb_workspaces.workspaces.Workspace`, which is not saved yet.
+    """Builds the view, a `wandb_workspaces.workspaces.Workspace`, without saving it.
 
-    Sections, in this order: Training (loss, reward and gradient norm, evaluation loss, and what
-    watching costs), Events, one for each group of instruments with their headlines (Heads, Answers,
-    ...), Pictures, Tables, Page. Curves are over `train/global_step`; a media panel shows one step,
-    with a slider.
+    It has these sections, in this order: Training (loss, reward and gradient norm, evaluation loss,
+    and what watching costs), Events, one for each group of instruments with their headlines (Heads,
+    Answers, ...), Pictures, Tables, Page. Curves are over `train/global_step`; a media panel shows
+    one step, with a slider.
 
     Args:
         name: the first segment of the keys, `name=` of the callback.
-        probes: whose attention to show, one panel each.
-        logged: of a run; what it has of other instruments is shown too, under "Others".
+        probes: the probes whose attention is shown, one panel each.
+        logged: what a run has logged; its readings of other instruments are shown under "Others".
 
     Raises:
-        ImportError: where wandb-workspaces is not installed.
+        ImportError: if wandb-workspaces is not installed.
         ValueError: for a name that a callback cannot have.
     """
     try:
@@ -144,7 +143,7 @@ def build(
     except ImportError as error:
         raise ImportError(_MISSING) from error
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"name is made of letters, digits, - and _, got {name!r}.")
+        raise ValueError(f"name may only have letters, digits, - and _ in it, got {name!r}.")
 
     keys = Keys(name)
 
@@ -152,7 +151,7 @@ def build(
         return [reports.LinePlot(title=heading, x=STEP, y=list(y)) for heading, y in panels]
 
     def searched(*panels: tuple[str, str]) -> list[Any]:
-        """Curves of all keys that match a pattern: one for each probe, say."""
+        """Makes panels with the curves of all keys that match a pattern, such as one per probe."""
         return [
             reports.LinePlot(title=heading, x=STEP, metric_regex=pattern)
             for heading, pattern in panels
@@ -172,13 +171,15 @@ def build(
 
     groups: dict[str, list[Any]] = {"Heads": [[], []]}
     tables: list[tuple[str, str]] = []
-    for instrument, said in _described():
+    for instrument, said in _descriptions():
         if said.group in ("Events", "Pictures"):
             continue
         numbers, figures = groups.setdefault(said.group, [[], []])
-        for axes, titled in _headlines(said).items():
+        for axes, titled in _headline_panels(said).items():
             if not axes:
-                numbers += [(title, _any_of(name, instrument, of)) for title, of in titled.items()]
+                numbers += [
+                    (title, _measures_pattern(name, instrument, of)) for title, of in titled.items()
+                ]
             elif len(axes) == 1 and axes != ("layer",):
                 tables.append((f"{instrument}/{table_name(*axes)}", next(iter(titled))))
             elif axes[1:2] == ("rank",):
@@ -189,7 +190,7 @@ def build(
     watch = Watch()
     followed = [(described(watch).others.title, f"^{name}/{watch.name}/.*_L[0-9]+H[0-9]+$")]
     groups["Heads"][0][:0] = followed
-    pictures = [(f"{_patterns()}{probe}", f"Attention: {probe}") for probe in probes]
+    pictures = [(f"{_patterns_prefix()}{probe}", f"Attention: {probe}") for probe in probes]
     sections = [
         (
             "Training",
@@ -197,7 +198,7 @@ def build(
                 ("Loss", ["train/loss", "eval/loss"]),
                 ("Reward", ["train/reward"]),
                 ("Gradient norm", ["train/grad_norm"]),
-                ("Share of the time spent on looking", [f"{name}/cost/share"]),
+                ("Share of the time spent on observing", [f"{name}/cost/share"]),
             ),
         ),
         (
@@ -218,7 +219,7 @@ def build(
     if logged is not None and (logged.numbers or logged.media):
         of_measures = dict.fromkeys("/".join(key.split("/")[:2]) for key in logged.numbers)
         split = [key.split("/") for key in of_measures]
-        others = [("/".join(both), _any_of(name, both[0], both[1:])) for both in split]
+        others = [("/".join(both), _measures_pattern(name, both[0], both[1:])) for both in split]
         sections.append(("Others", [*searched(*others), *shown([(k, k) for k in logged.media])]))
     sections.append(("Page", shown([("page", "The page")])))
     across = {"Pictures": 1, "Tables": 2, "Page": 1}
@@ -243,6 +244,6 @@ def build(
     )
 
 
-def _any_of(name: str, instrument: str, measures: Sequence[str]) -> str:
-    """A pattern for the keys of these measures, of a probe or of none."""
+def _measures_pattern(name: str, instrument: str, measures: Sequence[str]) -> str:
+    """Returns a pattern for the keys of these measures, with or without a probe."""
     return f"^{name}/{re.escape(instrument)}/({'|'.join(map(re.escape, measures))})(/.*)?$"
