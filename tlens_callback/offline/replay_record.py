@@ -36,7 +36,7 @@ class Record:
         return self.path / f"replay-{step:08d}.memory"
 
     def remaining(self, stages: Sequence[Stage]) -> tuple[Sequence[Stage], Path | None]:
-        """The stages to observe, and the file of memories to continue from; None: begin anew."""
+        """The stages to observe, and the file of baselines to continue from; None: begin anew."""
         done = sorted(self.seen)
         if not done:
             return stages, None
@@ -71,7 +71,7 @@ class Record:
         self._write()
 
     def add(self, stage: Stage, *, last: bool) -> None:
-        """Adds a step that is done and whose memories are written.
+        """Adds a step that is done and whose baselines are written.
 
         Args:
             last: also keep the baselines of the step before, which `remaining` needs.
