@@ -259,7 +259,7 @@ def test_a_rotation_survives_the_checkpoint():
     look(instrument, shadow)
     train(model, batch_for(shadow), steps=1)
     last = look(instrument, shadow)["adapter_spectrum/rotation"].values
-    resumed.memory.update({key: value.clone() for key, value in instrument.memory.items()})
+    resumed.baseline.update({key: value.clone() for key, value in instrument.baseline.items()})
     # A resumed run begins where the checkpoint was written, often an observation.
     again = look(resumed, shadow)["adapter_spectrum/rotation"].values
     assert (last < 1).all() and np.array_equal(last, again)

@@ -196,7 +196,7 @@ def test_changes_are_against_the_first_observation():
                 np.testing.assert_array_equal(change, now - values(first, measure, probe))
                 assert np.abs(change).max() > 1e-2
     resumed = LogitAttribution()
-    resumed.memory.update({key: kept.clone() for key, kept in instrument.memory.items()})
+    resumed.baseline.update({key: kept.clone() for key, kept in instrument.baseline.items()})
     again = readings(resumed, of, ASKED)
     for key, reading in later.items():
         np.testing.assert_array_equal(again[key].values, reading.values)

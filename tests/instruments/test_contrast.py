@@ -244,7 +244,7 @@ def test_remembers_the_first_direction_of_the_same_texts_only():
     readings(one, shadow("llama"))
     same, other = made(), made(held_out=0.4)
     for resumed in (same, other):
-        resumed.memory.update({key: kept.clone() for key, kept in one.memory.items()})
+        resumed.baseline.update({key: kept.clone() for key, kept in one.baseline.items()})
     moved = readings(same, shadow("llama", seed=1))["contrast/cosine"].values
     assert np.abs(moved).max() < 0.9
     assert (readings(other, shadow("llama", seed=1))["contrast/cosine"].values == 1).all()

@@ -206,17 +206,17 @@ def test_a_memory_that_comes_back_is_what_is_compared_with():
     model = tiny.model("llama")
     of, instrument = Shadow.of(model), DifferenceLens()
     looks(instrument, of)
-    kept = {key: tensor.clone() for key, tensor in instrument.memory.items()}
+    kept = {key: tensor.clone() for key, tensor in instrument.baseline.items()}
     assert [tuple(tensor.shape) for tensor in kept.values()] == [(2, 32), (2,)]
     train(of, model)
     got = looks(instrument, of)
     resumed, fresh = DifferenceLens(), DifferenceLens()
-    resumed.memory.update(kept)
+    resumed.baseline.update(kept)
     again = looks(resumed, of)
     for measure, reading in got.items():
         np.testing.assert_array_equal(reading.values, again[measure].values)
     assert got["norm"].values.min() > 0 and looks(fresh, of)["norm"].values.max() == 0
-    for key, tensor in instrument.memory.items():
+    for key, tensor in instrument.baseline.items():
         assert torch.equal(tensor, kept[key])
 
 
@@ -225,7 +225,7 @@ def test_another_choice_of_probes_has_its_own_first():
     of = Shadow.of(tiny.model("llama"))
     one, two = DifferenceLens(probes=["story"]), DifferenceLens(probes=["capital"])
     looks(one, of)
-    two.memory.update(one.memory)
+    two.baseline.update(one.baseline)
     assert not looks(two, of)["norm"].values.any()
 
 
@@ -261,7 +261,7 @@ def test_bfloat16():
     train(of, model, 0.05)
     got = looks(instrument, of)
     assert (got["norm"].values > 1e-3).all()
-    assert all(tensor.dtype == torch.float32 for tensor in instrument.memory.values())
+    assert all(tensor.dtype == torch.float32 for tensor in instrument.baseline.values())
 
 
 def test_probes_that_leave_nothing_to_average():

@@ -88,7 +88,7 @@ def test_half_precision_is_kept_as_it_is(kind):
     instrument, of = kind(), Shadow.of(tiny.model("llama").bfloat16())
     first = readings(instrument, of)
     assert all(not reading.values.any() for reading in first.values())
-    assert {kept.dtype for kept in instrument.memory.values()} == {torch.bfloat16}
+    assert {kept.dtype for kept in instrument.baseline.values()} == {torch.bfloat16}
     wide = twice(kind(), "llama")[1]
     moved = readings(instrument, Shadow.of(tiny.model("llama", seed=1).bfloat16()))
     for key, reading in moved.items():
@@ -101,10 +101,10 @@ def test_what_is_remembered_is_what_is_compared_with(kind):
     instrument = kind()
     _, moved = twice(instrument, "qwen2")
     assert all(
-        kept.untyped_storage().nbytes() == kept.nbytes for kept in instrument.memory.values()
+        kept.untyped_storage().nbytes() == kept.nbytes for kept in instrument.baseline.values()
     )
     resumed, fresh = kind(), kind()
-    resumed.memory.update({key: kept.clone() for key, kept in instrument.memory.items()})
+    resumed.baseline.update({key: kept.clone() for key, kept in instrument.baseline.items()})
     for key, reading in readings(resumed, shadow("qwen2", seed=1)).items():
         np.testing.assert_array_equal(reading.values, moved[key].values)
     for reading in readings(fresh, shadow("qwen2", seed=1)).values():
@@ -121,14 +121,14 @@ def test_memory_is_of_the_chosen_probes_real_tokens(kind):
         ActivationDrift: 2 * 3 * 32 * sum(n - 1 for n in lengths),
         PatternChange: 2 * 4 * sum(n * n for n in lengths),
     }
-    assert sum(kept.numel() for kept in instrument.memory.values()) == numbers[kind]
+    assert sum(kept.numel() for kept in instrument.baseline.values()) == numbers[kind]
 
 
 @pytest.mark.parametrize("kind", DRIFTS)
 def test_another_choice_of_probes_has_its_own_first(kind):
     one, two = kind(probes=["story"]), kind(probes=["capital"])
     readings(one, shadow("llama"))
-    two.memory.update(one.memory)
+    two.baseline.update(one.baseline)
     for reading in readings(two, shadow("llama", seed=1)).values():
         assert not reading.values.any()
 

@@ -136,7 +136,7 @@ def test_features_that_are_asked_for():
     instrument = SparseFeatures(random_sae(), k=3)
     look(instrument, shadow("llama"))
     asked = SparseFeatures(random_sae(), features=[np.int64(7), np.int64(3)])
-    asked.memory.update(instrument.memory)  # of a run that did not ask, resumed
+    asked.baseline.update(instrument.baseline)  # of a run that did not ask, resumed
     for one in (SparseFeatures(random_sae(), features=[7, 3]), asked):
         assert look(one, shadow("llama"))["mean"].labels["feature"] == ("7", "3")
 
@@ -145,7 +145,7 @@ def test_an_autoencoder_of_another_size_begins_anew():
     instrument = SparseFeatures(random_sae(n=40), k=3)
     look(instrument, shadow("llama"))
     other = SparseFeatures(random_sae(n=20), k=3)
-    other.memory.update(instrument.memory)
+    other.baseline.update(instrument.baseline)
     got = look(other, shadow("llama"))
     assert (got["drift"].values == 0).all()
     assert all(int(name) < 20 for name in got["drift"].labels["feature"])
@@ -169,7 +169,7 @@ def test_the_shapes_stay_where_activations_become_massive_or_are_lost():
         # Beside a norm that is no number none has a place.
         assert massive == [{1: 0, 1000: 2}.get(factor, encoded(probes).lengths[0] - 1)] * 2
     assert shapes[0] == shapes[1] == shapes[2]
-    assert all(value.isfinite().all() for value in seen[1].memory.values())
+    assert all(value.isfinite().all() for value in seen[1].baseline.values())
     with torch.no_grad():
         weight[token] = 1
     later = observe(of, encoded(probes), seen)

@@ -85,11 +85,11 @@ def test_what_it_remembers_is_its_own():
     """Of losses alone, one tensor a probe: not the logits behind them, and no views of one."""
     instrument = TokenLoss()
     readings(instrument, shadow("llama"))
-    assert set(instrument.memory) == {probe.name for probe in TEXTS}
+    assert set(instrument.baseline) == {probe.name for probe in TEXTS}
     for probe in TEXTS:
-        kept = instrument.memory[probe.name]
+        kept = instrument.baseline[probe.name]
         assert kept.untyped_storage().nbytes() == 4 * kept.numel()
-    instrument.memory["capital"] += 1.0
+    instrument.baseline["capital"] += 1.0
     again = readings(instrument, shadow("llama"))
     np.testing.assert_allclose(again["token_loss/change/capital"].values, -1.0, atol=1e-5)
     assert not again["token_loss/change/story"].values.any()

@@ -301,8 +301,8 @@ def test_no_difference_to_divide_by_in_one_of_two_pairs():
     embedding: torch.Tensor = live.get_input_embeddings().weight.data  # type: ignore[assignment]
     patching, half = ActivationPatching(), ActivationPatching()
     observe(of, batch, [patching])
-    assert set(patching.memory) == {"gap/capital", "gap/men"}
-    half.memory["gap/men"] = patching.memory["gap/men"]
+    assert set(patching.baseline) == {"gap/capital", "gap/men"}
+    half.baseline["gap/men"] = patching.baseline["gap/men"]
     embedding[italy] = embedding[france]
     later = {r.key: r.values for r in observe(of, batch, [patching])}
     assert np.isnan(later["activation_patching/head/capital"]).all()
@@ -314,7 +314,7 @@ def test_no_difference_to_divide_by_in_one_of_two_pairs():
 def test_a_pair_asked_for_by_name_is_remembered_as_in_older_checkpoints():
     patching = ActivationPatching("capital", CORRUPT)
     readings(patching, shadow("llama"))
-    assert set(patching.memory) == {"gap"}
+    assert set(patching.baseline) == {"gap"}
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_a_sample_estimates_the_share():
     exact, few = UpdateSparsity(sample=None), UpdateSparsity(sample=400)
     look(exact, shadow), look(few, shadow)
     resumed = UpdateSparsity(sample=400)
-    resumed.memory.update({key: value.clone() for key, value in few.memory.items()})
+    resumed.baseline.update({key: value.clone() for key, value in few.baseline.items()})
     move(model)
     whole, part = values(look(exact, shadow)), values(look(few, shadow))
     assert part == values(look(resumed, shadow))
@@ -137,7 +137,7 @@ def test_a_sample_estimates_the_share():
             assert abs(part[name] - share) < 4 * (share * (1 - share) / 400) ** 0.5
             differ += part[name] != share
     assert differ > 5, "it is a sample"
-    assert sum(t.numel() for t in few.memory.values()) <= 400 * len(whole)
+    assert sum(t.numel() for t in few.baseline.values()) <= 400 * len(whole)
 
 
 def test_the_entries_that_are_followed_are_drawn_in_logical_order():

@@ -37,7 +37,7 @@ def test_trained_readings_are_those_of_the_autoencoder_in_memory():
     of = shadow("llama")
     instrument = TrainedFeatures(HOOK, n_features=64, steps=20, k=5)
     got = look(instrument, of)
-    sae = autoencoder(instrument.memory)
+    sae = autoencoder(instrument.baseline)
     x, *_ = by_hand("llama", sae)
     flat = torch.tensor(np.concatenate(x), dtype=torch.float32)
     features, rebuilt = sae.reconstruct(flat)
@@ -48,9 +48,9 @@ def test_trained_readings_are_those_of_the_autoencoder_in_memory():
     for kind, value in loss.items():
         assert got[f"loss_{kind}"].values == pytest.approx(value, abs=1e-4), kind
     np.testing.assert_allclose(got["cosine"].values, 1, atol=1e-6)
-    assert (instrument.memory["W_dec"].norm(dim=1) - 1).abs().max() < 1e-6
+    assert (instrument.baseline["W_dec"].norm(dim=1) - 1).abs().max() < 1e-6
     # Without rows of training data the buffer is the probes'.
-    torch.testing.assert_close(instrument.memory["buffer"], flat, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(instrument.baseline["buffer"], flat, atol=2e-5, rtol=1e-4)
 
 
 def test_training_goes_on_and_helps():
@@ -64,9 +64,9 @@ def test_training_goes_on_and_helps():
     assert runs[2]["fvu"] < runs[0]["fvu"] < runs[0]["fvu_before"]
     assert runs[2]["fvu_before"] < runs[1]["fvu_before"] < 0.7  # rows it has not seen
     assert runs[2]["recovered"] > 0.9
-    assert int(instrument.memory["steps"]) == 450
+    assert int(instrument.baseline["steps"]) == 450
     texts = sum(n - 1 for n in encoded(TEXTS).lengths)
-    assert len(instrument.memory["buffer"]) == 3 * (8 * 19 + texts)
+    assert len(instrument.baseline["buffer"]) == 3 * (8 * 19 + texts)
 
 
 def test_fvu_before_is_of_the_new_rows_alone():
@@ -74,7 +74,7 @@ def test_fvu_before_is_of_the_new_rows_alone():
     instrument = TrainedFeatures(HOOK, n_features=64, steps=5, rows=3, length=10)
     source = rows_of(3, seed=4)
     observe(of, with_rows(source), [instrument])
-    sae = autoencoder(copy.deepcopy(instrument.memory))
+    sae = autoencoder(copy.deepcopy(instrument.baseline))
     again = rows_of(3, seed=4)
     again(3)
     rows = [row[:10] for row in again(3)]
@@ -91,7 +91,7 @@ def test_the_buffer_is_bounded():
     instrument = TrainedFeatures(HOOK, n_features=64, steps=1, buffer=50)
     for _ in range(2):
         observe(of, batch, [instrument])
-        assert instrument.memory["buffer"].shape == (50, D)
+        assert instrument.baseline["buffer"].shape == (50, D)
 
 
 @pytest.mark.parametrize("resample", [True, False])
@@ -99,7 +99,7 @@ def test_dead_features_come_back(resample):
     of = shadow("llama")
     instrument = TrainedFeatures(HOOK, n_features=64, steps=30, resample=resample, l1=0.02)
     observe(of, encoded(), [instrument])
-    instrument.memory["b_enc"][:20] = -1e4
+    instrument.baseline["b_enc"][:20] = -1e4
     killed = numbers(instrument, of)
     assert killed["dead"] >= 20 / 64
     for _ in range(3):
@@ -116,15 +116,15 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped():
     one = TrainedFeatures(HOOK, n_features=64, steps=10)
     observe(of, batch, [one])
     other = TrainedFeatures(HOOK, n_features=64, steps=10)
-    other.memory.update(load(save(one.memory)))
+    other.baseline.update(load(save(one.baseline)))
     for a, b in zip(observe(of, batch, [one]), observe(of, batch, [other]), strict=True):
         np.testing.assert_array_equal(a.values, b.values)
-    assert int(other.memory["steps"]) == 20
+    assert int(other.baseline["steps"]) == 20
     # Another size begins anew.
     smaller = TrainedFeatures(HOOK, n_features=32, steps=10)
-    smaller.memory.update(copy.deepcopy(other.memory))
+    smaller.baseline.update(copy.deepcopy(other.baseline))
     observe(of, batch, [smaller])
-    assert smaller.memory["W_enc"].shape == (D, 32) and int(smaller.memory["steps"]) == 10
+    assert smaller.baseline["W_enc"].shape == (D, 32) and int(smaller.baseline["steps"]) == 10
 
 
 def test_leaves_no_trace():

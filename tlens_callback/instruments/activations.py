@@ -106,7 +106,7 @@ class ActivationDrift:
     )
 
     probes: Sequence[str] | None = None
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "activation_drift"
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class ActivationDrift:
         def drift(hook: str) -> Reduce:
             def measures(h: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " measure"]:
                 now = h[row, pos]
-                first = first_value(self.memory, hook + names, now).float()
+                first = first_value(self.baseline, hook + names, now).float()
                 now = now.float()
                 far = [cosine_distance(now, first).mean(), relative_distance(now, first).mean()]
                 if len(now) > 3:

@@ -116,7 +116,7 @@ class AdapterSpectrum:
 
     k: int = 8
     name: str = "adapter_spectrum"
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -150,8 +150,8 @@ class AdapterSpectrum:
             measured, sigma = self._measure([updates[i] for i in members], shadow, kept)
             measures[members] = measured.cpu().double()
             sigmas[members, : sigma.shape[1]] = sigma.cpu().double()
-        self.memory.clear()
-        self.memory.update(kept)
+        self.baseline.clear()
+        self.baseline.update(kept)
         widest = max(min(*shape) for shape in by_shape)
         sigmas = sigmas[:, : min(self.k, widest)]
         grid = ModuleGrid.of([update.name for update in updates])
@@ -179,22 +179,22 @@ class AdapterSpectrum:
         # Other weights may be adapted later in a run: only updates of the same ones are compared.
         which = zlib.crc32("\n".join(u.name for u in updates).encode())
         key = "x".join(map(str, (*b.shape, a.shape[2]))) + f"-{which:08x}"
-        sizes = self.memory.get(f"weight/{key}")
+        sizes = self.baseline.get(f"weight/{key}")
         if sizes is None or any(u.weight.requires_grad for u in updates):
             sizes = torch.stack([_norm(u.weight).to(device) for u in updates])
-        last = [self.memory.get(f"{part}/{key}") for part in ("b", "a")]
+        last = [self.baseline.get(f"{part}/{key}") for part in ("b", "a")]
         sigma, product = _products_in_pieces(b, a, *last)
         norm = sigma.square().sum(1).sqrt()
         rotation = torch.ones_like(norm)
         if product is not None:
-            last_norm = self.memory[f"norm/{key}"].to(norm.dtype)
+            last_norm = self.baseline[f"norm/{key}"].to(norm.dtype)
             both = norm * last_norm
             rotation = torch.where(both == 0, 1.0, (product / both).clamp(-1, 1))
             # Comparing bits is slow, so only updates whose norm has hardly changed are compared.
             same = (norm - last_norm).abs() <= torch.finfo(norm.dtype).eps ** 0.5 * norm
             if same.any():
                 same &= (b == last[0]).flatten(1).all(1) & (a == last[1]).flatten(1).all(1)
-                rotation = torch.where(same, self.memory[f"rotation/{key}"], rotation)
+                rotation = torch.where(same, self.baseline[f"rotation/{key}"], rotation)
         kept |= {f"b/{key}": b, f"a/{key}": a, f"norm/{key}": norm, f"weight/{key}": sizes}
         kept[f"rotation/{key}"] = rotation
         top = sigma[:, 0]

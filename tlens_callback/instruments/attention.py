@@ -171,7 +171,7 @@ class PatternChange(AttentionPatterns):
         },
     )
 
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "pattern_change"
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
@@ -183,7 +183,7 @@ class PatternChange(AttentionPatterns):
                 pattern: Float[Tensor, "probe head query key"],
             ) -> Float[Tensor, " entry"]:
                 now = crop(pattern)
-                return now.float() - first_value(self.memory, hook + names, now).float()
+                return now.float() - first_value(self.baseline, hook + names, now).float()
 
             return minus_first
 

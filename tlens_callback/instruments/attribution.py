@@ -155,7 +155,7 @@ class LogitAttribution:
 
     probes: Sequence[str] | None = None
     neurons: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "logit_attribution"
 
     def __post_init__(self) -> None:
@@ -279,7 +279,7 @@ class LogitAttribution:
         self, measure: str, probe: str, values: Tensor, axes: tuple[str, ...]
     ) -> Iterator[Reading]:
         values = values.float()
-        change = values - first_value(self.memory, f"{measure}/{probe}", values)
+        change = values - first_value(self.baseline, f"{measure}/{probe}", values)
         yield self._reading(measure, probe, values, axes)
         yield self._reading(f"{measure}_change", probe, change, axes)
 

@@ -138,7 +138,7 @@ class Contrast:
     held_out: float = 0.5
     k: int = 10
     every: int = 10
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "contrast"
 
     def __post_init__(self) -> None:
@@ -182,7 +182,7 @@ class Contrast:
         fit = weight[:2].to(shadow.device)[:, None, :, None]  # [group, layer, text, d_model]
         direction = (fit[0] * resid).sum(1) - (fit[1] * resid).sum(1)  # [layer, d_model]
         texts = zlib.crc32(repr((self.having, self.without, self.held_out)).encode())
-        first = first_value(self.memory, f"direction of {texts}", direction)
+        first = first_value(self.baseline, f"direction of {texts}", direction)
         scale = (norm * fit[..., 0]).sum((0, 2)) / 2
         # Products and sums, not matmuls: a trainer may have switched those to TF32.
         along = (resid * direction[:, None]).sum(2)[:, torch.tensor(held, device=resid.device)]

@@ -96,7 +96,7 @@ class DifferenceLens:
 
     k: int = 10
     probes: Sequence[str] | None = None
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "difference_lens"
 
     def __post_init__(self) -> None:
@@ -136,8 +136,8 @@ class DifferenceLens:
             mean, size, end = torch.stack(means), torch.stack(sizes), ends[0]
             for kept in (means, sizes, ends):
                 kept.clear()
-            difference = mean - first_value(self.memory, "mean" + names, mean)
-            norm = difference.norm(dim=1) / first_value(self.memory, "size" + names, size)
+            difference = mean - first_value(self.baseline, "mean" + names, mean)
+            norm = difference.norm(dim=1) / first_value(self.baseline, "size" + names, size)
             # Zero and the last layer share one unembedding, which costs as much as one row.
             bias, *unembedded = unembed(shadow, torch.cat([torch.zeros_like(end[:1]), end]))
             off = gap(torch.stack(unembedded), logits[chosen])

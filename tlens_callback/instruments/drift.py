@@ -92,7 +92,7 @@ class AttentionDrift:
     )
 
     probes: Sequence[str] | None = None
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "attention_drift"
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class AttentionDrift:
                 if sinks:
                     cut = [with_sink(p.float()) for p in cut]
                 now = torch.cat([p.flatten(1) for p in cut], 1)
-                first = first_value(self.memory, hook + names, now)
+                first = first_value(self.baseline, hook + names, now)
                 return _js(now, first, [p.shape[1:] for p in cut])
 
             return js

@@ -156,7 +156,7 @@ class SparseFeatures:
     k: int = 16
     tokens: int = 8
     every: int = 10
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "sparse_features"
 
     def __post_init__(self) -> None:
@@ -195,12 +195,12 @@ class SparseFeatures:
         rows, tokens, counted = text_rows(batch, type(self).__name__)
         seen = splice(shadow, self._at, tokens, counted, sae)
         mean = seen.features.mean(0)
-        first = self.memory.get("mean")
+        first = self.baseline.get("mean")
         if first is None or first.shape != mean.shape:
             first = mean
-            self.memory.update(mean=mean.clone(), shown=largest(mean, self.k))
+            self.baseline.update(mean=mean.clone(), shown=largest(mean, self.k))
         drift = mean - first
-        shown = self.memory["shown"]
+        shown = self.baseline["shown"]
         if self.features is not None:
             shown = torch.tensor(self.features, device=mean.device)
         labels = {"feature": [str(i) for i in shown.tolist()]}

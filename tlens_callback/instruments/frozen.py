@@ -92,7 +92,7 @@ class FrozenWeights:
 
     every: int = 10
     name: str = "frozen_weights"
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -118,8 +118,8 @@ class FrozenWeights:
             here = shadow.device  # The live model may be spread over several devices.
             sums = torch.stack([checksum(weights[i].live.detach()).to(here) for i in frozen])
             for i, now in zip(frozen, sums, strict=True):
-                self.memory.setdefault(weights[i].name, now)
-            first = torch.stack([self.memory[weights[i].name] for i in frozen])
+                self.baseline.setdefault(weights[i].name, now)
+            first = torch.stack([self.baseline[weights[i].name] for i in frozen])
             differ = (sums.to(first.device) != first).any(1).tolist()
             changed = [i for i, other in zip(frozen, differ, strict=True) if other]
         shown = [*changed[:5], *[-1] * (5 - len(changed))]

@@ -83,7 +83,7 @@ class TokenLoss:
     )
 
     probes: Sequence[str] | None = None
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "token_loss"
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class TokenLoss:
         each = losses.split([batch.lengths[row] - 1 for row in rows])
         for row, loss in zip(rows, each, strict=True):
             probe = batch.probes[row].name
-            change = loss - first_value(self.memory, probe, loss)
+            change = loss - first_value(self.baseline, probe, loss)
             for measure, values in (("loss", loss), ("change", change)):
                 yield Reading(
                     key=f"{self.name}/{measure}/{probe}",

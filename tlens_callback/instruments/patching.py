@@ -115,7 +115,7 @@ class ActivationPatching:
     parts: Sequence[Part] = ("resid", "attn", "mlp", "head")
     rows: int = 64
     every: int = 10
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "activation_patching"
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class ActivationPatching:
         if not math.isfinite(gap):
             gap = float("nan")
         elif abs(gap) <= torch.finfo(shadow.dtype).eps * float(ends.abs().max()):
-            if known not in self.memory:
+            if known not in self.baseline:
                 raise ValueError(
                     f"ActivationPatching: logit[target] - logit[foil] is {clean:.4g} on the clean "
                     f"probe {pair.name!r} and {corrupt:.4g} on the corrupt one, the same to "
@@ -188,7 +188,7 @@ class ActivationPatching:
                     f"prompt with another answer, or another foil."
                 )
             gap = float("nan")
-        self.memory.setdefault(known, torch.tensor(gap))
+        self.baseline.setdefault(known, torch.tensor(gap))
         shares = iter((to - of) / gap for to, of in (m.cpu().double().T for m in moved))
         for part, by_layer in hooks.items():
             axis = "head" if part == "head" else "pos"

@@ -61,7 +61,7 @@ class ResidualNorms:
         },
     )
 
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "residual_norms"
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
@@ -87,7 +87,7 @@ class ResidualNorms:
         for measure, values, unit in (
             ("median", median, "activation"),
             ("spread", upper - lower, "activation"),
-            ("ratio", median / first_value(self.memory, "median", median), "ratio"),
+            ("ratio", median / first_value(self.baseline, "median", median), "ratio"),
         ):
             yield Reading(
                 key=f"{self.name}/{measure}", values=values.numpy(), axes=("layer",), unit=unit

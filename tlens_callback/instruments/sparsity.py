@@ -89,7 +89,7 @@ class UpdateSparsity:
     tolerance: float = 1e-5
     sample: int | None = 4096
     name: str = "update_sparsity"
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _drawn: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,9 +135,9 @@ class UpdateSparsity:
 
     def _share_of_all(self, weight: Weight) -> Float[Tensor, ""]:
         now, key = weight.value, f"first/{weight.name}"
-        if key not in self.memory:
-            self.memory[key] = now.clone()
-        first = self.memory[key]
+        if key not in self.baseline:
+            self.baseline[key] = now.clone()
+        first = self.baseline[key]
         if first.shape != now.shape:
             raise ValueError(_other_model_error(weight.name))
         # In pieces, so that the differences take little memory beside the weight.
@@ -161,9 +161,9 @@ class UpdateSparsity:
                 for weight, size, drawn in zip(weights, sizes, self._drawn[about], strict=True)
             ]
         )
-        if "first" not in self.memory:
-            self.memory["first"] = now
-        first = self.memory["first"]
+        if "first" not in self.baseline:
+            self.baseline["first"] = now
+        first = self.baseline["first"]
         if first.shape != now.shape:
             raise ValueError(_other_model_error(f"{len(weights)} weights"))
         still = ((now - first).abs() < self.tolerance).cpu().numpy()

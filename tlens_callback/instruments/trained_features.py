@@ -202,7 +202,7 @@ class TrainedFeatures:
     seed: int = 0
     resample: bool = True
     every: int = 10
-    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "trained_features"
 
     def __post_init__(self) -> None:
@@ -235,7 +235,7 @@ class TrainedFeatures:
     ) -> Iterator[Reading]:
         """Runs its own forward passes and training steps, and yields the readings."""
         rows, tokens, counted = text_rows(batch, type(self).__name__)
-        training, state = self._training(), self.memory
+        training, state = self._training(), self.baseline
         on_probes = activations(shadow, self.hook, tokens, counted)
         on_rows = training_activations(shadow, self.hook, batch, self.rows, self.length)
         on_probes = on_probes[ordinary(on_probes)]

@@ -8,14 +8,14 @@ from tlens_callback.instruments.parts.selection import after_first
 
 
 def test_what_is_kept_is_a_copy_of_its_own():
-    memory: dict[str, torch.Tensor] = {}
+    baseline: dict[str, torch.Tensor] = {}
     many = torch.arange(12.0).reshape(3, 4)
-    assert torch.equal(first_value(memory, "row", many[1]), many[1])
-    kept = memory["row"]
+    assert torch.equal(first_value(baseline, "row", many[1]), many[1])
+    kept = baseline["row"]
     assert kept.untyped_storage().nbytes() == kept.nbytes
     many += 1
-    assert first_value(memory, "row", many[1]).tolist() == [4, 5, 6, 7]
-    assert first_value(memory, "other", many[1]).tolist() == [5, 6, 7, 8]
+    assert first_value(baseline, "row", many[1]).tolist() == [4, 5, 6, 7]
+    assert first_value(baseline, "other", many[1]).tolist() == [5, 6, 7, 8]
 
 
 def test_a_choice_of_probes_has_a_name_of_its_own():

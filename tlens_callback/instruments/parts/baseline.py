@@ -10,14 +10,14 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 
 
-def first_value(memory: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
+def first_value(baseline: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
     """What was seen first under this key, on the device of `now`: equal to `now` where nothing was.
 
-    The memory keeps a copy with storage of its own.
+    The baseline keeps a copy with storage of its own.
     """
-    if key not in memory:
-        memory[key] = now.clone()
-    return memory[key].to(now.device)
+    if key not in baseline:
+        baseline[key] = now.clone()
+    return baseline[key].to(now.device)
 
 
 def probes_suffix(batch: ProbeBatch, rows: Sequence[int]) -> str:
