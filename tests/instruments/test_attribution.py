@@ -89,7 +89,7 @@ def _no_gain(monkeypatch):
 
 
 def _no_post_norm(monkeypatch):
-    monkeypatch.setattr(attribution, "_attn_norm", lambda layer: "nowhere")
+    monkeypatch.setattr(attribution, "_attn_norm_hook", lambda layer: "nowhere")
 
 
 def _no_output_bias(monkeypatch):
@@ -98,8 +98,8 @@ def _no_output_bias(monkeypatch):
 
 
 def _no_constant(monkeypatch):
-    against = attribution.against
-    monkeypatch.setattr(attribution, "against", lambda x, t, f: 0 * against(x, t, f))
+    minus_foil = attribution.minus_foil
+    monkeypatch.setattr(attribution, "minus_foil", lambda x, t, f: 0 * minus_foil(x, t, f))
 
 
 def _every_head_the_first(monkeypatch):
@@ -135,7 +135,7 @@ def _capped(monkeypatch):
 def test_the_remainder_tells_of_a_missing_part(monkeypatch, spoil, family):
     """What is logged as a control can fail, and does for each thing easily left out."""
     spoil(monkeypatch)
-    monkeypatch.setattr(attribution, "_demand_sum", lambda off, shadow: None)
+    monkeypatch.setattr(attribution, "_check_sum", lambda off, shadow: None)
     got = readings(LogitAttribution(), shadow(family), [CAPITAL])
     assert abs(values(got, "remainder", CAPITAL)) > 1e-2
 

@@ -213,7 +213,7 @@ def test_describes_itself_and_each_of_its_measures(exported):
     """With the axes that the readings have; where a measure does not say that it is read only
     sometimes, it is read in the first of the settings."""
     said = described(first(exported))
-    assert said.title and said.group and said.sentence.startswith(tuple("AEHILPSTW"))
+    assert said.title and said.group and said.sentence.startswith(tuple("ACMRSTL"))
     readings = every_reading(exported)
     measures = {reading.measure for reading in readings}
     assert set(said.measures) == measures, measures ^ set(said.measures)

@@ -233,7 +233,7 @@ def test_parts_do_not_matter(monkeypatch):
 @pytest.mark.parametrize("share, held", [(0.2, [4, 9]), (0.5, [1, 3, 5, 7, 9]), (0.7, range(10))])
 def test_held_out_texts_are_spread_evenly(share, held):
     texts = [[[1, i, j] for j in range(20, 30)] for i in (40, 41)]
-    which = np.flatnonzero(Contrast(*texts, held_out=share)._held(10))
+    which = np.flatnonzero(Contrast(*texts, held_out=share)._held_out(10))
     assert len(which) == round(10 * share)
     assert set(which) <= set(held)
     assert np.diff(which).max() - np.diff(which).min() <= 1

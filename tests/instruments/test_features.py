@@ -17,7 +17,7 @@ from tlens_callback import (
     load_sae,
     observe,
 )
-from tlens_callback.sae.splice import Spliced, activations, counted_tokens, loss_with, ordinary
+from tlens_callback.sae.splice import SpliceResult, activations, counted_tokens, loss_with, ordinary
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -91,7 +91,9 @@ def test_heads_are_put_side_by_side():
 def test_where_zeros_change_nothing_there_is_nothing_to_recover():
     def of(**loss):
         none = torch.zeros(1, 1)
-        return Spliced(features=none, counted=none > 0, massive=0, fvu=0.0, loss=loss).recovered
+        return SpliceResult(
+            features=none, counted=none > 0, massive=0, fvu=0.0, loss=loss
+        ).recovered
 
     assert np.isnan(of(clean=3.0, zero=3.00005, sae=3.1))
     assert of(clean=3.0, zero=5.0, sae=3.5) == 0.75

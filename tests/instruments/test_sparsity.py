@@ -12,7 +12,7 @@ from tests.instruments.common import encoded
 from tests.shadow.test_shadow import batch_for, train
 from tlens_callback import Reading, Shadow, observe
 from tlens_callback.instruments.frozen import FrozenWeights, checksum
-from tlens_callback.instruments.parts.places import Places
+from tlens_callback.instruments.parts.module_grid import ModuleGrid
 from tlens_callback.instruments.sparsity import UpdateSparsity, _entries
 from tlens_callback.shadow.mirror import Weight
 
@@ -207,14 +207,14 @@ def test_arguments_are_checked(arguments):
 
 def test_places():
     names = ["embed", "h.0.attn.c_proj", "h.0.mlp.c_proj", "h.2.attn.c_proj", "h.2.mlp.c_proj"]
-    places = Places.of([*names, "h.2.mlp.up", "vision.0.mlp.up", "norm"])
-    assert places.layers == (0, 2) and places.modules == ("attn.c_proj", "mlp.c_proj")
-    np.testing.assert_array_equal(places.grid, [[1, 2], [3, 4]])
-    assert places.rest == (0, 5, 6, 7)
-    alone = Places.of(["embed"])
-    assert alone.layers == () and alone.grid.size == 0 and alone.rest == (0,)
-    apart = Places.of(["h.0.up", "h.1.down"])
-    assert apart.layers == () and apart.rest == (0, 1)
+    grid = ModuleGrid.of([*names, "h.2.mlp.up", "vision.0.mlp.up", "norm"])
+    assert grid.layers == (0, 2) and grid.modules == ("attn.c_proj", "mlp.c_proj")
+    np.testing.assert_array_equal(grid.grid, [[1, 2], [3, 4]])
+    assert grid.outside == (0, 5, 6, 7)
+    alone = ModuleGrid.of(["embed"])
+    assert alone.layers == () and alone.grid.size == 0 and alone.outside == (0,)
+    apart = ModuleGrid.of(["h.0.up", "h.1.down"])
+    assert apart.layers == () and apart.outside == (0, 1)
 
 
 # FrozenWeights

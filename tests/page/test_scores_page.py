@@ -12,8 +12,8 @@ from tlens_callback import Watch, instruments
 from tlens_callback.reading import Reading
 
 HEADS = ("layer", "head")
-INDUCTION = "How much each head attends to fixed places"
-DRIFT = "How far each head's attention has moved"
+INDUCTION = "Scores how much each head attends to fixed places"
+DRIFT = "Measures how far each head's attention has moved"
 
 
 def of(step, drift):

@@ -1,4 +1,4 @@
-"""The instruments: one family a file. What is exported here is under the contract tests."""
+"""The instruments, one family in each file. The contract tests check everything exported here."""
 
 from tlens_callback.instruments.ablation import HeadAblation
 from tlens_callback.instruments.activations import ActivationDrift
@@ -54,7 +54,7 @@ __all__ = [
 
 
 def explaining() -> list[Instrument]:
-    """The instruments that say why a model goes on as it does, for one look at one prompt."""
+    """Returns the instruments that show why a model continues one prompt as it does."""
     return [
         TargetScores(),
         AttentionPatterns(),
@@ -66,13 +66,14 @@ def explaining() -> list[Instrument]:
 
 
 def fast() -> list[Instrument]:
-    """The instruments that share one forward pass, or read weights, and suit every observation.
+    """Returns the instruments that are cheap enough to run at every observation.
 
-    All of them are optional: a callback leaves out, with a line, what has nothing to measure in the
-    model at hand (`AdapterSpectrum` without adapters, say). `PatternChange` is not among them only
+    They share one forward pass, or read weights alone. All of them are optional: a callback leaves
+    out an instrument that has nothing to measure in the model (such as `AdapterSpectrum` without
+    adapters) and prints a line about it. `PatternChange` is as cheap, but is not among them,
     because its pictures double what an observation writes.
     """
-    made: list[Instrument] = [
+    instruments: list[Instrument] = [
         TargetScores(),
         AttentionPatterns(),
         HeadScores(),
@@ -90,6 +91,6 @@ def fast() -> list[Instrument]:
         UpdateSparsity(),
         FrozenWeights(),
     ]
-    for instrument in made:
+    for instrument in instruments:
         object.__setattr__(instrument, "optional", True)  # they are frozen
-    return made
+    return instruments

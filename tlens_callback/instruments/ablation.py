@@ -1,4 +1,4 @@
-"""What each head is worth: the loss without it."""
+"""Ablates heads one at a time and measures what that does to the answer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from tlens_callback.instruments.parts.selection import (
     attention_layers,
+    checked_selection,
     chosen_rows,
     layer_labels,
-    picked,
     plain_rows,
     z_hook,
 )
@@ -32,71 +32,75 @@ UNITS = {"loss": "nats", "logit_diff": "logit", "token_loss": "nats"}
 
 @dataclass(frozen=True)
 class HeadAblation:
-    """Loss and logit difference of a probe without one head, minus those with it.
+    """Measures how the loss and the logit difference of a probe change when one head is removed.
 
-    With z[pos] a head's output before its output matrix (d_head numbers), replaced at every
-    position of the probe by r, and everything behind it computed anew:
+    Let z[pos] be a head's output before its output matrix (d_head numbers). It is replaced by r at
+    every position of the probe, and everything after it is computed again:
 
     - loss: -ln softmax(logit)[target] at the last token; positive where the head helps.
     - logit_diff: logit[target] - logit[foil] at the last token; negative where the head helps.
-    - token_loss: mean over the tokens but the first of -ln probability of the token.
+    - token_loss: mean of -ln probability of the token, over all tokens except the first.
 
-    Each is (its value with z := r) - (its value on the model as it is). r is 0 (`mode="zero"`), or
-    the mean of the head's z over all tokens of all probes of the run that are no repeated blocks,
-    each token counted once, the first of a text included (`mode="mean"`): another probe moves it.
+    Each reading is (the value with z := r) - (the value of the unchanged model). r is 0
+    (`mode="zero"`), or the mean of the head's z (`mode="mean"`). The mean is over all tokens of all
+    probes of the run that are not repeated blocks. Each token counts once, also the first of a
+    text, so adding a probe changes r.
 
-    Later layers repair: what a head writes is in part written by others once it is gone, so an
-    effect may be smaller than the head's direct attribution, or of the other sign. Zero is an
-    output that the model was not trained on, and may do harm beyond the loss of the information.
+    Later layers repair: when a head is removed, other components write part of what it wrote. An
+    effect may therefore be smaller than the head's direct attribution, or have the other sign.
+    Zero is an output that the model was not trained on, and may do more harm than the loss of the
+    information.
 
-    `method="first_order"` estimates all heads from one backward pass a measure:
-    sum over pos and d_head of (r - z) . d(value)/dz. It is blind to repair and to saturation: a
-    head that alone carries an answer may have a slope of nearly 0, in a loss that is near 0
-    above all. How far it can be trusted is measured each time: `checked` heads are ablated
-    exactly. A third of them, rounded down, are those of largest |estimate|, a third those of
-    largest reach among the others, the rest evenly spaced over the remaining in the order of
-    layers and heads. Reach is the sum over pos of |r - z| |d(value)/dz|, with Euclidean norms over
-    d_head; both are taken relative to the largest of all heads, and in the measure in which that
-    is most. The error of a head that is not checked may be larger.
+    `method="first_order"` estimates all heads from one backward pass for each measure:
+    sum over pos and d_head of (r - z) . d(value)/dz. The estimate sees neither repair nor
+    saturation: a head that carries an answer alone may have a slope of nearly 0, above all where
+    the loss is near 0. Its error is measured each time, by ablating `checked` heads exactly. A
+    third of them (rounded down) have the largest |estimate|. Another third have the largest reach
+    among the others. The rest are evenly spaced over the remaining heads, in the order of layers
+    and heads. Reach is the sum over pos of |r - z| |d(value)/dz|, with Euclidean norms over
+    d_head. |estimate| and reach are divided by the largest of all heads, and each head is ranked
+    by the measure in which this ratio is highest. A head that is not checked may have a larger
+    error.
 
     Args:
-        mode: what takes the place of z.
-        method: exact, or estimated.
+        mode: what replaces z.
+        method: exact ablation, or the first-order estimate.
         probes: names of the probes to ablate on; repeated blocks may be among them. Default:
-            those that are no repeated blocks and have something to measure.
-        tokens: also measure token_loss, on probes without a target too. It takes the logits of
-            every token, those of a whole batch at a time.
-        checked: heads to ablate exactly beside the first-order estimate.
-        rows: ablations computed side by side in one batch; fewer of a text so long that the batch
+            all that are not repeated blocks and have something to measure.
+        tokens: also measure token_loss, on probes without a target too. This needs the logits of
+            every token, for a whole batch at a time.
+        checked: how many heads to ablate exactly to check the first-order estimate.
+        rows: ablations computed together in one batch; fewer for a text so long that the batch
             would have more than 2048 tokens.
-        every: ask at every n-th observation.
+        every: measure at every n-th observation.
 
     Keys:
         head_ablation/loss/<probe>: [layer, head], nats, -inf..inf; for a probe with a target
         head_ablation/logit_diff/<probe>: [layer, head], logit, -inf..inf; for a probe with a foil
         head_ablation/token_loss/<probe>: [layer, head], nats, -inf..inf; if tokens, for a probe of
             at least two tokens
-        head_ablation/loss_error/<probe>: [], nats, 0..inf; if first_order: maximum over the
-            checked heads of |estimate - exact|
-        head_ablation/logit_diff_error/<probe>: [], logit, 0..inf; the same of logit_diff
-        head_ablation/token_loss_error/<probe>: [], nats, 0..inf; the same of token_loss
+        head_ablation/loss_error/<probe>: [], nats, 0..inf; if first_order: maximum of
+            |estimate - exact| over the checked heads
+        head_ablation/logit_diff_error/<probe>: [], logit, 0..inf; the same for logit_diff
+        head_ablation/token_loss_error/<probe>: [], nats, 0..inf; the same for token_loss
         head_ablation/loss_rank_correlation/<probe>: [], correlation, -1..1; if first_order:
-            Spearman's, of estimate and exact over the checked heads; NaN where either are all equal
-        head_ablation/logit_diff_rank_correlation/<probe>: [], correlation, -1..1; the same of
+            Spearman's, between estimate and exact over the checked heads; NaN where all estimates
+            or all exact values are equal
+        head_ablation/logit_diff_rank_correlation/<probe>: [], correlation, -1..1; the same for
             logit_diff
-        head_ablation/token_loss_rank_correlation/<probe>: [], correlation, -1..1; the same of
+        head_ablation/token_loss_rank_correlation/<probe>: [], correlation, -1..1; the same for
             token_loss
 
     Reads:
-        blocks.{layer}.attn.hook_z, for what takes its place; in passes of its own also
-        blocks.{layer}.hook_resid_pre, where the layers behind begin anew
+        blocks.{layer}.attn.hook_z, for its mean; in forward passes of its own also
+        blocks.{layer}.hook_resid_pre, from which the later layers are computed again
 
     Cost:
         Exact: per probe n_heads * layers * (layers + 1) / 2 passes of the probe through one layer,
-        and n_heads * layers through the unembedding; of the layers before the head only those run
-        that others of its batch need. First order: one forward pass and one backward pass a
-        measure per probe, and the `checked` heads exactly. In half precision, effects of the size
-        of its rounding are noise (bfloat16: 1/16 at logits of 8 to 16); the callback's
+        and n_heads * layers through the unembedding. Layers before the head run only where other
+        heads of the same batch need them. First order: per probe one forward pass, one backward
+        pass for each measure, and the `checked` heads exactly. In half precision, effects as small
+        as its rounding are noise (bfloat16: 1/16 at logits of 8 to 16); the callback's
         `dtype=torch.float32` avoids that.
 
     Source:
@@ -106,24 +110,24 @@ class HeadAblation:
 
     Raises:
         ValueError: an unknown mode or method, checked < 3, rows < 1, every < 1, an empty or
-            repeated selection; from `taps`, a probe that is not there, or nothing to measure; from
-            `read`, a model whose hook_z is not cut into heads.
+            repeated selection; from `taps`, an unknown probe, or nothing to measure; from `read`, a
+            model whose hook_z has no head axis.
     """
 
     description: ClassVar[Description] = Description(
-        title="What is lost without a head",
+        title="Effect of removing a head",
         group="Heads",
         measures={
             f"{measure}{kind}": Meaning(title=f"{title}{of}", axes=axes, headline=True)
             for measure, title in {
-                "loss": "Loss of the answer without a head",
-                "logit_diff": "Lead of the answer without a head",
-                "token_loss": "Loss of a probe without a head",
+                "loss": "Change in the answer's loss without a head",
+                "logit_diff": "Change in the answer's lead without a head",
+                "token_loss": "Change in a probe's loss without a head",
             }.items()
             for kind, of, axes in (
                 ("", "", ("layer", "head")),
                 ("_error", ": error of the estimate", ()),
-                ("_rank_correlation", ": ranks of the estimate against the exact ones", ()),
+                ("_rank_correlation", ": rank correlation of the estimate", ()),
             )
         },
     )
@@ -141,31 +145,31 @@ class HeadAblation:
         for field, allowed in (("mode", get_args(Mode)), ("method", get_args(Method))):
             if getattr(self, field) not in allowed:
                 raise ValueError(
-                    f"HeadAblation({field}={getattr(self, field)!r}): it is one of {allowed}."
+                    f"HeadAblation({field}={getattr(self, field)!r}): choose one of {allowed}."
                 )
         for field, least in (("checked", 3), ("rows", 1), ("every", 1)):
             if getattr(self, field) < least:
                 raise ValueError(
                     f"HeadAblation({field}={getattr(self, field)}): give {field} >= {least}."
                 )
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """What takes the place of z: [head, d_head] a layer."""
+        """One reduction for each layer: what replaces z, [head, d_head]."""
         layers = attention_layers(shadow, type(self).__name__)
         if not self._rows(batch):
             raise ValueError(
-                "HeadAblation has nothing to measure on these probes: none has a target. Give "
-                "one, as in Probe('capital', 'The capital of France is', target=' Paris'), or "
-                "HeadAblation(tokens=True) for the loss of every token."
+                "HeadAblation has nothing to measure on these probes: none has a target. Give one "
+                "a target, as in Probe('capital', 'The capital of France is', target=' Paris'), or "
+                "use HeadAblation(tokens=True) for the loss of every token."
             )
         if self.mode == "zero":
             return {z_hook(i): lambda z: z.new_zeros(z.shape[2:]) for i in layers}
         plain = plain_rows(batch)
         if not plain:
             raise ValueError(
-                "HeadAblation(mode='mean') averages over the probes that are no repeated blocks, "
-                "and all of them are. Add a text, or give mode='zero'."
+                "HeadAblation(mode='mean') averages over the probes that are not repeated blocks, "
+                "and all probes are repeated blocks. Add a text, or give mode='zero'."
             )
         row = torch.tensor(plain, device=batch.tokens.device)
         counted = batch.mask[row][:, :, None, None]
@@ -178,15 +182,15 @@ class HeadAblation:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """A matrix of each measure and probe, and its error where it is an estimate."""
+        """Yields a matrix for each measure and probe, and its error if it is an estimate."""
         layers = attention_layers(shadow, type(self).__name__)
-        put = {i: torch.as_tensor(taken[z_hook(i)]).to(shadow.device) for i in layers}
-        for r in put.values():
+        replacement = {i: torch.as_tensor(taken[z_hook(i)]).to(shadow.device) for i in layers}
+        for r in replacement.values():
             demand_heads(r, shadow, type(self).__name__)
         every_head = [(i, head) for i in layers for head in range(shadow.n_heads)]
         for row in self._rows(batch):
             measures = self._measures(batch, row)
-            text = _text(shadow, batch, row, measures, put, self.rows)
+            text = _text(shadow, batch, row, measures, replacement, self.rows)
             errors = np.empty((0, 2))
             if self.method == "exact":
                 effect = text.ablated(every_head)
@@ -219,17 +223,17 @@ class HeadAblation:
         return [row for row in rows if self._measures(batch, row)]
 
     def _measures(self, batch: ProbeBatch, row: int) -> list[str]:
-        there = {
+        measurable = {
             "loss": batch.targets[row] is not None,
             "logit_diff": batch.foils[row] is not None,
             "token_loss": self.tokens and batch.lengths[row] > 1,
         }
-        return [measure for measure, measured in there.items() if measured]
+        return [measure for measure, measured in measurable.items() if measured]
 
     def _sample(
         self, size: Float[np.ndarray, "head measure"], reach: Float[np.ndarray, "head measure"]
     ) -> list[int]:
-        """The heads to check: the largest, those that could be, and some at even distances."""
+        """Chooses the heads to check: largest estimates, largest reach, and some evenly spaced."""
         chosen: list[int] = []
         for ranked in (size, reach):
             with np.errstate(invalid="ignore"):
@@ -246,23 +250,24 @@ class HeadAblation:
 
 @dataclass(frozen=True)
 class _Text:
-    """One probe alone, without padding, and what it is measured by.
+    """One probe without padding, and the score that is measured on it.
 
-    `put` holds per layer what takes the place of each head's z, [head, d_head].
+    `replacement` holds for each layer what replaces each head's z, [head, d_head].
     """
 
     shadow: Shadow
     tokens: Int[Tensor, " pos"]
     positions: Int[Tensor, " kept"] | None
     score: Score
-    put: Mapping[int, Tensor]
+    replacement: Mapping[int, Tensor]
     rows: int
 
     def ablated(self, heads: Sequence[tuple[int, int]]) -> Float[np.ndarray, "head measure"]:
-        """The effects of these heads, (layer, head), each computed from its layer on."""
+        """Ablates each of these heads, (layer, head), and returns the exact effects."""
         each = torch.arange(self.shadow.n_heads, device=self.tokens.device).split(1)
         without = [
-            Variants(i, z_hook(i), each[head], partial(_remove, self.put[i])) for i, head in heads
+            Variants(i, z_hook(i), each[head], partial(_remove, self.replacement[i]))
+            for i, head in heads
         ]
         _, found = effects(
             self.shadow,
@@ -277,12 +282,12 @@ class _Text:
     def estimated(
         self,
     ) -> tuple[Float[np.ndarray, "head measure"], Float[np.ndarray, "head measure"]]:
-        """First-order effects of all heads, layer by layer, and their reach."""
-        names = [z_hook(layer) for layer in self.put]
+        """Returns the first-order effects of all heads, layer by layer, and their reach."""
+        names = [z_hook(layer) for layer in self.replacement]
         logits, z = captured(self.shadow, self.tokens, names, self.positions, grad=True)
         with torch.enable_grad():
             (score,) = self.score(logits)
-        away = [(r - z[z_hook(i)].detach().float())[0] for i, r in self.put.items()]
+        away = [(r - z[z_hook(i)].detach().float())[0] for i, r in self.replacement.items()]
         estimates, reaches = [], []
         for value in score:
             slopes = torch.autograd.grad(value, list(z.values()), retain_graph=True)
@@ -299,7 +304,7 @@ def _text(
     batch: ProbeBatch,
     row: int,
     measures: Sequence[str],
-    put: Mapping[int, Tensor],
+    replacement: Mapping[int, Tensor],
     rows: int,
 ) -> _Text:
     tokens = batch.tokens[row, : batch.lengths[row]]
@@ -320,20 +325,22 @@ def _text(
 
     last = torch.tensor([len(tokens) - 1], device=tokens.device)
     positions = None if "token_loss" in measures else last
-    return _Text(shadow, tokens, positions, score, put, rows)
+    return _Text(shadow, tokens, positions, score, replacement, rows)
 
 
-def _remove(put: Float[Tensor, "head d_head"], z: Tensor, heads: Int[Tensor, " variant"]) -> None:
+def _remove(
+    replacement: Float[Tensor, "head d_head"], z: Tensor, heads: Int[Tensor, " variant"]
+) -> None:
     variant = torch.arange(len(heads), device=z.device)
-    z[variant, :, heads] = put[heads][:, None].to(z.dtype)
+    z[variant, :, heads] = replacement[heads][:, None].to(z.dtype)
 
 
 def _errors(
     estimate: Float[np.ndarray, "head measure"], exact: Float[np.ndarray, "head measure"]
 ) -> Float[np.ndarray, "measure 2"]:
-    """Largest error and rank correlation of the estimates, per measure."""
+    """Returns the largest error and the rank correlation of the estimates, for each measure."""
     largest = np.abs(estimate - exact).max(0)
-    # What is equal, as many effects in half precision are, shares a rank.
+    # Equal effects, which are frequent in half precision, share a rank.
     a, b = (np.sign(e[:, None] - e).sum(1) for e in (estimate, exact))
     size = np.sqrt((a**2).sum(0) * (b**2).sum(0))
     with np.errstate(invalid="ignore"):

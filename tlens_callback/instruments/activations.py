@@ -1,4 +1,4 @@
-"""How far activations have moved since the first observation."""
+"""Measures how far activations have moved since the first observation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,75 +9,76 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_seen, of_probes, rows_to_compare
+from tlens_callback.instruments.parts.baseline import first_value, probes_suffix, rows_to_compare
 from tlens_callback.instruments.parts.distance import (
     cka_distance,
     cosine_distance,
     relative_distance,
 )
-from tlens_callback.instruments.parts.selection import after_first, picked
+from tlens_callback.instruments.parts.selection import after_first, checked_selection
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
 
 PARTS = {"resid": "hook_resid_post", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
-"""The streams of a layer, and the end of their hook's name."""
+"""Name of a part of a layer -> how the name of its hook point ends."""
 
-MOST = 64
-"""Tokens that CKA compares, evenly spaced where there are more: its cost is their square."""
+CKA_TOKENS = 64
+"""At most this many tokens are compared by CKA, whose cost grows with their square. Of more
+tokens, evenly spaced ones are taken."""
 
 
 @dataclass(frozen=True)
 class ActivationDrift:
-    """How far the activations of each layer have moved since the first observation, and in which
-    of its parts.
+    """Measures how far each layer's activations have moved since the first observation, by part.
 
-    With h a token's activation now and h0 the same token's at the first observation, over all
-    tokens of the chosen probes without the first of each, which often has massive activations:
+    Let h be a token's activation now and h0 that of the same token at the first observation. All
+    tokens of the chosen probes count except the first of each, which often has massive
+    activations:
 
     - cosine: mean over the tokens of 1 - h . h0 / (|h| |h0|). Computed as half the squared
-      distance of the normalised vectors, which is exactly 0 for equal ones and keeps its digits
-      where they are nearly equal; a zero vector counts as at 1/2 from any other.
+      distance of the normalised vectors, which is exactly 0 for equal vectors and loses no digits
+      for nearly equal ones. A zero vector is at distance 1/2 from any other.
     - relative: mean over the tokens of |h - h0| / |h0|.
     - cka: 1 - CKA(H, H0) of the two [token, d_model] matrices, linear and centred, by the unbiased
       estimator of HSIC: with n tokens, G the Gram matrix H H^T with 0 on its diagonal, r its row
       sums, s its sum, and u[i, j] = G[i, j] - (r[i] + r[j]) / (n-2) + s / ((n-1)(n-2)) off the
       diagonal, CKA = sum(u * u0) / (|u| |u0|). Computed as half the squared distance of u / |u| and
       u0 / |u0|. Blind to rotations, to shifts and to one common scale of all tokens; about 1 for
-      unrelated activations. The biased estimator would show the less drift the fewer the tokens:
-      with fewer than d_model its CKA is near 1 for unrelated ones too. Of more than 64 tokens,
-      64 evenly spaced ones. Where all tokens have one activation (one token over and over, in a
-      model without learned positions) it compares nothing but their rounding.
+      unrelated activations. The biased estimator would hide drift where there are few tokens:
+      with fewer tokens than d_model, its CKA is near 1 for unrelated activations too. If there are
+      more than 64 tokens, 64 evenly spaced ones are used. If all tokens have the same activation
+      (one token repeated, in a model without learned positions), only rounding is compared.
 
-    The parts: "resid" is the residual stream behind the layer, "attn" and "mlp" what its attention
-    and its MLP add to it. All are exactly 0 at the first observation.
+    The parts: "resid" is the residual stream after the layer, "attn" and "mlp" are what its
+    attention and its MLP add to it. All values are exactly 0 at the first observation.
 
     Args:
         probes: names of the probes to compare. Default: every probe of two tokens or more that is
-            no repeated block; the blocks where there are no others.
+            not a repeated block; if there are none, the repeated blocks.
 
     Keys:
         activation_drift/cosine: [layer, part], cosine distance, 0..2
         activation_drift/relative: [layer, part], fraction, 0..inf; inf where an h0 is zero
-        activation_drift/cka: [layer, part], CKA distance, 0..2; from four tokens on, the first of
-            each probe not counted
+        activation_drift/cka: [layer, part], CKA distance, 0..2; if there are at least four tokens,
+            not counting the first of each probe
 
     Reads:
         blocks.{layer}.hook_resid_post, blocks.{layer}.hook_attn_out, blocks.{layer}.hook_mlp_out;
-        the latter two where all layers have them
+        the last two only if all layers have them
 
     Cost:
         9 * layers; keeps the first activations on the device, layers * 3 * tokens * d_model
         numbers of the model's precision. CKA takes two products of tokens^2 * d_model in float64
-        for each layer and part, of 64 tokens at most.
+        for each layer and part, for at most 64 tokens.
 
     Source:
         Kornblith et al. 2019 (CKA); Song et al. 2012 (unbiased HSIC); Murphy et al.
         2024 (why unbiased).
 
     Raises:
-        ValueError: an empty or repeated selection; from `taps`, a probe that is not there or has
+        ValueError: an empty or repeated selection; from `taps`, a probe that is unknown or has
             one token.
     """
 
@@ -87,19 +88,19 @@ class ActivationDrift:
         needs=Needs.EARLIER,
         measures={
             "cosine": Meaning(
-                title="Change of the direction of activations",
+                title="Change in the direction of activations",
                 axes=("layer", "part"),
                 headline=True,
                 of_run=True,
                 quantity=Quantity.ACTIVATION_CHANGE,
             ),
             "relative": Meaning(
-                title="Change of activations, relative to their size",
+                title="Change in activations, relative to their size",
                 axes=("layer", "part"),
                 of_run=True,
             ),
             "cka": Meaning(
-                title="Change of what activations tell apart", axes=("layer", "part"), of_run=True
+                title="Change in activations by CKA", axes=("layer", "part"), of_run=True
             ),
         },
     )
@@ -109,19 +110,21 @@ class ActivationDrift:
     name: str = "activation_drift"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction a layer and part: [measure]."""
+        """One reduction for each layer and part: [measure]."""
         rows = rows_to_compare(type(self).__name__, self.probes, batch)
-        names = of_probes(batch, rows)
+        names = probes_suffix(batch, rows)
         row, pos = after_first(batch, rows)
-        some = torch.linspace(0, len(row) - 1, min(len(row), MOST)).round().long().to(row.device)
+        some = (
+            torch.linspace(0, len(row) - 1, min(len(row), CKA_TOKENS)).round().long().to(row.device)
+        )
 
         def drift(hook: str) -> Reduce:
             def measures(h: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " measure"]:
                 now = h[row, pos]
-                first = first_seen(self.baseline, hook + names, now).float()
+                first = first_value(self.baseline, hook + names, now).float()
                 now = now.float()
                 far = [cosine_distance(now, first).mean(), relative_distance(now, first).mean()]
                 if len(now) > 3:
@@ -130,13 +133,13 @@ class ActivationDrift:
 
             return measures
 
-        return {hook: drift(hook) for hooks in _parts(shadow).values() for hook in hooks}
+        return {hook: drift(hook) for hooks in _hooks_by_part(shadow).values() for hook in hooks}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """One matrix a measure."""
-        parts = _parts(shadow)
+        """Yields one matrix for each measure."""
+        parts = _hooks_by_part(shadow)
         values = np.stack([[taken[hook].numpy() for hook in hooks] for hooks in parts.values()])  # type: ignore[union-attr]
         kinds = (
             ("cosine", "cosine distance", (0.0, 2.0)),
@@ -154,8 +157,8 @@ class ActivationDrift:
             )
 
 
-def _parts(shadow: Shadow) -> dict[str, list[str]]:
-    """Part -> its hook in every layer, of the parts that all layers have."""
+def _hooks_by_part(shadow: Shadow) -> dict[str, list[str]]:
+    """Part -> its hook point in every layer, for the parts that all layers have."""
     hooks = {
         part: [f"blocks.{i}.{end}" for i in range(shadow.n_layers)] for part, end in PARTS.items()
     }

@@ -1,4 +1,4 @@
-"""What shape a LoRA adapter's update has, and where in the model it is."""
+"""Measures the spectrum of each LoRA update, by layer and module."""
 
 import zlib
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.direct import wide
-from tlens_callback.instruments.parts.places import Places
+from tlens_callback.instruments.parts.direct import high_precision
+from tlens_callback.instruments.parts.module_grid import ModuleGrid
 from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -18,14 +18,14 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 from tlens_callback.shadow.low_rank import LowRankUpdate, low_rank_updates
 
 _PIECE = 2**18
-"""Most entries of one factor that are worked on at once, unless one update has more."""
+"""At most this many entries of one factor are processed at once, unless one update has more."""
 
 
 @dataclass(frozen=True)
 class AdapterSpectrum:
-    """Size, spectrum and direction of the update that LoRA adds to each weight.
+    """Measures size, spectrum and direction of the update that LoRA adds to each weight.
 
-    With U = B A the update of the weight W as it stands, scaling included and all active adapters
+    Let U = B A be the current update of the weight W, with its scaling and with all active adapters
     together, and sigma_1 >= sigma_2 >= ... its singular values:
 
     - norm: ||U||_F = sqrt(sum sigma_i^2).
@@ -33,24 +33,25 @@ class AdapterSpectrum:
     - top: sigma_1.
     - stable_rank: ||U||_F^2 / sigma_1^2.
     - effective_rank: exp(-sum p_i ln p_i), p_i = sigma_i / sum sigma; 1 exactly for rank 1.
-    - singular_values: the first k; 0 beyond the rank, which is what they are.
-    - rotation: the cosine of U and of the update U' at the observation before,
-      <U, U'>_F / (||U||_F ||U'||_F): 1 for an update that keeps its direction. 1 at the first
-      observation, and where U or U' is zero and has no direction. Where the adapter has the very
-      bits it had there, its rotation there: a resumed run begins with its checkpoint's update.
+    - singular_values: the first k, which are 0 beyond the rank.
+    - rotation: the cosine between U and the update U' at the observation before,
+      <U, U'>_F / (||U||_F ||U'||_F): 1 for an update that keeps its direction. 1 also at the first
+      observation, and where U or U' is zero and so has no direction. If the adapter's bits have
+      not changed since the observation before, the rotation read there is repeated: a resumed run
+      begins with its checkpoint's update.
 
-    An update of zero, as LoRA starts with, has norm, ranks and singular values 0. PiSSA and OLoRA
-    start with a part of the weight, taken out of W, as the update: there a change is a difference
-    from the first observation. All come from
-    r x r matrices, r the rank: the singular values are those of R_B R_A^T, with R the triangles of
-    the QR decompositions of B and A^T; <U, U'> = sum((B^T B') * (A A'^T)). In float64, or float32
-    where the device has none; of B' and A' what differs from B and A, in float32. ||W|| is taken
-    once where W is frozen.
+    An update of zero, with which LoRA starts, has norm, ranks and singular values 0. PiSSA and
+    OLoRA take a part of the weight out of W and start with it as the update: there, only the
+    difference from the first observation is a change. All measures are computed from r x r
+    matrices, where r is the rank: the singular values are those of R_B R_A^T, with R the triangles
+    of the QR decompositions of B and A^T; <U, U'> = sum((B^T B') * (A A'^T)). They are computed in
+    float64, or in float32 on a device without float64; the differences of B' and A' from B and A
+    are in float32. ||W|| is computed once if W is frozen.
 
-    Where every adapted layer has an adapter on the module, it is a column of the matrices; the
-    others (embeddings, a module adapted in some layers only) are under `_elsewhere`, by their
-    paths. Adapters whose update is no such product alone (DoRA, LoRA with a bias of its own, LoHa,
-    OFT, IA3 ...) or that are on stacked experts are left out.
+    A module that is adapted in every adapted layer is a column of the matrices. All others
+    (embeddings, a module adapted only in some layers) are under `_elsewhere`, named by their paths.
+    Adapters are left out if their update is not just such a product (DoRA, LoRA with a bias of its
+    own, LoHa, OFT, IA3 ...) or if they are on stacked experts.
 
     Args:
         k: number of singular values to keep.
@@ -63,7 +64,7 @@ class AdapterSpectrum:
         adapter_spectrum/effective_rank: [layer, module], rank, 0..r
         adapter_spectrum/rotation: [layer, module], cosine, -1..1
         adapter_spectrum/singular_values: [layer, module, rank], norm, 0..inf
-        adapter_spectrum/norm_elsewhere: [weight], norm, 0..inf; if there are any, as the following
+        adapter_spectrum/norm_elsewhere: [weight], norm, 0..inf; if there are such weights, as below
         adapter_spectrum/relative_norm_elsewhere: [weight], fraction, 0..inf
         adapter_spectrum/top_elsewhere: [weight], norm, 0..inf
         adapter_spectrum/stable_rank_elsewhere: [weight], rank, 0..r
@@ -72,17 +73,17 @@ class AdapterSpectrum:
         adapter_spectrum/singular_values_elsewhere: [weight, rank], norm, 0..inf
 
     Reads:
-        No activations: the live model's adapters.
+        The live model's adapters; no activations.
 
     Cost:
-        adapted weights * (6 + k). The last observation's A and B are kept, in memory and beside
+        adapted weights * (6 + k). The A and B of the last observation are kept in memory and beside
         checkpoints.
 
     Source:
         Roy & Vetterli 2007, section 2 (effective rank); Rudelson & Vershynin 2007 (stable rank).
 
     Raises:
-        ValueError: k < 1; from `taps`, when no active adapter is plain LoRA.
+        ValueError: k < 1; from `taps`, if no active adapter is plain LoRA.
     """
 
     description: ClassVar[Description] = Description(
@@ -107,7 +108,7 @@ class AdapterSpectrum:
                 "top": "Largest singular value",
                 "stable_rank": "Stable rank",
                 "effective_rank": "Effective rank",
-                "rotation": "Direction, against the observation before",
+                "rotation": "Direction, compared with the observation before",
                 "singular_values": "Singular values",
             }.items()
         },
@@ -124,12 +125,12 @@ class AdapterSpectrum:
             )
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """None: it is of weights alone."""
+        """Returns no reductions: this instrument reads weights alone."""
         if next(low_rank_updates(shadow), None) is None:
             raise ValueError(
                 f"{type(self).__name__}: no active adapter of this model is plain LoRA on a "
-                f"matrix, so there is no update of low rank to look at. Leave the instrument out; "
-                f"UpdateSparsity sees how far weights move under any training."
+                f"matrix, so there is no low-rank update to measure. Leave the instrument out; "
+                f"UpdateSparsity measures how far weights move under any training."
             )
         return {}
 
@@ -137,25 +138,25 @@ class AdapterSpectrum:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Matrices by layer and module."""
+        """Yields one matrix by layer and module for each measure."""
         updates = list(low_rank_updates(shadow))
-        alike: dict[tuple[int, ...], list[int]] = {}
+        by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, update in enumerate(updates):
-            alike.setdefault((*update.b.shape, update.a.shape[1]), []).append(i)
+            by_shape.setdefault((*update.b.shape, update.a.shape[1]), []).append(i)
         measures = torch.zeros(len(updates), 6, dtype=torch.float64)
         sigmas = torch.zeros(len(updates), self.k, dtype=torch.float64)
         kept: dict[str, Tensor] = {}
-        for members in alike.values():
+        for members in by_shape.values():
             measured, sigma = self._measure([updates[i] for i in members], shadow, kept)
             measures[members] = measured.cpu().double()
             sigmas[members, : sigma.shape[1]] = sigma.cpu().double()
         self.baseline.clear()
         self.baseline.update(kept)
-        widest = max(min(*shape) for shape in alike)
+        widest = max(min(*shape) for shape in by_shape)
         sigmas = sigmas[:, : min(self.k, widest)]
-        places = Places.of([update.name for update in updates])
+        grid = ModuleGrid.of([update.name for update in updates])
         for column, (measure, unit) in enumerate(_UNITS.items()):
-            yield from places.readings(
+            yield from grid.readings(
                 f"{self.name}/{measure}",
                 measures[:, column].numpy(),
                 shadow,
@@ -163,33 +164,33 @@ class AdapterSpectrum:
                 limits=(-1.0, 1.0) if measure == "rotation" else None,
             )
         key = f"{self.name}/singular_values"
-        yield from places.readings(key, sigmas.numpy(), shadow, unit="norm", more=("rank",))
+        yield from grid.readings(key, sigmas.numpy(), shadow, unit="norm", more=("rank",))
 
     def _measure(
         self, updates: list[LowRankUpdate], shadow: Shadow, kept: dict[str, Tensor]
     ) -> tuple[Float[Tensor, "update measure"], Float[Tensor, "update rank"]]:
-        """The measures of updates of one shape, and up to k singular values.
+        """Returns the measures of updates of one shape, and up to k singular values.
 
-        What the next observation needs goes into `kept`.
+        Adds to `kept` what the next observation compares with.
         """
         device = shadow.device
         b = torch.stack([u.b.to(device) for u in updates])
         a = torch.stack([u.a.to(device) for u in updates])
-        # Other weights may be adapted later in a run; only updates of the same ones are compared.
+        # Other weights may be adapted later in a run: only updates of the same ones are compared.
         which = zlib.crc32("\n".join(u.name for u in updates).encode())
         key = "x".join(map(str, (*b.shape, a.shape[2]))) + f"-{which:08x}"
         sizes = self.baseline.get(f"weight/{key}")
         if sizes is None or any(u.weight.requires_grad for u in updates):
             sizes = torch.stack([_norm(u.weight).to(device) for u in updates])
         last = [self.baseline.get(f"{part}/{key}") for part in ("b", "a")]
-        sigma, product = _in_pieces(b, a, *last)
+        sigma, product = _products_in_pieces(b, a, *last)
         norm = sigma.square().sum(1).sqrt()
         rotation = torch.ones_like(norm)
         if product is not None:
             last_norm = self.baseline[f"norm/{key}"].to(norm.dtype)
             both = norm * last_norm
             rotation = torch.where(both == 0, 1.0, (product / both).clamp(-1, 1))
-            # To compare bits takes long, and after a training step there is as a rule no need.
+            # Comparing bits is slow, so only updates whose norm has hardly changed are compared.
             same = (norm - last_norm).abs() <= torch.finfo(norm.dtype).eps ** 0.5 * norm
             if same.any():
                 same &= (b == last[0]).flatten(1).all(1) & (a == last[1]).flatten(1).all(1)
@@ -227,12 +228,12 @@ def products(
     last_b: Float[Tensor, "update row rank"] | None = None,
     last_a: Float[Tensor, "update rank column"] | None = None,
 ) -> tuple[Float[Tensor, "update least"], Float[Tensor, " update"] | None]:
-    """Singular values of each b @ a, and its inner product with the last update, if that is given.
+    """Returns the singular values of each b @ a, and its inner product with the last update.
 
-    The min(row, rank, column) largest singular values, descending; the others are 0. NaN throughout
-    where a factor is not finite.
+    The min(row, rank, column) largest singular values, descending; the others are 0. All are NaN
+    if a factor is not finite. The inner product is None if no last update is given.
     """
-    left, right = wide(b), wide(a.mT)
+    left, right = high_precision(b), high_precision(a.mT)
     left_gram, right_gram = left.mT @ left, right.mT @ right
     core = _triangles(left, left_gram) @ _triangles(right, right_gram).mT
     finite = core.isfinite().flatten(1).all(1)
@@ -240,7 +241,7 @@ def products(
     sigma = sigma.where(finite[:, None], torch.nan)
     if last_b is None or last_a is None:
         return sigma, None
-    # Of what has changed float32 is enough: the rest has the error of float64.
+    # float32 is enough for the differences: everything else has the error of float64.
     both = ((b, last_b), (a.mT, last_a.mT))
     moved = [_at_least_float32(x).mT @ (_at_least_float32(x) - y) for x, y in both]
     return sigma, ((left_gram - moved[0]) * (right_gram - moved[1])).sum((1, 2))
@@ -249,11 +250,11 @@ def products(
 def _triangles(
     x: Float[Tensor, "update long rank"], gram: Float[Tensor, "update rank rank"]
 ) -> Float[Tensor, "update least rank"]:
-    """The R of each x = QR, up to the signs of its rows."""
+    """Returns the R of each x = QR, up to the signs of its rows."""
     if x.shape[1] < x.shape[2]:
         return torch.linalg.qr(x, mode="r").R
-    # Cholesky's takes half the time, but the Gram matrix squares the condition of the columns as
-    # they are when brought to one length; where that is bad, small values would drown in it.
+    # Cholesky takes half the time, but the Gram matrix squares the condition number of the
+    # normalised columns. Where that is bad, small singular values would be lost.
     length = gram.diagonal(dim1=1, dim2=2).sqrt()
     lower, failed = torch.linalg.cholesky_ex(gram / (length[:, :, None] * length[:, None]))
     least = lower.diagonal(dim1=1, dim2=2).amin(1)
@@ -264,12 +265,12 @@ def _triangles(
     return triangles
 
 
-def _in_pieces(
+def _products_in_pieces(
     b: Tensor, a: Tensor, last_b: Tensor | None, last_a: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`products`, of so many updates at a time as stay in a CPU's cache."""
-    many = max(1, _PIECE // (b.shape[2] * max(b.shape[1], a.shape[2])))
-    factors = [(None,) * len(b) if x is None else x.split(many) for x in (b, a, last_b, last_a)]
+    """Computes `products` for as many updates at a time as fit into a CPU's cache."""
+    at_once = max(1, _PIECE // (b.shape[2] * max(b.shape[1], a.shape[2])))
+    factors = [(None,) * len(b) if x is None else x.split(at_once) for x in (b, a, last_b, last_a)]
     sigma, product = zip(*(products(*part) for part in zip(*factors, strict=False)), strict=True)
     return torch.cat(sigma), None if product[0] is None else torch.cat(product)
 
@@ -280,4 +281,4 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _norm(weight: Tensor) -> Tensor:
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return wide(torch.linalg.vector_norm(weight, dtype=dtype))
+    return high_precision(torch.linalg.vector_norm(weight, dtype=dtype))

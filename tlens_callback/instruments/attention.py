@@ -1,4 +1,4 @@
-"""Where every head looks, and where it did not at first."""
+"""Reads the attention pattern of every head, and its change since the first observation."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_seen, of_probes
+from tlens_callback.instruments.parts.baseline import first_value, probes_suffix
 from tlens_callback.instruments.parts.selection import (
     attention_layers,
     block_rows,
+    checked_selection,
     layer_labels,
     pattern_hook,
-    picked,
     plain_rows,
     rows_named,
 )
@@ -26,17 +26,17 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class AttentionPatterns:
-    """The attention pattern of every head in every layer, for chosen probes.
+    """Reads the attention pattern of every head in every layer, for chosen probes.
 
     `pattern[layer, head, query, key]` is the softmax output: how much of the query token's
-    attention goes to the key token; each row of keys sums to one (to less where the model has
-    attention sinks of its own), and keys after the query have zero. Grouped key-value heads:
-    one pattern per query head. Padding is cut off.
+    attention goes to the key token. Each row of keys sums to one (to less if the model has
+    attention sinks of its own), and keys after the query have zero. With grouped key-value heads
+    there is one pattern per query head. Padding is cut off.
 
     Args:
-        probes: names of the probes to show. Default: every probe that is no repeated block, and
-            the first repeated block of the greatest length, whose off-diagonal stripe is what
-            induction looks like.
+        probes: names of the probes to show. Default: every probe that is not a repeated block, and
+            the first of the longest repeated blocks, on which an induction head shows as an
+            off-diagonal stripe.
         layers: layers to show. Default: all.
 
     Keys:
@@ -52,7 +52,7 @@ class AttentionPatterns:
         Vaswani et al. 2017, section 3.2.
 
     Raises:
-        ValueError: an empty or repeated selection; from `taps`, a probe or layer that is not there.
+        ValueError: an empty or repeated selection; from `taps`, an unknown probe or layer.
     """
 
     description: ClassVar[Description] = Description(
@@ -73,15 +73,15 @@ class AttentionPatterns:
     name: str = "attention_patterns"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
-        object.__setattr__(self, "layers", picked(self.layers, "layers"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
+        object.__setattr__(self, "layers", checked_selection(self.layers, "layers"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction a layer: the chosen rows, cropped to their tokens and laid end to end."""
+        """One reduction for each layer: the chosen rows, cropped to their tokens, end to end."""
         rows = [(row, batch.lengths[row]) for row in self._rows(batch)]
 
         def crop(pattern: Float[Tensor, "probe head query key"]) -> Float[Tensor, " entry"]:
-            # Concatenated, so that no view keeps the whole pattern alive, and one tensor travels.
+            # Concatenated: no view keeps the whole pattern alive, and only one tensor is moved.
             return torch.cat([pattern[row, :, :n, :n].flatten() for row, n in rows])
 
         return {pattern_hook(layer): crop for layer in self._layers(shadow)}
@@ -89,7 +89,7 @@ class AttentionPatterns:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterable[Reading]:
-        """One reading a probe, all layers and heads in it."""
+        """Yields one reading for each probe, with all layers and heads."""
         layers, rows = self._layers(shadow), self._rows(batch)
         lengths = [batch.lengths[row] for row in rows]
         flat = torch.stack([taken[pattern_hook(i)] for i in layers])  # type: ignore[misc]
@@ -116,7 +116,7 @@ class AttentionPatterns:
         if without := [layer for layer in layers if layer not in with_patterns]:
             raise ValueError(
                 f"{type(self).__name__}: layer {without[0]} has no attention patterns; "
-                f"layers {with_patterns} have."
+                f"only layers {with_patterns} have them."
             )
         return list(layers)
 
@@ -129,15 +129,15 @@ class AttentionPatterns:
 
 @dataclass(frozen=True)
 class PatternChange(AttentionPatterns):
-    """The attention pattern of every head minus its pattern at the first observation.
+    """Reads the attention pattern of every head minus its pattern at the first observation.
 
-    `pattern[layer, head, query, key]` is A - A0, positive where the head looks more than it did;
-    a row of keys sums to zero (or to what the model's own attention sinks lost). Exactly 0 at the
+    `pattern[layer, head, query, key]` is A - A0, positive where the head attends more than it did.
+    A row of keys sums to zero (or to what the model's own attention sinks lost). Exactly 0 at the
     first observation. Padding is cut off.
 
     Args:
-        probes: names of the probes to show. Default: every probe that is no repeated block; the
-            blocks where there are no others.
+        probes: names of the probes to show. Default: every probe that is not a repeated block; if
+            there are none, the repeated blocks.
         layers: layers to show. Default: all.
 
     Keys:
@@ -147,14 +147,14 @@ class PatternChange(AttentionPatterns):
         blocks.{layer}.attn.hook_pattern
 
     Cost:
-        layers * n_heads * length^2 per probe; keeps as many numbers, of the model's precision, on
+        layers * n_heads * length^2 per probe; keeps as many numbers, in the model's precision, on
         the device.
 
     Source:
         Vaswani et al. 2017, section 3.2 (the pattern).
 
     Raises:
-        ValueError: an empty or repeated selection; from `taps`, a probe or layer that is not there.
+        ValueError: an empty or repeated selection; from `taps`, an unknown probe or layer.
     """
 
     description: ClassVar[Description] = Description(
@@ -163,7 +163,7 @@ class PatternChange(AttentionPatterns):
         needs=Needs.EARLIER,
         measures={
             "pattern": Meaning(
-                title="Change of attention",
+                title="Change in attention",
                 axes=("layer", "head", "query", "key"),
                 headline=True,
                 of_run=True,
@@ -175,15 +175,15 @@ class PatternChange(AttentionPatterns):
     name: str = "pattern_change"
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction a layer: the chosen rows, cropped to their tokens and laid end to end."""
-        names = of_probes(batch, self._rows(batch))
+        """One reduction for each layer: the chosen rows, cropped to their tokens, end to end."""
+        names = probes_suffix(batch, self._rows(batch))
 
         def change(hook: str, crop: Callable[[Tensor], Any]) -> Reduce:
             def minus_first(
                 pattern: Float[Tensor, "probe head query key"],
             ) -> Float[Tensor, " entry"]:
                 now = crop(pattern)
-                return now.float() - first_seen(self.baseline, hook + names, now).float()
+                return now.float() - first_value(self.baseline, hook + names, now).float()
 
             return minus_first
 
@@ -192,14 +192,14 @@ class PatternChange(AttentionPatterns):
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """One reading a probe, all layers and heads in it."""
+        """Yields one reading for each probe, with all layers and heads."""
         for reading in super().read(taken, shadow, batch):
             yield replace(reading, limits=(-1.0, 1.0))
 
     def between(
         self, first: Mapping[str, Reading], last: Mapping[str, Reading]
     ) -> Iterator[Reading]:
-        """Its readings of `last` against `first`, from the patterns that both hold."""
+        """Yields the change from `first` to `last`, from the patterns that both contain."""
         patterns = {
             reading.probe: (key, reading)
             for key, reading in first.items()

@@ -1,4 +1,4 @@
-"""Which head, MLP and neuron writes the answer: direct logit attribution."""
+"""Direct logit attribution: measures what each head, MLP and neuron adds to the answer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,28 +9,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlens_callback.instruments.neurons import FINAL
-from tlens_callback.instruments.parts.baseline import changes, first_seen
+from tlens_callback.instruments.parts.baseline import changes, first_value
 from tlens_callback.instruments.parts.direct import (
-    against,
     before_norm,
     dots,
     has_direct_path,
     head_writes,
+    high_precision,
+    minus_foil,
     neuron_writes,
     soft_cap,
     uncapped,
-    unembedded,
-    wide,
+    unembedding_directions,
 )
 from tlens_callback.instruments.parts.selection import (
+    checked_selection,
+    index_or_nan,
     layer_labels,
     mlp_norm_hook,
     neuron_hook,
     neuron_layers,
-    picked,
     plain_rows,
     rows_named,
-    where_known,
     z_hook,
 )
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
@@ -43,39 +43,41 @@ EMBED = "blocks.0.hook_resid_pre"
 
 @dataclass(frozen=True)
 class LogitAttribution:
-    """What each component adds directly to the answer's logit: the parts sum to the logit lead.
+    """Measures what each component adds directly to the answer's logit lead; the parts sum to it.
 
     The lead is logit[target] - logit[foil] at the probe's last token, before any soft cap; without
-    a foil, logit[target] minus the mean logit over the vocabulary. The final norm's scale s_final,
-    and that of a post-norm, are held at what they are, so that each x in the residual stream adds
+    a foil, logit[target] minus the mean logit over the vocabulary. The scale s_final of the final
+    norm, and that of a post-norm, are treated as constants, so that each x in the residual stream
+    adds
 
         c(x) = (x * gain_final / s_final) . (W_U[target] - W_U[foil])
 
-    where LayerNorm also centres x, and without a foil the mean of W_U over the vocabulary takes the
-    foil's place. All at the last token:
+    LayerNorm also centres x. Without a foil, the mean of W_U over the vocabulary replaces the
+    foil's row. All at the last token:
 
     - head: c(z_h W_O[h]); with a post-norm (Gemma 2 and 3, OLMo 2)
       c(z_h W_O[h] * gain_post / s_post).
-    - attention: the layer's heads together, and its output bias b_O taken the same way.
-    - mlp: c of all that the layer's MLP adds to the residual stream, its output bias and its
-      post-norm included; in a mixture of experts, of all experts and what is shared by them.
-    - embed: c of what enters the first layer: token embedding and, where learned, position.
-    - bias: what no input changes: the output biases of all attention layers, the final norm's
-      bias times W_U[target] - W_U[foil], and b_U[target] - b_U[foil]. MLP biases are in mlp.
+    - attention: the sum of the layer's heads and of its output bias b_O, treated the same way.
+    - mlp: c of everything that the layer's MLP adds to the residual stream, with its output bias
+      and its post-norm; in a mixture of experts, all experts together, with the shared ones.
+    - embed: c of what enters the first layer: the token embedding and, if learned, the position's.
+    - bias: the part that does not depend on the input: the output biases of all attention layers,
+      the final norm's bias times W_U[target] - W_U[foil], and b_U[target] - b_U[foil]. MLP biases
+      are in mlp.
     - total: embed + all of head + all of mlp + bias.
     - remainder: the model's own lead, from its logits with the soft cap undone, minus total. It is
-      the model's rounding: about 1e-6 of the parts' absolute sum in float32, up to 1e-2 of it in
-      bfloat16, which is some tenths of a logit.
+      the model's rounding error: about 1e-6 of the parts' absolute sum in float32, and up to 1e-2
+      of it in bfloat16, which is a few tenths of a logit.
     - head_change, mlp_change: head and mlp minus what they were at the first observation.
-    - neuron, neuron_write: per layer the neurons n of largest |c(a_n W_out[n])|, largest first, and
-      that number with its sign; a_n the input of the MLP's output projection, and with a post-norm
-      * gain_post / s_post. Layers of experts have none.
+    - neuron, neuron_write: for each layer the neurons n of largest |c(a_n W_out[n])|, largest
+      first, and c(a_n W_out[n]) itself. a_n is the input of the MLP's output projection; with a
+      post-norm, W_out[n] is multiplied by gain_post / s_post. Layers of experts have none.
 
-    Direct contributions only: what a head does through later layers is not in them.
+    Only direct contributions are measured, not what a head does through later layers.
 
     Args:
         probes: names of the probes to show, each with a target. Default: every probe that has a
-            target and is no repeated block.
+            target and is not a repeated block.
         neurons: how many neurons of each layer to show.
 
     Keys:
@@ -97,8 +99,8 @@ class LogitAttribution:
         last_logits; for neurons: blocks.{layer}.mlp.hook_post, blocks.{layer}.ln2_post.hook_scale
 
     Cost:
-        layers * (n_heads + 2 + 2 * neurons) per probe; per layer one product of W_O (and of W_out
-        for neurons) with a vector per probe; one pass over W_U if a probe has no foil.
+        layers * (n_heads + 2 + 2 * neurons) per probe; for each layer one product of W_O (and of
+        W_out for neurons) with a vector per probe; one pass over W_U if a probe has no foil.
 
     Source:
         Elhage et al. 2021 (direct path, per head); Wang et al. 2022, section 3.1 (logit
@@ -106,11 +108,11 @@ class LogitAttribution:
 
     Raises:
         ValueError: neurons < 0; an empty or repeated selection; from `taps`, no probe with a
-            target, a probe that is not there or has none, more neurons asked for than a layer has,
-            a family that is known to rescale its logits or what its layers write, a final norm
-            whose scale cannot be listened to, or a layer without attention heads; from `read`, a
-            family that leaves a remainder beyond rounding (not told where logits have a soft cap,
-            which magnifies rounding without limit).
+            target, an unknown probe or one without a target, more neurons than a layer has, a
+            family that is known to rescale its logits or what its layers write, a final norm whose
+            scale has no hook point, or a layer without attention heads; from `read`, a family with
+            a remainder larger than rounding (not checked where logits have a soft cap, which
+            magnifies rounding without limit).
     """
 
     description: ClassVar[Description] = Description(
@@ -125,7 +127,7 @@ class LogitAttribution:
                 quantity=Quantity.DIRECT_EFFECT,
             ),
             "head_change": Meaning(
-                title="Change of what each head adds", axes=("layer", "head"), of_run=True
+                title="Change in what each head adds", axes=("layer", "head"), of_run=True
             ),
             "attention": Meaning(
                 title="What each layer's heads add to the answer", axes=("layer",)
@@ -136,7 +138,7 @@ class LogitAttribution:
                 quantity=Quantity.DIRECT_EFFECT,
             ),
             "mlp_change": Meaning(
-                title="Change of what each MLP adds", axes=("layer",), of_run=True
+                title="Change in what each MLP adds", axes=("layer",), of_run=True
             ),
             "embed": Meaning(title="What the embedding adds", axes=()),
             "bias": Meaning(title="What the biases add", axes=()),
@@ -144,14 +146,10 @@ class LogitAttribution:
                 title="What all components add", axes=(), quantity=Quantity.DIRECT_TOTAL
             ),
             "remainder": Meaning(
-                title="What no component accounts for", axes=(), quantity=Quantity.DIRECT_REMAINDER
+                title="Lead that no component explains", axes=(), quantity=Quantity.DIRECT_REMAINDER
             ),
-            "neuron": Meaning(
-                title="Neurons that add most", axes=("layer", "rank"), sometimes=True
-            ),
-            "neuron_write": Meaning(
-                title="What these neurons add", axes=("layer", "rank"), sometimes=True
-            ),
+            "neuron": Meaning(title="Neurons that add most to the answer", axes=("layer", "rank")),
+            "neuron_write": Meaning(title="What these neurons add", axes=("layer", "rank")),
         },
     )
 
@@ -163,27 +161,27 @@ class LogitAttribution:
     def __post_init__(self) -> None:
         if self.neurons < 0:
             raise ValueError(
-                f"LogitAttribution(neurons={self.neurons}): give the number of neurons to show of "
+                f"LogitAttribution(neurons={self.neurons}): give the number of neurons to show for "
                 f"each layer, or 0 for none."
             )
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """Per component one number a row, before the norms divide; the scales of the norms."""
+        """One number for each component and row, before the norms divide, and the norms' scales."""
         rows = self._rows(batch)
         if not rows:
             raise ValueError(
-                f"{type(self).__name__}: none of the probes has a target; give one "
+                f"{type(self).__name__}: none of the probes has a target; give one, "
                 f"Probe(..., target=' Paris')."
             )
-        _check(shadow)
+        _check_direct_path(shadow)
         bridge: Any = shadow.bridge
         targets, foils = [batch.targets[i] for i in rows], [batch.foils[i] for i in rows]
         row = torch.tensor(rows, device=batch.tokens.device)
         last = batch.last[row]
-        read = unembedded(shadow, targets, foils)
-        worth = before_norm(bridge.ln_final, read)
-        constant = against(bridge.b_U, targets, foils)
+        read = unembedding_directions(shadow, targets, foils)
+        direction = before_norm(bridge.ln_final, read)
+        constant = minus_foil(bridge.b_U, targets, foils)
         if getattr(bridge.ln_final, "bias", None) is not None:
             constant = constant + dots(bridge.ln_final.bias[None], read)[:, 0]
 
@@ -194,32 +192,32 @@ class LogitAttribution:
             return scale(of), constant
 
         def part(x: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " row"]:
-            return (wide(x[row, last]) * wide(worth)).sum(1)
+            return (high_precision(x[row, last]) * high_precision(direction)).sum(1)
 
         def lead(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, " row"]:
             each = zip(uncapped(shadow, logits[row]), targets, foils, strict=True)
-            return torch.cat([against(logit, [t], [f]) for logit, t, f in each])
+            return torch.cat([minus_foil(logit, [t], [f]) for logit, t, f in each])
 
         taps: dict[str, Reduce] = {EMBED: part}
         for i in range(shadow.n_layers):
             block = bridge.blocks[i]
-            through = worth
-            if _attn_norm(i) in shadow.hooks:
-                through = before_norm(block.ln1_post, worth)
-                taps[_attn_norm(i)] = scale
+            through = direction
+            if _attn_norm_hook(i) in shadow.hooks:
+                through = before_norm(block.ln1_post, direction)
+                taps[_attn_norm_hook(i)] = scale
             bias = getattr(block.attn, "b_O", None)
             taps[z_hook(i)] = head_writes(row, last, block.attn.W_O, bias, through)
-            taps[_mlp(i)] = part
+            taps[_mlp_hook(i)] = part
         taps[FINAL] = scale_and_constant
         taps[LAST_LOGITS] = lead
         for i in neuron_layers(shadow) if self.neurons else []:
-            w_out, through = bridge.blocks[i].mlp.W_out, worth
+            w_out, through = bridge.blocks[i].mlp.W_out, direction
             if self.neurons > len(w_out):
                 raise ValueError(
                     f"LogitAttribution(neurons={self.neurons}): layer {i} has {len(w_out)} neurons."
                 )
             if mlp_norm_hook(i) in shadow.hooks:
-                through = before_norm(bridge.blocks[i].ln2_post, worth)
+                through = before_norm(bridge.blocks[i].ln2_post, direction)
                 taps[mlp_norm_hook(i)] = scale
             taps[neuron_hook(i)] = neuron_writes(self.neurons, row, last, w_out, through)
         return taps
@@ -227,7 +225,7 @@ class LogitAttribution:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Per probe the parts, their sum and what it misses, and the changes."""
+        """Yields for each probe the parts, their sum, the remainder, and the changes."""
         got: Any = taken
         final, constant = (part.double() for part in got[FINAL])  # [row]
         layers = range(shadow.n_layers)
@@ -235,16 +233,16 @@ class LogitAttribution:
         def scales(hooks: list[str]) -> Float[Tensor, "layer row"]:
             return torch.stack([final * got.get(hook, torch.ones_like(final)) for hook in hooks])
 
-        after = scales([_attn_norm(i) for i in layers])
+        after = scales([_attn_norm_hook(i) for i in layers])
         head = torch.stack([got[z_hook(i)][0] for i in layers]) / after[:, :, None]
         bias = torch.stack([got[z_hook(i)][1] for i in layers]) / after
-        mlp = torch.stack([got[_mlp(i)] for i in layers]) / final
+        mlp = torch.stack([got[_mlp_hook(i)] for i in layers]) / final
         embed = got[EMBED] / final
         constant = bias.sum(0) + constant
         total = embed + head.sum((0, 2)) + mlp.sum(0) + constant
         size = embed.abs() + head.abs().sum((0, 2)) + mlp.abs().sum(0) + constant.abs()
         remainder = got[LAST_LOGITS] - total
-        _demand_sum((remainder.abs() / size).max(), shadow)
+        _check_sum((remainder.abs() / size).max(), shadow)
         numbers = {
             "embed": embed,
             "bias": constant,
@@ -266,14 +264,14 @@ class LogitAttribution:
                 )
                 write = write / scales([mlp_norm_hook(i) for i in neurons])[:, at, None]
                 axes, labels = ("layer", "rank"), layer_labels(neurons, shadow)
-                known = where_known(index, write)
+                known = index_or_nan(index, write)
                 yield self._reading("neuron", probe, known, axes, "index", labels)
                 yield self._reading("neuron_write", probe, write, axes, "logit", labels)
 
     def between(
         self, first: Mapping[str, Reading], last: Mapping[str, Reading]
     ) -> Iterator[Reading]:
-        """Its changes from `first` to `last`."""
+        """Yields the changes from `first` to `last`."""
         of = {"head_change": "head", "mlp_change": "mlp"}
         return changes(self.name, first, last, of)
 
@@ -281,7 +279,7 @@ class LogitAttribution:
         self, measure: str, probe: str, values: Tensor, axes: tuple[str, ...]
     ) -> Iterator[Reading]:
         values = values.float()
-        change = values - first_seen(self.baseline, f"{measure}/{probe}", values)
+        change = values - first_value(self.baseline, f"{measure}/{probe}", values)
         yield self._reading(measure, probe, values, axes)
         yield self._reading(f"{measure}_change", probe, change, axes)
 
@@ -303,45 +301,48 @@ class LogitAttribution:
         rows = rows_named(batch, self.probes)
         if without := [batch.probes[i].name for i in rows if batch.targets[i] is None]:
             raise ValueError(
-                f"LogitAttribution: probe {without[0]!r} has no target to attribute. Give it one: "
-                f"Probe({without[0]!r}, ..., target=...), or leave it out of probes."
+                f"LogitAttribution: probe {without[0]!r} has no target to attribute. Give it one, "
+                f"Probe({without[0]!r}, ..., target=...), or leave the probe out."
             )
         return rows
 
 
-def _check(shadow: Shadow) -> None:
+def _check_direct_path(shadow: Shadow) -> None:
     if not has_direct_path(shadow):
         raise ValueError(
-            "LogitAttribution: this model's logits are more than the unembedding of its normalised "
-            "residual stream (it rescales them, or what its layers write), or the scale of its "
-            "final norm cannot be listened to, so that the parts would not sum to them; leave the "
-            "instrument out."
+            "LogitAttribution: the parts would not sum to this model's logits. Either these are "
+            "more than the unembedding of its normalised residual stream (the model rescales them, "
+            "or what its layers write), or the scale of its final norm has no hook point. Leave "
+            "the instrument out."
         )
     for i in range(shadow.n_layers):
-        if lacking := [hook for hook in (z_hook(i), _mlp(i)) if hook not in shadow.hooks]:
+        if lacking := [hook for hook in (z_hook(i), _mlp_hook(i)) if hook not in shadow.hooks]:
             raise ValueError(
                 f"LogitAttribution: layer {i} of this model has no {lacking[0]!r}, so that the "
                 f"parts would not sum to the logits; leave the instrument out."
             )
 
 
-def _demand_sum(off: Tensor, shadow: Shadow) -> None:
-    """Refuses a family that does more than the parts; `off` is the largest remainder, as a share of
-    the parts. NaN passes: then the model's own output is."""
+def _check_sum(off: Tensor, shadow: Shadow) -> None:
+    """Refuses a family whose logits are more than the sum of the parts.
+
+    `off` is the largest remainder, as a share of the parts. NaN passes: then the model's own
+    output is NaN.
+    """
     # SmolLM2-135M in bfloat16: 0.01; a family with a part left out: 0.2 and more.
     allowed = 0.01 if shadow.dtype.itemsize >= 4 else 0.1
     if float(off) > allowed and soft_cap(shadow) is None:
         raise ValueError(
             f"LogitAttribution: the parts miss the answer of this "
             f"{type(shadow.bridge.original_model).__name__} by {float(off):.1e} of their absolute "
-            f"sum, and rounding allows {allowed:.0e}. This family makes its logits in a way that "
-            f"the parts do not cover; leave the instrument out."
+            f"sum, and rounding explains at most {allowed:.0e}. This family computes its logits in "
+            f"a way that the parts do not cover; leave the instrument out."
         )
 
 
-def _mlp(layer: int) -> str:
+def _mlp_hook(layer: int) -> str:
     return f"blocks.{layer}.hook_mlp_out"
 
 
-def _attn_norm(layer: int) -> str:
+def _attn_norm_hook(layer: int) -> str:
     return f"blocks.{layer}.ln1_post.hook_scale"

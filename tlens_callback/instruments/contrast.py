@@ -1,4 +1,4 @@
-"""What tells texts with a feature from texts without it: directions and neurons."""
+"""Finds the directions and neurons that separate texts with a feature from texts without it."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_seen
+from tlens_callback.instruments.parts.baseline import first_value
 from tlens_callback.instruments.parts.distance import cosine_distance
 from tlens_callback.instruments.parts.selection import (
+    index_or_nan,
     layer_labels,
     neuron_hook,
     neuron_layers,
     resid_hook,
-    where_known,
 )
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import Probe, ProbeBatch, token_ids
@@ -25,46 +25,47 @@ from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
 
 TOKENS = 2048
-"""Tokens of one forward pass, padding included; a longer text goes through alone."""
+"""Tokens in one forward pass, with padding; a longer text has a pass of its own."""
 
 SHUFFLES = 1000
-"""Labellings that the level of chance is taken from."""
+"""Number of random labellings that give the chance level."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How a model tells texts that have a feature (a language, a style) from texts that do not.
+    """Measures how the model separates texts with a feature (a language, a style) from others.
 
-    For each text and layer, h is the mean of the residual stream behind the layer over the text's
-    tokens without the first, which often has massive activations; a is the mean of the MLP's
-    neurons over the same tokens. Of each set, every n-th text is held out; the others fit.
+    For each text and layer, h is the mean of the residual stream after the layer over the text's
+    tokens, except the first, which often has massive activations; a is the mean of the MLP's
+    neurons over the same tokens. In each set every n-th text is held out; the others are used to
+    fit.
 
-    - direction d: mean of h over the fitting texts having the feature, minus the mean over those
-      without.
-    - auroc: of the held-out texts' h . d: the share of pairs, one having the feature and one
-      without, in which the former is larger; ties count half. 0.5 says nothing, below it the
-      direction points the wrong way.
+    - direction d: mean of h over the fitted texts with the feature, minus the mean over those
+      without it.
+    - auroc: of h . d on the held-out texts: the share of pairs of a text with the feature and one
+      without in which the former has the larger value; ties count half. 0.5 is chance; below it
+      the direction points the wrong way.
     - chance: 95th percentile of the auroc of the same h . d under 1000 random labellings of the
-      held-out texts: the smallest number that at least 95 % of them do not exceed. An auroc is
-      worth a thought where it exceeds this; of very few texts none does, as it is 1 then. The
-      labellings are those of a generator of its own, the same at each observation.
-    - best, best_chance: the largest auroc of all layers; and the chance of that, the same
-      percentile of the largest of all layers for each labelling. To be compared with each other:
-      the best of many layers is high by chance more often than one of them.
-    - cosine: of d with the layer's d at the first observation; exactly 1 there.
+      held-out texts: the smallest number that at least 95 % of them do not exceed. An auroc means
+      something only above it. With very few texts chance is 1, and no auroc is above it. The
+      labellings are the same at each observation and do not touch the global random state.
+    - best, best_chance: the largest auroc of all layers, and its chance level: the same percentile
+      of the largest auroc of all layers under each labelling. Compare best with best_chance: the
+      best of many layers is high by chance more often than a single layer.
+    - cosine: between d and the layer's d at the first observation; exactly 1 there.
     - norm: |d| over the mean norm of the residual stream, which is averaged over a text's tokens
-      without the first, over each set's fitting texts, and over the two sets.
-    - neuron: the k neurons of largest absolute difference: mean of a over the fitting texts having
-      the feature, minus the mean over those without; largest first.
-    - difference: that difference, and held_out_difference: the same neurons' on the held-out
-      texts, where that choice has not made it large.
+      except the first, over each set's fitted texts, and over the two sets.
+    - neuron: the k neurons of largest absolute difference, largest first. The difference is the
+      mean of a over the fitted texts with the feature, minus the mean over those without it.
+    - difference: this difference; held_out_difference: that of the same neurons on the held-out
+      texts, which had no part in choosing them.
 
     Args:
-        having: texts with the feature; each what a `Probe` takes: text, chat messages or token ids.
-        without: texts without it; best alike in everything else, and in length.
+        having: texts with the feature, each in a form for `Probe`: text, chat messages, token ids.
+        without: texts without it, as similar as possible in everything else, also in length.
         held_out: share of each set that is held out, spread evenly over its order.
         k: neurons per layer.
-        every: asked at every n-th observation.
+        every: measure at every n-th observation.
 
     Keys:
         contrast/auroc: [layer], probability, 0..1
@@ -73,8 +74,8 @@ class Contrast:
         contrast/best_chance: [], probability, 0..1
         contrast/cosine: [layer], cosine, -1..1
         contrast/norm: [layer], fraction, 0..2
-        contrast/neuron: [layer, rank], index, 0..d_mlp-1; layers of neurons, not of experts, as
-            for the next two
+        contrast/neuron: [layer, rank], index, 0..d_mlp-1; only layers with neurons, not with
+            experts, as for the next two
         contrast/difference: [layer, rank], activation, -inf..inf
         contrast/held_out_difference: [layer, rank], activation, -inf..inf
 
@@ -83,21 +84,21 @@ class Contrast:
         own
 
     Cost:
-        One forward pass of all texts, in parts of 2048 tokens; twice texts * layers * d_model
-        float32 numbers on the device while it lasts, and layers * d_model that are kept: the first
-        directions. layers * (4 + 3 * k) numbers leave the device, and held-out texts * layers.
+        One forward pass of all texts, in batches of 2048 tokens. During it, 2 * texts * layers *
+        d_model float32 numbers are on the device; layers * d_model are kept, which are the first
+        directions. layers * (4 + 3 * k) and held-out texts * layers numbers leave the device.
 
     Source:
         Arditi et al. 2024, section 2.3 (difference of means); Mann & Whitney 1947 (auroc).
 
     Raises:
-        ValueError: fewer than four texts in a set, or than two to fit or to hold out; a text that
-            is there twice; k or every < 1; from `read`, a text of one token, one longer than the
-            model's context, or more neurons asked for than a layer has.
+        ValueError: fewer than four texts in a set, or fewer than two to fit or to hold out; a text
+            given twice; k or every < 1; from `read`, a text of one token, one longer than the
+            model's context, or more neurons than a layer has.
     """
 
     description: ClassVar[Description] = Description(
-        title="What tells texts with a feature from others",
+        title="Texts with a feature against texts without it",
         group="Neurons and features",
         measures={
             "auroc": Meaning(
@@ -106,7 +107,7 @@ class Contrast:
                 headline=True,
                 better="higher",
             ),
-            "chance": Meaning(title="The same with labels exchanged at random", axes=("layer",)),
+            "chance": Meaning(title="Chance level of telling the texts apart", axes=("layer",)),
             "best": Meaning(
                 title="How well the best layer tells the texts apart",
                 axes=(),
@@ -114,18 +115,20 @@ class Contrast:
                 better="higher",
             ),
             "best_chance": Meaning(
-                title="The same with labels exchanged at random", axes=(), headline=True
+                title="Chance level of telling the texts apart", axes=(), headline=True
             ),
             "cosine": Meaning(
-                title="Direction, against that at the start", axes=("layer",), of_run=True
+                title="Direction, compared with the start", axes=("layer",), of_run=True
             ),
-            "norm": Meaning(title="Size of the difference", axes=("layer",)),
+            "norm": Meaning(title="Size of the difference between the texts", axes=("layer",)),
             "neuron": Meaning(
                 title="Neurons that tell the texts apart", axes=("layer", "rank"), headline=True
             ),
-            "difference": Meaning(title="Difference of their activations", axes=("layer", "rank")),
+            "difference": Meaning(
+                title="Difference in these neurons' activations", axes=("layer", "rank")
+            ),
             "held_out_difference": Meaning(
-                title="The same on texts held out", axes=("layer", "rank")
+                title="The neurons' difference on held-out texts", axes=("layer", "rank")
             ),
         },
     )
@@ -148,22 +151,22 @@ class Contrast:
                 raise ValueError(f"{which}={given!r} is one text; give a list of several.")
             texts = tuple(Probe(f"{which}[{i}]", x).content for i, x in enumerate(given))
             object.__setattr__(self, which, texts)
-            held = sum(self._held(len(texts)))
+            held = sum(self._held_out(len(texts)))
             if min(held, len(texts) - held) < 2:
                 raise ValueError(
                     f"Contrast has {len(texts)} texts in {which!r}, of which held_out="
                     f"{self.held_out} leaves {len(texts) - held} to fit a direction and {held} to "
-                    f"test it on; either takes two or more, and ten tell more. Give more texts."
+                    f"test it on. Both need at least two, and better ten. Give more texts."
                 )
         every_text = [*self.having, *self.without]
         if twice := [text for i, text in enumerate(every_text) if text in every_text[:i]]:
             raise ValueError(
-                f"The text {twice[0]!r} is in Contrast's sets twice: it would be fitted and tested "
-                f"on, or have the feature and lack it. Give each text once."
+                f"The text {twice[0]!r} is in Contrast's sets twice: it would be used to fit and "
+                f"to test, or both have the feature and lack it. Give each text once."
             )
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """None: the texts go through forward passes of their own."""
+        """Returns no reductions: the texts go through forward passes of their own."""
         return {}
 
     def read(
@@ -171,7 +174,7 @@ class Contrast:
     ) -> Iterator[Reading]:
         """Runs the texts, and compares the two sets layer by layer."""
         has = np.arange(len(self.having) + len(self.without)) < len(self.having)
-        held = np.array([*self._held(len(self.having)), *self._held(len(self.without))])
+        held = np.array([*self._held_out(len(self.having)), *self._held_out(len(self.without))])
         # [group, text]: having and without, fitting; having and without, held out.
         groups = np.stack([has & ~held, ~has & ~held, has & held, ~has & held])
         weight = torch.tensor(groups / groups.sum(1, keepdims=True), dtype=torch.float32)
@@ -179,20 +182,20 @@ class Contrast:
         fit = weight[:2].to(shadow.device)[:, None, :, None]  # [group, layer, text, d_model]
         direction = (fit[0] * resid).sum(1) - (fit[1] * resid).sum(1)  # [layer, d_model]
         texts = zlib.crc32(repr((self.having, self.without, self.held_out)).encode())
-        first = first_seen(self.baseline, f"direction of {texts}", direction)
+        first = first_value(self.baseline, f"direction of {texts}", direction)
         scale = (norm * fit[..., 0]).sum((0, 2)) / 2
         # Products and sums, not matmuls: a trainer may have switched those to TF32.
         along = (resid * direction[:, None]).sum(2)[:, torch.tensor(held, device=resid.device)]
         scores, labels = along.double().cpu().numpy(), has[held]
         real = auroc(scores, labels[None])[:, 0]
-        null = auroc(scores, _shuffled(labels))
+        null = auroc(scores, _shuffled_labels(labels))
         by_layer = {
             "auroc": (real, "probability", (0.0, 1.0)),
-            "chance": (_top_of_95(null), "probability", (0.0, 1.0)),
+            "chance": (_percentile_95(null), "probability", (0.0, 1.0)),
             "best": (real.max(), "probability", (0.0, 1.0)),
-            "best_chance": (_top_of_95(null.max(0)), "probability", (0.0, 1.0)),
-            "cosine": (_numbers(1 - cosine_distance(direction, first)), "cosine", (-1.0, 1.0)),
-            "norm": (_numbers(direction.norm(dim=1) / scale), "fraction", (0.0, 2.0)),
+            "best_chance": (_percentile_95(null.max(0)), "probability", (0.0, 1.0)),
+            "cosine": (_to_numpy(1 - cosine_distance(direction, first)), "cosine", (-1.0, 1.0)),
+            "norm": (_to_numpy(direction.norm(dim=1) / scale), "fraction", (0.0, 2.0)),
         }
         for measure, (values, unit, limits) in by_layer.items():
             yield Reading(
@@ -209,15 +212,15 @@ class Contrast:
             ):
                 yield Reading(
                     key=f"{self.name}/{measure}",
-                    values=_numbers(values),
+                    values=_to_numpy(values),
                     axes=("layer", "rank"),
                     unit="index" if measure == "neuron" else "activation",
                     labels=layer_labels(list(neurons), shadow),
                 )
 
-    def _held(self, n: int) -> list[bool]:
+    def _held_out(self, n: int) -> list[bool]:
         """Which of n texts are held out: floor(n * held_out) of them, spread evenly."""
-        # As decimals were meant: 10 * 0.7 is 6.999...
+        # The small number corrects binary rounding: 10 * 0.7 is 6.999...
         upto = [int(i * self.held_out + 1e-9) for i in range(n + 1)]
         return [upto[i] < upto[i + 1] for i in range(n)]
 
@@ -228,17 +231,20 @@ class Contrast:
         Float[Tensor, "layer text"],
         dict[int, tuple[Tensor, Tensor, Tensor]],
     ]:
-        """The mean residual stream of each text and its mean norm; of each layer with neurons the
-        k that differ most, by how much, and by how much on the held-out texts."""
+        """Returns the mean residual stream of each text, its mean norm, and each layer's neurons.
+
+        Of a layer with neurons: the k neurons that differ most, by how much, and by how much on
+        the held-out texts.
+        """
         texts = self._encoded(batch)
         layers = neuron_layers(shadow)
         shape = (shadow.n_layers, len(texts), shadow.d_model)
         resid = torch.empty(shape, dtype=torch.float32, device=weight.device)
         norm = torch.empty(shape[:2], dtype=torch.float32, device=weight.device)
         sums: dict[int, Tensor] = {}
-        # Without a tokenizer, ids need none, and encoding does not copy it.
+        # Without the tokenizer, which token ids do not need and encoding would copy.
         bare = replace(batch, tokenizer=None)
-        for part in _parts([len(probe.content) for probe in texts]):
+        for part in _batches([len(probe.content) for probe in texts]):
             some = bare.beside([texts[i] for i in part])
             at = torch.tensor(part, device=weight.device)
             counted = some.mask.clone()
@@ -252,9 +258,9 @@ class Contrast:
                 resid[i, at], norm[i, at] = got[resid_hook(i)]
             for i in layers:
                 sums[i] = sums[i] + got[neuron_hook(i)] if i in sums else got[neuron_hook(i)]
-        return resid, norm, {i: self._top(i, of_layer) for i, of_layer in sums.items()}
+        return resid, norm, {i: self._top_neurons(i, of_layer) for i, of_layer in sums.items()}
 
-    def _top(
+    def _top_neurons(
         self, layer: int, means: Float[Tensor, "group neuron"]
     ) -> tuple[Float[Tensor, " rank"], Float[Tensor, " rank"], Float[Tensor, " rank"]]:
         if self.k > means.shape[1]:
@@ -264,10 +270,10 @@ class Contrast:
         difference = means[0] - means[1]
         index = difference.abs().topk(self.k).indices
         shown = difference[index]
-        return where_known(index, shown), shown, (means[2] - means[3])[index]
+        return index_or_nan(index, shown), shown, (means[2] - means[3])[index]
 
     def _encoded(self, batch: ProbeBatch) -> list[Probe]:
-        """The texts as token ids, having before without."""
+        """Returns the texts as token ids, first `having`, then `without`."""
         probes = []
         for which in ("having", "without"):
             for i, content in enumerate(getattr(self, which)):
@@ -276,7 +282,7 @@ class Contrast:
                 if len(ids) < 2:
                     raise ValueError(
                         f"Contrast leaves the first token of each text out, and {name} has no "
-                        f"other: {content!r}. Give a longer one."
+                        f"other token: {content!r}. Give a longer text."
                     )
                 probes.append(Probe(name, ids))
         return probes
@@ -285,27 +291,29 @@ class Contrast:
 def auroc(
     scores: Float[np.ndarray, "layer text"], labels: Bool[np.ndarray, "labelling text"]
 ) -> Float[np.ndarray, "layer labelling"]:
-    """Share of the pairs of a text that has the label and one that has not, in which the former
-    scores higher; ties count half. For each layer's scores and each labelling."""
+    """Computes the area under the ROC curve of each layer's scores for each labelling.
+
+    It is the share of pairs of a text with the label and one without in which the former scores
+    higher; ties count half.
+    """
     ahead = np.sign(scores[:, :, None] - scores[:, None, :])  # [layer, text, text]
     won = np.einsum("nt,ltu,nu->ln", labels, ahead, ~labels, optimize=True)
     pairs = labels.sum(1) * (~labels).sum(1)
     return 0.5 + won / (2 * pairs)
 
 
-def _shuffled(labels: Bool[np.ndarray, " text"]) -> Bool[np.ndarray, "labelling text"]:
+def _shuffled_labels(labels: Bool[np.ndarray, " text"]) -> Bool[np.ndarray, "labelling text"]:
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(labels), generator=generator).numpy() for _ in range(SHUFFLES)]
     return np.stack([labels[order] for order in orders])
 
 
-def _top_of_95(null: Float[np.ndarray, "*layer labelling"]) -> np.ndarray:
+def _percentile_95(null: Float[np.ndarray, "*layer labelling"]) -> np.ndarray:
     return np.asarray(np.quantile(null, 0.95, axis=-1, method="inverted_cdf"))
 
 
-def _parts(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of texts that go through a forward pass together: of like lengths, `TOKENS` in all
-    with their padding."""
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Groups texts of similar length into batches of at most `TOKENS` tokens, with padding."""
     parts: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if parts and (len(parts[-1]) + 1) * lengths[i] <= TOKENS:
@@ -338,5 +346,5 @@ def _mean(
     return values.masked_fill(~counted[:, :, None], 0).sum(1) / counted.sum(1, keepdim=True)
 
 
-def _numbers(values: Tensor) -> np.ndarray:
+def _to_numpy(values: Tensor) -> np.ndarray:
     return values.float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Which tokens the change since the first observation speaks of."""
+"""Reads the change of the residual stream since the first observation as tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_seen, of_probes
+from tlens_callback.instruments.parts.baseline import first_value, probes_suffix
 from tlens_callback.instruments.parts.selection import (
     after_first,
+    checked_selection,
     chosen_rows,
-    picked,
+    index_or_nan,
     resid_hook,
-    where_known,
 )
 from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, token_texts, unembed
 from tlens_callback.meaning import Description, Meaning, Needs
@@ -26,31 +26,31 @@ from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class DifferenceLens:
-    """The logit lens on what training has added to the residual stream, on average over tokens.
+    """Applies the logit lens to the mean change of the residual stream since the first observation.
 
-    With h_l(t) the residual stream that leaves layer l at token t, h0_l(t) that of the first
+    Let h_l(t) be the residual stream after layer l at token t, h0_l(t) the same at the first
     observation, and N the number of tokens of the chosen probes without the first of each:
 
-    - d_l = 1/N sum_t (h_l(t) - h0_l(t)). Every token counts the same, so a long probe counts for
-      more; one probe alone is `DifferenceLens(probes=[...], name=...)`.
+    - d_l = 1/N sum_t (h_l(t) - h0_l(t)). Every token counts equally, so a long probe counts more.
+      For one probe alone, use `DifferenceLens(probes=[...], name=...)`.
     - norm = |d_l| / median_t |h0_l(t)|.
     - x_l = lens(sqrt(d_model) d_l / |d_l|) - lens(0), where lens is the model's current final
-      norm, unembedding, logit factor and soft cap. The norm divides by the size of the difference
-      itself, as in the source; its scale in the model's own pass belongs to the whole stream. The
-      difference enters at unit root mean square, so that the norm's epsilon does not flatten a
-      small one, and lens(0), nothing but the biases of norm and head, is no part of a difference;
-      where there are none, that is the source's formula up to epsilon.
+      norm, unembedding, logit factor and soft cap. As in the source, the final norm divides by the
+      size of the difference itself, not by that of the whole residual stream as in the model. The
+      difference is scaled to root mean square 1, so that the norm's epsilon does not flatten a
+      small one. lens(0) contains only the biases of norm and head, which do not belong to a
+      difference; without biases, x_l is the source's formula up to epsilon.
     - token, probability: the k tokens of largest softmax(x_l), largest first, and their values.
 
-    The source reads random text that has nothing to do with the training data: what shows there is
-    what training writes everywhere. Such probes are the control for those about its subject. Where
-    the norm is 0 (the first observation; a layer below all adapters) there is nothing to read:
-    tokens are 0 and without text, the probabilities uniform. Where it is small against rounding
-    (bfloat16: below 1e-3) the tokens are noise.
+    The source reads random text that is unrelated to the training data: what appears there is what
+    training writes everywhere. Such probes are the control for probes about the training subject.
+    If norm is 0 (at the first observation, or in a layer below all adapters), there is nothing to
+    read: tokens are 0 without a text, and the probabilities are uniform. If norm is below the
+    rounding error (bfloat16: below 1e-3), the tokens are noise.
 
     Args:
         k: tokens per layer.
-        probes: names of the probes whose tokens count. Default: every probe that is no repeated
+        probes: names of the probes whose tokens count. Default: every probe that is not a repeated
             block.
 
     Keys:
@@ -63,16 +63,17 @@ class DifferenceLens:
 
     Cost:
         layers * (2 * k + 1); one unembedding of layers + probes rows, 2^23 logits at a time. Keeps
-        layers * (d_model + 1) numbers of the first observation.
+        layers * (d_model + 1) numbers from the first observation.
 
     Source:
         Minder et al. 2025 (narrow fine-tuning leaves readable traces in activation differences;
-        activation difference lens, its logit lens part), there per position for the first five.
+        the logit lens part of their activation difference lens, there for each of the first five
+        positions).
 
     Raises:
-        ValueError: k < 1; an empty or repeated selection; from `taps`, a probe that is not there,
-            no probe of two tokens, or k above the vocabulary; from `read`, a family whose output
-            is not norm and unembedding of the last layer.
+        ValueError: k < 1; an empty or repeated selection; from `taps`, an unknown probe, no probe
+            of two tokens, or k above the vocabulary; from `read`, a family whose output is not
+            norm and unembedding of the last layer.
     """
 
     description: ClassVar[Description] = Description(
@@ -101,10 +102,10 @@ class DifferenceLens:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"DifferenceLens(k={self.k}) shows no token; give k >= 1.")
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """The layers' means stay on the device until all are there to be unembedded together."""
+        """Keeps the layers' means on the device until all of them are unembedded together."""
         rows = chosen_rows(batch, self.probes)
         if not rows:
             return {}
@@ -116,10 +117,10 @@ class DifferenceLens:
         if len(row) == 0:
             raise ValueError(
                 "DifferenceLens leaves out the first token of each probe, and the probes have no "
-                "other. Give probes of at least two tokens."
+                "other tokens. Give probes of at least two tokens."
             )
         chosen = torch.tensor(rows, device=batch.tokens.device)
-        last, names = batch.last[chosen], of_probes(batch, rows)
+        last, names = batch.last[chosen], probes_suffix(batch, rows)
         means: list[Tensor] = []
         sizes: list[Tensor] = []
         ends: list[Tensor] = []
@@ -128,18 +129,18 @@ class DifferenceLens:
             h = resid[row, pos].float()
             means.append(h.mean(0))
             sizes.append(h.norm(dim=1).quantile(0.5))
-            ends[:] = [resid[chosen, last]]  # of the last layer, when all have been here
+            ends[:] = [resid[chosen, last]]  # at the end, that of the last layer
             return resid.new_empty(0)
 
         def read(logits: Float[Tensor, "probe vocab"]) -> tuple[Tensor, ...]:
             mean, size, end = torch.stack(means), torch.stack(sizes), ends[0]
             for kept in (means, sizes, ends):
                 kept.clear()
-            difference = mean - first_seen(self.baseline, "mean" + names, mean)
-            norm = difference.norm(dim=1) / first_seen(self.baseline, "size" + names, size)
-            # Zero and the last layer in one unembedding, which costs as much as one row.
-            bias, *made = unembed(shadow, torch.cat([torch.zeros_like(end[:1]), end]))
-            off = gap(torch.stack(made), logits[chosen])
+            difference = mean - first_value(self.baseline, "mean" + names, mean)
+            norm = difference.norm(dim=1) / first_value(self.baseline, "size" + names, size)
+            # Zero and the last layer share one unembedding, which costs as much as one row.
+            bias, *unembedded = unembed(shadow, torch.cat([torch.zeros_like(end[:1]), end]))
+            off = gap(torch.stack(unembedded), logits[chosen])
             return off, norm, *_read(shadow, difference, bias, end.dtype, self.k)
 
         layers = range(shadow.n_layers)
@@ -148,7 +149,7 @@ class DifferenceLens:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Tokens, their probabilities and the size of the change, per layer."""
+        """Yields for each layer the tokens, their probabilities and the size of the change."""
         if not taken:
             return
         off, norm, token, probability = taken[LAST_LOGITS]
@@ -177,16 +178,18 @@ def _read(
     dtype: torch.dtype,
     k: int,
 ) -> tuple[Float[Tensor, "layer rank"], Float[Tensor, "layer rank"]]:
-    """The top tokens of each layer's difference, and their probabilities; `bias` is the lens
-    of zero, `dtype` the residual stream's, in which norm and head compute."""
+    """Returns the top tokens of each layer's difference, and their probabilities.
+
+    `bias` is lens(0). `dtype` is that of the residual stream, in which norm and head compute.
+    """
     size = difference.norm(dim=1, keepdim=True)
     unit = difference * (difference.shape[1] ** 0.5 / torch.where(size > 0, size, 1))
     unit = unit.to(dtype)
     tokens, probabilities = [], []
-    for group, there in zip(
+    for group, moved in zip(
         *(part.split(max(1, CHUNK // shadow.vocab_size)) for part in (unit, size > 0)), strict=True
     ):
         top = (unembed(shadow, group) - bias).softmax(-1).topk(k)
-        tokens.append(where_known(torch.where(there, top.indices, 0), top.values))
+        tokens.append(index_or_nan(torch.where(moved, top.indices, 0), top.values))
         probabilities.append(top.values)
     return torch.cat(tokens), torch.cat(probabilities)

@@ -1,4 +1,4 @@
-"""How far attention has moved since the first observation."""
+"""Measures how far attention has moved since the first observation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_seen, of_probes, rows_to_compare
+from tlens_callback.instruments.parts.baseline import first_value, probes_suffix, rows_to_compare
 from tlens_callback.instruments.parts.distance import js_terms, with_sink
 from tlens_callback.instruments.parts.selection import (
     attention_layers,
+    checked_selection,
     layer_labels,
     pattern_hook,
-    picked,
 )
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
@@ -26,25 +26,24 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class AttentionDrift:
-    """How far each head's attention has moved from where it was at the first observation.
+    """Measures how far each head's attention has moved since the first observation.
 
-    With p = A[q, :] a row of a head's pattern now, p0 the same row at the first observation and
+    Let p = A[q, :] be a row of a head's pattern now, p0 the same row at the first observation, and
     m = (p + p0) / 2:
 
     - js: mean over the queries q >= 1 of the probe (query 0 has one key) of the Jensen-Shannon
-      divergence JS(p, p0) = 1/2 sum_k p log2(p / m) + 1/2 sum_k p0 log2(p0 / m); over several
-      probes, the mean of theirs. 0 where the head looks where it did, 1 where it looks at other
-      tokens only.
-    - max, mean: over the heads of all layers, of js.
+      divergence JS(p, p0) = 1/2 sum_k p log2(p / m) + 1/2 sum_k p0 log2(p0 / m); for several
+      probes, the mean over them. 0 if the head attends as before, 1 if it attends only to tokens
+      that it did not attend to before.
+    - max, mean: maximum and mean of js over the heads of all layers.
 
     Exactly 0 at the first observation. Padding is cut off. Keys outside a sliding window have no
     attention at either time and add nothing. In a model with attention sinks of its own (GPT-OSS)
-    a row sums to less than one; what is missing is what the sink takes, and counts as one more
-    key.
+    a row sums to less than one; the rest goes to the sink, which counts as one more key.
 
     Args:
         probes: names of the probes to compare. Default: every probe of two tokens or more that is
-            no repeated block; the blocks where there are no others.
+            not a repeated block; if there are none, the repeated blocks.
 
     Keys:
         attention_drift/js: [layer, head], bits, 0..1
@@ -57,14 +56,14 @@ class AttentionDrift:
 
     Cost:
         layers * n_heads per probe; keeps the first patterns on the device, layers * n_heads *
-        (length - 1) * length numbers of the model's precision per probe.
+        (length - 1) * length numbers per probe in the model's precision.
 
     Source:
         Lin 1991 (the divergence); Clark et al. 2019, section 6 (between heads); Hao et al. 2020
         (between a model and its fine-tune).
 
     Raises:
-        ValueError: an empty or repeated selection; from `taps`, a probe that is not there or has
+        ValueError: an empty or repeated selection; from `taps`, a probe that is unknown or has
             one token.
     """
 
@@ -74,20 +73,20 @@ class AttentionDrift:
         needs=Needs.EARLIER,
         measures={
             "js": Meaning(
-                title="Change of attention",
+                title="Change in attention",
                 axes=("layer", "head"),
                 headline=True,
                 of_run=True,
                 quantity=Quantity.ATTENTION_CHANGE,
             ),
             "max": Meaning(
-                title="Change of attention, largest and mean",
+                title="Change in attention, largest and mean",
                 axes=(),
                 headline=True,
                 of_run=True,
             ),
             "mean": Meaning(
-                title="Change of attention, largest and mean", axes=(), headline=True, of_run=True
+                title="Change in attention, largest and mean", axes=(), headline=True, of_run=True
             ),
         },
     )
@@ -97,15 +96,15 @@ class AttentionDrift:
     name: str = "attention_drift"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction a layer: [probe, head]."""
+        """One reduction for each layer: [probe, head]."""
         rows = [
             (row, batch.lengths[row])
             for row in rows_to_compare(type(self).__name__, self.probes, batch)
         ]
-        names = of_probes(batch, [row for row, _ in rows])
+        names = probes_suffix(batch, [row for row, _ in rows])
 
         def drift(hook: str) -> Reduce:
             sinks = _has_sinks(shadow, hook)
@@ -115,7 +114,7 @@ class AttentionDrift:
                 if sinks:
                     cut = [with_sink(p.float()) for p in cut]
                 now = torch.cat([p.flatten(1) for p in cut], 1)
-                first = first_seen(self.baseline, hook + names, now)
+                first = first_value(self.baseline, hook + names, now)
                 return _js(now, first, [p.shape[1:] for p in cut])
 
             return js
@@ -126,7 +125,7 @@ class AttentionDrift:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """The mean over the probes, each probe, and two numbers."""
+        """Yields a matrix for the mean over the probes and for each probe, and two numbers."""
         labels = layer_labels(attention_layers(shadow, type(self).__name__), shadow)
         js = torch.stack(list(taken.values()), 1).numpy()  # type: ignore[arg-type]
         rows = rows_to_compare(type(self).__name__, self.probes, batch)
@@ -135,9 +134,9 @@ class AttentionDrift:
     def between(
         self, first: Mapping[str, Reading], last: Mapping[str, Reading]
     ) -> Iterator[Reading]:
-        """Its readings of `last` against `first`, from the patterns that both hold: over the
-        probes that it was measured on, or all of them where it was not.
+        """Yields the drift from `first` to `last`, from the patterns that both contain.
 
+        It uses the probes on which the drift was measured, or all probes if it was not measured.
         Stored patterns are float16, with a relative error of 2**-12: js is off by 2**-11 bits at
         worst, usually by less than 3e-5.
         """
@@ -183,11 +182,11 @@ def _js(
     first: Float[Tensor, "head entry"],
     shapes: Sequence[Sequence[int]],
 ) -> Float[Tensor, "row head"]:
-    """The mean divergence over the queries of each pattern.
+    """Returns the mean divergence over the queries of each pattern.
 
     Args:
-        now, first: the patterns of one layer, flattened, one behind the other.
-        shapes: queries and keys of each.
+        now, first: the patterns of one layer, flattened and concatenated.
+        shapes: number of queries and of keys of each pattern.
     """
     shares = js_terms(now.float(), first.float()).split([prod(shape) for shape in shapes], 1)
     means = [share.sum(1) / shape[0] for share, shape in zip(shares, shapes, strict=True)]
@@ -197,11 +196,11 @@ def _js(
 def _js_of_patterns(
     now: Float[np.ndarray, "layer head query key"], first: Float[np.ndarray, "layer head query key"]
 ) -> Float[np.ndarray, "layer head"]:
-    """The same of one probe's whole patterns, without query 0."""
+    """Returns the same for one probe's whole patterns, leaving out query 0."""
     found = []
     for layers in zip(now, first, strict=True):
         both = [torch.from_numpy(np.array(heads[:, 1:])) for heads in layers]
-        # A model with attention sinks of its own: more is missing from a row than rounding takes.
+        # The model has attention sinks of its own if a row lacks more than rounding explains.
         if min(float(heads.sum(-1).min()) for heads in both) < 1 - 2**-7:
             both = [with_sink(heads) for heads in both]
         one, other = both
@@ -211,6 +210,6 @@ def _js_of_patterns(
 
 
 def _has_sinks(shadow: Shadow, hook: str) -> bool:
-    """Whether a layer's attention has sinks of its own: then its rows sum to less than one."""
+    """Returns whether a layer's attention has sinks of its own: its rows sum to less than one."""
     layer: Any = shadow.bridge.blocks[int(hook.split(".")[1])]
     return getattr(layer.attn.original_component, "sinks", None) is not None

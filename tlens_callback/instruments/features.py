@@ -1,4 +1,4 @@
-"""Features of a published sparse autoencoder, followed while the model is trained."""
+"""Follows the features of a published sparse autoencoder while the model is trained."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,54 +10,55 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.parts.selection import picked, plain_rows, where_known
+from tlens_callback.instruments.parts.selection import checked_selection, index_or_nan, plain_rows
 from tlens_callback.meaning import Description, Meaning, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.sae import load_sae
 from tlens_callback.sae.autoencoder import Autoencoder
-from tlens_callback.sae.splice import Spliced, counted_tokens, splice
+from tlens_callback.sae.splice import SpliceResult, counted_tokens, splice
 from tlens_callback.shadow import Reduce, Shadow, Taken
 
 
 @dataclass(frozen=True)
 class SparseFeatures:
-    """What a sparse autoencoder sees in the model, and how well it still fits.
+    """Reads the features of a sparse autoencoder in the model, and how well it still fits.
 
-    An autoencoder that was trained on the base model need not fit the fine-tuned one. `fvu` and
-    `recovered` say how far it does; a chart of features without them says nothing.
+    An autoencoder that was trained on the base model may not fit the fine-tuned one. `fvu` and
+    `recovered` measure how well it does; without them the features mean nothing.
 
-    With f_n(pos) feature n's activation at the autoencoder's hook point, a its activation there and
-    a' its reconstruction, over the counted tokens: those of the probes that are no repeated
-    blocks, without the first of each (BOS) and without massive activations, which are those of a
-    norm above 10 times the median norm:
+    Let a be the model's activation at the autoencoder's hook point, f_n(pos) the activation of
+    feature n there, and a' the reconstruction. The counted tokens are those of the probes that are
+    not repeated blocks, without the first of each (BOS) and without massive activations, whose
+    norm is above 10 times the median norm. Over these tokens:
 
     - frequency: share of the tokens with f_n > 0. mean: mean of f_n.
-    - drift: mean of f_n minus that at the first observation. drifting: the features, among all, of
-      the largest absolute drift, largest first, and drifting_change: their drift.
-    - activation: f_n at each token; 0 where it is not counted.
-    - top: the tokens of largest f_n, marked [[ ]] among two tokens on either side; an empty
-      text where n fires on fewer.
+    - drift: mean of f_n minus that at the first observation. drifting: the features of largest
+      absolute drift among all features, largest first; drifting_change: their drift.
+    - activation: f_n at each token; 0 at tokens that are not counted.
+    - top: the tokens of largest f_n, marked [[ ]] between two tokens on either side; the text is
+      empty beyond the tokens on which n fires.
     - l0: mean number of features with f_n > 0. dead: share of all features that fire on none of
-      the tokens; with few probes most are, without being dead on other texts.
+      the tokens; with few probes most are, but they may fire on other texts.
     - fvu: sum |a - a'|^2 / sum |a - mean of a|^2.
     - massive: number of massive activations.
-    - loss_clean, loss_zero, loss_sae: mean next-token loss, over the predictions of a token from
-      one that is not the first, as it is, with a := 0, and with a := a' at the counted tokens.
-    - recovered: (loss_zero - loss_sae) / (loss_zero - loss_clean); 1 where a' does what a does, 0
-      where it is no better than zeros; nan where zeros change the loss by less than 1e-4 nats. It
-      says nothing where zeros lower the loss, as they may in a model that is not trained.
+    - loss_clean, loss_zero, loss_sae: mean next-token loss of the unchanged model, with a := 0, and
+      with a := a' at the counted tokens. Predictions made at the first token are left out.
+    - recovered: (loss_zero - loss_sae) / (loss_zero - loss_clean): 1 if a' serves as well as a, 0
+      if it is no better than zeros; nan if zeros change the loss by less than 1e-4 nats. It means
+      nothing if zeros lower the loss, as they may in an untrained model.
 
-    The features shown are those asked for, or the k of largest mean at the first observation, the
-    same ever after. A run that is resumed with an autoencoder of another size begins anew.
+    The features shown are those in `features`, or the k of largest mean at the first observation,
+    which then stay the same. If a run is resumed with an autoencoder of another size, the next
+    observation counts as the first.
 
     Args:
         sae: a directory that `load_sae` reads, or an `Autoencoder`.
-        hook: the hook point it is for. Default: the one its configuration names.
-        features: which to show.
-        k: how many to show where `features` is left out; also the length of `drifting`.
-        tokens: how many top tokens a feature.
-        every: observes at every n-th observation.
+        hook: the hook point it is for. Default: the one that its configuration names.
+        features: numbers of the features to show.
+        k: how many features to show without `features`; also the length of `drifting`.
+        tokens: how many top tokens to show for each feature.
+        every: measure at every n-th observation.
 
     Keys:
         sparse_features/frequency: [feature], fraction, 0..1
@@ -77,22 +78,23 @@ class SparseFeatures:
         sparse_features/loss_sae: [], nats, 0..inf
 
     Reads:
-        nothing of the shared forward pass
+        Nothing from the shared forward pass.
 
     Cost:
-        three forward passes of its own over the probes that are no repeated blocks, with all their
-        logits; tokens * d_in * n_features * 4 operations and tokens * n_features * 8 bytes on the
-        device for the while; 4 * n_features bytes of memory between observations, and on a GPU the
-        weights are copied there each time. With TF32 switched on, a feature near its threshold may
-        round to the other side.
+        Three forward passes of its own over the probes that are not repeated blocks, with all their
+        logits; tokens * d_in * n_features * 4 operations and, during the observation, tokens *
+        n_features * 8 bytes on the device; 4 * n_features bytes between observations. On a GPU the
+        autoencoder's weights are copied there each time. With TF32 switched on, rounding may move a
+        feature across its threshold.
 
     Source:
         Bricken et al. 2023 (features, loss recovered); Kissane et al. 2024 (transfer to fine-tuned
         models); Gao et al. 2024; Rajamanoharan et al. 2024; Sun et al. 2024 (massive activations).
 
     Raises:
-        ValueError: no hook; at `taps`, a hook point the model does not have, or too few tokens
-            among the probes; at `read`, activations of another width than the autoencoder's.
+        ValueError: no hook; from `taps`, a hook point that the model does not have, or too few
+            tokens among the probes; from `read`, activations of another width than the
+            autoencoder's.
     """
 
     description: ClassVar[Description] = Description(
@@ -107,37 +109,44 @@ class SparseFeatures:
             ),
             "mean": Meaning(title="Mean activation of each feature", axes=("feature",)),
             "drift": Meaning(
-                title="Change of that since the start", axes=("feature",), of_run=True
+                title="Change in mean activation since the start", axes=("feature",), of_run=True
             ),
             "drifting": Meaning(
                 title="Features that changed most", axes=("rank",), headline=True, of_run=True
             ),
-            "drifting_change": Meaning(title="Their change", axes=("rank",), of_run=True),
+            "drifting_change": Meaning(
+                title="Change of these features", axes=("rank",), of_run=True
+            ),
             "activation": Meaning(
-                title="Features on each token", axes=("feature", "pos"), headline=True
+                title="Activation of features on each token", axes=("feature", "pos"), headline=True
             ),
             "top": Meaning(
                 title="Tokens on which a feature fires most",
                 axes=("feature", "rank"),
                 headline=True,
             ),
-            "l0": Meaning(title="Features that fire on a token", axes=(), headline=True),
+            "l0": Meaning(title="Number of features that fire on a token", axes=(), headline=True),
             "dead": Meaning(
-                title="Features that never fire", axes=(), headline=True, better="lower"
+                title="Share of features that never fire", axes=(), headline=True, better="lower"
             ),
             "fvu": Meaning(
-                title="What the autoencoder does not explain",
+                title="Variance that the autoencoder does not explain",
                 axes=(),
                 headline=True,
                 better="lower",
             ),
-            "massive": Meaning(title="Tokens left out as massive", axes=()),
+            "massive": Meaning(title="Number of massive activations left out", axes=()),
             "recovered": Meaning(
-                title="Loss that the autoencoder recovers", axes=(), headline=True, better="higher"
+                title="Share of the loss that the autoencoder recovers",
+                axes=(),
+                headline=True,
+                better="higher",
             ),
             "loss_clean": Meaning(title="Loss of the model", axes=()),
-            "loss_zero": Meaning(title="Loss without the layer", axes=()),
-            "loss_sae": Meaning(title="Loss through the autoencoder", axes=(), better="lower"),
+            "loss_zero": Meaning(title="Loss with zeros at the hook point", axes=()),
+            "loss_sae": Meaning(
+                title="Loss with the autoencoder's reconstruction", axes=(), better="lower"
+            ),
         },
     )
 
@@ -160,18 +169,20 @@ class SparseFeatures:
         check_counts(k=self.k, tokens=self.tokens, every=self.every)
         if self.hook is None and self.sae.hook is None:
             raise ValueError(
-                "The autoencoder's files do not say which activations it is for. Name the hook "
+                "The autoencoder's files do not say which hook point it is for. Name the hook "
                 "point: SparseFeatures(sae, hook='blocks.5.hook_resid_post')."
             )
-        chosen = picked(self.features, "features")
+        chosen = checked_selection(self.features, "features")
         n = self.sae.n_features
         for feature in chosen or ():
             if not isinstance(feature, int | np.integer) or not 0 <= feature < n:
-                raise ValueError(f"features={list(chosen or ())}; they are numbered 0 to {n - 1}.")
+                raise ValueError(
+                    f"features={list(chosen or ())}: features have the numbers 0 to {n - 1}."
+                )
         object.__setattr__(self, "features", chosen)
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """None; checks what can be checked before the observation."""
+        """Checks the hook point and the probes; returns no reductions."""
         shadow.hook(self._at)
         text_rows(batch, type(self).__name__)
         return {}
@@ -179,7 +190,7 @@ class SparseFeatures:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Its own forward passes, and the readings."""
+        """Runs its own forward passes and yields the readings."""
         sae = self.sae.to(shadow.device)
         rows, tokens, counted = text_rows(batch, type(self).__name__)
         seen = splice(shadow, self._at, tokens, counted, sae)
@@ -187,14 +198,14 @@ class SparseFeatures:
         first = self.baseline.get("mean")
         if first is None or first.shape != mean.shape:
             first = mean
-            self.baseline.update(mean=mean.clone(), shown=most(mean, self.k))
+            self.baseline.update(mean=mean.clone(), shown=largest(mean, self.k))
         drift = mean - first
         shown = self.baseline["shown"]
         if self.features is not None:
             shown = torch.tensor(self.features, device=mean.device)
         labels = {"feature": [str(i) for i in shown.tolist()]}
 
-        yield from shown_readings(self.name, seen, shown, batch, rows, self.tokens)
+        yield from feature_readings(self.name, seen, shown, batch, rows, self.tokens)
         yield Reading(
             key=f"{self.name}/drift",
             values=drift[shown].cpu().numpy(),
@@ -202,9 +213,9 @@ class SparseFeatures:
             unit="activation",
             labels=labels,
         )
-        moved = most(drift.abs(), self.k)
+        moved = largest(drift.abs(), self.k)
         for measure, values, unit in (
-            ("drifting", where_known(moved, drift[moved]), "index"),
+            ("drifting", index_or_nan(moved, drift[moved]), "index"),
             ("drifting_change", drift[moved], "activation"),
         ):
             yield Reading(
@@ -225,36 +236,36 @@ class SparseFeatures:
 def text_rows(
     batch: ProbeBatch, name: str
 ) -> tuple[list[int], Int[Tensor, "row pos"], Bool[Tensor, "row pos"]]:
-    """The rows that are no repeated blocks, their tokens and which of them count.
+    """Returns the rows that are not repeated blocks, their tokens, and which tokens count.
 
     Raises:
-        ValueError: where they have too few tokens to have a variance or a prediction.
+        ValueError: if there are too few tokens for a variance or a prediction.
     """
     rows = plain_rows(batch)
     if max((batch.lengths[row] for row in rows), default=0) < 3:
         raise ValueError(
-            f"{name} needs text among the probes, of three tokens at least, since the first is "
-            f"left out; add a Probe with a sentence or two."
+            f"{name} needs a text of at least three tokens among the probes, since the first token "
+            f"is left out; add a Probe with a sentence or two."
         )
     width = max(batch.lengths[row] for row in rows)
     tokens, counted = batch.tokens[rows, :width], counted_tokens(batch, rows)[:, :width]
     return rows, tokens, counted
 
 
-def most(values: Float[Tensor, " feature"], k: int) -> Int[Tensor, " rank"]:
-    """The k of largest value, largest first, the lower number first among equals."""
+def largest(values: Float[Tensor, " feature"], k: int) -> Int[Tensor, " rank"]:
+    """Returns the k features of largest value, largest first, equal ones by their number."""
     return values.sort(descending=True, stable=True).indices[:k].clone()
 
 
-def shown_readings(
+def feature_readings(
     name: str,
-    seen: Spliced,
+    seen: SpliceResult,
     shown: Int[Tensor, " shown"],
     batch: ProbeBatch,
     rows: Sequence[int],
     n_tokens: int,
 ) -> Iterator[Reading]:
-    """What is said of each feature that is shown: frequency, mean, activation and top."""
+    """Yields frequency, mean, activation and top tokens of each feature that is shown."""
     labels = {"feature": [str(i) for i in shown.tolist()]}
     chosen, counted = seen.features[:, shown].cpu(), seen.counted.cpu()  # [token, shown]
     axes = ("feature",)
@@ -283,7 +294,7 @@ def shown_readings(
             unit="activation",
             labels={**labels, "pos": batch.labels[row]},
         )
-    # Of all places, counted or not: which are massive may change, and the shape must not.
+    # Over all tokens, counted or not: which are massive may change, but the shape must not.
     peak = grid.flatten(0, 1).sort(dim=0, descending=True, stable=True)
     values, places = peak.values[:n_tokens].T, peak.indices[:n_tokens].T
     width = grid.shape[1]
@@ -304,8 +315,8 @@ def shown_readings(
     )
 
 
-def fit_readings(name: str, seen: Spliced) -> Iterator[Reading]:
-    """How sparse the features are and how much of the model is in them."""
+def fit_readings(name: str, seen: SpliceResult) -> Iterator[Reading]:
+    """Yields how sparse the features are and how well they reconstruct the activations."""
     l0 = float((seen.features > 0).sum(1).double().mean())
     yield scalar(name, "l0", l0 if seen.is_known else float("nan"), "count")
     yield scalar(name, "fvu", seen.fvu, "fraction")
@@ -322,15 +333,15 @@ def scalar(
     unit: str,
     limits: tuple[float, float] | None = None,
 ) -> Reading:
-    """A reading of one number."""
+    """Returns a reading of one number."""
     return Reading(key=f"{name}/{measure}", values=np.array(value), unit=unit, limits=limits)
 
 
 def check_counts(**settings: int) -> None:
-    """Raises ValueError for a setting that is no whole number of 1 or more."""
+    """Raises ValueError for a setting that is not a whole number of 1 or more."""
     for name, value in settings.items():
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}; it is a whole number, 1 or more.")
+            raise ValueError(f"{name}={value!r}: give a whole number, 1 or more.")
 
 
 def _in_context(names: Sequence[str], pos: int) -> str:

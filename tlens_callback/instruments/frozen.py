@@ -1,4 +1,4 @@
-"""Whether what should not change has changed."""
+"""Checks whether frozen weights have changed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
 
 _STEP = -7046029254386353131
-"""2^64 divided by the golden ratio, as a signed number; odd."""
+"""The odd number nearest to 2^64 divided by the golden ratio, as a signed number."""
 
 _ALARM = (
-    "frozen weights of the base model are not what they were at first: something writes to what "
-    "should not be trained"
+    "frozen weights of the base model have changed since the start: something writes to weights "
+    "that should not be trained"
 )
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,26 +27,28 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """How many of the weights that training must not touch have other bits than at first.
+    """Counts the frozen weights whose bits have changed since the first observation.
 
     Frozen are the live model's own parameters with requires_grad False: the base weights under
-    adapters, without the adapters themselves. Each is compared by a checksum of its bits with the
-    first observation at which it was frozen. With x[r, c] the bits of an entry of a weight's
-    matrix (leading dimensions flattened) as a signed integer, m_i = 1 + 2 i g mod 2^64 and g the
-    odd number nearest to 2^64 divided by the golden ratio, the checksum is the two numbers
+    adapters, but not the adapters themselves. A checksum of each weight's bits is compared with
+    that at the first observation at which the weight was frozen. Let x[r, c] be the bits of an
+    entry of a weight's matrix (leading dimensions flattened) as a signed integer, g the odd number
+    nearest to 2^64 divided by the golden ratio, and m_i = 1 + 2 i g mod 2^64. The checksum is the
+    two numbers
 
         sum_r m_r (sum_c x[r, c]),  sum_c m_c (sum_r x[r, c])  mod 2^64.
 
-    One changed entry always changes the first, since m_r is odd; two exchanged entries of up to 32
-    bits change the first, or within a row the second. Not seen is what leaves the sum of every row
-    and of every column as it was; other changes pass with a chance of about 2^-64. NaN and -0 are
-    bits like others.
+    One changed entry always changes the first number, since m_r is odd. Two exchanged entries of up
+    to 32 bits change the first number or, within a row, the second. A change that keeps the sum of
+    every row and of every column is not seen; any other change is missed with a chance of about
+    2^-64. NaN and -0 are compared by their bits like other numbers.
 
-    Training with merge and unmerge (vLLM during GRPO) moves the base weights by rounding, and is
-    seen here. While adapters are merged into the base weights, those are seen as changed.
+    Training that merges and unmerges adapters (vLLM during GRPO) changes the base weights by
+    rounding, which is counted here. While adapters are merged into base weights, these count as
+    changed.
 
     Args:
-        every: ask at every n-th observation.
+        every: measure at every n-th observation.
 
     Keys:
         frozen_weights/changed: [], count, 0..watched
@@ -56,10 +58,10 @@ class FrozenWeights:
             texts are their names
 
     Reads:
-        No activations: the live model's parameters.
+        The live model's parameters; no activations.
 
     Cost:
-        Every frozen weight is read twice; 2 integers of each leave the device.
+        Every frozen weight is read twice; 2 integers for each leave the device.
 
     Source:
         This project.
@@ -81,7 +83,7 @@ class FrozenWeights:
                 better="lower",
                 alarm=_ALARM,
             ),
-            "watched": Meaning(title="Frozen weights that are watched", axes=(), of_run=True),
+            "watched": Meaning(title="Number of frozen weights watched", axes=(), of_run=True),
             "first_changed": Meaning(
                 title="Frozen weights that have changed", axes=("rank",), of_run=True
             ),
@@ -97,23 +99,23 @@ class FrozenWeights:
             raise ValueError(f"FrozenWeights(every={self.every}): give every >= 1.")
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """None: it is of weights alone."""
+        """Returns no reductions: this instrument reads weights alone."""
         return {}
 
     @torch.no_grad()
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Two counts, and the names of the first that changed."""
+        """Yields two counts, and the names of the first changed weights."""
         weights = shadow.mirror.weights()
-        # Adapters part what is tied in the model itself; there it is one parameter.
+        # Adapters may separate tied weights, which are one parameter of the live model.
         first_at: dict[int, int] = {}
         for i, weight in enumerate(weights):
             first_at.setdefault(id(weight.live), i)
         frozen = [i for i in first_at.values() if not weights[i].live.requires_grad]
         changed = []
         if frozen:
-            here = shadow.device  # The live model may be spread over several.
+            here = shadow.device  # The live model may be spread over several devices.
             sums = torch.stack([checksum(weights[i].live.detach()).to(here) for i in frozen])
             for i, now in zip(frozen, sums, strict=True):
                 self.baseline.setdefault(weights[i].name, now)
@@ -136,12 +138,12 @@ class FrozenWeights:
 
 
 def checksum(weight: Float[Tensor, "..."]) -> Int[Tensor, "2"]:
-    """Two numbers in which every bit of the weight and its place have a part, on its device."""
+    """Returns two numbers that depend on every bit of the weight and on the bit's place."""
     bits = weight.contiguous().view(_BITS[weight.element_size()])
     bits = bits.reshape(-1, bits.shape[-1]) if bits.ndim else bits.reshape(1, 1)
     columns = torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
     rows = []
-    # In pieces, because on the way to a sum in int64 all is copied to int64.
+    # In pieces, because a sum in int64 first copies everything to int64.
     for piece in bits.split(max(1, 2**20 // bits.shape[1])):
         rows.append(piece.sum(1, dtype=torch.int64))
         columns += piece.sum(0, dtype=torch.int64)
@@ -149,6 +151,6 @@ def checksum(weight: Float[Tensor, "..."]) -> Int[Tensor, "2"]:
 
 
 def _hash(x: Int[Tensor, " n"]) -> Int[Tensor, ""]:
-    """sum_i (1 + 2 i g) x_i; integers wrap around."""
+    """Returns sum_i (1 + 2 i g) x_i; integers wrap around."""
     at = torch.arange(len(x), device=x.device)
     return (x * (1 + at * _STEP * 2)).sum()

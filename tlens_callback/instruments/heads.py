@@ -1,4 +1,4 @@
-"""What kind of head each head is, from its attention on repeated random blocks."""
+"""Scores the roles of each head by its attention on repeated random blocks."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,13 +33,19 @@ _TITLES = {
     "sink": "Attention to the first token",
     "entropy": "Entropy of the attention",
     "lag": "Distance that the head looks back",
-    "lag_mass": "Attention at that distance",
+    "lag_mass": "Attention at the distance that the head looks back",
 }
 
-_EITHER = ("induction", "induction_diagonal")  # one of them is measured, as `strict` says
+_ROLES = {
+    "previous": "previous",
+    "duplicate": "duplicate",
+    "induction": "induction",
+    "induction_diagonal": "induction",
+}
+"""Measure -> the role of a head with a high score."""
 
-_ROLES = dict(previous="previous", duplicate="duplicate") | dict.fromkeys(_EITHER, "induction")
-"""The measures that make a head a head of a kind, and what it is called."""
+_EITHER = ("induction", "induction_diagonal")
+"""`strict` chooses which one of the two is measured."""
 
 
 def _meanings() -> dict[str, Meaning]:
@@ -56,7 +62,7 @@ def _meanings() -> dict[str, Meaning]:
                 role=role,
                 sometimes=sometimes,
             ),
-            # One block length is not enough: a positional copy scores high at one alone.
+            # One block length is not enough: a positional copy scores high at a single length.
             f"{measure}_by_block": Meaning(
                 title=f"{title}, by block length",
                 axes=("block", *axes),
@@ -76,7 +82,7 @@ def _meanings() -> dict[str, Meaning]:
             sometimes=measure in _EITHER,
         )
     return found | {
-        "sink_share": Meaning(title="Heads that attend to the first token", axes=(), headline=True),
+        "sink_share": Meaning(title="Share of heads on the first token", axes=(), headline=True),
         "min_entropy": Meaning(title="Entropy of the most focused head", axes=()),
         "mean_entropy": Meaning(title="Entropy of attention", axes=(), headline=True),
     }
@@ -84,10 +90,10 @@ def _meanings() -> dict[str, Meaning]:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """How much each head attends to fixed places, on repeated random blocks of several lengths.
+    """Scores how much each head attends to fixed places, on repeated random blocks.
 
-    With A[q, k] a head's pattern on `[BOS, r_1..r_S, r_1..r_S, ...]`, BOS at position 0, S the
-    block length and T the number of tokens; a mean is over all q for which the places exist:
+    Let A[q, k] be a head's pattern on `[BOS, r_1..r_S, r_1..r_S, ...]`, with BOS at position 0, S
+    the block length and T the number of tokens. A mean is over all q for which the places exist:
 
     - previous: mean over q >= 1 of A[q, q-1].
     - current: mean over q of A[q, q].
@@ -97,18 +103,18 @@ class HeadScores:
       A[q, previous occurrence of q's token + 1]; with two repeats it equals induction.
     - sink: mean over q of A[q, 0].
     - entropy: mean over q >= 1 of -sum_k A ln A / ln(q+1); one-hot 0, uniform 1.
-    - lag: the d of the largest mean over q > d of A[q, q-d], and lag_mass: that mean. Key 0, the
+    - lag: the d of the largest mean over q > d of A[q, q-d]; lag_mass: that mean. Key 0, the
       sink, is left out, and so are lags that fewer than half of the queries 1..T-1 have
       (d <= (T-1) // 2). A head that copies from a fixed distance keeps its lag while S changes.
 
-    Each is averaged over the sequences of one block length, and that over the block lengths; lag
-    and lag_mass are those of the A[q, q-d] so averaged, over the sequences that have the lag.
+    Each is averaged first over the sequences of one block length and then over the block lengths.
+    For lag and lag_mass, A[q, q-d] is averaged in this way, over the sequences that have the lag.
 
     Args:
-        strict: False emits `induction_diagonal` in the place of `induction`: the mean over
-            q >= S-1 of A[q, q-S+1], the widely used `pattern.diagonal(1-S).mean()`. It also
-            counts the queries S-1 and S, which no induction head can match, one of them looking
-            at BOS, and with more than two repeats the later ones.
+        strict: False emits `induction_diagonal` instead of `induction`: the mean over q >= S-1 of
+            A[q, q-S+1], the widely used `pattern.diagonal(1-S).mean()`. It also counts the queries
+            S-1 (whose key is BOS) and S, which no induction head can match, and the repeats after
+            the second.
 
     Keys:
         head_scores/previous: [layer, head], probability, 0..1
@@ -122,10 +128,10 @@ class HeadScores:
         head_scores/lag: [layer, head], tokens, 0..(T-1)//2
         head_scores/lag_mass: [layer, head], probability, 0..1
         head_scores/<measure>_by_block: [block, layer, head], unit of the measure, its range;
-            blocks are labelled with their lengths S, ascending
+            the labels of the blocks are their lengths S, ascending
         head_scores/<measure>_spread: [layer, head], unit of the measure, 0..half of its range;
             standard deviation (divisor n) over the block lengths, or over the sequences if there
-            is one length
+            is only one length
         head_scores/max_<measure>: [], probability, 0..1; for previous, duplicate, induction (or
             induction_diagonal) and prefix_matching: maximum over the heads of the minimum over
             the block lengths, since a positional copy scores high at one length only
@@ -145,7 +151,7 @@ class HeadScores:
         Zhai et al. 2023 (entropy).
 
     Raises:
-        ValueError: from `taps`, when no probe is a repeated block.
+        ValueError: from `taps`, if no probe is a repeated block.
     """
 
     description: ClassVar[Description] = Description(
@@ -156,14 +162,14 @@ class HeadScores:
     name: str = "head_scores"
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction a layer: [sequence, head, measure], the lags' means behind the measures."""
+        """One reduction for each layer: [sequence, head, measure], then the means of the lags."""
         blocks = demand_blocks(batch, type(self).__name__)
         device = batch.tokens.device
         rows = [row for block in blocks.values() for row in block]
         row = torch.tensor(rows, device=device)
         lengths = [batch.lengths[i] for i in rows]
         width = max(lengths)
-        index, weight = (part.to(device) for part in self._places(batch, rows))
+        index, weight = (part.to(device) for part in self._index_and_weight(batch, rows))
         per_query = _entropy_weights(lengths).to(device)
         lag_key, per_lag = (part.to(device) for part in _lags(lengths))
 
@@ -191,7 +197,7 @@ class HeadScores:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Matrices by layer and head, and scalars over them."""
+        """Yields matrices by layer and head, and scalars over them."""
         blocks = block_rows(batch)
         layers = layer_labels(attention_layers(shadow, type(self).__name__), shadow)
         labels = {"block": [str(block) for block in blocks], **layers}
@@ -211,7 +217,7 @@ class HeadScores:
         # Masked, because short sequences do not have all lags.
         longest = np.array([(batch.lengths[i] - 1) // 2 for rows in blocks.values() for i in rows])
         profile = np.ma.masked_array(scores[len(bounded) :])  # [lag, sequence, layer, head]
-        # Put aside, because a mean over masked numbers masks those that are none.
+        # NaN is kept apart, because a mean over a masked array would mask it.
         no_number = np.isnan(profile.data)
         profile[no_number] = 0
         profile[np.arange(len(profile))[:, None] > longest] = np.ma.masked
@@ -283,7 +289,7 @@ class HeadScores:
         return Reading(key=key, values=np.array(value), unit=unit, limits=(0.0, 1.0))
 
     def _pairs(self, block: int, times: int) -> dict[str, Pairs]:
-        """The (query, key) places of each measure; it is their sum over the number of queries."""
+        """Returns the (query, key) places of each measure: their sum is divided by the queries."""
         tokens = 1 + block * times
         later = range(block + 1, tokens)
         second = range(block + 1, 2 * block + 1)
@@ -300,17 +306,17 @@ class HeadScores:
             "sink": [(q, 0) for q in range(tokens)],
         }
 
-    def _places(
+    def _index_and_weight(
         self, batch: ProbeBatch, rows: list[int]
     ) -> tuple[Int[Tensor, "row place"], Float[Tensor, "row measure place"]]:
-        """Where in the flattened pattern each row's measures look, and with what weight."""
+        """Returns the indices into the flattened pattern that each row needs, and their weights."""
         width = max(batch.lengths[row] for row in rows)
-        made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        by_shape: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for row in rows:
             probe = batch.probes[row]
             assert probe.block is not None
             shape = probe.block, probe.times
-            if shape in made:
+            if shape in by_shape:
                 continue
             measures = list(self._pairs(*shape).values())
             index = torch.tensor([q * width + k for pairs in measures for q, k in pairs])
@@ -320,8 +326,8 @@ class HeadScores:
                 queries = len({q for q, _ in pairs})
                 weight[start : start + len(pairs), measure] = 1 / queries
                 start += len(pairs)
-            made[shape] = index, weight
-        each = [made[batch.probes[row].block, batch.probes[row].times] for row in rows]  # type: ignore[index]
+            by_shape[shape] = index, weight
+        each = [by_shape[batch.probes[row].block, batch.probes[row].times] for row in rows]  # type: ignore[index]
         pad = torch.nn.utils.rnn.pad_sequence
         return (
             pad([index for index, _ in each], batch_first=True),
@@ -330,7 +336,7 @@ class HeadScores:
 
 
 def _entropy_weights(lengths: list[int]) -> Float[Tensor, "row query"]:
-    """1 / ln(q+1) for the queries 1..T-1, over their number; 0 for the others."""
+    """Returns 1 / ln(q+1) over the number of queries for the queries 1..T-1; 0 for the others."""
     query = torch.arange(max(lengths))
     length = torch.tensor(lengths)[:, None]
     counted = (query >= 1) & (query < length)
@@ -338,7 +344,7 @@ def _entropy_weights(lengths: list[int]) -> Float[Tensor, "row query"]:
 
 
 def _lags(lengths: list[int]) -> tuple[Int[Tensor, "query lag"], Float[Tensor, "row query lag"]]:
-    """The key at each lag from each query, and the weights that make the mean over queries."""
+    """Returns the key at each lag from each query, and the weights of the mean over queries."""
     query = torch.arange(max(lengths))[:, None]
     lag = torch.arange((max(lengths) - 1) // 2 + 1)
     length = torch.tensor(lengths)[:, None, None]

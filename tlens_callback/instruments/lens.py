@@ -1,4 +1,4 @@
-"""What the model would answer at each layer, were it the last."""
+"""Logit lens: reads what the model would answer if each layer were the last."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlens_callback.instruments.parts.selection import (
+    checked_selection,
     chosen_rows,
-    picked,
+    index_or_nan,
     resid_hook,
-    where_known,
 )
 from tlens_callback.instruments.parts.unembed import (
     CHUNK,
@@ -30,12 +30,12 @@ from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class LogitLens:
-    """The model's final norm and unembedding applied to the residual stream after every layer.
+    """Applies the model's final norm and unembedding to the residual stream after every layer.
 
-    With h_l the residual stream that leaves layer l at the probe's last token, and the final norm
-    dividing by the size of this h_l, each layer has logits of its own,
-    logit_l = scale(norm(h_l) @ W_U + b_U), scale with the family's logit factor and soft cap, and
-    p_l = softmax(logit_l). The last layer's logits are the model's output. Then
+    Let h_l be the residual stream after layer l at the probe's last token. Each layer then has its
+    own logits, logit_l = scale(norm(h_l) @ W_U + b_U), and p_l = softmax(logit_l). The final norm
+    divides by the size of this h_l; scale is the family's logit factor and soft cap. The last
+    layer's logits are the model's output.
 
     - token, top: the k tokens of largest p_l, largest first, and p_l of each.
     - rank: number of tokens with a logit above the target's, so 0 is the top.
@@ -43,19 +43,19 @@ class LogitLens:
     - logit_diff: logit_l[target] - logit_l[foil].
     - kl: KL(p_last || p_l) = sum_v p_last[v] (ln p_last[v] - ln p_l[v]); exactly 0 at the last.
     - entropy: -sum_v p_l[v] ln p_l[v].
-    - first_layer: the smallest l such that rank is 0 at l and at every layer behind it; n_layers
-      where the target is not the top token of the model's output.
+    - first_layer: the smallest l such that rank is 0 at l and at every later layer; n_layers if
+      the target is not the top token of the model's output.
 
     Early layers of many models do not write in the basis of the unembedding: there the lens shows
-    what is readable, not what is known.
+    what can be read by it, not everything that the layer encodes.
 
     Args:
         k: tokens per layer.
-        probes: names of the probes to show. Default: every probe that is no repeated block.
+        probes: names of the probes to show. Default: every probe that is not a repeated block.
         every_token: also emit the `_by_pos` keys: top token, its probability, kl and entropy at
             every token of the chosen probes. Keeps the residual stream at these tokens until the
             end of the forward pass.
-        every: observations between two; for `every_token`, whose cost grows with the tokens.
+        every: measure at every n-th observation, as `every_token` is slow on long probes.
 
     Keys:
         logit_lens/token/<probe>: [layer, rank], index, 0..vocab_size-1; with the tokens as texts
@@ -85,8 +85,8 @@ class LogitLens:
 
     Raises:
         ValueError: k or every < 1; an empty or repeated selection; from `taps`, a probe that is
-            not there or k above the vocabulary; from `read`, a family whose output is not made as
-            the formula says.
+            unknown or k above the vocabulary; from `read`, a family whose output is not computed
+            by this formula.
     """
 
     description: ClassVar[Description] = Description(
@@ -94,7 +94,7 @@ class LogitLens:
         group="Answers",
         measures={
             "token": Meaning(
-                title="What each layer would say",
+                title="Likeliest next tokens after each layer",
                 axes=("layer", "rank"),
                 headline=True,
                 quantity=Quantity.NEXT_TOKEN,
@@ -104,7 +104,7 @@ class LogitLens:
                 ),
             ),
             "top": Meaning(
-                title="Probability of what each layer would say",
+                title="Probability of the likeliest tokens, by layer",
                 axes=("layer", "rank"),
                 quantity=Quantity.NEXT_TOKEN_PROBABILITY,
             ),
@@ -125,11 +125,11 @@ class LogitLens:
                 title="Lead of the answer, by layer", axes=("layer",), better="higher"
             ),
             "kl": Meaning(
-                title="How far each layer is from the output", axes=("layer",), headline=True
+                title="KL divergence from the output, by layer", axes=("layer",), headline=True
             ),
-            "entropy": Meaning(title="How undecided each layer is", axes=("layer",)),
+            "entropy": Meaning(title="Entropy of the prediction, by layer", axes=("layer",)),
             "first_layer": Meaning(
-                title="First layer that reads the answer",
+                title="Layer from which the answer stays on top",
                 axes=(),
                 headline=True,
                 quantity=Quantity.ANSWER_LAYER,
@@ -137,23 +137,23 @@ class LogitLens:
             ),
             "token_by_pos": Meaning(
                 sometimes=True,
-                title="What each layer would say at each token",
+                title="Likeliest next token after each layer, at each token",
                 axes=("layer", "pos"),
             ),
             "top_by_pos": Meaning(
                 sometimes=True,
-                title="Probability of what each layer would say at each token",
+                title="Probability of the likeliest token, by layer and token",
                 axes=("layer", "pos"),
                 headline=True,
             ),
             "kl_by_pos": Meaning(
                 sometimes=True,
-                title="How far each layer is from the output at each token",
+                title="KL divergence from the output, by layer and token",
                 axes=("layer", "pos"),
             ),
             "entropy_by_pos": Meaning(
                 sometimes=True,
-                title="How undecided each layer is at each token",
+                title="Entropy of the prediction, by layer and token",
                 axes=("layer", "pos"),
             ),
         },
@@ -170,10 +170,10 @@ class LogitLens:
             raise ValueError(f"LogitLens(k={self.k}) shows no token; give k >= 1.")
         if self.every < 1:
             raise ValueError(f"LogitLens(every={self.every}): give every >= 1, in observations.")
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """The layers' residual streams are kept until the model's output is there to compare."""
+        """Keeps the layers' residual streams until the model's output is there to compare with."""
         rows = chosen_rows(batch, self.probes)
         if not rows:
             return {}
@@ -184,7 +184,7 @@ class LogitLens:
         device = batch.tokens.device
         row = torch.tensor(rows, device=device)
         last = batch.last[row]
-        # Without a target or foil the numbers are not read; token 0 fills the place.
+        # Without a target or foil the numbers are not used; token 0 is a placeholder.
         target = torch.tensor([batch.targets[i] or 0 for i in rows], device=device)
         foil = torch.tensor([batch.foils[i] or 0 for i in rows], device=device)
         at = batch.mask[row].nonzero()  # the tokens of the first row, those of the second, ...
@@ -217,7 +217,7 @@ class LogitLens:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Per probe, one reading of each kind."""
+        """Yields one reading of each kind for each probe."""
         rows = chosen_rows(batch, self.probes)
         if not rows:
             return
@@ -239,28 +239,28 @@ class LogitLens:
         batch: ProbeBatch,
         row: int,
     ) -> Iterator[Reading]:
-        """What is read at the last token of the probe in one row of the batch."""
+        """Yields the readings at the last token of the probe in one row of the batch."""
         rank, probability, ahead, kl, entropy = numbers.T.numpy()
         axes, ranked = ("layer",), ("layer", "rank")
-        made = [
+        columns = [
             ("token", token.numpy(), ranked, "index", None),
             ("top", top.numpy(), ranked, "probability", (0.0, 1.0)),
             ("kl", kl, axes, "nats", None),
-            ("entropy", entropy, axes, "nats", _widest(batch)),
+            ("entropy", entropy, axes, "nats", _entropy_limits(batch)),
         ]
         if batch.targets[row] is not None:
             below = np.flatnonzero(rank > 0)
             first = np.array(below[-1] + 1 if len(below) else 0, np.float32)
             if np.isnan(rank[int(first) :]).any():
                 first[()] = np.nan
-            made += [
+            columns += [
                 ("rank", rank, axes, "rank", None),
                 ("probability", probability, axes, "probability", (0.0, 1.0)),
                 ("first_layer", first, (), "index", (0.0, float(len(rank)))),
             ]
         if batch.foils[row] is not None:
-            made.append(("logit_diff", ahead, axes, "logit", None))
-        yield from self._readings(made, batch, row)
+            columns.append(("logit_diff", ahead, axes, "logit", None))
+        yield from self._readings(columns, batch, row)
 
     def _by_pos(
         self,
@@ -270,19 +270,19 @@ class LogitLens:
         batch: ProbeBatch,
         row: int,
     ) -> Iterator[Reading]:
-        """What is read at every token of the probe in one row of the batch."""
+        """Yields the readings at every token of the probe in one row of the batch."""
         kl, entropy = numbers[..., 3].numpy(), numbers[..., 4].numpy()
         axes = ("layer", "pos")
-        made = [
+        columns = [
             ("token_by_pos", token[..., 0].numpy(), axes, "index", None),
             ("top_by_pos", top[..., 0].numpy(), axes, "probability", (0.0, 1.0)),
             ("kl_by_pos", kl, axes, "nats", None),
-            ("entropy_by_pos", entropy, axes, "nats", _widest(batch)),
+            ("entropy_by_pos", entropy, axes, "nats", _entropy_limits(batch)),
         ]
-        yield from self._readings(made, batch, row)
+        yield from self._readings(columns, batch, row)
 
-    def _readings(self, made: Sequence[tuple], batch: ProbeBatch, row: int) -> Iterator[Reading]:
-        for measure, values, axes, unit, limits in made:
+    def _readings(self, columns: Sequence[tuple], batch: ProbeBatch, row: int) -> Iterator[Reading]:
+        for measure, values, axes, unit, limits in columns:
             named = measure.startswith("token")
             yield Reading(
                 key=f"{self.name}/{measure}/{batch.probes[row].name}",
@@ -295,8 +295,8 @@ class LogitLens:
             )
 
 
-def _widest(batch: ProbeBatch) -> tuple[float, float]:
-    """What an entropy over the vocabulary can be."""
+def _entropy_limits(batch: ProbeBatch) -> tuple[float, float]:
+    """Returns the limits of an entropy over the vocabulary."""
     return 0.0, float(np.log(batch.vocab_size))
 
 
@@ -313,9 +313,10 @@ def _lens(
     Float[Tensor, "layer place rank"],
     Float[Tensor, "layer place 5"],
 ]:
-    """The `gap`; top tokens, their probabilities, and rank, probability, difference, KL, entropy.
+    """Returns the `gap`, the top tokens, their probabilities, and five measures of each layer.
 
-    `final` holds the model's logits, and is in the place of the last layer's.
+    The measures are rank, probability, logit difference, KL divergence and entropy. `final` holds
+    the model's logits, which replace those of the last layer.
     """
     last = final.log_softmax(-1)
     p_last = final.softmax(-1)
@@ -339,11 +340,11 @@ def _lens(
             (logits > at_target).float().sum(-1).masked_fill(p_target.isnan(), torch.nan),
             p_target,
             (at_target - pick(logits, foil))[..., 0],
-            # The difference first: it is exactly 0 where the two are one.
+            # The difference comes first: it is exactly 0 where both are equal.
             ((last - log_p) * p_last).sum(-1).clamp(min=0),
             -(log_p * logits.softmax(-1)).sum(-1),
         ]
         top = log_p.gather(-1, token).exp()
-        seen.append((where_known(token, top), top, torch.stack(numbers, dim=-1)))
+        seen.append((index_or_nan(token, top), top, torch.stack(numbers, dim=-1)))
     token, top, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
     return off, token, top, numbers

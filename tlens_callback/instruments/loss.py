@@ -1,4 +1,4 @@
-"""The loss of each token, and what it says of learning in context."""
+"""Measures the loss of each token, and learning in context on repeated blocks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlens_callback.instruments.parts.baseline import changes, first_seen
+from tlens_callback.instruments.parts.baseline import changes, first_value
 from tlens_callback.instruments.parts.selection import (
     block_rows,
+    checked_selection,
     chosen_rows,
     demand_blocks,
-    picked,
     resid_hook,
 )
 from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, unembed
@@ -27,35 +27,35 @@ from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The loss of every token of a probe, and its change since the first observation.
+    """Measures the loss of every token of a probe, and its change since the first observation.
 
     - loss[t] = -ln p(token t | tokens 0..t-1), for t = 1..length-1; the first token has none.
     - change[t] = loss[t] - loss[t] at the first observation of the run; exactly 0 there.
-    - mean: over t.
+    - mean: the mean of loss[t] over t.
 
     Nothing is emitted for a probe of one token.
 
     Args:
-        probes: names of the probes. Default: every probe that is no repeated block.
+        probes: names of the probes. Default: every probe that is not a repeated block.
 
     Keys:
-        token_loss/loss/<probe>: [token], nats, 0..inf; labelled with the tokens from the second on
-        token_loss/change/<probe>: [token], nats, -inf..inf; labelled likewise
+        token_loss/loss/<probe>: [token], nats, 0..inf; labels: the tokens from the second on
+        token_loss/change/<probe>: [token], nats, -inf..inf; with the same labels
         token_loss/mean/<probe>: [], nats, 0..inf
 
     Reads:
         blocks.{layer}.hook_resid_post of the last layer, last_logits
 
     Cost:
-        length - 1 per probe; unembeds as many positions. Keeps as many numbers of the first
+        length - 1 per probe; unembeds as many positions. Keeps as many numbers from the first
         observation.
 
     Source:
         Shannon 1951 (the loss of each symbol); Olsson et al. 2022 (followed over training).
 
     Raises:
-        ValueError: an empty or repeated selection; from `taps`, a probe that is not there; from
-            `read`, a family whose output is not its unembedded final norm.
+        ValueError: an empty or repeated selection; from `taps`, an unknown probe; from `read`, a
+            family whose output is not its unembedded final norm.
     """
 
     description: ClassVar[Description] = Description(
@@ -70,7 +70,7 @@ class TokenLoss:
                 better="lower",
             ),
             "change": Meaning(
-                title="Change of the loss by token", axes=("token",), of_run=True, better="lower"
+                title="Change in loss by token", axes=("token",), of_run=True, better="lower"
             ),
             "mean": Meaning(
                 title="Loss of a probe",
@@ -87,17 +87,17 @@ class TokenLoss:
     name: str = "token_loss"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction of the last layer: the losses of one probe after the other."""
+        """One reduction of the last layer: the losses of all probes, end to end."""
         spans = [(row, 1, batch.lengths[row]) for row in self._rows(batch)]
         return _taps(shadow, batch, spans) if spans else {}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Per probe a line of losses, one of changes, and a number."""
+        """Yields for each probe a line of losses, a line of changes, and a number."""
         rows = self._rows(batch)
         if not rows:
             return
@@ -105,7 +105,7 @@ class TokenLoss:
         each = losses.split([batch.lengths[row] - 1 for row in rows])
         for row, loss in zip(rows, each, strict=True):
             probe = batch.probes[row].name
-            change = loss - first_seen(self.baseline, probe, loss)
+            change = loss - first_value(self.baseline, probe, loss)
             for measure, values in (("loss", loss), ("change", change)):
                 yield Reading(
                     key=f"{self.name}/{measure}/{probe}",
@@ -119,7 +119,7 @@ class TokenLoss:
     def between(
         self, first: Mapping[str, Reading], last: Mapping[str, Reading]
     ) -> Iterator[Reading]:
-        """Its change from `first` to `last`."""
+        """Yields the change from `first` to `last`."""
         return changes(self.name, first, last, {"change": "loss"})
 
     def _rows(self, batch: ProbeBatch) -> list[int]:
@@ -129,31 +129,31 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class RepeatLoss:
-    """In-context learning: how much easier a random block is when it comes for the second time.
+    """Measures in-context learning: how much a random block's loss falls at its second occurrence.
 
-    On `[BOS, r_1..r_S, r_1..r_S, ...]`, S the block length, with loss(t) = -ln p(token t | tokens
-    before it), t = 0 the BOS:
+    On `[BOS, r_1..r_S, r_1..r_S, ...]`, with S the block length, loss(t) = -ln p(token t | tokens
+    before it), and BOS at t = 0:
 
     - first: mean of loss(t) over t = 2..S, which are r_2..r_S in the first block.
     - second: mean of loss(t) over t = S+2..2S, the same tokens in the second block.
-    - difference = second - first: negative where the model makes use of the repetition.
+    - difference = second - first: negative if the model makes use of the repetition.
 
-    r_1 is left out of both: in the first block it follows BOS, and in the second it follows r_S,
-    which nothing has followed so far, so that no induction can foresee it. Blocks after the second
-    are not looked at.
+    r_1 is left out of both. In the first block it follows BOS, and in the second it follows r_S,
+    after which no token has come so far, so that induction cannot predict it. Blocks after the
+    second are not used.
 
     Each is a mean over the sequences of one block length. A model that copies from a fixed
-    distance learns at one length and not at the others, which shows in `max_difference`.
+    distance improves at one length and not at the others, which shows in `max_difference`.
 
     Keys:
-        repeat_loss/first: [block], nats, 0..inf; labelled with the block lengths S, ascending
-        repeat_loss/second: [block], nats, 0..inf; labelled likewise
-        repeat_loss/difference: [block], nats, -inf..inf; labelled likewise
+        repeat_loss/first: [block], nats, 0..inf; the labels are the block lengths S, ascending
+        repeat_loss/second: [block], nats, 0..inf; with the same labels
+        repeat_loss/difference: [block], nats, -inf..inf; with the same labels
         repeat_loss/spread: [block], nats, 0..inf; standard deviation (divisor n) of the difference
             over the sequences of one length
         repeat_loss/mean: [], nats, -inf..inf; mean of the difference over the block lengths
         repeat_loss/max_difference: [], nats, -inf..inf; maximum of the difference over the block
-            lengths, the one with least in-context learning
+            lengths: that of the length with least in-context learning
 
     Reads:
         blocks.{layer}.hook_resid_post of the last layer, rows of repeated blocks only; last_logits
@@ -165,7 +165,7 @@ class RepeatLoss:
         Olsson et al. 2022 (in-context learning score, there between the 50th and the 500th token).
 
     Raises:
-        ValueError: from `taps`, when no probe is a repeated block; from `read`, a family whose
+        ValueError: from `taps`, if no probe is a repeated block; from `read`, a family whose
             output is not its unembedded final norm.
     """
 
@@ -174,26 +174,26 @@ class RepeatLoss:
         group="Answers",
         needs=Needs.BLOCKS,
         measures={
-            "first": Meaning(title="Loss of a block when it comes first", axes=("block",)),
+            "first": Meaning(title="Loss of a block, first time", axes=("block",)),
             "second": Meaning(
-                title="Loss of a block when it comes again", axes=("block",), better="lower"
+                title="Loss of a block, second time", axes=("block",), better="lower"
             ),
             "difference": Meaning(
-                title="Loss of a block when it comes again, less at first",
+                title="Loss of a block, second time minus first",
                 axes=("block",),
                 better="lower",
             ),
             "spread": Meaning(
-                title="Spread of that over the blocks of one length", axes=("block",)
+                title="Spread of the difference over sequences of one length", axes=("block",)
             ),
             "mean": Meaning(
-                title="Loss of a repeated block, second time less first",
+                title="Loss of a repeated block, second time minus first",
                 axes=(),
                 headline=True,
                 better="lower",
             ),
             "max_difference": Meaning(
-                title="Loss of a repeated block, second time less first, at the worst length",
+                title="Loss of a repeated block, second time minus first, at the worst length",
                 axes=(),
                 headline=True,
                 quantity=Quantity.REPEAT_GAIN,
@@ -205,7 +205,7 @@ class RepeatLoss:
     name: str = "repeat_loss"
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction of the last layer: both blocks' losses of one sequence after the other."""
+        """One reduction of the last layer: both blocks' losses for all sequences, end to end."""
         blocks = demand_blocks(batch, type(self).__name__)
         spans = [
             (row, start + 1, start + block)
@@ -218,7 +218,7 @@ class RepeatLoss:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Lines over the block lengths, and two numbers."""
+        """Yields lines over the block lengths, and two numbers."""
         blocks = block_rows(batch)
         losses = _losses(taken, shadow, type(self).__name__)
         sizes = [2 * (block - 1) * len(rows) for block, rows in blocks.items()]
@@ -250,11 +250,10 @@ Span = tuple[int, int, int]
 
 
 def _taps(shadow: Shadow, batch: ProbeBatch, spans: Sequence[Span]) -> Mapping[str, Reduce]:
-    """Reductions to the losses of the tokens in `spans`, laid end to end, and to what shows that
-    they are the model's own.
+    """Returns reductions to the losses of the tokens in `spans`, end to end, and to their `gap`.
 
-    The positions that count are unembedded from the last layer's residual stream, so that the
-    logits of the others are never made.
+    Only the positions before these tokens are unembedded from the last layer's residual stream, so
+    that the logits of all other positions are never computed.
     """
     places = [(row, at) for row, start, stop in spans for at in range(start, stop)]
     row, at = torch.tensor(places, device=batch.tokens.device).T
@@ -262,7 +261,7 @@ def _taps(shadow: Shadow, batch: ProbeBatch, spans: Sequence[Span]) -> Mapping[s
 
     def losses(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " loss"]:
         last.append(resid[row[:1], batch.last[row[:1]]])
-        # Many at a time, because each piece reads all of W_U.
+        # Many at a time, because each piece reads the whole of W_U.
         at_once = max(1, CHUNK // shadow.vocab_size)
         parts = []
         for some, true in zip(

@@ -1,4 +1,4 @@
-"""Which neurons fire, on what, and what they write towards the target."""
+"""Reads which neurons fire most, on which tokens, and what they add to the answer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.parts.direct import before_norm, has_direct_path, towards
+from tlens_callback.instruments.parts.direct import answer_directions, before_norm, has_direct_path
 from tlens_callback.instruments.parts.experts import expert_taps, routed_hook, router_hook
 from tlens_callback.instruments.parts.selection import (
+    checked_selection,
     chosen_rows,
+    index_or_nan,
     layer_labels,
     mlp_norm_hook,
     neuron_hook,
     neuron_layers,
-    picked,
-    where_known,
 )
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
@@ -29,29 +29,30 @@ FINAL = "ln_final.hook_scale"
 
 @dataclass(frozen=True)
 class TopNeurons:
-    """The MLP neurons that fire most in each layer; experts where a layer has no neurons.
+    """Reads the MLP neurons that fire most in each layer, or the experts of a layer that has them.
 
-    With a_n(pos) the input of the MLP's output projection (gated models: act(gate) * up):
+    Let a_n(pos) be the input of the MLP's output projection (gated models: act(gate) * up):
 
     - neuron: the k neurons n of largest max over pos of |a_n(pos)|, largest first; pos runs over
       the probe's tokens, without the first if `skip_first`.
-    - activation: a_n(pos) of each of them on every token, the first included.
+    - activation: a_n(pos) of each of them on every token, also the first.
     - write: what the neuron adds directly to logit[target] - logit[foil] at the last token, before
-      any soft cap, with the scales s of the norms as they are:
+      any soft cap, with the scales s of the norms held constant:
       a_n(last) * (W_out[n] * gain_post / s_post) * gain_final / s_final . u,
       u = W_U[target] - W_U[foil].
-      The post-norm factor only where the family has one (Gemma 2 and 3, OLMo 2); LayerNorm also
-      centres. Without a foil, the mean of W_U over the vocabulary takes its place: the
-      contribution to logit[target] minus the mean logit.
-    - expert_share: share of the same tokens that are routed to the expert; they sum to the number
-      of experts a token is sent to.
+      The post-norm factor is there only in families with a post-norm (Gemma 2 and 3, OLMo 2);
+      LayerNorm also centres. Without a foil, the mean of W_U over the vocabulary replaces
+      W_U[foil]: write is then the contribution to logit[target] minus the mean logit.
+    - expert_share: share of the same tokens that are routed to the expert; the shares sum to the
+      number of experts that each token is sent to.
     - router: mean over the same tokens of the router's softmax over all experts.
 
-    A model may mix both kinds of layer; each reading holds, and names, the layers of its kind.
+    A model may have both kinds of layer: each reading contains the layers of its kind, with their
+    names.
 
     Args:
         k: neurons per layer.
-        probes: names of the probes to show. Default: every probe that is no repeated block.
+        probes: names of the probes to show. Default: every probe that is not a repeated block.
         skip_first: leave the first token out of the ranking; it is often an attention sink
             with massive activations, which would fill the list. A probe of one token keeps it.
 
@@ -61,7 +62,7 @@ class TopNeurons:
         top_neurons/peak/<probe>: [layer, rank], index, 0..length-1; where |a_n(pos)| is largest
             among the ranked tokens
         top_neurons/write/<probe>: [layer, rank], logit, -inf..inf; for a probe with a target, in
-            families whose logits are the unembedded final norm and nothing more
+            families whose logits are just the unembedded final norm
         top_neurons/expert_share/<probe>: [layer, expert], fraction, 0..1; mixture-of-experts layers
         top_neurons/router/<probe>: [layer, expert], probability, 0..1; mixture-of-experts layers
 
@@ -78,21 +79,21 @@ class TopNeurons:
         al. 2024 (massive activations on the first token).
 
     Raises:
-        ValueError: k < 1; an empty or repeated selection; from `taps`, a probe that is not there,
-            or more neurons asked for than a layer has.
+        ValueError: k < 1; an empty or repeated selection; from `taps`, an unknown probe, or more
+            neurons than a layer has.
     """
 
     description: ClassVar[Description] = Description(
         title="Neurons that fire most",
         group="Neurons and features",
         measures={
-            "neuron": Meaning(title="Neuron", axes=("layer", "rank")),
+            "neuron": Meaning(title="Index of the neurons that fire most", axes=("layer", "rank")),
             "activation": Meaning(
                 title="Neurons that fire most", axes=("layer", "rank", "pos"), headline=True
             ),
-            "peak": Meaning(title="Where it fires most", axes=("layer", "rank")),
+            "peak": Meaning(title="Token on which each neuron fires most", axes=("layer", "rank")),
             "write": Meaning(
-                sometimes=True, title="What the neuron adds to the answer", axes=("layer", "rank")
+                sometimes=True, title="What each neuron adds to the answer", axes=("layer", "rank")
             ),
             "expert_share": Meaning(
                 sometimes=True,
@@ -114,16 +115,16 @@ class TopNeurons:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"TopNeurons(k={self.k}) shows nothing; give k >= 1.")
-        object.__setattr__(self, "probes", picked(self.probes, "probes"))
+        object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """The neurons or the router of each layer, and the norm scales of the direct path."""
+        """Reductions of each layer's neurons or router, and of the norms' scales."""
         rows = chosen_rows(batch, self.probes)
         if not rows:
             return {}
         row = torch.tensor(rows, device=batch.tokens.device)
         last, counted = batch.last[row], self._counted(batch, row)
-        worth = self._worth(shadow, batch, rows)
+        direction = self._directions(shadow, batch, rows)
 
         def at_last(scale: Float[Tensor, "probe pos 1"]) -> Float[Tensor, " row"]:
             return scale[row, last, 0]
@@ -135,19 +136,19 @@ class TopNeurons:
                 raise ValueError(
                     f"TopNeurons(k={self.k}): layer {i} has {mlp.W_out.shape[0]} neurons."
                 )
-            through = worth
-            if worth is not None and mlp_norm_hook(i) in shadow.hooks:
-                through = before_norm(shadow.bridge.blocks[i].ln2_post, worth)
+            through = direction
+            if direction is not None and mlp_norm_hook(i) in shadow.hooks:
+                through = before_norm(shadow.bridge.blocks[i].ln2_post, direction)
                 taps[mlp_norm_hook(i)] = at_last
-            taps[neuron_hook(i)] = _top(self.k, row, last, counted, mlp.W_out, through)
-        if worth is not None and taps:
+            taps[neuron_hook(i)] = _top_neurons(self.k, row, last, counted, mlp.W_out, through)
+        if direction is not None and taps:
             taps[FINAL] = at_last
         return taps | expert_taps(shadow, _expert_layers(shadow), row, counted)
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Per probe, one reading of each kind."""
+        """Yields one reading of each kind for each probe."""
         rows = chosen_rows(batch, self.probes)
         neurons, experts = neuron_layers(shadow), _expert_layers(shadow)
         for at, row in enumerate(rows):
@@ -159,7 +160,7 @@ class TopNeurons:
                 torch.stack([taken[hook(i)][at] for i in experts])
                 for hook in (routed_hook, router_hook)
             )
-            # A router of no numbers sends tokens somewhere all the same.
+            # A router whose outputs are NaN still sends tokens somewhere.
             share = share.masked_fill(router.isnan(), torch.nan)
             for measure, unit, values in (
                 ("expert_share", "fraction", share),
@@ -183,7 +184,7 @@ class TopNeurons:
         at: int,
         row: int,
     ) -> Iterator[Reading]:
-        """The readings of the probe in one row of the batch; `at` is its place among the chosen."""
+        """Yields the neurons of one row's probe, which is the `at`-th of the chosen ones."""
         probe, labels = batch.probes[row].name, layer_labels(layers, shadow)
         of_layers = [taken[neuron_hook(i)] for i in layers]
         index, fired, *write = (
@@ -192,11 +193,11 @@ class TopNeurons:
         counted = self._counted(batch, torch.tensor([row], device=batch.mask.device)).cpu()
         size = fired.abs().masked_fill(~counted, -1)
         largest, peak = size.amax(-1), size.argmax(-1)
-        # Another neuron might have fired more; what this one does is not told as if it were chosen.
+        # Another neuron might have fired more, so this one is not shown as the one that did.
         fired = fired.masked_fill(largest.isnan()[..., None], torch.nan)
         yield Reading(
             key=f"{self.name}/neuron/{probe}",
-            values=where_known(index, largest).numpy(),
+            values=index_or_nan(index, largest).numpy(),
             axes=("layer", "rank"),
             unit="index",
             labels=labels,
@@ -210,7 +211,7 @@ class TopNeurons:
         )
         yield Reading(
             key=f"{self.name}/peak/{probe}",
-            values=where_known(peak, largest).numpy(),
+            values=index_or_nan(peak, largest).numpy(),
             axes=("layer", "rank"),
             unit="index",
             labels=labels,
@@ -235,36 +236,36 @@ class TopNeurons:
             counted[:, 0] = counted.sum(1) == 1
         return counted
 
-    def _worth(
+    def _directions(
         self, shadow: Shadow, batch: ProbeBatch, rows: list[int]
     ) -> Float[Tensor, "row d_model"] | None:
-        """Each probe's direction at the final norm; zero without a target; None if none has one."""
+        """Returns each probe's direction: zero without a target, None if no probe has a target."""
         targets = [batch.targets[i] for i in rows]
         if all(target is None for target in targets) or not has_direct_path(shadow):
             return None
-        return towards(shadow, targets, [batch.foils[i] for i in rows])
+        return answer_directions(shadow, targets, [batch.foils[i] for i in rows])
 
 
-def _top(
+def _top_neurons(
     k: int,
     row: Int[Tensor, " row"],
     last: Int[Tensor, " row"],
     counted: Bool[Tensor, "row pos"],
     w_out: Float[Tensor, "neuron d_model"],
-    worth: Float[Tensor, "row d_model"] | None,
+    direction: Float[Tensor, "row d_model"] | None,
 ) -> Reduce:
-    """The k neurons of each row, what they fire, and write before the norms divide."""
+    """Reduces to each row's top k neurons, activations, and writes before the norms divide."""
 
     def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, ...]:
         a = post[row]
         peak = a.abs().masked_fill(~counted[:, :, None], -1).amax(1)
         index = peak.topk(k, dim=1).indices  # [row, rank]
         fired = a.gather(2, index[:, None].expand(-1, a.shape[1], -1)).transpose(1, 2).float()
-        if worth is None:
+        if direction is None:
             return index, fired
         at_last = fired[torch.arange(len(last), device=last.device), :, last]
         # Product and sum, not a matmul: a trainer may have switched those to TF32.
-        return index, fired, at_last * (w_out[index].float() * worth[:, None]).sum(2)
+        return index, fired, at_last * (w_out[index].float() * direction[:, None]).sum(2)
 
     return top
 

@@ -1,4 +1,4 @@
-"""Where the answer is carried: activations of one prompt put into the run of another."""
+"""Finds where the answer is carried, by patching activations of one prompt into another."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.parts.selection import layer_labels, picked, rows_named
+from tlens_callback.instruments.parts.selection import checked_selection, layer_labels, rows_named
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
@@ -29,55 +29,55 @@ HOOKS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ActivationPatching:
-    """How much of the clean answer comes back when one clean activation enters the corrupt run.
+    """Measures how much of the clean answer one clean activation restores in the corrupt run.
 
-    With D = logit[target] - logit[foil] at the last token, and D(patched) that of the corrupt
-    prompt while one of its activations is replaced by the clean prompt's at the same place, and
-    everything behind it is computed anew (denoising):
+    Let D = logit[target] - logit[foil] at the last token. D(patched) is that of the corrupt prompt
+    when one of its activations is replaced by the clean prompt's at the same place and everything
+    after it is computed again (denoising):
 
     value = (D(patched) - D(corrupt)) / (D(clean) - D(corrupt))
 
-    0: no effect, 1: the clean answer is back whole; below 0 and above 1 occur. The target is the
-    clean probe's; so is the foil, or else the corrupt probe's target takes its place. What is
-    replaced:
+    0 means no effect, 1 that the clean answer is fully restored; values below 0 and above 1 occur.
+    The target is that of the clean probe. So is the foil; if the clean probe has none, the foil is
+    the target of the corrupt probe. What is replaced:
 
     - resid: the residual stream that enters the layer, at one position.
     - attn, mlp: what the layer's attention or MLP adds to the residual stream, at one position.
     - head: a head's output before the output matrix, at all positions.
 
-    Left of the first token in which the prompts differ nothing is replaced: the value is 0.
-    The other direction (noising: what of the clean answer breaks) is the pair given the other way
-    round, each probe with a target.
+    Before the first token in which the prompts differ, nothing is replaced and the value is 0. For
+    the other direction (noising: what breaks the clean answer), exchange the two probes; then both
+    need a target.
 
     Args:
         clean: name of a probe with a target. Without it, every pair among the probes is patched:
-            `<name>` and `<name>-corrupt`, as a file of probes makes them with `corrupt:`.
-        corrupt: name of another probe, or a `Probe` that no other instrument is shown. As many
-            tokens as the clean one. Without it, `<clean>-corrupt`.
+            `<name>` and `<name>-corrupt`, which `corrupt:` in a file of probes makes.
+        corrupt: name of another probe, or a `Probe` that other instruments do not see, with as many
+            tokens as the clean one. Default: `<clean>-corrupt`.
         parts: what to replace.
-        rows: patched runs computed side by side in one batch; fewer of prompts so long that the
-            batch would have more than 2048 tokens.
-        every: ask at every n-th observation.
+        rows: patched runs computed together in one batch; fewer for prompts so long that the batch
+            would have more than 2048 tokens.
+        every: measure at every n-th observation.
 
     Keys:
-        activation_patching/resid/<probe>: [layer, pos], fraction, -inf..inf; under the clean
-            probe's name, labelled with its tokens
+        activation_patching/resid/<probe>: [layer, pos], fraction, -inf..inf; with the name and
+            the tokens of the clean probe
         activation_patching/attn/<probe>: [layer, pos], fraction, -inf..inf
         activation_patching/mlp/<probe>: [layer, pos], fraction, -inf..inf
         activation_patching/head/<probe>: [layer, head], fraction, -inf..inf
         activation_patching/clean/<probe>: [], logit, -inf..inf; D(clean)
-        activation_patching/corrupt/<probe>: [], logit, -inf..inf; D(corrupt). Where the two come
-            near each other their difference, the divisor, makes small effects look large; within
-            rounding of each other the fractions are NaN
+        activation_patching/corrupt/<probe>: [], logit, -inf..inf; D(corrupt). Where the two are
+            close, their difference, the divisor, makes small effects look large; where they are
+            equal up to rounding, the fractions are NaN
 
     Reads:
-        in passes of its own: blocks.{layer}.hook_resid_pre, blocks.{layer}.hook_attn_out,
+        In forward passes of its own: blocks.{layer}.hook_resid_pre, blocks.{layer}.hook_attn_out,
         blocks.{layer}.hook_mlp_out, blocks.{layer}.attn.hook_z
 
     Cost:
         For each pair: for each of resid, attn and mlp, patched positions * layers *
-        (layers + 1) / 2 passes of the prompt through one layer; for head, n_heads in the place of
-        the positions. Of the layers before the patch only those run that others of its batch need.
+        (layers + 1) / 2 passes of the prompt through one layer; for head, n_heads instead of the
+        positions. Layers before the patch run only where others of its batch need them.
 
     Source:
         Meng et al. 2022 (causal tracing); Wang et al. 2022 (heads); Zhang & Nanda 2023 (the
@@ -85,27 +85,25 @@ class ActivationPatching:
 
     Raises:
         ValueError: no, unknown or repeated parts, rows < 1, every < 1, corrupt without clean; from
-            `taps`, a part that no layer has, no pair, a probe that is not there, no target or no
-            foil, prompts of different lengths or of the same tokens; from `read`, for heads, a
-            model whose hook_z is not cut into heads; from the first `read`,
-            D(clean) = D(corrupt) to rounding.
+            `taps`, a part that no layer has, no pair, an unknown probe, no target or no foil,
+            prompts of different lengths or of the same tokens; from `read`, for heads, a model
+            whose hook_z has no head axis; from the first `read`, D(clean) = D(corrupt) up to
+            rounding.
     """
 
     description: ClassVar[Description] = Description(
-        title="What brings the answer back",
+        title="Patching: what restores the answer",
         group="Answers",
         measures={
             "resid": Meaning(
-                title="Answer that comes back with the residual stream",
+                title="Answer restored by the residual stream",
                 axes=("layer", "pos"),
                 headline=True,
             ),
-            "attn": Meaning(
-                title="Answer that comes back with an attention layer", axes=("layer", "pos")
-            ),
-            "mlp": Meaning(title="Answer that comes back with an MLP", axes=("layer", "pos")),
+            "attn": Meaning(title="Answer restored by an attention layer", axes=("layer", "pos")),
+            "mlp": Meaning(title="Answer restored by an MLP", axes=("layer", "pos")),
             "head": Meaning(
-                title="Answer that comes back with a head", axes=("layer", "head"), headline=True
+                title="Answer restored by a head", axes=("layer", "head"), headline=True
             ),
             "clean": Meaning(title="Lead of the answer, clean prompt", axes=(), headline=True),
             "corrupt": Meaning(title="Lead of the answer, corrupt prompt", axes=(), headline=True),
@@ -121,10 +119,10 @@ class ActivationPatching:
     name: str = "activation_patching"
 
     def __post_init__(self) -> None:
-        parts = picked(self.parts, "parts")
+        parts = checked_selection(self.parts, "parts")
         if unknown := [part for part in parts or () if part not in get_args(Part)]:
             raise ValueError(
-                f"ActivationPatching(parts=...) has {unknown[0]!r}; they are {get_args(Part)}."
+                f"ActivationPatching(parts=...) has {unknown[0]!r}; known are {get_args(Part)}."
             )
         for argument in ("rows", "every"):
             if getattr(self, argument) < 1:
@@ -133,11 +131,13 @@ class ActivationPatching:
                     f"{argument} >= 1."
                 )
         if self.clean is None and self.corrupt is not None:
-            raise ValueError("ActivationPatching(corrupt=...): name the clean probe too, clean=...")
+            raise ValueError(
+                "ActivationPatching(corrupt=...): name the clean probe too, with clean=..."
+            )
         object.__setattr__(self, "parts", parts)
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """Nothing of the shared pass; the pairs and the parts are checked."""
+        """Checks the pairs and the parts; returns no reductions of the shared forward pass."""
         self._pairs(batch)
         for part, by_layer in self._hooks(shadow).items():
             if not by_layer:
@@ -150,7 +150,7 @@ class ActivationPatching:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Of each pair a matrix of each part, and the two logit differences they lie between."""
+        """Yields for each pair a matrix of each part, and D(clean) and D(corrupt)."""
         for pair in self._pairs(batch):
             yield from self._read(pair, shadow)
 
@@ -175,7 +175,7 @@ class ActivationPatching:
         ends = torch.cat([pair.answers(logits), run]).cpu().double()
         clean, corrupt = (ends[:, 0] - ends[:, 1]).tolist()
         gap = clean - corrupt
-        # One that was asked for by name is kept as it was before there could be several.
+        # A pair given by name keeps the key that older checkpoints have.
         known = "gap" if self.clean is not None else f"gap/{pair.name}"
         if not math.isfinite(gap):
             gap = float("nan")
@@ -184,7 +184,7 @@ class ActivationPatching:
                 raise ValueError(
                     f"ActivationPatching: logit[target] - logit[foil] is {clean:.4g} on the clean "
                     f"probe {pair.name!r} and {corrupt:.4g} on the corrupt one, the same to "
-                    f"rounding, so no share of the way between them can be given. Take a corrupt "
+                    f"rounding, so the share that a patch restores is undefined. Take a corrupt "
                     f"prompt with another answer, or another foil."
                 )
             gap = float("nan")
@@ -213,7 +213,7 @@ class ActivationPatching:
             )
 
     def _hooks(self, shadow: Shadow) -> dict[str, dict[int, str]]:
-        """Part -> layer -> hook point, of the layers that have it."""
+        """Returns part -> layer -> hook point, for the layers that have it."""
         return {
             part: {
                 i: HOOKS[part].format(i)
@@ -230,8 +230,8 @@ class ActivationPatching:
         pairs = [(name, f"{name}-corrupt") for name in names if f"{name}-corrupt" in names]
         if not pairs:
             raise ValueError(
-                f"ActivationPatching needs a pair of probes, 'x' and 'x-corrupt', and among "
-                f"{names} there is none. In a file of probes corrupt: makes one; in Python "
+                f"ActivationPatching needs a pair of probes, 'x' and 'x-corrupt', and there is "
+                f"none among {names}. In a file of probes corrupt: makes one; in Python give "
                 f"Probe('x', 'The capital of France is', target=' Paris', foil=' Rome') and "
                 f"Probe('x-corrupt', 'The capital of Italy is'), or "
                 f"ActivationPatching(clean=..., corrupt=...)."
@@ -248,16 +248,16 @@ class ActivationPatching:
             raise ValueError(
                 f"ActivationPatching measures logit[target] - logit[foil] on the probes "
                 f"{clean_name!r} (clean) and {name!r} (corrupt): give the clean one a target, and "
-                f"a foil that is another token, or the corrupt one a target, which is the foil "
-                f"then. Here target and foil are {target} and {foil}."
+                f"a foil that is another token; or give the corrupt one a target, which then is "
+                f"the foil. Here target and foil are {target} and {foil}."
             )
         labels, others = batch.labels[row], beside.labels[other]
         if len(labels) != len(others):
             raise ValueError(
-                f"ActivationPatching puts activations of one prompt where those of the other "
-                f"stand, token by token, but the probes {clean_name!r} and {name!r} have "
+                f"ActivationPatching replaces activations of one prompt by those of the other, "
+                f"token by token, but the probes {clean_name!r} and {name!r} have "
                 f"{len(labels)} and {len(others)} tokens: {list(labels)} and {list(others)}. "
-                f"Word one of them so that they match."
+                f"Change one of the texts so that both have the same number."
             )
         clean, corrupt = batch.tokens[row, : len(labels)], beside.tokens[other, : len(labels)]
         if torch.equal(clean, corrupt):
@@ -270,8 +270,10 @@ class ActivationPatching:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The clean probe's name, the tokens of the two prompts, the clean one's as text, and the two
-    answers."""
+    """A clean and a corrupt prompt, under the name of the clean probe.
+
+    `labels` are the clean prompt's tokens as texts.
+    """
 
     name: str
     clean: Int[Tensor, " pos"]
@@ -282,12 +284,12 @@ class _Pair:
 
     @property
     def positions(self) -> Int[Tensor, " patched"]:
-        """From the first token in which the prompts differ: to its left they are one run."""
+        """The positions from the first differing token on; before it the two runs are equal."""
         first = int((self.clean != self.corrupt).nonzero()[0])
         return torch.arange(first, len(self.clean), device=self.clean.device)
 
     def answers(self, logits: Float[Tensor, "variant kept vocab"]) -> Float[Tensor, "variant 2"]:
-        """The last token's logits of target and foil."""
+        """Returns the last token's logits of target and foil."""
         return logits[:, -1, [self.target, self.foil]].float()
 
 

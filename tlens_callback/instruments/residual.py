@@ -1,4 +1,4 @@
-"""How large the residual stream is."""
+"""Measures the size of the residual stream after each layer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_seen
+from tlens_callback.instruments.parts.baseline import first_value
 from tlens_callback.instruments.parts.selection import after_first, plain_rows, resid_hook
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
@@ -18,16 +18,16 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class ResidualNorms:
-    """The residual stream's Euclidean norm after each layer, as it is for the usual token.
+    """Measures the Euclidean norm of a typical token's residual stream after each layer.
 
-    Over all tokens of all probes that are no repeated blocks, without each probe's first token,
-    often an attention sink with a norm that is a hundred times the others':
+    It uses all tokens of all probes that are not repeated blocks, except the first token of each
+    probe, which is often an attention sink with a norm a hundred times that of the others:
 
-    - median, and spread: the median and the interquartile range (third quartile minus first) of
+    - median, spread: the median and the interquartile range (third quartile minus first) of
       |resid_post|; quantiles are interpolated linearly.
-    - ratio: the median over that of the first observation of the run; exactly 1 there.
+    - ratio: the median divided by that at the first observation of the run; exactly 1 there.
 
-    Nothing is emitted where no such probe has a second token.
+    Nothing is emitted if no such probe has a second token.
 
     Keys:
         residual_norms/median: [layer], activation, 0..inf
@@ -38,7 +38,7 @@ class ResidualNorms:
         blocks.{layer}.hook_resid_post, rows of plain probes only
 
     Cost:
-        layers * 3. Keeps a number a layer of the first observation.
+        layers * 3. Keeps one number per layer from the first observation.
 
     Source:
         Heimersheim & Turner 2023 (norms grow exponentially over the layers); Sun et al. 2024
@@ -50,9 +50,13 @@ class ResidualNorms:
         group="Changes",
         measures={
             "median": Meaning(title="Size of the residual stream", axes=("layer",)),
-            "spread": Meaning(title="Its spread over the tokens", axes=("layer",)),
+            "spread": Meaning(
+                title="Spread of the residual stream's size over tokens", axes=("layer",)
+            ),
             "ratio": Meaning(
-                title="Its size now over that at the start", axes=("layer",), of_run=True
+                title="Size of the residual stream, relative to the start",
+                axes=("layer",),
+                of_run=True,
             ),
         },
     )
@@ -61,7 +65,7 @@ class ResidualNorms:
     name: str = "residual_norms"
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction a layer: the three quartiles."""
+        """One reduction for each layer: the three quartiles."""
         row, pos = after_first(batch, plain_rows(batch))
         if len(row) == 0:
             return {}
@@ -76,14 +80,14 @@ class ResidualNorms:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Three lines over the layers."""
+        """Yields three lines over the layers."""
         if not taken:
             return
         lower, median, upper = torch.stack(list(taken.values())).unbind(1)  # type: ignore[arg-type]
         for measure, values, unit in (
             ("median", median, "activation"),
             ("spread", upper - lower, "activation"),
-            ("ratio", median / first_seen(self.baseline, "median", median), "ratio"),
+            ("ratio", median / first_value(self.baseline, "median", median), "ratio"),
         ):
             yield Reading(
                 key=f"{self.name}/{measure}", values=values.numpy(), axes=("layer",), unit=unit
@@ -92,7 +96,7 @@ class ResidualNorms:
     def between(
         self, first: Mapping[str, Reading], last: Mapping[str, Reading]
     ) -> Iterator[Reading]:
-        """Its ratio of `last` to `first`."""
+        """Yields the ratio of `last` to `first`."""
         median, ratio = f"{self.name}/median", f"{self.name}/ratio"
         if median in first and median in last and ratio in last:
             values = last[median].values / first[median].values

@@ -1,4 +1,4 @@
-"""How near the model's answer is to each probe's target."""
+"""Measures how likely the model finds each probe's target."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class TargetScores:
-    """Probability, rank and loss of each probe's target token, and its lead over the foil.
+    """Measures probability, rank and loss of each probe's target token, and its lead over the foil.
 
-    With `logit` the model's output at the probe's last token: probability =
+    Let `logit` be the model's output at the probe's last token. Then probability =
     softmax(logit)[target]; loss = -ln probability; rank = number of tokens with a logit above the
     target's, so 0 is the top; logit_diff = logit[target] - logit[foil]. Nothing is emitted for a
     probe without a target.
@@ -79,13 +79,13 @@ class TargetScores:
         rows = _rows(batch)
         if not rows:
             raise ValueError(
-                f"{type(self).__name__}: none of the probes has a target; give one "
+                f"{type(self).__name__}: none of the probes has a target; give one, "
                 f"Probe(..., target=' Paris')."
             )
         device = batch.tokens.device
         row = torch.tensor(rows, device=device)
         target = torch.tensor([batch.targets[i] for i in rows], device=device)
-        # Without a foil the difference is not read; the target against itself fills the place.
+        # Without a foil the difference is not used; the target is a placeholder for the foil.
         foils = [batch.targets[i] if batch.foils[i] is None else batch.foils[i] for i in rows]
         foil = torch.tensor(foils, device=device)
 
@@ -102,7 +102,7 @@ class TargetScores:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterable[Reading]:
-        """Numbers, one of each kind a probe."""
+        """Yields one number of each kind for each probe."""
         rows = _rows(batch)
         scores = taken["last_logits"]
         assert isinstance(scores, Tensor)

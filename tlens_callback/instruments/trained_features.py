@@ -1,4 +1,4 @@
-"""Features of a small sparse autoencoder that is trained while the model is."""
+"""Trains a small sparse autoencoder while the model is trained, and reads its features."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tlens_callback.instruments.features import (
     check_counts,
+    feature_readings,
     fit_readings,
-    most,
+    largest,
     scalar,
-    shown_readings,
     text_rows,
 )
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
@@ -26,54 +26,56 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class TrainedFeatures:
-    """A sparse autoencoder of the model as it is, trained a little at each observation.
+    """Trains a sparse autoencoder on the current model, a few steps at each observation.
 
-    Each time, the activations at the hook point of the probes that are no repeated blocks and of
-    the next `rows` rows of the training data, without the first token of each and without massive
-    activations (of a norm above 10 times the median norm), go to the end of a buffer of the last
-    `buffer` of them; then the autoencoder takes `steps` steps on tokens drawn from it.
-    How, and what the loss is: with x = scale * activation, scale such that the mean norm of x -
-    mean of x is sqrt(d_in) over the first observation's activations,
+    Each time, new activations at the hook point are added to a buffer, which keeps the last
+    `buffer` of them. They come from the probes that are not repeated blocks and from the next
+    `rows` rows of the training data, without the first token of each and without massive
+    activations (of a norm above 10 times the median norm). Then the autoencoder takes `steps`
+    steps on tokens drawn from the buffer. With x = scale * activation, and scale such that the mean
+    norm of x - mean of x is sqrt(d_in) over the first observation's activations,
 
         f = relu((x - b_dec) W_enc + b_enc), x' = f W_dec + b_dec,
         loss = (|x - x'|^2 + l1 sqrt(d_in) sum_n f_n) / d_in, mean over `batch` tokens,
 
-    by Adam (0.9, 0.999). Rows of W_dec have norm 1: the part of their gradient along the row is
-    taken out before the step, and they are scaled to norm 1 after it. Features that fired on
-    none of the tokens of the last observation's steps are then pointed at tokens that are rebuilt
-    badly: drawn with probability in proportion to |x - x'|^4, decoder row (x - b_dec) at norm 1,
-    encoder column 0.2 times the living ones' mean norm. The model's own gradients and the global
-    random state are not touched. A resumed run goes on with the autoencoder, the optimizer's
-    moments and the buffer; but it observes its checkpoint once more, which is `steps` steps more,
-    and reads the training data from the beginning.
+    is minimised by Adam (0.9, 0.999). Rows of W_dec have norm 1: the part of their gradient along
+    the row is removed before the step, and they are scaled to norm 1 after it. Before the steps,
+    features that fired on none of the tokens of the last observation's steps are resampled towards
+    tokens that are reconstructed badly. The tokens are drawn with probability in proportion to
+    |x - x'|^4; the decoder row becomes x - b_dec at norm 1, and the encoder column has 0.2 times
+    the mean norm of those of the features that fired. The model's own gradients and the global
+    random state are not touched. A resumed run continues with the autoencoder, the optimizer's
+    moments and the buffer. But it observes its checkpoint again, which adds `steps` steps, and
+    reads the training data from the beginning.
 
-    Measured after the steps, on the probes, which are in the buffer and so not held out: frequency,
-    mean, activation, top, l0, fvu, massive, loss_clean, loss_zero, loss_sae and recovered, which
-    are those of `SparseFeatures`. Besides:
+    frequency, mean, activation, top, l0, fvu, massive, loss_clean, loss_zero, loss_sae and
+    recovered are those of `SparseFeatures`. They are measured after the steps on the probes, which
+    are in the buffer and so not held out. The others are:
 
-    - fvu_before: before the steps, on the new rows of training data, which the autoencoder has not
-      seen unless they have begun again; on the probes where there are none. At the first
-      observation that of the random start.
+    - fvu_before: fvu before the steps on the new rows of training data, which the autoencoder has
+      not seen unless the data began again; on the probes if there is no training data. At the
+      first observation it is that of the random start.
     - dead: share of features that fired on none of the tokens of this observation's steps.
-    - resampled: number of features pointed elsewhere before the steps.
-    - cosine: of a feature's decoder row with its row after the first observation's steps; a
-      feature that has become another one falls.
+    - resampled: number of features resampled before the steps.
+    - cosine: between a feature's decoder row and the same row after the first observation's steps;
+      it falls when the feature becomes another one.
 
     The features shown are the k of largest mean after the first observation's steps.
 
     Args:
-        hook: the hook point to read: "blocks.5.hook_resid_post".
-        n_features: default: 4 * d_in.
+        hook: the hook point to read, such as "blocks.5.hook_resid_post".
+        n_features: number of features. Default: 4 * d_in.
         k: how many features to show.
-        tokens: how many top tokens a feature.
-        steps: steps an observation.
-        rows, length: rows of training data an observation, cut to so many tokens.
-        buffer: activations kept.
-        l1: larger is sparser; takes about l1 / 2 of an activation's norm, counted from the mean,
-            off every feature.
-        lr, batch, seed: see above; tokens a step.
+        tokens: how many top tokens to show for each feature.
+        steps: training steps at each observation.
+        rows, length: how many rows of training data to read at each observation, and to how many
+            tokens each is cut.
+        buffer: how many activations to keep.
+        l1: weight of the features' sum; larger is sparser. It lowers every feature by about l1 / 2
+            of an activation's norm, measured from the mean.
+        lr, batch, seed: learning rate, tokens in each step, and seed.
         resample: False leaves dead features dead.
-        every: observes at every n-th observation.
+        every: measure at every n-th observation.
 
     Keys:
         trained_features/frequency: [feature], fraction, 0..1
@@ -93,11 +95,11 @@ class TrainedFeatures:
         trained_features/loss_sae: [], nats, 0..inf
 
     Reads:
-        nothing of the shared forward pass
+        Nothing from the shared forward pass.
 
     Cost:
         steps * batch * d_in * n_features * 12 operations; four forward passes of its own over the
-        probes that are no repeated blocks and one over the rows of training data; 24 * d_in *
+        probes that are not repeated blocks and one over the rows of training data; 24 * d_in *
         n_features + 4 * buffer * d_in bytes on the device and in each checkpoint.
 
     Source:
@@ -105,9 +107,9 @@ class TrainedFeatures:
         sqrt(d)); Sun et al. 2024 (massive activations).
 
     Raises:
-        ValueError: settings outside their range; at `taps`, a hook point the model does not
-            have, or too few tokens among the probes; at `read`, first activations that are all
-            one.
+        ValueError: settings outside their range; from `taps`, a hook point that the model does not
+            have, or too few tokens among the probes; from `read`, first activations that are all
+            equal.
     """
 
     description: ClassVar[Description] = Description(
@@ -126,12 +128,15 @@ class TrainedFeatures:
                 title="Mean activation of each feature", axes=("feature",), of_run=True
             ),
             "cosine": Meaning(
-                title="Direction of each feature, against the observation before",
+                title="Direction of each feature, compared with the start",
                 axes=("feature",),
                 of_run=True,
             ),
             "activation": Meaning(
-                title="Features on each token", axes=("feature", "pos"), headline=True, of_run=True
+                title="Activation of features on each token",
+                axes=("feature", "pos"),
+                headline=True,
+                of_run=True,
             ),
             "top": Meaning(
                 title="Tokens on which a feature fires most",
@@ -140,38 +145,45 @@ class TrainedFeatures:
                 of_run=True,
             ),
             "l0": Meaning(
-                title="Features that fire on a token", axes=(), headline=True, of_run=True
+                title="Number of features that fire on a token", axes=(), headline=True, of_run=True
             ),
             "dead": Meaning(
-                title="Features that never fire",
+                title="Share of features that never fire",
                 axes=(),
                 headline=True,
                 of_run=True,
                 better="lower",
             ),
-            "resampled": Meaning(title="Features begun anew", axes=(), headline=True, of_run=True),
+            "resampled": Meaning(
+                title="Number of features resampled", axes=(), headline=True, of_run=True
+            ),
             "fvu": Meaning(
-                title="What the autoencoder does not explain",
+                title="Variance that the autoencoder does not explain",
                 axes=(),
                 headline=True,
                 of_run=True,
                 better="lower",
             ),
             "fvu_before": Meaning(
-                title="The same before it was trained further", axes=(), of_run=True
+                title="Variance not explained before the new steps", axes=(), of_run=True
             ),
-            "massive": Meaning(title="Tokens left out as massive", axes=(), of_run=True),
+            "massive": Meaning(
+                title="Number of massive activations left out", axes=(), of_run=True
+            ),
             "recovered": Meaning(
-                title="Loss that the autoencoder recovers",
+                title="Share of the loss that the autoencoder recovers",
                 axes=(),
                 headline=True,
                 of_run=True,
                 better="higher",
             ),
             "loss_clean": Meaning(title="Loss of the model", axes=(), of_run=True),
-            "loss_zero": Meaning(title="Loss without the layer", axes=(), of_run=True),
+            "loss_zero": Meaning(title="Loss with zeros at the hook point", axes=(), of_run=True),
             "loss_sae": Meaning(
-                title="Loss through the autoencoder", axes=(), of_run=True, better="lower"
+                title="Loss with the autoencoder's reconstruction",
+                axes=(),
+                of_run=True,
+                better="lower",
             ),
         },
     )
@@ -196,7 +208,7 @@ class TrainedFeatures:
     def __post_init__(self) -> None:
         if not isinstance(self.hook, str):
             raise ValueError(
-                f"hook={self.hook!r}; it is the name of one hook point, such as "
+                f"hook={self.hook!r}: give the name of one hook point, such as "
                 f"'blocks.5.hook_resid_post'."
             )
         check_counts(
@@ -212,7 +224,7 @@ class TrainedFeatures:
         self._training()
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """None; checks what can be checked before the observation."""
+        """Checks the hook point and the probes; returns no reductions."""
         shadow.hook(self.hook)
         text_rows(batch, type(self).__name__)
         return {}
@@ -221,7 +233,7 @@ class TrainedFeatures:
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Its own forward passes and steps, and the readings."""
+        """Runs its own forward passes and training steps, and yields the readings."""
         rows, tokens, counted = text_rows(batch, type(self).__name__)
         training, state = self._training(), self.baseline
         on_probes = activations(shadow, self.hook, tokens, counted)
@@ -243,10 +255,10 @@ class TrainedFeatures:
         sae = autoencoder(state)
         seen = splice(shadow, self.hook, tokens, counted, sae)
         if "shown" not in state:
-            state["shown"] = most(seen.features.mean(0), self.k)
+            state["shown"] = largest(seen.features.mean(0), self.k)
             state["shown_rows"] = state["W_dec"][state["shown"]].clone()
         shown = state["shown"]
-        yield from shown_readings(self.name, seen, shown, batch, rows, self.tokens)
+        yield from feature_readings(self.name, seen, shown, batch, rows, self.tokens)
         yield Reading(
             key=f"{self.name}/cosine",
             values=(state["W_dec"][shown] * state["shown_rows"]).sum(1).cpu().numpy(),

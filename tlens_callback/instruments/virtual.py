@@ -1,4 +1,4 @@
-"""Heads that two heads make together: a later one looks at what an earlier one has brought."""
+"""Composes the attention of pairs of heads: a later head attends through an earlier one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,48 +23,47 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class VirtualHeads:
-    """Where pairs of heads in different layers look together, on repeated random blocks.
+    """Scores where pairs of heads in different layers attend together, on repeated random blocks.
 
-    A head of layer l2 that reads what a head of an earlier layer l1 has written looks, through
-    it, at C = A[l2,h2] @ A[l1,h1], C[q, k] = sum_m A[l2,h2][q, m] * A[l1,h1][m, k]. On
-    `[BOS, r_1..r_S, r_1..r_S, ...]`, BOS at position 0, S the block length and T the number of
-    tokens:
+    A head h2 of layer l2 that reads what a head h1 of an earlier layer l1 has written attends,
+    through it, by C = A[l2,h2] @ A[l1,h1], C[q, k] = sum_m A[l2,h2][q, m] * A[l1,h1][m, k]. On
+    `[BOS, r_1..r_S, r_1..r_S, ...]`, with BOS at position 0, S the block length and T the number
+    of tokens:
 
-    - lag: the d of the largest mean over q > d of C[q, q-d], and lag_mass: that mean. Key 0, the
-      sink, is left out, and so are lags that fewer than half of the queries 1..T-1 have
-      (d <= (T-1) // 2). Averaged over the sequences of one block length, that over the block
-      lengths, each over those that have the lag: as `HeadScores` does for A.
+    - lag: the d of the largest mean over q > d of C[q, q-d]; lag_mass: that mean. Key 0, the sink,
+      is left out, and so are lags that fewer than half of the queries 1..T-1 have
+      (d <= (T-1) // 2). It is averaged over the sequences of one block length and then over the
+      block lengths, each time over those that have the lag, as `HeadScores` does for A.
     - induction: mean over q = S+1..2S of C[q, q-S+1], averaged over the sequences of one block
       length; minimum over the block lengths.
-    - lag_gain, induction_gain: the control. The same minus what the better of the two heads has
-      alone: lag_mass minus the larger of both heads' mean at the pair's lag; induction minus the
-      larger of both heads' own, within each block length, before the minimum. An induction head
-      behind one that looks at its own token has a high composed score and no gain: no virtual
-      head.
+    - lag_gain, induction_gain: the control. It is the pair's score minus that of the better of the
+      two heads alone: lag_mass minus the larger of both heads' means at the pair's lag; induction
+      minus the larger of both heads' own, for each block length, before the minimum. An induction
+      head after a head that attends to its own token has a high composed score but no gain, and is
+      no virtual head.
 
     The pairs are ranked by gain, twice: `lag*` are those of largest lag_gain, `induction*` those
-    of largest induction_gain. A pattern says where information could come from, not whether the
-    two heads' value circuits let it through.
+    of largest induction_gain. A pattern shows where information could come from, not whether the
+    two heads' value circuits pass it on.
 
-    Only the strongest heads of the model are composed, all of them where there are no more:
-    those of largest mean over q > S of max over 1 <= k < q of A[q, k], averaged over sequences
-    and lengths as above. That is attention to one place, when there is something to look back
-    to, that is not the sink and not the query itself. Where they make fewer than k pairs in
-    different layers, the ranks left over are 0 and have no name.
+    Only the strongest heads of the model are composed (all heads, if there are no more): those of
+    largest mean over q > S of max over 1 <= k < q of A[q, k], averaged over sequences and lengths
+    as above. This is attention to one earlier place that is not the sink. If these heads form
+    fewer than k pairs in different layers, the remaining ranks are 0 and have no name.
 
     Args:
-        k: pairs in each list; fewer where the model has fewer.
-        strongest: heads to compose; time grows with its square, memory with itself.
+        k: pairs in each list; fewer if the model has fewer.
+        strongest: heads to compose; time grows with its square, memory in proportion.
 
     Keys:
-        virtual_heads/lag_pair: [rank], index, 0..heads^2-1; later * heads + earlier, a head being
-            counted as layer * n_heads + head and heads = layers * n_heads; its texts are names
-            such as L1H2*L0H3, later head first, and tell the pair where there are more than 4096
-            heads, whose pairs float32 does not number
+        virtual_heads/lag_pair: [rank], index, 0..heads^2-1; later * heads + earlier, where a head
+            has the number layer * n_heads + head and heads = layers * n_heads; the texts are names
+            such as L1H2*L0H3, later head first. With more than 4096 heads float32 cannot hold the
+            index exactly: use the texts
         virtual_heads/lag: [rank], tokens, 0..(T-1)//2
         virtual_heads/lag_mass: [rank], probability, 0..1
         virtual_heads/lag_gain: [rank], probability, -1..1
-        virtual_heads/induction_pair: [rank], index, 0..heads^2-1; as lag_pair
+        virtual_heads/induction_pair: [rank], index, 0..heads^2-1; like lag_pair
         virtual_heads/induction: [rank], probability, 0..1
         virtual_heads/induction_gain: [rank], probability, -1..1
         virtual_heads/max_lag_gain: [], probability, -1..1; maximum over all composed pairs
@@ -77,16 +76,16 @@ class VirtualHeads:
 
     Cost:
         strongest * (1 + 5 * strongest). Until the last layer has run, the strongest heads' patterns
-        on the repeated blocks stay on the device, in float32 and at the end twice; the rest is
-        strongest^2 * sequences * 3/8 T^3 products, rounded to TF32 where a trainer has
-        switched float32 matmuls to it.
+        on the repeated blocks stay on the device in float32, at the end twice. The computation is
+        strongest^2 * sequences * 3/8 T^3 products, rounded to TF32 if a trainer has switched
+        float32 matmuls to it.
 
     Source:
         Elhage et al. 2021 (virtual attention heads); Olsson et al. 2022 (induction).
 
     Raises:
-        ValueError: k < 1 or strongest < 2; from `taps`, when no probe is a repeated block, or
-            when fewer than two layers of the model have attention patterns.
+        ValueError: k < 1 or strongest < 2; from `taps`, if no probe is a repeated block, or if
+            fewer than two layers of the model have attention patterns.
     """
 
     description: ClassVar[Description] = Description(
@@ -95,22 +94,22 @@ class VirtualHeads:
         needs=Needs.BLOCKS,
         measures={
             "lag_pair": Meaning(title="Pairs that look back a fixed distance", axes=("rank",)),
-            "lag": Meaning(title="Distance that they look back", axes=("rank",)),
-            "lag_mass": Meaning(title="Attention at that distance", axes=("rank",)),
+            "lag": Meaning(title="Distance that the pair looks back", axes=("rank",)),
+            "lag_mass": Meaning(title="Attention of the pair at its distance", axes=("rank",)),
             "lag_gain": Meaning(
-                title="What the pair adds to its parts, at that distance", axes=("rank",)
+                title="Gain of the pair over its heads, at its distance", axes=("rank",)
             ),
             "induction_pair": Meaning(
                 title="Pairs that look where an induction head does", axes=("rank",)
             ),
             "induction": Meaning(title="Induction score of the pair", axes=("rank",)),
             "induction_gain": Meaning(
-                title="What the pair adds to its parts, for induction", axes=("rank",)
+                title="Gain of the pair over its heads, for induction", axes=("rank",)
             ),
-            "max_lag_gain": Meaning(title="Most that a pair adds at a fixed distance", axes=()),
-            "max_induction": Meaning(title="Strongest induction of a pair", axes=()),
+            "max_lag_gain": Meaning(title="Largest gain of a pair at its distance", axes=()),
+            "max_induction": Meaning(title="Highest induction score of a pair", axes=()),
             "max_induction_gain": Meaning(
-                title="Most that a pair adds for induction", axes=(), headline=True
+                title="Largest gain of a pair for induction", axes=(), headline=True
             ),
         },
     )
@@ -124,12 +123,12 @@ class VirtualHeads:
             raise ValueError(f"VirtualHeads(k={self.k}) shows nothing; give k >= 1.")
         if self.strongest < 2:
             raise ValueError(
-                f"VirtualHeads(strongest={self.strongest}) has no two heads to compose; give at "
-                f"least 2, or 32."
+                f"VirtualHeads(strongest={self.strongest}) has fewer than two heads to compose; "
+                f"give at least 2, such as 32."
             )
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction a layer, empty until the last one composes what all have put aside."""
+        """One reduction for each layer; the last one composes the patterns that all have kept."""
         blocks = demand_blocks(batch, type(self).__name__)
         layers = self._layers(shadow)
         device = batch.tokens.device
@@ -137,26 +136,26 @@ class VirtualHeads:
         row = torch.tensor([i for rows in blocks.values() for i in rows], device=device)
         heads = min(self.strongest, len(layers) * shadow.n_heads)
         strongest = _Strongest(heads, _per_query(list(blocks), lengths).to(device))
-        real, per_lag = _real(lengths).to(device), _per_lag(lengths).to(device)
+        real, per_lag = _not_padding(lengths).to(device), _per_lag(lengths).to(device)
         width = real.shape[1]
 
-        def put_aside(layer: int) -> Reduce:
+        def keep(layer: int) -> Reduce:
             def reduce(pattern: Float[Tensor, "probe head query key"]) -> tuple[Tensor, ...]:
                 a = pattern[:, :, :width, :width].index_select(0, row).float()
                 strongest.add(a, layer * shadow.n_heads)
                 if layer != layers[-1]:
                     return ()
-                head, kept = strongest.taken(real)
-                return head, *_composed(kept, list(blocks), lengths, per_lag)
+                head, kept = strongest.result(real)
+                return head, *_pair_scores(kept, list(blocks), lengths, per_lag)
 
             return reduce
 
-        return {pattern_hook(layer): put_aside(layer) for layer in layers}
+        return {pattern_hook(layer): keep(layer) for layer in layers}
 
     def read(
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
-        """Two lists of pairs, and numbers over all pairs."""
+        """Yields two lists of pairs, and numbers over all pairs."""
         layers, heads = self._layers(shadow), shadow.n_heads
         head, lag, *scores = (np.asarray(part) for part in taken[pattern_hook(layers[-1])])
         apart = np.subtract.outer(head // heads, head // heads) > 0  # [later, earlier]
@@ -175,7 +174,7 @@ class VirtualHeads:
             ("lag", mass_gain, {"lag": lag, "lag_mass": mass, "lag_gain": mass_gain}),
             ("induction", gain, {"induction": induction, "induction_gain": gain}),
         ):
-            # What is not a number comes first: it might be the largest.
+            # NaN comes first: it might be the largest.
             first = np.lexsort((pair, -np.nan_to_num(by, nan=np.inf)))[:room]
             unknown, left = np.isnan(by[first]), (0, room - len(first))
             yield Reading(
@@ -221,18 +220,18 @@ class VirtualHeads:
 
 
 class _Strongest:
-    """The n heads of largest weight on one earlier place, among those added so far."""
+    """Keeps the n heads with most attention to one earlier place, among those added so far."""
 
     def __init__(self, n: int, per_query: Float[Tensor, "row query"]) -> None:
         width, device = per_query.shape[1], per_query.device
         self._per_query = per_query
         self._strength = torch.full((n + 1,), -1.0, device=device)
         self._head = torch.zeros(n + 1, dtype=torch.long, device=device)
-        # The last place takes what is not kept, so that nobody has to wait for the comparison.
+        # The last place takes what is not kept, so that the host need not wait for the comparison.
         self._pattern = torch.zeros(len(per_query), n + 1, width, width, device=device)
 
     def add(self, pattern: Float[Tensor, "row head query key"], first: int) -> None:
-        """A layer's heads, numbered from `first`."""
+        """Adds a layer's heads, numbered from `first`."""
         n = len(self._head) - 1
         width = pattern.shape[3]
         before = pattern.new_ones(width, width).tril(-1)
@@ -241,41 +240,43 @@ class _Strongest:
         strength = (peak * self._per_query[:, None]).sum((0, 2))
         new = strength.topk(min(n, len(strength)))
         old = self._strength[:n].topk(len(new.indices), largest=False)
-        # Not `new > old`: what is not a number has to come through.
+        # Not `new > old`, so that NaN is kept.
         at = torch.where(new.values <= old.values, n, old.indices)
         self._strength[at] = new.values
         self._head[at] = first + new.indices
         self._pattern[:, at] = pattern[:, new.indices]
 
-    def taken(
+    def result(
         self, real: Bool[Tensor, "row query"]
     ) -> tuple[Int[Tensor, " head"], Float[Tensor, "row head1 query key"]]:
-        """The heads' numbers; and their patterns, with one more that is the identity. Where a
-        query is not real they are zero."""
+        """Returns the heads' numbers, and their patterns with the identity as one more pattern.
+
+        The patterns are zero at queries that are padding.
+        """
         self._pattern[:, -1] = torch.eye(real.shape[1], device=real.device)
         return self._head[:-1], self._pattern.mul_(real[:, None, :, None])
 
 
-def _composed(
+def _pair_scores(
     pattern: Float[Tensor, "row head1 query key"],
     blocks: Sequence[int],
     lengths: Sequence[Sequence[int]],
     per_lag: Float[Tensor, "row lag"],
 ) -> tuple[Real[Tensor, "later earlier"], ...]:
-    """Of each two heads: lag, its mass and gain, induction and its gain.
+    """Scores each two heads: lag, its mass and gain, induction and its gain.
 
-    No composed pattern is made: its sum along a diagonal, sum_q C[q, q-d], is the inner product of
-    the later pattern with the earlier one, transposed and moved by d. The last pattern is the
-    identity: composed with it, a head is itself.
+    No composed pattern is computed: its sum along a diagonal, sum_q C[q, q-d], is the inner product
+    of the later pattern and the earlier one, transposed and shifted by d. The last pattern is the
+    identity, so that a head composed with it is the head alone.
     """
     width = pattern.shape[3]
     later = pattern.flatten(2)  # [row, head, query * middle]
     earlier = pattern.mT.flatten(2)  # [row, head, key * middle]
 
-    def along(
+    def diagonal_sum(
         lag: int, start: int, stop: int, of: slice = slice(None)
     ) -> Float[Tensor, "row later earlier"]:
-        """Sum over the queries start..stop-1 of the composed pattern at this lag."""
+        """Sums the composed pattern at this lag over the queries start..stop-1."""
         return torch.bmm(
             later[of, :, start * width : stop * width],
             earlier[of, :, (start - lag) * width : (stop - lag) * width].mT,
@@ -283,34 +284,35 @@ def _composed(
 
     by_lag = torch.stack(
         [
-            (along(lag, lag + 1, width) * weight[:, None, None]).sum(0)
+            (diagonal_sum(lag, lag + 1, width) * weight[:, None, None]).sum(0)
             for lag, weight in enumerate(per_lag.unbind(1))
         ]
     )
-    both, own = _beside_own(by_lag)
+    both, own = _together_and_alone(by_lag)
     mass, lag = both.max(0)
     mass_gain = mass - own.gather(0, lag[None])[0]
     stops = np.cumsum([len(of) for of in lengths]).tolist()
     by_block = torch.stack(
         [
-            along(block - 1, block + 1, 2 * block + 1, slice(stop - len(of), stop)).mean(0) / block
+            diagonal_sum(block - 1, block + 1, 2 * block + 1, slice(stop - len(of), stop)).mean(0)
+            / block
             for block, of, stop in zip(blocks, lengths, stops, strict=True)
         ]
     )
-    both, own = _beside_own(by_block)
+    both, own = _together_and_alone(by_block)
     return lag, mass, mass_gain, both.amin(0), (both - own).amin(0)
 
 
-def _beside_own(
+def _together_and_alone(
     with_alone: Float[Tensor, "place later1 earlier1"],
 ) -> tuple[Float[Tensor, "place later earlier"], Float[Tensor, "place later earlier"]]:
-    """What two heads have together, and the larger of what each has alone."""
+    """Returns the score of two heads together, and the larger of their scores alone."""
     together = with_alone[:, :-1, :-1]
     return together, torch.maximum(with_alone[:, :-1, -1:], with_alone[:, -1:, :-1])
 
 
 def _lengths(batch: ProbeBatch) -> list[list[int]]:
-    """Per block length, the numbers of tokens of its sequences."""
+    """Returns for each block length the numbers of tokens of its sequences."""
     return [[batch.lengths[i] for i in rows] for rows in block_rows(batch).values()]
 
 
@@ -318,8 +320,8 @@ def _longest_lag(lengths: Sequence[Sequence[int]]) -> int:
     return (max(map(max, lengths)) - 1) // 2
 
 
-def _real(lengths: Sequence[Sequence[int]]) -> Bool[Tensor, "row query"]:
-    """Which queries are no padding."""
+def _not_padding(lengths: Sequence[Sequence[int]]) -> Bool[Tensor, "row query"]:
+    """Returns which queries are not padding."""
     each = torch.tensor([length for of in lengths for length in of])
     return torch.arange(int(each.max())) < each[:, None]
 
@@ -327,17 +329,18 @@ def _real(lengths: Sequence[Sequence[int]]) -> Bool[Tensor, "row query"]:
 def _per_query(
     blocks: Sequence[int], lengths: Sequence[Sequence[int]]
 ) -> Float[Tensor, "row query"]:
-    """Weights of the mean over the queries q > S, the sequences of a length, and the lengths."""
+    """Returns weights for the mean over queries q > S, a length's sequences, and the lengths."""
     each = [(block, len(of)) for block, of in zip(blocks, lengths, strict=True) for _ in of]
     block, sequences = torch.tensor(each)[:, :, None].unbind(1)
-    real = _real(lengths)
+    real = _not_padding(lengths)
     counted = real & (torch.arange(real.shape[1]) > block)
     return counted / counted.sum(1, keepdim=True) / sequences / len(blocks)
 
 
 def _per_lag(lengths: Sequence[Sequence[int]]) -> Float[Tensor, "row lag"]:
-    """Weights of the mean over the queries of each lag, the sequences of a length that have the
-    lag, and the lengths that have it."""
+    """Returns weights for the mean over each lag's queries, the sequences and the block lengths.
+
+    Only sequences and block lengths that have the lag count."""
     lags = torch.arange(_longest_lag(lengths) + 1)
     blocks = []
     for of in lengths:

@@ -89,11 +89,11 @@ def _saelens(
     centred: bool | None,
 ) -> Autoencoder:
     # Version 6 was released with "metadata"; before that it was "meta".
-    said = {**config, **(config.get("meta") or {}), **(config.get("metadata") or {})}
-    architecture = said.get("architecture") or "standard"
-    activation = said.get("activation_fn_str") or said.get("activation_fn") or "relu"
-    kwargs = said.get("activation_fn_kwargs") or {}
-    k = said.get("k", kwargs.get("k"))
+    settings = {**config, **(config.get("meta") or {}), **(config.get("metadata") or {})}
+    architecture = settings.get("architecture") or "standard"
+    activation = settings.get("activation_fn_str") or settings.get("activation_fn") or "relu"
+    kwargs = settings.get("activation_fn_kwargs") or {}
+    k = settings.get("k", kwargs.get("k"))
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     own = {
@@ -103,38 +103,48 @@ def _saelens(
         "gated": {"b_gate", "r_mag", "b_mag"},
     }
     if architecture not in own:
-        raise _unknown(path, f"architecture {architecture!r}", f"one of {list(own)}")
+        raise _unknown_error(path, f"architecture {architecture!r}", f"one of {list(own)}")
     known = ("relu", "topk") if architecture == "topk" else ("relu",)
     if activation not in known or set(kwargs) - {"k"}:
-        raise _unknown(path, f"activation {activation!r} with {kwargs}", f"{' or '.join(known)}")
+        raise _unknown_error(
+            path, f"activation {activation!r} with {kwargs}", f"{' or '.join(known)}"
+        )
     if architecture == "topk" and not isinstance(k, int):
-        raise _unknown(path, f"top-k with k={k!r}", "a whole number")
-    if said.get("hook_head_index", said.get("hook_point_head_index")) is not None:
-        raise _unknown(path, "a single head's activations (hook_head_index)", "all heads together")
-    if said.get("hook_name_out") not in (None, said.get("hook_name")):
-        raise _unknown(path, f"a transcoder to {said['hook_name_out']!r}", "an autoencoder")
+        raise _unknown_error(path, f"top-k with k={k!r}", "a whole number")
+    if settings.get("hook_head_index", settings.get("hook_point_head_index")) is not None:
+        raise _unknown_error(
+            path, "a single head's activations (hook_head_index)", "all heads together"
+        )
+    if settings.get("hook_name_out") not in (None, settings.get("hook_name")):
+        raise _unknown_error(
+            path, f"a transcoder to {settings['hook_name_out']!r}", "an autoencoder"
+        )
 
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     factors = [tensors.pop(name, None) for name in ("scaling_factor", "finetuning_scaling_factor")]
-    _hold(path, tensors, {"W_enc", "W_dec", "b_dec", *own[architecture]})
+    _check_tensors(path, tensors, {"W_enc", "W_dec", "b_dec", *own[architecture]})
     for factor in factors:
         if factor is None or torch.equal(factor, torch.ones_like(factor)):
             continue
-        if not said.get("finetuning_scaling_factor"):
-            raise _unknown(path, "a scaling_factor that the configuration does not use", "none")
+        if not settings.get("finetuning_scaling_factor"):
+            raise _unknown_error(
+                path, "a scaling_factor that the configuration does not use", "none"
+            )
         tensors["W_dec"] = factor[:, None] * tensors["W_dec"]
     for name, dim in (("d_in", 0), ("d_sae", 1)):
-        if said.get(name) not in (None, tensors["W_enc"].shape[dim]):
-            raise _unknown(path, f"{name} {said[name]}", f"W_enc's {tensors['W_enc'].shape[dim]}")
-    if architecture == "topk" and said.get("rescale_acts_by_decoder_norm"):
+        if settings.get(name) not in (None, tensors["W_enc"].shape[dim]):
+            raise _unknown_error(
+                path, f"{name} {settings[name]}", f"W_enc's {tensors['W_enc'].shape[dim]}"
+            )
+    if architecture == "topk" and settings.get("rescale_acts_by_decoder_norm"):
         # It then chooses by what a feature writes, not by what it reads: the same as a decoder
         # with rows of norm 1.
         norm = tensors["W_dec"].norm(dim=1)
         tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm, tensors["b_enc"] * norm
         tensors["W_dec"] = tensors["W_dec"] / norm[:, None]
 
-    normalize = said.get("normalize_activations")
+    normalize = settings.get("normalize_activations")
     if normalize in (True, "expected_average_only_in"):
         if scale is None:
             raise ValueError(
@@ -150,14 +160,18 @@ def _saelens(
             f"{path}: normalize_activations is {normalize!r}, which takes no scale; leave it out."
         )
     if normalize not in _NORMALIZE:
-        raise _unknown(path, f"normalize_activations {normalize!r}", f"one of {list(_NORMALIZE)}")
-    hook = said.get("hook_name") or said.get("hook_point")
+        raise _unknown_error(
+            path, f"normalize_activations {normalize!r}", f"one of {list(_NORMALIZE)}"
+        )
+    hook = settings.get("hook_name") or settings.get("hook_point")
     if hook is not None:
-        hook = hook.replace("{layer}", str(said.get("hook_layer", said.get("hook_point_layer"))))
+        hook = hook.replace(
+            "{layer}", str(settings.get("hook_layer", settings.get("hook_point_layer")))
+        )
     if centred is None:
-        made = said.get("model_from_pretrained_kwargs") or {}
+        model_settings = settings.get("model_from_pretrained_kwargs") or {}
         writes = hook is None or "resid" in hook or hook.endswith(("_out", "_embed"))
-        centred = writes and bool(made.get("center_writing_weights"))
+        centred = writes and bool(model_settings.get("center_writing_weights"))
     return Autoencoder(
         W_enc=tensors["W_enc"],
         b_enc=tensors["b_gate" if architecture == "gated" else "b_enc"],
@@ -167,7 +181,7 @@ def _saelens(
         threshold=tensors.get("threshold"),
         r_mag=tensors.get("r_mag"),
         b_mag=tensors.get("b_mag"),
-        subtract_b_dec=bool(said.get("apply_b_dec_to_input", True)),
+        subtract_b_dec=bool(settings.get("apply_b_dec_to_input", True)),
         normalize=_NORMALIZE[normalize],
         centred=centred,
         hook=hook,
@@ -179,23 +193,25 @@ def _sparsify(
 ) -> Autoencoder:
     activation = config.get("activation", "topk")
     if activation != "topk":
-        raise _unknown(path, f"activation {activation!r}", "topk")
+        raise _unknown_error(path, f"activation {activation!r}", "topk")
     for name, what in (
         ("signed", "negative features"),
         ("transcode", "a transcoder"),
         ("skip_connection", "a skip connection"),
     ):
         if config.get(name):
-            raise _unknown(path, f"{what} ({name})", "an autoencoder with features >= 0")
+            raise _unknown_error(path, f"{what} ({name})", "an autoencoder with features >= 0")
     ours = {key for key, value in config.items() if value} - _SPARSIFY_FIELDS
     # A setting of something that is switched off says nothing.
     if other := sorted(key for key in ours if not key.startswith(("lookup_", "gram_table_"))):
-        raise _unknown(path, f"the setting {other[0]}={config[other[0]]!r}", "left out or false")
-    _hold(path, tensors, {"encoder.weight", "encoder.bias", "W_dec", "b_dec"})
+        raise _unknown_error(
+            path, f"the setting {other[0]}={config[other[0]]!r}", "left out or false"
+        )
+    _check_tensors(path, tensors, {"encoder.weight", "encoder.bias", "W_dec", "b_dec"})
     k = config.get("k", 32)
     encoder = tensors["encoder.weight"]
     if config.get("d_in") not in (None, encoder.shape[1]):
-        raise _unknown(path, f"d_in {config['d_in']}", f"the encoder's {encoder.shape[1]}")
+        raise _unknown_error(path, f"d_in {config['d_in']}", f"the encoder's {encoder.shape[1]}")
     return Autoencoder(
         W_enc=encoder.T.contiguous(),
         b_enc=tensors["encoder.bias"],
@@ -222,7 +238,7 @@ def _hook_of_module(path: Path) -> str | None:
     return None if part is None else f"blocks.{layer}.{part}.hook_out"
 
 
-def _hold(path: Path, tensors: Mapping[str, Tensor], names: set[str]) -> None:
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], names: set[str]) -> None:
     if set(tensors) != names:
         lacking, other = sorted(names - set(tensors)), sorted(set(tensors) - names)
         raise ValueError(
@@ -231,7 +247,7 @@ def _hold(path: Path, tensors: Mapping[str, Tensor], names: set[str]) -> None:
         )
 
 
-def _unknown(path: Path, what: str, known: str) -> ValueError:
+def _unknown_error(path: Path, what: str, known: str) -> ValueError:
     return ValueError(
         f"{path}: {_CONFIG} says {what}; this package reads {known}. Build an Autoencoder from the "
         f"tensors yourself if you know what they stand for."

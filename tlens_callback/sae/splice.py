@@ -35,13 +35,13 @@ def activations(
     kept: list[Tensor] = []
 
     def keep(value: Tensor) -> Tensor:
-        kept.append(_flat(hook, value, tokens)[counted].float())
+        kept.append(_flatten_heads(hook, value, tokens)[counted].float())
         return value
 
     with torch.no_grad(), edited(shadow, {hook: keep}):
         shadow.logits(tokens, torch.zeros(1, dtype=torch.long, device=tokens.device))
     if not kept:
-        raise _unreached(hook)
+        raise _unreached_error(hook)
     return kept[0]
 
 
@@ -73,14 +73,14 @@ def loss_with(
     Over the predictions of a counted token from a counted one. The forward pass is the caller's
     own; a few rows at a time, where the logits of all would be large.
     """
-    said, told = counted[:, :-1], counted[:, 1:]
+    source, predicted = counted[:, :-1], counted[:, 1:]
     total, n = 0.0, 0
     step = max(1, _LOGITS // (tokens.shape[1] * shadow.vocab_size))
     for start in range(0, len(tokens), step):
         part = slice(start, start + step)
 
         def edit(value: Tensor, part: slice = part) -> Tensor:
-            flat = _flat(hook, value, tokens[part])
+            flat = _flatten_heads(hook, value, tokens[part])
             put = replace(flat[counted[part]].float())
             if put is None:
                 return value
@@ -90,7 +90,7 @@ def loss_with(
 
         with torch.no_grad(), edited(shadow, {hook: edit}):
             logits = shadow.logits(tokens[part])
-        at = said[part] & told[part]
+        at = source[part] & predicted[part]
         target = tokens[part, 1:][at]
         total += float(F.cross_entropy(logits[:, :-1][at].float(), target, reduction="sum"))
         n += len(target)
@@ -98,7 +98,7 @@ def loss_with(
 
 
 @dataclass(frozen=True, eq=False)
-class Spliced:
+class SpliceResult:
     """An autoencoder against the model.
 
     Attributes:
@@ -135,7 +135,7 @@ def splice(
     tokens: Int[Tensor, "row pos"],
     counted: Bool[Tensor, "row pos"],
     sae: Autoencoder,
-) -> Spliced:
+) -> SpliceResult:
     """Three forward passes: to look, and with something else at the hook point, where massive
     activations stay what they are.
 
@@ -146,7 +146,7 @@ def splice(
     kept: list[Tensor] = []
     loss = {"clean": loss_with(shadow, hook, tokens, counted, lambda x: kept.append(x))}
     if not kept:
-        raise _unreached(hook)
+        raise _unreached_error(hook)
     x = torch.cat(kept)
     if x.shape[1] != sae.d_in:
         raise ValueError(
@@ -163,7 +163,7 @@ def splice(
         loss[name] = loss_with(shadow, hook, tokens, counted, lambda _, parts=parts: next(parts))
     where = counted.clone()
     where[counted] = small
-    return Spliced(
+    return SpliceResult(
         features=features[small],
         counted=where,
         massive=len(x) - int(small.sum()),
@@ -184,11 +184,11 @@ def ordinary(x: Float[Tensor, "token d_in"]) -> Bool[Tensor, " token"]:
     return (norm <= 10 * norm[finite].median()) & finite
 
 
-def _unreached(hook: str) -> ValueError:
+def _unreached_error(hook: str) -> ValueError:
     return ValueError(f"The forward pass never reached the hook point {hook!r}.")
 
 
-def _flat(hook: str, value: Tensor, tokens: Tensor) -> Tensor:
+def _flatten_heads(hook: str, value: Tensor, tokens: Tensor) -> Tensor:
     """[row, pos, d_in]; heads are put side by side."""
     if value.shape[:2] != tokens.shape or value.dim() < 3:
         raise ValueError(

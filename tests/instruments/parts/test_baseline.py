@@ -3,25 +3,25 @@
 import torch
 
 from tests.instruments.common import PROBES, encoded
-from tlens_callback.instruments.parts.baseline import first_seen, of_probes
+from tlens_callback.instruments.parts.baseline import first_value, probes_suffix
 from tlens_callback.instruments.parts.selection import after_first
 
 
 def test_what_is_kept_is_a_copy_of_its_own():
     baseline: dict[str, torch.Tensor] = {}
     many = torch.arange(12.0).reshape(3, 4)
-    assert torch.equal(first_seen(baseline, "row", many[1]), many[1])
+    assert torch.equal(first_value(baseline, "row", many[1]), many[1])
     kept = baseline["row"]
     assert kept.untyped_storage().nbytes() == kept.nbytes
     many += 1
-    assert first_seen(baseline, "row", many[1]).tolist() == [4, 5, 6, 7]
-    assert first_seen(baseline, "other", many[1]).tolist() == [5, 6, 7, 8]
+    assert first_value(baseline, "row", many[1]).tolist() == [4, 5, 6, 7]
+    assert first_value(baseline, "other", many[1]).tolist() == [5, 6, 7, 8]
 
 
 def test_a_choice_of_probes_has_a_name_of_its_own():
     batch = encoded()
     chosen = ([0], [3], [0, 3], [3, 0])
-    assert len({of_probes(batch, rows) for rows in chosen}) == len(chosen)
+    assert len({probes_suffix(batch, rows) for rows in chosen}) == len(chosen)
 
 
 def test_tokens_after_the_first():

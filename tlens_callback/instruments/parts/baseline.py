@@ -10,7 +10,7 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 
 
-def first_seen(baseline: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
+def first_value(baseline: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
     """What was seen first under this key, on the device of `now`: equal to `now` where nothing was.
 
     The baseline keeps a copy with storage of its own.
@@ -20,7 +20,7 @@ def first_seen(baseline: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
     return baseline[key].to(now.device)
 
 
-def of_probes(batch: ProbeBatch, rows: Sequence[int]) -> str:
+def probes_suffix(batch: ProbeBatch, rows: Sequence[int]) -> str:
     """An ending for the keys of what is taken over several probes together: a run that is resumed
     with another choice of probes is compared with that choice's own first."""
     return f" of {'/'.join(batch.probes[row].name for row in rows)}"

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.direct import before_norm, wide
+from tlens_callback.instruments.parts.direct import before_norm, high_precision
 from tlens_callback.shadow import Shadow
 
 WEIGHTS = ("W_Q", "W_K", "W_V", "W_O")
@@ -41,16 +41,16 @@ class Circuits:
 
 def circuits(shadow: Shadow, layer: int) -> Circuits:
     """Of the shadow's current weights."""
-    attn, norms = _of_layer(shadow, layer)
-    q, k, v, o = (wide(getattr(attn, name).detach()) for name in WEIGHTS)
+    attn, norms = _attention_and_norms(shadow, layer)
+    q, k, v, o = (high_precision(getattr(attn, name).detach()) for name in WEIGHTS)
     if "ln1" in norms:
         q, k, v = (before_norm(norms["ln1"], w.mT).mT for w in (q, k, v))
     if "q_norm" in norms:
-        q = _behind(norms["q_norm"], q)
+        q = _after_norm(norms["q_norm"], q)
     if "k_norm" in norms:
-        k = _behind(norms["k_norm"], k)
+        k = _after_norm(norms["k_norm"], k)
     if "ln1_post" in norms:
-        o = _behind(norms["ln1_post"], o)
+        o = _after_norm(norms["ln1_post"], o)
     return Circuits(q, k, v, o)
 
 
@@ -63,7 +63,7 @@ def demand_circuits(shadow: Shadow, layers: Iterable[int], name: str) -> None:
             keys); `name` is the instrument that wants them.
     """
     for layer in layers:
-        attn, norms = _of_layer(shadow, layer)
+        attn, norms = _attention_and_norms(shadow, layer)
         try:
             for weight in WEIGHTS:
                 getattr(attn, weight)
@@ -77,19 +77,19 @@ def demand_circuits(shadow: Shadow, layers: Iterable[int], name: str) -> None:
             ) from error
 
 
-def _of_layer(shadow: Shadow, layer: int) -> tuple[Any, dict[str, Any]]:
+def _attention_and_norms(shadow: Shadow, layer: int) -> tuple[Any, dict[str, Any]]:
     """The attention, and the norms around and in it."""
     block: Any = shadow.bridge.blocks[layer]
     parts = {**dict(block.named_children()), **dict(block.attn.named_children())}
     return block.attn, {name: parts[name] for name in NORMS if name in parts}
 
 
-def _behind(norm: Any, w: Float[Tensor, "head n width"]) -> Float[Tensor, "head n width"]:
+def _after_norm(norm: Any, w: Float[Tensor, "head n width"]) -> Float[Tensor, "head n width"]:
     """With the gain and the centring of a norm that reads what w writes: each head by itself, or
     all heads together."""
     if not norm.uses_rms_norm:
         w = w - w.mean(-1, keepdim=True)
     if getattr(norm, "weight", None) is None:
         return w
-    gain = wide(norm.weight.detach()) + (1 if norm.uses_weight_offset else 0)
+    gain = high_precision(norm.weight.detach()) + (1 if norm.uses_weight_offset else 0)
     return w * (gain.view(len(w), 1, -1) if gain.numel() > w.shape[-1] else gain)

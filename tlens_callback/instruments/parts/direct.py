@@ -42,7 +42,7 @@ def before_norm(
     return direction if norm.uses_rms_norm else direction - direction.mean(-1, keepdim=True)
 
 
-def towards(
+def answer_directions(
     shadow: Shadow, targets: Sequence[int | None], foils: Sequence[int | None]
 ) -> Float[Tensor, "target d_model"]:
     """The residual directions of logit[target] - logit[foil], up to the final norm's scale.
@@ -50,17 +50,17 @@ def towards(
     Without a foil, of logit[target] minus the mean logit over the vocabulary: softmax does not
     see what all logits have in common. Without a target, zero.
     """
-    return before_norm(shadow.bridge.ln_final, unembedded(shadow, targets, foils))
+    return before_norm(shadow.bridge.ln_final, unembedding_directions(shadow, targets, foils))
 
 
-def unembedded(
+def unembedding_directions(
     shadow: Shadow, targets: Sequence[int | None], foils: Sequence[int | None]
 ) -> Float[Tensor, "target d_model"]:
     """The same directions behind the final norm, where the unembedding reads them."""
-    return against(shadow.bridge.W_U.mT, targets, foils)
+    return minus_foil(shadow.bridge.W_U.mT, targets, foils)
 
 
-def against(
+def minus_foil(
     of_token: Float[Tensor, "vocab ..."],
     targets: Sequence[int | None],
     foils: Sequence[int | None],
@@ -104,13 +104,15 @@ def dots(
     That precision, because a trainer may have switched float32 matmuls to TF32; in pieces, because
     the copy in it shall stay small beside the weight.
     """
-    flat, to = weight.flatten(0, -2), wide(direction)
+    flat, to = weight.flatten(0, -2), high_precision(direction)
     pieces = flat.split(max(1, 2**22 // flat.shape[1]))
     # In this order: MKL takes ten times as long for piece @ to.mT.
-    return torch.cat([to @ wide(piece).mT for piece in pieces], 1).unflatten(1, weight.shape[:-1])
+    return torch.cat([to @ high_precision(piece).mT for piece in pieces], 1).unflatten(
+        1, weight.shape[:-1]
+    )
 
 
-def wide(x: Tensor) -> Tensor:
+def high_precision(x: Tensor) -> Tensor:
     """In float64, or in float32 where the device has no float64."""
     return x.float() if x.device.type == "mps" else x.double()
 
@@ -130,7 +132,7 @@ def head_writes(
     last: Int[Tensor, " row"],
     w_o: Float[Tensor, "head d_head d_model"],
     b_o: Float[Tensor, " d_model"] | None,
-    worth: Float[Tensor, "row d_model"],
+    direction: Float[Tensor, "row d_model"],
 ) -> Reduce:
     """What each head writes, and the output bias, before the norms divide.
 
@@ -138,8 +140,8 @@ def head_writes(
     """
 
     def heads(z: Float[Tensor, "probe pos head d_head"]) -> tuple[Tensor, Tensor]:
-        each = (wide(z[row, last]) * dots(w_o, worth)).sum(2)
-        return each, each.new_zeros(len(row)) if b_o is None else dots(b_o[None], worth)[:, 0]
+        each = (high_precision(z[row, last]) * dots(w_o, direction)).sum(2)
+        return each, each.new_zeros(len(row)) if b_o is None else dots(b_o[None], direction)[:, 0]
 
     return heads
 
@@ -149,12 +151,12 @@ def neuron_writes(
     row: Int[Tensor, " row"],
     last: Int[Tensor, " row"],
     w_out: Float[Tensor, "neuron d_model"],
-    worth: Float[Tensor, "row d_model"],
+    direction: Float[Tensor, "row d_model"],
 ) -> Reduce:
     """The k neurons that write most, and what they write before the norms divide."""
 
     def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, Tensor]:
-        write = wide(post[row, last]) * dots(w_out, worth)
+        write = high_precision(post[row, last]) * dots(w_out, direction)
         index = write.abs().topk(k, dim=1).indices
         return index, write.gather(1, index)
 

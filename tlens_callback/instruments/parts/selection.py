@@ -10,7 +10,7 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import Shadow
 
 
-def picked(values: Iterable[object] | None, what: str) -> tuple[object, ...] | None:
+def checked_selection(values: Iterable[object] | None, what: str) -> tuple[object, ...] | None:
     """A selection as a tuple; None stays None and means the default.
 
     Raises:
@@ -28,7 +28,9 @@ def picked(values: Iterable[object] | None, what: str) -> tuple[object, ...] | N
     return chosen
 
 
-def where_known(index: Int[Tensor, "..."], chosen_by: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def index_or_nan(
+    index: Int[Tensor, "..."], chosen_by: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
     """The index as a number: NaN where the value that it was chosen by is NaN, since then any other
     might have been chosen."""
     return index.float().masked_fill(chosen_by.isnan(), torch.nan)

@@ -41,13 +41,13 @@ def unembed(
 
 
 def gap(
-    made: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
+    unembedded: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, ""]:
     """How far the unembedded residual stream of the last layer is from the model's own logits
     there, as a share of the largest."""
     logits = logits.float()
     largest = logits.abs().amax().clamp(min=torch.finfo(logits.dtype).tiny)
-    return (made - logits).abs().amax() / largest
+    return (unembedded - logits).abs().amax() / largest
 
 
 def demand_equal(off: Tensor, shadow: Shadow, name: str) -> None:

@@ -16,8 +16,8 @@ _IN_LAYER = re.compile(r"(?P<before>.*?\.)(?P<layer>\d+)\.(?P<within>.+)")
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """Where weights stand: in a full grid of layers and modules, the rest in a list.
+class ModuleGrid:
+    """Where weights stand: in a full grid of layers and modules, the others in a list.
 
     In the grid are the layers that have any of the weights, and the modules that all those layers
     have. A module is called by the shortest end of its path that no other in the layer has.
@@ -25,18 +25,19 @@ class Places:
     Attributes:
         layers, modules: names of the grid's rows and columns.
         grid: which of the weights stands there.
-        rest: the weights outside: embeddings, and what only some of the layers have.
+        outside: the weights that are not in the grid: embeddings, and modules that only some of
+            the layers have.
         names: of all weights, as they were given.
     """
 
     layers: tuple[int, ...]
     modules: tuple[str, ...]
     grid: Int[np.ndarray, "layer module"]
-    rest: tuple[int, ...]
+    outside: tuple[int, ...]
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> "Places":
+    def of(cls, names: Sequence[str]) -> "ModuleGrid":
         """The places of weights with these dotted paths."""
         matches = [_IN_LAYER.match(name) for name in names]
         before = Counter(m["before"] for m in matches if m)
@@ -55,7 +56,7 @@ class Places:
             layers=tuple(layers) if shared else (),
             modules=tuple(_short(path, within) for path in shared),
             grid=grid.reshape(len(layers) if shared else 0, len(shared)),
-            rest=tuple(i for i in range(len(names)) if i not in inside),
+            outside=tuple(i for i in range(len(names)) if i not in inside),
             names=tuple(names),
         )
 
@@ -80,13 +81,13 @@ class Places:
                 labels={"module": self.modules, **layer_labels(self.layers, shadow)},
                 limits=limits,
             )
-        if self.rest:
+        if self.outside:
             yield Reading(
                 key=f"{key}_elsewhere",
-                values=values[list(self.rest)],
+                values=values[list(self.outside)],
                 axes=("weight", *more),
                 unit=unit,
-                labels={"weight": [self.names[i] for i in self.rest]},
+                labels={"weight": [self.names[i] for i in self.outside]},
                 limits=limits,
             )
 
