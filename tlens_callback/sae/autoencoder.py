@@ -12,10 +12,10 @@ Normalize = Literal["none", "norm", "layer_norm"]
 
 @dataclass(frozen=True, eq=False)
 class Autoencoder:
-    """A sparse autoencoder of one of four architectures; which one, its fields say.
+    """A sparse autoencoder of one of four architectures, which its fields determine.
 
-    With x an activation, brought to the autoencoder's own terms as `centred` and `normalize` say,
-    c = b_dec if `subtract_b_dec` and 0 otherwise, and h = (x - c) W_enc + b_enc:
+    Let x be an activation, transformed according to `centred` and `normalize`, c = b_dec if
+    `subtract_b_dec` and 0 otherwise, and h = (x - c) W_enc + b_enc:
 
     - standard (Bricken et al. 2023): f = relu(h).
     - top-k (Gao et al. 2024), with `k`: f = relu(h) at the k largest h, 0 elsewhere.
@@ -24,7 +24,7 @@ class Autoencoder:
     - gated (Rajamanoharan et al. 2024a), with `r_mag` and `b_mag`: f = relu((x - c) W_enc
       exp(r_mag) + b_mag) where h > 0, 0 elsewhere; `b_enc` is the bias of the gate.
 
-    The reconstruction is f W_dec + b_dec, brought back to the terms of the activation.
+    The reconstruction is f W_dec + b_dec, with the transformation undone.
 
     Args:
         W_enc: [d_in, feature].
@@ -32,15 +32,15 @@ class Autoencoder:
         W_dec: [feature, d_in].
         b_dec: [d_in].
         k: number of features that top-k keeps.
-        threshold: [feature], JumpReLU's, itself and not its logarithm.
-        r_mag, b_mag: [feature], of the gated architecture's magnitudes.
-        subtract_b_dec: whether `b_dec` is taken off before encoding.
+        threshold: [feature], JumpReLU's threshold itself, not its logarithm.
+        r_mag, b_mag: [feature], weights and bias of the gated architecture's magnitudes.
+        subtract_b_dec: whether `b_dec` is subtracted before encoding.
         normalize: "none"; "norm": x is scaled to norm sqrt(d_in); "layer_norm": (x - mean) /
             (std + 1e-5) over d_in, std with divisor d_in - 1. The reconstruction is scaled back,
             by std where it is the standard deviation.
-        centred: x enters without its mean over d_in, which is put back at the end. For those that
-            were trained on a model with `center_writing_weights`, which the shadow's bridge is not.
-        hook: name of the hook point whose activation it was trained on, if it is known.
+        centred: the mean of x over d_in is subtracted first and added at the end. For autoencoders
+            trained on a model with `center_writing_weights`, which the shadow's bridge is not.
+        hook: name of the hook point whose activation it was trained on, if known.
 
     Raises:
         ValueError: for shapes that do not fit, or fields of two architectures.
@@ -83,7 +83,7 @@ class Autoencoder:
         if len(given := [name for name, value in marks.items() if value is not None]) > 1:
             raise ValueError(f"{' and '.join(given)} belong to different architectures; give one.")
         if self.k is not None and not 1 <= self.k <= n:
-            raise ValueError(f"k={self.k} of {n} features; it has to be 1 to {n}.")
+            raise ValueError(f"k={self.k} of {n} features: it has to be 1 to {n}.")
         if self.normalize not in ("none", "norm", "layer_norm"):
             raise ValueError(f"normalize={self.normalize!r}; it is 'none', 'norm' or 'layer_norm'.")
 
@@ -107,7 +107,7 @@ class Autoencoder:
         return self.W_enc.shape[1]
 
     def to(self, device: torch.device | str) -> "Autoencoder":
-        """The same on another device; itself where it is there already."""
+        """Returns a copy on another device, or itself if it is there already."""
         device = torch.empty(0, device=device).device
         if self.W_enc.device == device:
             return self
@@ -119,13 +119,13 @@ class Autoencoder:
         return replace(self, **tensors)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch feature"]:
-        """How much each feature is there; never negative."""
+        """Returns the activation of each feature, which is never negative."""
         return self._features(self._enter(x)[0])
 
     def reconstruct(
         self, x: Float[Tensor, "*batch d_in"]
     ) -> tuple[Float[Tensor, "*batch feature"], Float[Tensor, "*batch d_in"]]:
-        """The features, and the activation rebuilt from them."""
+        """Returns the features, and the activation reconstructed from them."""
         entered, shift, scale = self._enter(x)
         features = self._features(entered)
         return features, (features @ self.W_dec + self.b_dec) * scale + shift
@@ -145,7 +145,7 @@ class Autoencoder:
         return h.relu()
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x in the autoencoder's terms, and the shift and the scale that lead back."""
+        """Returns the transformed x, and the shift and the scale that undo the transformation."""
         x = x.float()
         shift, scale = x.new_zeros(()), x.new_ones(())
         if self.centred or self.normalize == "layer_norm":
@@ -155,17 +155,17 @@ class Autoencoder:
             scale = x.std(-1, keepdim=True)
             x = x / (scale + 1e-5)
         elif self.normalize == "norm":
-            # Of a zero there is nothing to scale.
+            # Avoids division by zero for an activation of zero.
             scale = x.norm(dim=-1, keepdim=True).clamp(min=1e-30) / self.d_in**0.5
             x = x / scale
         return x, shift, scale
 
 
 def fvu(x: Float[Tensor, "token d_in"], rebuilt: Float[Tensor, "token d_in"]) -> float:
-    """Fraction of variance unexplained: sum |x - rebuilt|^2 / sum |x - mean of x|^2.
+    """Computes the fraction of variance unexplained: sum |x - rebuilt|^2 / sum |x - mean of x|^2.
 
-    Both sums over all tokens and dimensions, the mean over tokens. 0 is perfect, 1 as good as the
-    mean, more is worse than that; nan where all x are equal.
+    Both sums over all tokens and dimensions, the mean over tokens. 0 is perfect, 1 is as good
+    as the mean, more is worse than the mean; nan if all x are equal.
     """
     x = x.double()
     missed = (x - rebuilt.double()).square().sum()

@@ -1,4 +1,4 @@
-"""Published autoencoders from their files: the layouts of SAELens and of sparsify."""
+"""Loads published autoencoders from files in the layouts of SAELens and of sparsify."""
 
 import json
 import os
@@ -29,13 +29,13 @@ _SPARSIFY_FIELDS = frozenset(
     "activation d_in expansion_factor k multi_topk normalize_decoder num_latents signed "
     "skip_connection transcode".split()
 )
-"""Those that are read, or refused by name, and those that matter only while it is trained."""
+"""Settings that are read, those refused by name, and those that matter only in its training."""
 
 
 def load_sae(
     path: str | os.PathLike[str], *, scale: float | None = None, centred: bool | None = None
 ) -> Autoencoder:
-    """An autoencoder from a directory that SAELens or EleutherAI's sparsify has written.
+    """Loads an autoencoder from a directory written by SAELens or by EleutherAI's sparsify.
 
     Neither package is needed. SAELens: `cfg.json` and `sae_weights.safetensors`, of any version,
     architectures standard, topk, jumprelu and gated (what SAELens trains as batch top-k or
@@ -45,7 +45,7 @@ def load_sae(
     The hook point is SAELens's `hook_name`; for sparsify it follows from the directory's name, a
     module's path: `layers.10` is `blocks.10.hook_resid_post`, `layers.10.mlp` is
     `blocks.10.mlp.hook_out`, `layers.10.self_attn` is `blocks.10.attn.hook_out`, `embed_tokens` is
-    `hook_embed`. A name that is none of these leaves it open.
+    `hook_embed`. For any other name it stays None.
 
     Args:
         path: the directory; from the Hub, what `huggingface_hub.snapshot_download` returned and the
@@ -53,15 +53,15 @@ def load_sae(
         scale: the factor on activations where the configuration has `normalize_activations:
             expected_average_only_in`, whose factor is in no file.
         centred: see `Autoencoder`. Default: the configuration's
-            `model_from_pretrained_kwargs.center_writing_weights`, False where there is none, and
-            where the hook point is none of a write to the residual stream, whose mean no centring
-            takes out. Of some releases SAELens keeps this in its own list and not in their files:
-            gpt2-small-res-jb needs True. TransformerLens centres no model with RMSNorm, whatever
-            the configuration says: there it is False.
+            `model_from_pretrained_kwargs.center_writing_weights`; False if that is missing, or if
+            the hook point is not a write to the residual stream, since centring does not remove the
+            mean elsewhere. For some releases SAELens keeps this in its own list and not in their
+            files: gpt2-small-res-jb needs True. Models with RMSNorm need False: TransformerLens
+            does not centre them, whatever the configuration says.
 
     Raises:
-        ValueError: a directory of another layout, or a configuration or tensors that are not
-            understood; which, it says.
+        ValueError: for a directory of another layout, or an unknown configuration or tensor, which
+            the message names.
     """
     path = Path(path)
     weights = [name for name in (_SAELENS, _SPARSIFY) if (path / name).is_file()]
@@ -148,9 +148,9 @@ def _saelens(
     if normalize in (True, "expected_average_only_in"):
         if scale is None:
             raise ValueError(
-                f"{path}: normalize_activations is 'expected_average_only_in', activations times a "
-                f"factor that makes their norm sqrt(d_in) on average, which is in no file. "
-                f"Give it: load_sae(path, scale=...)."
+                f"{path}: normalize_activations is 'expected_average_only_in': activations are "
+                f"multiplied by a factor that makes their norm sqrt(d_in) on average. No file "
+                f"contains this factor; give it: load_sae(path, scale=...)."
             )
         tensors["W_enc"] = tensors["W_enc"] * scale
         tensors["W_dec"], tensors["b_dec"] = tensors["W_dec"] / scale, tensors["b_dec"] / scale
@@ -202,7 +202,7 @@ def _sparsify(
         if config.get(name):
             raise _unknown_error(path, f"{what} ({name})", "an autoencoder with features >= 0")
     ours = {key for key, value in config.items() if value} - _SPARSIFY_FIELDS
-    # A setting of something that is switched off says nothing.
+    # Settings of something that is switched off have no effect.
     if other := sorted(key for key in ours if not key.startswith(("lookup_", "gram_table_"))):
         raise _unknown_error(
             path, f"the setting {other[0]}={config[other[0]]!r}", "left out or false"
@@ -224,7 +224,7 @@ def _sparsify(
 
 
 def _hook_of_module(path: Path) -> str | None:
-    """The hook point that the directory's name, a module's path in the base model, stands for."""
+    """Returns the hook point of the module whose path in the base model is the folder's name."""
     name = path.parent.name if re.fullmatch(r"seed\d+", path.name) else path.name
     if name in ("embed_tokens", "embed_in", "wte"):
         return "hook_embed"
@@ -243,7 +243,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], names: set[str]) -
         lacking, other = sorted(names - set(tensors)), sorted(set(tensors) - names)
         raise ValueError(
             f"{path}: the autoencoder that {_CONFIG} describes has the tensors {sorted(names)}; "
-            f"the file lacks {lacking} and has {other} beside them."
+            f"the file lacks {lacking} and also has {other}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Activations at one hook point, and the model's loss with something else in their place."""
+"""Reads activations at one hook point, and the model's loss when they are replaced."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,14 @@ _LOGITS = 2**26
 """At most so many logits at once: 256 MiB in float32."""
 
 Replace = Callable[[Tensor], Tensor | None]
-"""[token, d_in] in; what shall stand in its place out, or None to leave it."""
+"""Takes [token, d_in] and returns its replacement, or None to leave it unchanged."""
 
 
 def counted_tokens(batch: ProbeBatch, rows: Sequence[int]) -> Bool[Tensor, "row pos"]:
-    """The real tokens of these rows but for each one's first: what stands at BOS is of another
-    size than all else."""
+    """Returns which tokens of these rows count: all but padding and the first of each row.
+
+    Activations at BOS have another size than all others.
+    """
     mask = batch.mask[list(rows)].clone()
     mask[:, 0] = False
     return mask
@@ -31,7 +33,7 @@ def counted_tokens(batch: ProbeBatch, rows: Sequence[int]) -> Bool[Tensor, "row 
 def activations(
     shadow: Shadow, hook: str, tokens: Int[Tensor, "row pos"], counted: Bool[Tensor, "row pos"]
 ) -> Float[Tensor, "token d_in"]:
-    """What the hook point has at the counted tokens, on the shadow's device, in float32."""
+    """Returns the activations at the counted tokens, on the shadow's device, in float32."""
     kept: list[Tensor] = []
 
     def keep(value: Tensor) -> Tensor:
@@ -48,8 +50,10 @@ def activations(
 def training_activations(
     shadow: Shadow, hook: str, batch: ProbeBatch, rows: int, length: int
 ) -> Float[Tensor, "token d_in"] | None:
-    """The same for the next rows of the training data, cut to so many tokens; None where there
-    are none to read."""
+    """Returns the same for the next rows of the training data, cut to `length` tokens.
+
+    None if there are no rows to read.
+    """
     given = batch.training(rows) if batch.training is not None and rows else []
     limit = min(length, batch.context or length)
     cut = [list(ids)[:limit] for ids in given]
@@ -68,10 +72,10 @@ def loss_with(
     counted: Bool[Tensor, "row pos"],
     replace: Replace,
 ) -> float:
-    """Mean next-token loss in nats, the counted tokens' activations at the hook point replaced.
+    """Computes the mean next-token loss in nats with the counted tokens' activations replaced.
 
-    Over the predictions of a counted token from a counted one. The forward pass is the caller's
-    own; a few rows at a time, where the logits of all would be large.
+    The mean is over the predictions of a counted token from a counted token. The rows go through
+    forward passes of their own, a few rows at a time if the logits of all would be large.
     """
     source, predicted = counted[:, :-1], counted[:, 1:]
     total, n = 0.0, 0
@@ -99,15 +103,16 @@ def loss_with(
 
 @dataclass(frozen=True, eq=False)
 class SpliceResult:
-    """An autoencoder against the model.
+    """The features of an autoencoder in the model, and how well it fits there.
 
     Attributes:
         features: [token, feature], at the counted tokens that are not massive; NaN where the
-            activation is no number.
-        counted: [row, pos], where those stand.
-        massive: number of the others.
-        fvu: over the same tokens.
-        loss: "clean", "zero" and "sae": as it is, with zeros, and with the reconstruction there.
+            activation is NaN or infinite.
+        counted: [row, pos], whether the token is among these.
+        massive: number of counted tokens that are massive.
+        fvu: fraction of variance unexplained over the same tokens.
+        loss: "clean", "zero" and "sae": of the unchanged model, with zeros, and with the
+            reconstruction at the hook point.
     """
 
     features: Float[Tensor, "token feature"]
@@ -118,12 +123,12 @@ class SpliceResult:
 
     @property
     def is_known(self) -> bool:
-        """Whether all of these activations are numbers: else nobody knows what fires."""
+        """Whether all of these activations are finite; otherwise what fires is unknown."""
         return not bool(self.features.isnan().any())
 
     @property
     def recovered(self) -> float:
-        """(zero - sae) / (zero - clean); nan where zeros change the loss by less than 1e-4."""
+        """(zero - sae) / (zero - clean); nan if zeros change the loss by less than 1e-4."""
         span = self.loss["zero"] - self.loss["clean"]
         missed = self.loss["zero"] - self.loss["sae"]
         return missed / span if abs(span) >= 1e-4 else float("nan")
@@ -136,12 +141,13 @@ def splice(
     counted: Bool[Tensor, "row pos"],
     sae: Autoencoder,
 ) -> SpliceResult:
-    """Three forward passes: to look, and with something else at the hook point, where massive
-    activations stay what they are.
+    """Runs three forward passes: unchanged, with zeros, and with the reconstruction.
+
+    Massive activations are never replaced.
 
     Raises:
-        ValueError: where activations and autoencoder are not of one width, or the hook point is
-            not reached.
+        ValueError: if activations and autoencoder have different widths, or the hook point is not
+            reached.
     """
     kept: list[Tensor] = []
     loss = {"clean": loss_with(shadow, hook, tokens, counted, lambda x: kept.append(x))}
@@ -154,7 +160,7 @@ def splice(
             f"Is it for another model, or another hook point?"
         )
     features, rebuilt = sae.reconstruct(x)
-    # What is no number is not massive: it counts, and all that is taken over it is unknown.
+    # Activations that are not finite are not massive: they count, and their features are NaN.
     unknown = ~x.isfinite().all(1)
     features = features.masked_fill(unknown[:, None], torch.nan)
     small = ordinary(x) | unknown
@@ -173,11 +179,11 @@ def splice(
 
 
 def ordinary(x: Float[Tensor, "token d_in"]) -> Bool[Tensor, " token"]:
-    """Which activations are not massive: of finite norm, up to 10 times the median norm.
+    """Returns which activations are not massive: those of finite norm, up to 10 times the median.
 
-    Some tokens, a delimiter at the start of a text say, serve as a place to attend to when there
-    is nothing to attend to, and have norms a hundred times the others' (Sun et al. 2024). A single
-    one outweighs all else in a sum of squares.
+    Heads attend to some tokens, such as a delimiter at the start of a text, when there is nothing
+    else to attend to. These have norms a hundred times those of others (Sun et al. 2024), and a
+    single one outweighs all others in a sum of squares.
     """
     norm = x.norm(dim=1)
     finite = norm.isfinite()
@@ -189,7 +195,7 @@ def _unreached_error(hook: str) -> ValueError:
 
 
 def _flatten_heads(hook: str, value: Tensor, tokens: Tensor) -> Tensor:
-    """[row, pos, d_in]; heads are put side by side."""
+    """Returns the activations as [row, pos, d_in], with heads concatenated."""
     if value.shape[:2] != tokens.shape or value.dim() < 3:
         raise ValueError(
             f"{hook!r} has shape {tuple(value.shape)}; an autoencoder needs [probe, pos, ...]. "

@@ -1,4 +1,4 @@
-"""A sparse autoencoder trained from a buffer of activations, a few steps at a time."""
+"""Trains a sparse autoencoder from a buffer of activations, a few steps at a time."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from tlens_callback.sae.autoencoder import Autoencoder
 
 State = dict[str, Tensor]
-"""Everything that training goes on from: the parameters, Adam's two moments of each ("first.W_enc",
+"""All that training continues from: the parameters, Adam's two moments of each ("first.W_enc",
 "second.W_enc", ...), "steps", "scale" and "fired"."""
 
 _PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -21,7 +21,7 @@ _CHUNK = 2048
 
 @dataclass(frozen=True)
 class Training:
-    """How the autoencoder is trained.
+    """The settings and steps of an autoencoder's training.
 
     An activation a enters as x = scale a. With f = relu((x - b_dec) W_enc + b_enc) and x' =
     f W_dec + b_dec a step lowers the mean over its tokens of
@@ -29,16 +29,15 @@ class Training:
         (|x - x'|^2 + l1 sqrt(d_in) sum_n f_n) / d_in
 
     by Adam (betas 0.9 and 0.999) at a constant learning rate. Rows of W_dec have norm 1: from
-    their gradient the part along the row is taken out before the step, and they are scaled back
-    to norm 1 after it (Bricken et al. 2023).
+    their gradient the part along the row is removed before the step, and they are scaled back to
+    norm 1 after it (Bricken et al. 2023).
 
     Args:
-        l1: weight of the features' sum. It takes about l1 / 2 of an activation's norm, counted
-            from the mean, off every feature, and one that is worth less is not used: larger is
-            sparser.
+        l1: weight of the features' sum; larger is sparser. It lowers every feature by about l1 / 2
+            of an activation's norm, measured from the mean; smaller features are not used.
         lr: the learning rate.
-        batch: tokens a step, drawn from the buffer with replacement.
-        seed: of the first decoder, of the draws and of the resampling.
+        batch: tokens in each step, drawn from the buffer with replacement.
+        seed: seed of the first decoder, of the draws and of the resampling.
 
     Raises:
         ValueError: for settings outside their range.
@@ -57,19 +56,21 @@ class Training:
             )
 
     def begin(self, a: Float[Tensor, "token d_in"], n_features: int) -> State:
-        """Random decoder rows of norm 1, the encoder their transpose, b_dec the mean of x; `scale`
-        so that the mean norm of x - mean of x is sqrt(d_in) over these tokens; it stays.
+        """Returns the first state: random decoder rows of norm 1, and the encoder their transpose.
+
+        b_dec is the mean of x. `scale` makes the mean norm of x - mean of x sqrt(d_in) over these
+        tokens, and then stays the same.
 
         Raises:
-            ValueError: where the activations have no finite spread.
+            ValueError: if the activations have no finite spread.
         """
         d_in = a.shape[1]
         a = a.float()
         spread = (a - a.mean(0)).norm(dim=1).mean()
         if not 0 < float(spread) < math.inf:
             raise ValueError(
-                f"An autoencoder needs activations that differ to begin with; these {len(a)} are "
-                f"at distance {float(spread)} from their mean. Give more probes, or training rows."
+                f"An autoencoder needs activations that differ. These {len(a)} have a mean "
+                f"distance of {float(spread)} from their mean. Give more probes, or training rows."
             )
         scale = math.sqrt(d_in) / spread
         draw = torch.randn(n_features, d_in, generator=self._generator(0)).to(a.device)
@@ -130,12 +131,12 @@ class Training:
 
     @torch.no_grad()
     def resample(self, state: State, a: Float[Tensor, "token d_in"]) -> int:
-        """Points the features that did not fire in the last `steps` at what is rebuilt badly.
+        """Resamples the features that did not fire in the last `steps`; returns their number.
 
-        Bricken et al. 2023: for each of them a token of the buffer is drawn with probability in
-        proportion to its squared loss |x - x'|^2; its x - b_dec, at norm 1, becomes the decoder's
-        row, and at 0.2 times the mean norm of the living features' encoder columns the encoder's
-        column; its bias becomes 0 and Adam forgets it. Returns how many they were.
+        As in Bricken et al. 2023, a token of the buffer is drawn for each of them, with probability
+        in proportion to the square of its loss |x - x'|^2. Its x - b_dec, at norm 1, becomes the
+        decoder's row; at 0.2 times the mean norm of the encoder columns of features that fired, it
+        becomes the encoder's column. The bias and Adam's moments become 0.
         """
         dead = (~state["fired"]).nonzero()[:, 0]
         if not len(dead):
@@ -146,7 +147,7 @@ class Training:
             [(part - sae.reconstruct(part)[1]).square().sum(1) for part in x.split(_CHUNK)]
         )
         weight = (loss / loss.max().clamp(min=1e-30)).square().cpu() + 1e-12
-        # Not torch.multinomial: it ends at 2^24 tokens, and sums in float32.
+        # Not torch.multinomial, which takes at most 2^24 tokens and sums in float32.
         ladder = weight.double().cumsum(0)
         at = torch.rand(len(dead), generator=self._generator(2, state), dtype=torch.float64)
         index = torch.searchsorted(ladder, at * ladder[-1]).clamp(max=len(x) - 1)
@@ -165,7 +166,7 @@ class Training:
         return len(dead)
 
     def _generator(self, purpose: int, state: State | None = None) -> torch.Generator:
-        """Of the seed and the steps taken, so that a resumed run draws what it would have drawn."""
+        """Seeds by the seed and the steps taken, so that a resumed run draws the same numbers."""
         steps = 0 if state is None else int(state["steps"])
         return torch.Generator().manual_seed((self.seed * 1_000_003 + steps) * 3 + purpose)
 
@@ -173,13 +174,15 @@ class Training:
 def without_parallel(
     grad: Float[Tensor, "feature d_in"], rows: Float[Tensor, "feature d_in"]
 ) -> Float[Tensor, "feature d_in"]:
-    """The gradient without its component along each row of norm 1."""
+    """Returns the gradient without its component along each row of norm 1."""
     return grad - (grad * rows).sum(1, keepdim=True) * rows
 
 
 def autoencoder(state: State, *, scaled: bool = False) -> Autoencoder:
-    """The autoencoder in this state, for activations as the model has them; `scaled`, for those
-    already multiplied by `scale`. Its features are the same."""
+    """Returns the autoencoder in this state, for the model's activations.
+
+    With `scaled`, it is for activations already multiplied by `scale`. The features are the same.
+    """
     scale = torch.ones_like(state["scale"]) if scaled else state["scale"]
     return Autoencoder(
         W_enc=state["W_enc"] * scale,
@@ -192,5 +195,5 @@ def autoencoder(state: State, *, scaled: bool = False) -> Autoencoder:
 def appended(
     buffer: Float[Tensor, "token d_in"] | None, new: Float[Tensor, "more d_in"], size: int
 ) -> Float[Tensor, "kept d_in"]:
-    """The last `size` of both, in storage of their own."""
+    """Returns a copy of the last `size` activations of both."""
     return (new if buffer is None else torch.cat([buffer, new]))[-size:].clone()

@@ -1,1 +1,1 @@
-"""What several instruments share."""
+"""Helpers that several instruments share."""

@@ -1,4 +1,4 @@
-"""What an instrument compares with: what it has seen first."""
+"""Keeps the values of the first observation, with which an instrument compares later ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,19 +21,21 @@ def first_value(baseline: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
 
 
 def probes_suffix(batch: ProbeBatch, rows: Sequence[int]) -> str:
-    """An ending for the keys of what is taken over several probes together: a run that is resumed
-    with another choice of probes is compared with that choice's own first."""
+    """Returns an ending for the keys of values that are computed over several probes together.
+
+    It keeps the first values of different choices of probes apart when a run is resumed.
+    """
     return f" of {'/'.join(batch.probes[row].name for row in rows)}"
 
 
 def changes(
     name: str, first: Mapping[str, Reading], last: Mapping[str, Reading], of: Mapping[str, str]
 ) -> Iterator[Reading]:
-    """The readings `<name>/<change>` between two observations: `last` minus `first`.
+    """Yields the readings `<name>/<change>` between two observations: `last` minus `first`.
 
     Args:
-        first, last: the readings of the two, by key.
-        of: measure of a change -> measure that it is the change of.
+        first, last: the readings of the two observations, by key.
+        of: name of a change -> name of the measure that changes.
     """
     for reading in last.values():
         if reading.instrument == name and reading.measure in of:
@@ -43,10 +45,10 @@ def changes(
 
 
 def rows_to_compare(instrument: str, probes: Sequence[str] | None, batch: ProbeBatch) -> list[int]:
-    """The probes' rows that a drift compares; each has a token beside its first.
+    """Returns the rows of the probes that a drift compares; each has at least two tokens.
 
     Raises:
-        ValueError: for a probe that is not there, or has one token.
+        ValueError: for an unknown probe, or one with a single token.
     """
     if probes is None:
         plain = [i for i in plain_rows(batch) if batch.lengths[i] > 1]
@@ -57,6 +59,6 @@ def rows_to_compare(instrument: str, probes: Sequence[str] | None, batch: ProbeB
     if short or not rows:
         raise ValueError(
             f"{instrument} leaves the first token of the probes out, and "
-            f"{repr(short[0]) if short else 'each of them'} has no other. Give a longer one."
+            f"{repr(short[0]) if short else 'each of them'} has no other. Give a longer text."
         )
     return rows

@@ -1,4 +1,4 @@
-"""What heads read from and write to the residual stream: their weights with the norms folded in."""
+"""The weights by which heads read and write the residual stream, with the norms folded in."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ NORMS = ("ln1", "ln1_post", "q_norm", "k_norm")
 
 @dataclass(frozen=True, eq=False)
 class Circuits:
-    """The weights of one layer's heads, for row vectors, without biases and the norms' scales.
+    """The weights of one layer's heads, for row vectors, without biases and without norms' scales.
 
-    In front of Q, K and V stands the centring and the gain of the norm that the layer reads
-    through, if it has one; behind Q and K the gains (and centring) of the norms of queries and
-    keys; behind O those of the norm that the layer writes through (Gemma 2 and 3, OLMo 2). In
-    float64, or float32 where the device has none.
+    Folded in are: before Q, K and V, the centring and the gain of the norm that the layer reads
+    through, if it has one; after Q and K, the gains (and centring) of the norms of queries and
+    keys; after O, those of the norm that the layer writes through (Gemma 2 and 3, OLMo 2). In
+    float64, or in float32 on a device without float64.
 
     Attributes:
-        q, o: of every head.
-        k, v: of every head that has its own: `shared` query heads in a row read each.
+        q, o: one matrix for each query head.
+        k, v: one matrix for each key-value head, which `shared` consecutive query heads read.
     """
 
     q: Float[Tensor, "head d_model d_head"]
@@ -35,12 +35,12 @@ class Circuits:
 
     @property
     def shared(self) -> int:
-        """Query heads a key-value head."""
+        """Number of query heads for each key-value head."""
         return len(self.q) // len(self.k)
 
 
 def circuits(shadow: Shadow, layer: int) -> Circuits:
-    """Of the shadow's current weights."""
+    """Returns the circuits of one layer from the shadow's current weights."""
     attn, norms = _attention_and_norms(shadow, layer)
     q, k, v, o = (high_precision(getattr(attn, name).detach()) for name in WEIGHTS)
     if "ln1" in norms:
@@ -55,12 +55,12 @@ def circuits(shadow: Shadow, layer: int) -> Circuits:
 
 
 def demand_circuits(shadow: Shadow, layers: Iterable[int], name: str) -> None:
-    """Refuses attention that has no such weights.
+    """Refuses attention whose weights cannot be read head by head.
 
     Raises:
         ValueError: for keys and values behind a latent (DeepSeek), heads of several widths
-            (Gemma 4), or norms that the bridge does not take apart (StableLM 2's of queries and
-            keys); `name` is the instrument that wants them.
+            (Gemma 4), or norms that the bridge does not split (StableLM 2's of queries and keys);
+            `name` is the instrument that needs them.
     """
     for layer in layers:
         attn, norms = _attention_and_norms(shadow, layer)
@@ -72,21 +72,23 @@ def demand_circuits(shadow: Shadow, layers: Iterable[int], name: str) -> None:
         except (AttributeError, NotImplementedError, ValueError) as error:
             raise ValueError(
                 f"{name}: the attention of layer {layer} of this "
-                f"{type(shadow.bridge.original_model).__name__} is not made of weights by head "
-                f"between norms of a known kind: {error} Leave the instrument out."
+                f"{type(shadow.bridge.original_model).__name__} does not consist of weights by "
+                f"head and norms of a known kind: {error} Leave the instrument out."
             ) from error
 
 
 def _attention_and_norms(shadow: Shadow, layer: int) -> tuple[Any, dict[str, Any]]:
-    """The attention, and the norms around and in it."""
+    """Returns the layer's attention, and the norms around and inside it."""
     block: Any = shadow.bridge.blocks[layer]
     parts = {**dict(block.named_children()), **dict(block.attn.named_children())}
     return block.attn, {name: parts[name] for name in NORMS if name in parts}
 
 
 def _after_norm(norm: Any, w: Float[Tensor, "head n width"]) -> Float[Tensor, "head n width"]:
-    """With the gain and the centring of a norm that reads what w writes: each head by itself, or
-    all heads together."""
+    """Folds the gain and the centring of a norm into the weights w whose output it normalises.
+
+    The norm is over each head by itself, or over all heads together.
+    """
     if not norm.uses_rms_norm:
         w = w - w.mean(-1, keepdim=True)
     if getattr(norm, "weight", None) is None:

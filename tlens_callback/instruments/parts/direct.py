@@ -1,4 +1,4 @@
-"""What a write to the residual stream is directly worth in logits."""
+"""Computes what a write to the residual stream adds directly to the logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from tlens_callback.shadow import Reduce, Shadow
 
 _RESCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier", "residual_multiplier")
 """Configuration fields of families that scale what a block writes, or the logits (Granite,
-Cohere, Falcon-H1): there the formulas of this file leave a factor out."""
+Cohere, Falcon-H1). The formulas of this file do not contain these factors."""
 
 
 def has_direct_path(shadow: Shadow) -> bool:
-    """Whether logits are the unembedding of the normalised residual stream, and nothing else.
+    """Returns whether the logits are just the unembedding of the normalised residual stream.
 
-    A soft cap on the logits is allowed: a direct contribution is one to the logits before it.
+    A soft cap on the logits is allowed: direct contributions are to the logits before the cap.
     """
     config = text_config(shadow)
     return (
@@ -30,7 +30,7 @@ def has_direct_path(shadow: Shadow) -> bool:
 def before_norm(
     norm: Any, direction: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch d_model"]:
-    """The direction at a norm's input that its output's `direction` is, up to the norm's scale.
+    """Maps a direction at a norm's output to one at its input, up to the norm's scale.
 
     For x at the input, gain w (1 + weight where the family stores it so) and scale s:
     norm(x) . direction = x . before_norm(norm, direction) / s + a constant (the norm's bias).
@@ -45,10 +45,10 @@ def before_norm(
 def answer_directions(
     shadow: Shadow, targets: Sequence[int | None], foils: Sequence[int | None]
 ) -> Float[Tensor, "target d_model"]:
-    """The residual directions of logit[target] - logit[foil], up to the final norm's scale.
+    """Returns the residual directions of logit[target] - logit[foil], up to the final norm's scale.
 
-    Without a foil, of logit[target] minus the mean logit over the vocabulary: softmax does not
-    see what all logits have in common. Without a target, zero.
+    Without a foil, those of logit[target] minus the mean logit over the vocabulary: a constant in
+    all logits does not change the softmax. Without a target, zero.
     """
     return before_norm(shadow.bridge.ln_final, unembedding_directions(shadow, targets, foils))
 
@@ -56,7 +56,7 @@ def answer_directions(
 def unembedding_directions(
     shadow: Shadow, targets: Sequence[int | None], foils: Sequence[int | None]
 ) -> Float[Tensor, "target d_model"]:
-    """The same directions behind the final norm, where the unembedding reads them."""
+    """Returns the same directions after the final norm, where the unembedding reads them."""
     return minus_foil(shadow.bridge.W_U.mT, targets, foils)
 
 
@@ -65,7 +65,7 @@ def minus_foil(
     targets: Sequence[int | None],
     foils: Sequence[int | None],
 ) -> Float[Tensor, "target ..."]:
-    """What belongs to each target less what belongs to its foil, or to the mean token; float32."""
+    """Returns each target's row minus that of its foil, or minus the mean row; in float32."""
     pairs = list(zip(targets, foils, strict=True))
     mean = None
     if any(target is not None and foil is None for target, foil in pairs):
@@ -84,9 +84,9 @@ def minus_foil(
 def uncapped(
     shadow: Shadow, logits: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, "*batch vocab"]:
-    """The logits before the family's soft cap, cap * tanh(logit / cap); in float32.
+    """Undoes the family's soft cap, cap * tanh(logit / cap); in float32.
 
-    Undoing it magnifies their rounding by cosh(logit / cap) squared.
+    This magnifies the rounding of the logits by cosh(logit / cap) squared.
     """
     logits = logits.float()
     cap = soft_cap(shadow)
@@ -99,10 +99,10 @@ def uncapped(
 def dots(
     weight: Float[Tensor, "... d_model"], direction: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row ..."]:
-    """Each row of a weight in each direction, in the precision of `wide`.
+    """Multiplies each row of a weight with each direction, in the precision of `high_precision`.
 
-    That precision, because a trainer may have switched float32 matmuls to TF32; in pieces, because
-    the copy in it shall stay small beside the weight.
+    In that precision, because a trainer may have switched float32 matmuls to TF32; in pieces, so
+    that the copy stays small beside the weight.
     """
     flat, to = weight.flatten(0, -2), high_precision(direction)
     pieces = flat.split(max(1, 2**22 // flat.shape[1]))
@@ -113,17 +113,17 @@ def dots(
 
 
 def high_precision(x: Tensor) -> Tensor:
-    """In float64, or in float32 where the device has no float64."""
+    """Converts to float64, or to float32 on a device without float64."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 def soft_cap(shadow: Shadow) -> float | None:
-    """The bound that the family's soft cap sets to logits, or None."""
+    """Returns the bound of the family's soft cap on logits, or None."""
     return getattr(text_config(shadow), "final_logit_softcapping", None)
 
 
 def text_config(shadow: Shadow) -> Any:
-    """The configuration of the language model, also where it is part of another."""
+    """Returns the configuration of the language model, also if it is part of a larger model."""
     return shadow.bridge.original_model.config.get_text_config()  # type: ignore[operator, union-attr]
 
 
@@ -134,9 +134,9 @@ def head_writes(
     b_o: Float[Tensor, " d_model"] | None,
     direction: Float[Tensor, "row d_model"],
 ) -> Reduce:
-    """What each head writes, and the output bias, before the norms divide.
+    """Reduces z to what each head writes, and the output bias, before the norms divide.
 
-    The direction goes back through W_O, so that no head's output is ever built.
+    The direction is multiplied with W_O first, so that no head's output is ever computed.
     """
 
     def heads(z: Float[Tensor, "probe pos head d_head"]) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def neuron_writes(
     w_out: Float[Tensor, "neuron d_model"],
     direction: Float[Tensor, "row d_model"],
 ) -> Reduce:
-    """The k neurons that write most, and what they write before the norms divide."""
+    """Reduces to the k neurons that write most, and what they write before the norms divide."""
 
     def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, Tensor]:
         write = high_precision(post[row, last]) * dots(w_out, direction)

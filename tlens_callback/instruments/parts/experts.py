@@ -1,4 +1,4 @@
-"""Which experts a mixture-of-experts layer sends tokens to; `TopNeurons` reads it."""
+"""Reads to which experts a mixture-of-experts layer sends tokens; used by `TopNeurons`."""
 
 from collections.abc import Iterable
 
@@ -10,12 +10,12 @@ from tlens_callback.shadow import Reduce, Shadow
 
 
 def router_hook(layer: int) -> str:
-    """The router's logits, [token, expert]."""
+    """Name of the hook point of the router's logits, [token, expert]."""
     return f"blocks.{layer}.mlp.gate.hook_out"
 
 
 def routed_hook(layer: int) -> str:
-    """The experts that each token is sent to, [token, chosen]."""
+    """Name of the hook point of the experts that each token is sent to, [token, chosen]."""
     return f"blocks.{layer}.mlp.hook_expert_indices"
 
 
@@ -25,9 +25,9 @@ def expert_taps(
     row: Int[Tensor, " row"],
     counted: Bool[Tensor, "row pos"],
 ) -> dict[str, Reduce]:
-    """Means over the counted tokens of some rows: router probabilities, and shares of the routed.
+    """Reduces to means over the counted tokens: router probabilities, and shares of each expert.
 
-    Router outputs have all probes' tokens on one axis, padding included.
+    Router outputs have all probes' tokens on one axis, with padding.
     """
 
     def by_probe(tokens: Tensor) -> Tensor:

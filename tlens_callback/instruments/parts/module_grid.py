@@ -1,4 +1,4 @@
-"""Numbers of weights, arranged by layer and module."""
+"""Arranges one number for each weight by layer and module."""
 
 import re
 from collections import Counter
@@ -17,17 +17,17 @@ _IN_LAYER = re.compile(r"(?P<before>.*?\.)(?P<layer>\d+)\.(?P<within>.+)")
 
 @dataclass(frozen=True, eq=False)
 class ModuleGrid:
-    """Where weights stand: in a full grid of layers and modules, the others in a list.
+    """Arranges weights in a full grid of layers and modules, and all others in a list.
 
-    In the grid are the layers that have any of the weights, and the modules that all those layers
-    have. A module is called by the shortest end of its path that no other in the layer has.
+    The grid has the layers that have any of the weights, and the modules that all these layers
+    have. A module's name is the shortest end of its path that no other module in the layer has.
 
     Attributes:
         layers, modules: names of the grid's rows and columns.
-        grid: which of the weights stands there.
+        grid: index of the weight at each place.
         outside: the weights that are not in the grid: embeddings, and modules that only some of
             the layers have.
-        names: of all weights, as they were given.
+        names: the names of all weights, as given.
     """
 
     layers: tuple[int, ...]
@@ -38,7 +38,7 @@ class ModuleGrid:
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "ModuleGrid":
-        """The places of weights with these dotted paths."""
+        """Arranges the weights with these dotted paths."""
         matches = [_IN_LAYER.match(name) for name in names]
         before = Counter(m["before"] for m in matches if m)
         stack = before.most_common(1)[0][0] if before else None
@@ -70,8 +70,10 @@ class ModuleGrid:
         limits: tuple[float, float] | None = None,
         more: tuple[str, ...] = (),
     ) -> Iterator[Reading]:
-        """`key` for the grid, [layer, module, *more], and `key`_elsewhere for the rest, [weight,
-        *more]; neither where there is nothing for it."""
+        """Yields `key` for the grid and `key`_elsewhere for the other weights, unless empty.
+
+        Their axes are [layer, module, *more] and [weight, *more].
+        """
         if self.grid.size:
             yield Reading(
                 key=key,
@@ -93,7 +95,7 @@ class ModuleGrid:
 
 
 def _short(path: str, others: Sequence[str]) -> str:
-    """The shortest dotted end of the path that none of the others ends with."""
+    """Returns the shortest dotted end of the path that no other path ends with."""
     parts = path.split(".")
     for n in range(1, len(parts)):
         end = ".".join(parts[-n:])

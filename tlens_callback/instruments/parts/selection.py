@@ -1,4 +1,4 @@
-"""What a user picks out of a batch, checked and turned into rows."""
+"""Checks what a user selects from a batch, and turns it into rows, layers and hook points."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,10 +11,10 @@ from tlens_callback.shadow import Shadow
 
 
 def checked_selection(values: Iterable[object] | None, what: str) -> tuple[object, ...] | None:
-    """A selection as a tuple; None stays None and means the default.
+    """Returns a selection as a tuple; None stays None and means the default.
 
     Raises:
-        ValueError: a string instead of a list of them, nothing at all, or something twice.
+        ValueError: for a string instead of a list of strings, an empty list, or an item twice.
     """
     if values is None:
         return None
@@ -31,13 +31,15 @@ def checked_selection(values: Iterable[object] | None, what: str) -> tuple[objec
 def index_or_nan(
     index: Int[Tensor, "..."], chosen_by: Float[Tensor, "..."]
 ) -> Float[Tensor, "..."]:
-    """The index as a number: NaN where the value that it was chosen by is NaN, since then any other
-    might have been chosen."""
+    """Returns the index as a number, or NaN if the value that it was chosen by is NaN.
+
+    Then any other index might have been chosen.
+    """
     return index.float().masked_fill(chosen_by.isnan(), torch.nan)
 
 
 def rows_named(batch: ProbeBatch, names: Iterable[str]) -> list[int]:
-    """The rows of the probes of these names, in the order asked for.
+    """Returns the rows of the probes with these names, in the given order.
 
     Raises:
         ValueError: for a name that no probe has.
@@ -50,7 +52,7 @@ def rows_named(batch: ProbeBatch, names: Iterable[str]) -> list[int]:
 
 
 def chosen_rows(batch: ProbeBatch, names: Iterable[str] | None) -> list[int]:
-    """The rows of the probes of these names; with None, those that are no repeated blocks.
+    """Returns the rows of the probes with these names; for None, all that are not repeated blocks.
 
     Raises:
         ValueError: for a name that no probe has.
@@ -59,12 +61,12 @@ def chosen_rows(batch: ProbeBatch, names: Iterable[str] | None) -> list[int]:
 
 
 def plain_rows(batch: ProbeBatch) -> list[int]:
-    """The rows that are no repeated blocks."""
+    """Returns the rows that are not repeated blocks."""
     return [i for i, probe in enumerate(batch.probes) if probe.block is None]
 
 
 def block_rows(batch: ProbeBatch) -> dict[int, list[int]]:
-    """Block length -> the rows of repeated blocks of that length; lengths ascending."""
+    """Returns block length -> the rows of repeated blocks of that length; lengths ascending."""
     rows: dict[int, list[int]] = {}
     for i, probe in enumerate(batch.probes):
         if probe.block is not None:
@@ -73,15 +75,15 @@ def block_rows(batch: ProbeBatch) -> dict[int, list[int]]:
 
 
 def demand_blocks(batch: ProbeBatch, name: str) -> dict[int, list[int]]:
-    """`block_rows`, of which there have to be some.
+    """Returns `block_rows`, which must not be empty.
 
     Raises:
-        ValueError: without any; `name` is the instrument that wants them.
+        ValueError: if there are none; `name` is the instrument that needs them.
     """
     blocks = block_rows(batch)
     if not blocks:
         raise ValueError(
-            f"{name} needs repeated random blocks and there are none among the probes. Add some "
+            f"{name} needs repeated random blocks, and there are none among the probes. Add some "
             f"of several lengths, such as Probe.repeated('repeat-8', block=8, times=6) and "
             f"Probe.repeated('repeat-24', block=24)."
         )
@@ -91,17 +93,17 @@ def demand_blocks(batch: ProbeBatch, name: str) -> dict[int, list[int]]:
 def after_first(
     batch: ProbeBatch, rows: Sequence[int]
 ) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
-    """Row and position of every token of these rows but the first of each, row by row."""
+    """Returns row and position of every token of these rows except each row's first."""
     row = torch.tensor(rows, dtype=torch.long, device=batch.tokens.device)
     at, pos = batch.mask[row, 1:].nonzero(as_tuple=True)
     return row[at], pos + 1
 
 
 def attention_layers(shadow: Shadow, name: str) -> list[int]:
-    """The layers that have attention patterns; in a hybrid model not all do.
+    """Returns the layers that have attention patterns; in a hybrid model not all do.
 
     Raises:
-        ValueError: if none has; `name` is the instrument that wants them.
+        ValueError: if no layer has any; `name` is the instrument that needs them.
     """
     layers = [i for i in range(shadow.n_layers) if pattern_hook(i) in shadow.hooks]
     if not layers:
@@ -112,27 +114,27 @@ def attention_layers(shadow: Shadow, name: str) -> list[int]:
 
 
 def pattern_hook(layer: int) -> str:
-    """[probe, head, query, key]"""
+    """Name of the hook point of attention patterns, [probe, head, query, key]."""
     return f"blocks.{layer}.attn.hook_pattern"
 
 
 def resid_hook(layer: int) -> str:
-    """[probe, pos, d_model], the residual stream behind the layer"""
+    """Name of the hook point of the residual stream after the layer, [probe, pos, d_model]."""
     return f"blocks.{layer}.hook_resid_post"
 
 
 def z_hook(layer: int) -> str:
-    """[probe, pos, head, d_head], what each head hands to its output matrix"""
+    """Name of the hook point of each head's input to W_O, [probe, pos, head, d_head]."""
     return f"blocks.{layer}.attn.hook_z"
 
 
 def mlp_norm_hook(layer: int) -> str:
-    """[probe, pos, 1], scale of the norm behind the MLP, in families that have one"""
+    """Name of the hook point of the scale of the norm after the MLP, if any, [probe, pos, 1]."""
     return f"blocks.{layer}.ln2_post.hook_scale"
 
 
 def neuron_layers(shadow: Shadow) -> list[int]:
-    """The layers whose MLP has neurons.
+    """Returns the layers whose MLP has neurons.
 
     In a mixture-of-experts layer the bridge's hook_post is the layer's output.
     """
@@ -146,12 +148,12 @@ def neuron_layers(shadow: Shadow) -> list[int]:
 
 
 def neuron_hook(layer: int) -> str:
-    """[probe, pos, neuron]"""
+    """Name of the hook point of neuron activations, [probe, pos, neuron]."""
     return f"blocks.{layer}.mlp.hook_post"
 
 
 def layer_labels(layers: Sequence[int], shadow: Shadow) -> dict[str, list[str]]:
-    """The names of the layers, where a reading does not hold all of them in their order."""
+    """Returns labels for the layers, if they are not all layers of the model in order."""
     return (
         {} if list(layers) == list(range(shadow.n_layers)) else {"layer": [str(i) for i in layers]}
     )

@@ -1,4 +1,4 @@
-"""A residual stream as logits, the way the model's own output makes them, and as tokens."""
+"""Turns a residual stream into logits, as the model does for its output, and into tokens."""
 
 from typing import Any
 
@@ -12,21 +12,20 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import Shadow
 
 CHUNK = 2**23
-"""Logits to make at a time, in elements: 32 MiB in float32, and a few copies while they are read.
-Many rows at once, because a row alone costs as much as the reading of W_U."""
+"""How many logits to compute at a time: 32 MiB in float32, and a few copies while they are read.
+Many rows at once, because reading W_U costs as much as computing a row."""
 
 
 @torch.no_grad()
 def unembed(
     shadow: Shadow, resid: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch vocab"]:
-    """logits = scale(norm(resid) @ W_U + b_U), in float32; of the last layer's residual stream
-    they are the model's output.
+    """Computes logits = scale(norm(resid) @ W_U + b_U), in float32.
 
-    The norm is the model's final one with its gain, offset and bias, its division by the size of
-    *this* resid included; scale is the family's factor on the logits (Cohere, Granite) and its
-    soft cap (Gemma 2). Norm and head compute in the precision of `resid`: give it the residual
-    stream's own, as the model does. No hook point fires.
+    For the last layer's residual stream they are the model's output. norm is the model's final one
+    with its gain, offset and bias, and divides by the size of *this* resid; scale is the family's
+    factor on the logits (Cohere, Granite) and its soft cap (Gemma 2). Norm and head compute in the
+    precision of `resid`, which should be the residual stream's, as in the model. No hook fires.
     """
     config, cap = text_config(shadow), soft_cap(shadow)
     norm, project = _before_head(shadow)
@@ -43,19 +42,21 @@ def unembed(
 def gap(
     unembedded: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, ""]:
-    """How far the unembedded residual stream of the last layer is from the model's own logits
-    there, as a share of the largest."""
+    """Returns how far the last layer's unembedded residual stream is from the model's own logits.
+
+    It is the largest absolute difference, as a share of the largest absolute logit.
+    """
     logits = logits.float()
     largest = logits.abs().amax().clamp(min=torch.finfo(logits.dtype).tiny)
     return (unembedded - logits).abs().amax() / largest
 
 
 def demand_equal(off: Tensor, shadow: Shadow, name: str) -> None:
-    """Refuses a family whose output is made in another way than `unembed` knows.
+    """Refuses a family whose output is computed differently than in `unembed`.
 
     Raises:
-        ValueError: where `off`, a `gap`, is more than rounding; `name` is the instrument that
-            wants it. Not where it is NaN: then the model's own output is.
+        ValueError: if `off`, a `gap`, is larger than rounding; `name` is the instrument that checks
+            it. Not if it is NaN: then the model's own output is NaN.
     """
     allowed = 1e-3 if shadow.dtype.itemsize >= 4 else 2e-2
     if float(off) > allowed:
@@ -68,7 +69,7 @@ def demand_equal(off: Tensor, shadow: Shadow, name: str) -> None:
 
 
 def token_texts(tokens: np.ndarray, batch: ProbeBatch) -> np.ndarray:
-    """The tokens as a person reads them, in an array of the same shape; of NaN nothing."""
+    """Returns the tokens as readable texts, in an array of the same shape; NaN becomes ''."""
     distinct, back = np.unique(tokens, return_inverse=True)
     texts = np.array(
         ["" if token != token else batch.token_text(int(token)) for token in distinct],
@@ -78,9 +79,9 @@ def token_texts(tokens: np.ndarray, batch: ProbeBatch) -> np.ndarray:
 
 
 def _before_head(shadow: Shadow) -> tuple[Any, Any]:
-    """The modules between the last layer and the head: norm and projection, or None.
+    """Returns the modules between the last layer and the head: norm and projection, or None.
 
-    Not the bridge's own norm: that one's hook points would fire, and others listen there.
+    Not the bridge's own norm, whose hook points would fire while other instruments listen.
     """
     if "ln_final.hook_out" in shadow.hooks:
         norm: Any = shadow.bridge.ln_final
