@@ -1,11 +1,17 @@
+# /// script
+# dependencies = ["tlens-callback"]
+# ///
 """An instrument of one's own: how much each head looks at the tokens just before it.
 
 It needs nothing of the package's inside. It is passed in a list beside those of `fast()`, and what
 it says about itself gives it a curve, a panel with its explanation and events.
 
     python examples/own_instrument.py
+
+    python examples/own_instrument.py --steps 100 --output-dir runs/short
 """
 
+import argparse
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
@@ -22,7 +28,6 @@ from tlens_callback import (
     Reading,
     Shadow,
     TLensCallback,
-    Watch,
     fast,
     read_store,
 )
@@ -109,27 +114,32 @@ class RecentAttention:
         return Reading(key=key, values=values.numpy(), axes=axes, unit="probability", **more)
 
 
-def main(folder: str = "runs/own_instrument") -> None:
+def main() -> None:
     """Trains a tiny model to add 1 to the token before the last, and prints what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--output-dir", default="runs/own_instrument")
+    arguments = parser.parse_args()
+
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, **heads))
     starts = torch.randint(64, (2000, 1, 2))
     rows = ((starts + torch.arange(16)[:, None]) % 64).flatten(1)  # x[t] = x[t - 2] + 1
-    sink = LocalSink(folder)
+    sink = LocalSink(f"{arguments.output_dir}/tlens")
     tlens = TLensCallback(
         [Probe("count", rows[0].tolist()), Probe("other", rows[1].tolist())],
         instruments=[*fast(), RecentAttention()],
         sinks=[sink],
-        # A watch follows the roles of one instrument only, by default the first that has any:
-        # that would be `HeadScores` of `fast()`.
-        watch=Watch(scores=RecentAttention.name, takes=0.4),
         every_n_steps=50,
     )
     args = TrainingArguments(
-        folder, max_steps=400, learning_rate=5e-3, report_to="none", save_strategy="no"
+        arguments.output_dir,
+        max_steps=arguments.steps,
+        learning_rate=5e-3,
+        report_to="none",
+        save_strategy="no",
     )
     data = [{"input_ids": row, "labels": row} for row in rows]
     Trainer(model, args, train_dataset=data, callbacks=[tlens]).train()

@@ -1,11 +1,17 @@
+# /// script
+# dependencies = ["tlens-callback"]
+# ///
 """A sink of one's own: every number of a run in one CSV file, a row per reading and step.
 
 It is passed in a list beside the package's own sinks, and the file can be read while the run goes
 on: `pandas.read_csv("numbers.csv").pivot(index="step", columns="key", values="value")`.
 
     python examples/own_sink.py
+
+    python examples/own_sink.py --steps 20 --file numbers.csv
 """
 
+import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,18 +75,22 @@ class CsvSink:
         whole.replace(self.path)  # at once, so that no kill leaves half a file
 
 
-def main(path: str = "runs/own_sink/numbers.csv", steps: int = 40) -> None:
+def main() -> None:
     """Trains a tiny model in a plain loop, and prints the loss on a probe from the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--file", default="runs/own_sink/numbers.csv")
+    arguments = parser.parse_args()
+
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, **heads))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    sink = CsvSink(arguments.file)
     probes = [Probe("count", list(range(20)))]
-    with Tracer(
-        model, None, probes, instruments=fast(), sinks=[CsvSink(path)], every_n_steps=10
-    ) as tracer:
-        for _ in range(steps):
+    with Tracer(model, None, probes, instruments=fast(), sinks=[sink], every_n_steps=10) as tracer:
+        for _ in range(arguments.steps):
             tokens = (torch.randint(64, (8, 1)) + torch.arange(32)) % 64
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
@@ -88,8 +98,8 @@ def main(path: str = "runs/own_sink/numbers.csv", steps: int = 40) -> None:
             optimizer.zero_grad()
             tracer.step(loss=loss.item())
 
-    print(path)
-    with open(path, newline="", encoding="utf-8") as file:
+    print(sink)
+    with open(sink.path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["key"] == "token_loss/mean/count":
                 print(f"step {row['step']:>2}: {float(row['value']):.3f} {row['unit']}")

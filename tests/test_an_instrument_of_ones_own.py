@@ -23,6 +23,7 @@ from tlens_callback import (
     Reading,
     TLensCallback,
     WandbSink,
+    Watch,
     read_store,
 )
 from tlens_callback.offline.compare_stores import compare_stores
@@ -97,6 +98,36 @@ def test_events_are_raised_about_it(run):
     assert texts[1] == ["new copying head: L1H0 (0.00 -> 0.40)", "1 things are broken"]
 
 
+def test_its_roles_are_followed_beside_those_of_others():
+    """Each role of the first instrument that has it, and no role twice."""
+    own, *others = observed_roles("copying"), observed_roles("induction", "head_scores")
+    again = observed_roles("induction", "second")
+    for steps, said in (
+        ([*others, own, again], ["new induction head: L1H0", "new copying head: L1H0"]),
+        ([again, own], ["new induction head: L1H0", "new copying head: L1H0"]),
+    ):
+        watch, texts = Watch(), []
+        for i in range(2):
+            found = watch.look([reading for at in steps for reading in at[i]])
+            texts += [t for r in found if r.texts is not None for t in r.texts.tolist()]
+        assert [text.partition(" (")[0] for text in texts] == said
+    alone = Watch(scores="own")
+    assert not alone.look(own[0])[-1].values and alone.look(own[1])[-1].texts is not None
+
+
+def observed_roles(role, instrument="own"):
+    """Two observations of a role that one head takes."""
+    meaning = Meaning(quantity=Quantity.HEAD_ROLE, role=role)
+    said = Description(measures={"score": meaning})
+    for_step = [np.zeros((2, 3)), np.zeros((2, 3))]
+    for_step[1][1, 0] = 0.6
+    axes, key = ("layer", "head"), f"{instrument}/score"
+    return [
+        [Reading(key=key, values=v, axes=axes, unit="probability", description=said)]
+        for v in for_step
+    ]
+
+
 def events(store, step):
     found = [r for r in store.readings(step) if r.key == "watch/events"]
     return found[0] if found else None
@@ -113,8 +144,11 @@ def test_two_runs_are_compared_rightly(run):
     pair = compare_stores(run, run, step=1)
     keys = {reading.key for reading in pair.last}
     assert {"own/size", "own/copying"} <= keys and not keys & {"own/moved", "own/broken"}
+    (said,) = pair.left_out
+    assert "own/moved, own/broken are about one run" in said and "[Own(...)]" in said
     again = compare_stores(run, run, step=1, instruments=[Own()])
     made = {reading.key: reading for reading in again.last}
+    assert again.left_out == ()
     assert not made["own/moved"].values.any() and "own/broken" not in made
     assert made["own/moved"].meaning.of_run
 

@@ -130,7 +130,7 @@ def test_adapters_and_copies_are_said(tmp_path, capsys):
     )
     split = tiny.model("gpt_neox")
     trainer(tmp_path, TLensCallback([CAPITAL], sinks=[]), model=split, max_steps=1).train()
-    assert re.search(r"repeated blocks; [\d.]+ MiB beside", capsys.readouterr().out)
+    assert re.search(r"repeated blocks; the shadow takes [\d.]+ MiB more", capsys.readouterr().out)
 
 
 def with_(**attributes) -> Constant:

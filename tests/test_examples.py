@@ -1,6 +1,7 @@
 """The examples run as their docstrings say, on a model small enough for it."""
 
 import ast
+import csv
 import os
 import runpy
 import subprocess
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.induction import CONTEXT, repeated_blocks
 from tests import tiny
-from tlens_callback import Probe, ProbeBatch, Shadow, observe, read_store
+from tlens_callback import Probe, ProbeBatch, Reading, Shadow, observe, read_store
 from tlens_callback.checkpoints import checkpoints_in
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -181,6 +182,48 @@ def test_custom_instrument_equals_what_hugging_face_says(run, small, capsys):
             with np.errstate(divide="ignore", invalid="ignore"):
                 entropy = -np.where(rows > 0, rows * np.log(rows), 0).sum(-1).mean(-1)
             np.testing.assert_allclose(reading.values[layer], entropy, atol=1e-5)
+
+
+def test_own_instrument_equals_a_loop_over_what_hugging_face_says(run, small, capsys):
+    run("own_instrument", "--steps", "4", "--output-dir", "out")
+    out = capsys.readouterr().out
+    assert "step   0: mean 0." in out and "step   4: mean 0." in out
+
+    own = runpy.run_path(str(FOLDER / "own_instrument.py"))["RecentAttention"]
+    model = AutoModelForCausalLM.from_pretrained(small, attn_implementation="eager")
+    texts = [Probe("long", "the capital of France is Paris"), Probe("short", "a cat sat on it")]
+    batch = ProbeBatch.encode(
+        [*texts, Probe.repeated("block", block=5)],
+        AutoTokenizer.from_pretrained(small),
+        vocab_size=tiny.VOCAB,
+    )
+    got = {r.measure: r.values for r in observe(Shadow(model), batch, [own(last=2)])}
+    shares = []
+    for row in range(2):
+        tokens = batch.tokens[row : row + 1, : batch.lengths[row]]
+        with torch.no_grad():
+            layers = model(tokens, output_attentions=True).attentions
+        patterns = torch.cat(layers)  # [layer, head, query, key]
+        for q in range(2, batch.lengths[row]):
+            shares.append(patterns[:, :, q, q - 1 : q + 1].sum(-1))
+    np.testing.assert_allclose(got["share"], torch.stack(shares).mean(0), atol=1e-5)
+    assert got["mean"] == pytest.approx(got["share"].mean()) and not got["change"].any()
+
+
+def test_own_sink_has_each_number_once_and_begins_again_from_a_step(run, tmp_path, capsys):
+    run("own_sink", "--steps", "10", "--file", "numbers.csv")
+    assert "step 10: " in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "numbers.csv").read_text().splitlines()))
+    losses = [row["step"] for row in rows if row["key"] == "trainer/loss"]
+    assert losses == [str(step) for step in range(1, 11)]
+
+    sink = runpy.run_path(str(FOLDER / "own_sink.py"))["CsvSink"](tmp_path / "own" / "n.csv")
+    for step, value in ((0, 1.0), (5, 2.0), (9, 3.0), (5, 4.0), (6, 5.0)):
+        sink.write([Reading(key="a/b", values=np.array(value), unit="x")], step=step)
+    sink.close()
+    rows = list(csv.DictReader(sink.path.read_text().splitlines()))
+    told = [(row["step"], row["value"]) for row in rows]
+    assert told == [("0", "1.0"), ("5", "4.0"), ("6", "5.0")]
 
 
 def test_smollm2_without_its_package_says_what_to_install(monkeypatch, tmp_path):

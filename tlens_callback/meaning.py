@@ -14,63 +14,80 @@ from typing import Any, Literal
 
 
 class Needs(Flag):
-    """What an instrument needs beside a model and probes."""
+    """What an instrument needs beside a model and probes.
+
+    Attributes:
+        BLOCKS: repeated random blocks among the probes; they are added if there are none.
+        TARGET: a probe with a target token.
+        ADAPTER: an adapter over a base.
+        EARLIER: an earlier observation, to compare with.
+        SAME_WEIGHTS: an earlier observation of a model with the same parameters in the same
+            places.
+        TRAINING: a training run that goes on between two observations.
+    """
 
     NOTHING = 0
     BLOCKS = auto()
-    """Repeated random blocks among the probes; they are added if there are none."""
     TARGET = auto()
-    """A probe with a target token."""
     ADAPTER = auto()
-    """An adapter over a base."""
     EARLIER = auto()
-    """An earlier observation, to compare with."""
     SAME_WEIGHTS = auto()
-    """An earlier observation of a model with the same parameters in the same places."""
     TRAINING = auto()
-    """A training run that goes on between two observations."""
 
 
 class Quantity(StrEnum):
-    """The kind of thing that a measure is, so that it can be found whatever instrument made it."""
+    """The kind of thing that a measure is, so that it can be found whatever instrument made it.
+
+    Attributes:
+        ATTENTION: attention of each head: [layer, head, query, key], probability.
+        ATTENTION_CHANGE: how far the attention of each head has moved: [layer, head].
+        ACTIVATION_CHANGE: how far the activations of each layer have moved, by part:
+            [layer, part].
+        HEAD_ROLE: how much each head plays the role that `Meaning.role` names: [layer,
+            head], probability; or [block, layer, head], where a head's score is its lowest
+            over the block lengths.
+        HEAD_ENTROPY: how widely each head spreads its attention: [layer, head].
+        DIRECT_EFFECT: logits that each head, [layer, head], or MLP, [layer], adds directly
+            to a probe's answer.
+        DIRECT_TOTAL: logits that all components together add directly to a probe's answer:
+            a number.
+        DIRECT_REMAINDER: logits of a probe's answer that the components do not account for:
+            a number.
+        ANSWER_PROBABILITY: probability of a probe's target token: a number, or one after
+            each layer.
+        ANSWER_RANK: how many tokens are likelier than the target: a number, or one after
+            each layer.
+        ANSWER_LEAD: logit of the target minus that of the foil: a number.
+        ANSWER_LAYER: the first layer after which the target stays the likeliest token: a
+            number.
+        NEXT_TOKEN: the likeliest next tokens after each layer, as texts: [layer, rank].
+        NEXT_TOKEN_PROBABILITY: the probabilities of the tokens of `NEXT_TOKEN`: [layer,
+            rank].
+        TOKEN_LOSS: loss of each token of a probe: [token], nats.
+        PROBE_LOSS: mean loss of a probe's tokens: a number, nats.
+        REPEAT_GAIN: loss on the second copy of a random block minus loss on the first: a
+            number, nats.
+        FEATURE_FREQUENCY: share of the tokens on which each feature fires: [feature].
+    """
 
     ATTENTION = auto()
-    """Attention of each head: [layer, head, query, key], probability."""
     ATTENTION_CHANGE = auto()
-    """How far the attention of each head has moved: [layer, head]."""
     ACTIVATION_CHANGE = auto()
-    """How far the activations of each layer have moved, by part: [layer, part]."""
     HEAD_ROLE = auto()
-    """How much each head plays the role that `Meaning.role` names: [layer, head], probability; or
-    [block, layer, head], where a head's score is its lowest over the block lengths."""
     HEAD_ENTROPY = auto()
-    """How widely each head spreads its attention: [layer, head]."""
     DIRECT_EFFECT = auto()
-    """Logits that each head, [layer, head], or MLP, [layer], adds directly to a probe's answer."""
     DIRECT_TOTAL = auto()
-    """Logits that all components together add directly to a probe's answer: a number."""
     DIRECT_REMAINDER = auto()
-    """Logits of a probe's answer that the components do not account for: a number."""
     ANSWER_PROBABILITY = auto()
-    """Probability of a probe's target token: a number, or one after each layer."""
     ANSWER_RANK = auto()
-    """How many tokens are likelier than the target: a number, or one after each layer."""
     ANSWER_LEAD = auto()
-    """Logit of the target minus that of the foil: a number."""
     ANSWER_LAYER = auto()
-    """The first layer after which the target stays the likeliest token: a number."""
     NEXT_TOKEN = auto()
-    """The likeliest next tokens after each layer, as texts: [layer, rank]."""
     NEXT_TOKEN_PROBABILITY = auto()
-    """The probabilities of the tokens of `NEXT_TOKEN`: [layer, rank]."""
     TOKEN_LOSS = auto()
-    """Loss of each token of a probe: [token], nats."""
     PROBE_LOSS = auto()
-    """Mean loss of a probe's tokens: a number, nats."""
     REPEAT_GAIN = auto()
-    """Loss on the second copy of a random block minus loss on the first: a number, nats."""
     FEATURE_FREQUENCY = auto()
-    """Share of the tokens on which each feature fires: [feature]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,8 +62,8 @@ class Watch:
         collapse: share of a layer's mean entropy at the first observation.
         fires: share of the tokens.
         cooldown: number of observations.
-        scores: name of the instrument whose roles and entropy are followed; None: the first one
-            that scores heads in a role.
+        scores: name of the instrument whose roles and entropy are followed. None: each role, and
+            the entropy, of the first instrument that has it.
 
     Keys:
         watch/count: [], count, 0..inf; events at this observation
@@ -154,9 +154,8 @@ class Watch:
 
     def breach(self, error: Exception) -> list[Reading]:
         """Returns the event that the shadow does not agree with the live model any more."""
-        return [
-            r.described(described(self)) for r in self._event_readings([(float("nan"), str(error))])
-        ]
+        events = self._event_readings([(float("nan"), str(error))])
+        return [reading.described(described(self)) for reading in events]
 
     def _event_readings(self, events: Sequence[Event]) -> list[Reading]:
         count = Reading(key=f"{self.name}/count", values=np.asarray(len(events)), unit="count")
@@ -172,20 +171,21 @@ class Watch:
         return [count, about]
 
     def _followed_readings(self, readings: Iterable[Reading]) -> list[Reading]:
-        """Returns the readings of the instrument that is followed; none if no instrument scores
-        heads and `scores` and `heads` ask for none."""
-        readings = list(readings)
-        roles = [r for r in readings if r.meaning.quantity is Quantity.HEAD_ROLE]
-        scorers = list(dict.fromkeys(reading.instrument for reading in roles))
+        """Returns the roles and the entropy to follow, each of the first instrument that has it."""
+        kinds = (Quantity.HEAD_ROLE, Quantity.HEAD_ENTROPY)
+        there = [one for one in readings if one.meaning.quantity in kinds]
+        wanted = [one for one in there if self.scores in (None, one.instrument)]
         asked = self.scores is not None or self.heads is not None
-        known = [name for name in scorers if self.scores in (None, name)]
-        if asked and not known and not any(key.endswith(" head held") for key in self.baseline):
+        if asked and not wanted and not any(key.endswith(" head held") for key in self.baseline):
             raise ValueError(
                 f"Watch is to follow heads, and no instrument"
                 f"{f' {self.scores!r}' * bool(self.scores)} scores heads in a role, as HeadScores "
-                f"does; the instruments {scorers} do."
+                f"does; the instruments {list(dict.fromkeys(r.instrument for r in there))} do."
             )
-        return [reading for reading in readings if reading.instrument in known[:1]]
+        first: dict[str, str] = {}
+        for reading in wanted:
+            first.setdefault(reading.meaning.role, reading.instrument)  # that of entropy is ""
+        return [one for one in wanted if first[one.meaning.role] == one.instrument]
 
     def _allowed(self, about: str, where: np.ndarray) -> np.ndarray:
         """Returns which of these events are outside their cooldown, and starts it for them."""

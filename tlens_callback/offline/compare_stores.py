@@ -10,7 +10,7 @@ from tlens_callback.meaning import Description, Needs, described
 from tlens_callback.offline.changes import History
 from tlens_callback.offline.compare import Pair
 from tlens_callback.offline.stages import name_reading
-from tlens_callback.reading import TOKEN_AXES, Reading
+from tlens_callback.reading import RESERVED, TOKEN_AXES, Reading
 from tlens_callback.store import Store
 
 
@@ -50,6 +50,7 @@ def compare_stores(
     )
     _demand_shape(*about)
     common, left_out = _common(*about, descriptions)
+    left_out += _of_other_instruments({**a.about(first), **b.about(last)}, descriptions, again)
     readings = [
         {r.key: _with_description(r, descriptions) for r in store.readings(at, common)}
         for store, at in ((a, first), (b, last))
@@ -66,6 +67,23 @@ def compare_stores(
         [*of, *watch.look(of), name_reading(name)] for of, name in zip(both, names, strict=True)
     ]
     return Pair(names, *with_events, left_out=tuple(left_out))
+
+
+def _of_other_instruments(
+    keys: Iterable[str], descriptions: Mapping[str, Description], again: Mapping[str, Any]
+) -> Iterator[str]:
+    """Gives a sentence for each instrument that this package does not have, and whose readings
+    about a run are left out."""
+    names = dict.fromkeys(key.split("/", 1)[0] for key in keys)
+    for name in names:
+        said = descriptions.get(name, Description())
+        of_run = [measure for measure, meaning in said.measures.items() if meaning.of_run]
+        known = name in RESERVED or said.kind in (*own_instruments.__all__, Watch.__name__)
+        if of_run and not known and name not in again:
+            yield (
+                f"{', '.join(f'{name}/{measure}' for measure in of_run)} are about one run. "
+                f"compare_stores(..., instruments=[{said.kind}(...)]) computes them again."
+            )
 
 
 def _package_instruments(descriptions: Mapping[str, Description]) -> Iterator[Any]:

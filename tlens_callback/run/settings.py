@@ -194,9 +194,11 @@ def _check_parts(
                 "instruments and sinks must be flat lists; write [*fast(), ...] with the star."
             )
         if not isinstance(thing, kind):
+            parts = ("name", "taps", "read") if kind is Instrument else ("write", "close")
             raise ValueError(
-                f"{thing!r} is not {'an' if kind is Instrument else 'a'} {kind.__name__}: it "
-                f"does not have all methods of tlens_callback.interfaces.{kind.__name__}."
+                f"{thing!r} is not {'an' if kind is Instrument else 'a'} {kind.__name__}: it has "
+                f"no {' and no '.join(p for p in parts if not hasattr(thing, p))}; see "
+                f"help(tlens_callback.{kind.__name__})."
             )
     for instrument in instruments:
         if not _counts(every := getattr(instrument, "every", 1)):
