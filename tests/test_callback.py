@@ -201,7 +201,7 @@ BAD_RUNS = [
     (dict(instruments=[AttentionPatterns(layers=[7])]), "7"),
     (
         dict(watch=Watch(scores="mine")),
-        r"no instrument 'mine' scores .*instruments \['head_scores'\] do",
+        r"scores heads in a role.*Asked for: mine; there are: head_scores",
     ),
     (dict(repeats=False, instruments=[HeadScores()]), "Probe.repeated"),
 ]

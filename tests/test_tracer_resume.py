@@ -181,7 +181,7 @@ def test_a_folder_without_the_files_is_refused(tmp_path, missing):
 def test_a_torn_log_is_refused(tmp_path):
     folder = stopped(tmp_path, 4) / "eyes"
     (folder / "tlens.log.json").write_text('[{"loss":')
-    with pytest.raises(ValueError, match=r"tlens\.log\.json is torn"):
+    with pytest.raises(ValueError, match=r"tlens\.log\.json is incomplete or damaged"):
         tracer(adapted(), step=4, resume_from=folder).__enter__()
 
 

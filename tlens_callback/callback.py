@@ -107,7 +107,8 @@ class TLensCallback(TrainerCallback):
                 given = first_rows(train_dataloader, processing_class, context=shadow.context)
                 if not given:
                     logger.warning(
-                        "tlens: no probe texts were found in the training data; pass probes=[...]."
+                        "tlens: no probe texts were found in the training data, so only repeated "
+                        "blocks are run; pass probes=[...]."
                     )
             return self.settings.completed(given, shadow)
 
@@ -219,7 +220,7 @@ class TLensCallback(TrainerCallback):
         return Path(args.output_dir or ".") / folder / f"{self.name}.memory"
 
     def _resumed_baseline_file(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """The same file in the checkpoint that the run resumes from.
+        """The file that `_baseline_file` names, in the checkpoint that the run resumes from.
 
         `train` does not tell callbacks which checkpoint that is.
         """

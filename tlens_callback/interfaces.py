@@ -19,17 +19,17 @@ class Instrument(Protocol):
     - `every: int`: it is asked at every n-th observation, counted from the first of the run, and at
       the last one. This is for instruments that run forward passes of their own.
     - `baseline: dict[str, Tensor]`: what it keeps from earlier observations to compare with, by any
-      names. It is emptied when a run starts, saved with every checkpoint and back when a run is
-      resumed from one, on the shadow's device.
+      names. It is emptied when a run starts, saved with every checkpoint, and restored on the
+      shadow's device when a run is resumed from one.
     - `optional: bool`: if it is true and the instrument raises `ValueError` at the first
       observation, because the model has nothing for it to measure, it is left out and a printed
       line says why. If it is false, the error stops the training before it begins. The instruments
       of `fast()` are optional.
     - `description: Description`, on the class: what its readings mean, for everything that shows or
       compares them; see `tlens_callback.meaning`.
-    - `between(first, last) -> Iterable[Reading]`: computes the readings that compare with the first
-      observation of a run from the readings of any two observations, given by key; `first` stands
-      for the first observation. It is used to compare two runs.
+    - `between(first, last) -> Iterable[Reading]`: computes those of its readings that compare with
+      the first observation of a run. `first` and `last` are key -> reading of any two observations;
+      `first` takes the place of the first observation. It is used to compare two runs.
     """
 
     @property
@@ -69,8 +69,8 @@ class Sink(Protocol):
 
     - `before_finish(wait: Callable[[], None])`: called on the training thread, before anything is
       written. The sink keeps `wait` and calls it when somebody else is about to finish the run that
-      it logs to; `wait` returns once everything up to then is written. It may be called from any
-      thread and at any time. It does nothing on the thread of the sinks, and it never raises.
+      it logs to; `wait` returns once everything up to then is written. `wait` may be called from
+      any thread at any time; on the thread of the sinks it does nothing, and it never raises.
     """
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:

@@ -36,7 +36,7 @@ class Needs(Flag):
 
 
 class Quantity(StrEnum):
-    """The kind of thing that a measure is, so that it can be found whatever instrument made it.
+    """What a measure measures, so that a reading is found by it, whatever its instrument is named.
 
     Attributes:
         ATTENTION: attention of each head: [layer, head, query, key], probability.
@@ -99,9 +99,9 @@ class Meaning:
         axes: the axes of its readings, if they are the same for all probes and models; None: not
             known.
         headline: True: people look at it first, so W&B shows a single number as a curve and other
-            readings as a figure or a table. None: not known; W&B then shows the figures and tables,
-            and only the first numbers.
-        quantity: the kind of thing that it is.
+            readings as a figure or a table. False: W&B leaves it out; the store and the page have
+            it. None: not known; W&B shows the figures and tables, and only the first numbers.
+        quantity: which known quantity it is; None: another one.
         role: the role of a head with a high score, as in "new induction head". `Watch` follows the
             roles of quantity `HEAD_ROLE`.
         better: whether good training makes it "higher" or "lower"; None: neither.
@@ -192,7 +192,7 @@ def described(thing: object) -> Description:
 
 @lru_cache
 def described_class(kind: type) -> Description:
-    """Does the same for a class of instruments."""
+    """Returns the description of a class of instruments, completed as `described` does."""
     said = getattr(kind, "description", None) or Description()
     if not isinstance(said, Description):
         raise ValueError(

@@ -53,15 +53,15 @@ class Tracer:
     Args:
         model: the model that is trained: a `PreTrainedModel`, plain or wrapped by PEFT, DDP,
             `Accelerator.prepare` or `torch.compile`.
-        tokenizer: encodes the probes; a copy of it is used. It can be None if the probes are token
-            ids.
+        tokenizer: encodes the probes; a copy of it is used. It can be None if all probes, targets
+            and foils are token ids.
         probes: the texts to run, or the path of a file that `read_probes` reads. None: the first
             rows of `train_dataset`; if there is no dataset, only the repeated blocks.
         output_dir: the default store is `<output_dir>/<name>`.
         step: how many optimizer steps the model has had: where a resumed loop begins.
-        last_step: the step that the loop ends with. None: the loop ends when the block is left. If
-            the last step has been observed by then, the shadow is not checked again, and an
-            instrument with an `every` is asked only if it was its turn.
+        last_step: the step that the loop ends with. None: it is known only when the block is left.
+            If it was observed by then, it is not observed again: the shadow is not checked there,
+            and an instrument with an `every` was asked only if it was its turn.
         resume_from: the folder that `save` wrote to at this step. None: changes are measured from
             the first observation of this loop.
         train_dataset: rows that the model is trained on, by index, each a dict with `input_ids`,
@@ -284,8 +284,8 @@ class Tracer:
             self._log += json.loads(log.read_text())
         except ValueError as error:
             raise ValueError(
-                f"{log} is torn, only a part of it was written: {error}. Without resume_from the "
-                f"loop can go on."
+                f"{log} is incomplete or damaged: {error}. Without resume_from the loop can go on; "
+                f"changes are then measured from this step on."
             ) from error
         return path
 

@@ -152,7 +152,7 @@ def test_without_a_prompt_and_a_tokenizer_the_repeated_blocks_are_enough(tmp_pat
     model = save_base(tmp_path / "bare", tokenizer=False)
     done = run("analyze", model, "--out", tmp_path / "seen")
     assert done.exit_code == 0, done.output
-    assert "tlens: no prompt is given, so repeated random blocks are shown alone" in done.output
+    assert "tlens: no prompt is given, so the model sees random blocks only" in done.output
     assert read_store(tmp_path / "seen").reading("head_scores/induction", 0).values.shape == (2, 4)
     ids = tmp_path / "ids.jsonl"
     ids.write_text('{"name": "ids", "tokens": [1, 30, 31], "target": 40}\n')

@@ -183,7 +183,7 @@ def test_any_head_scores_are_followed(scores_):
 
 @pytest.mark.parametrize("watch", [Watch(heads=[(0, 0)]), Watch(scores="head_scores")])
 def test_heads_without_scores_are_refused(watch):
-    with pytest.raises(ValueError, match="is to follow heads, and no instrument"):
+    with pytest.raises(ValueError, match="needs an instrument that scores heads in a role"):
         watch.look([number("a/b", 1)])
 
 

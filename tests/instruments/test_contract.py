@@ -242,7 +242,7 @@ def test_a_description_that_is_none_is_refused():
     class Wrong:
         description = "heads"
 
-    with pytest.raises(ValueError, match=r"Wrong\.description is a tlens_callback\.Description"):
+    with pytest.raises(ValueError, match=r"Wrong\.description must be a"):
         described(Wrong())
 
 

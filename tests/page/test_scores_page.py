@@ -12,7 +12,7 @@ from tlens_callback import Watch, instruments
 from tlens_callback.reading import Reading
 
 HEADS = ("layer", "head")
-INDUCTION = "Scores how much each head attends to fixed places"
+INDUCTION = "Scores each head in known roles"
 DRIFT = "Measures how far each head's attention has moved"
 
 

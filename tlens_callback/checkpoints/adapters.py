@@ -42,7 +42,7 @@ class UnknownStart(ValueError):
 
 
 def kind(adapter: str) -> Kind:
-    """The config and the shapes of an adapter.
+    """Returns what decides which model an adapter fits: its config and its shapes.
 
     Two adapters of one kind fit the same model: either can be loaded in the place of the other.
 

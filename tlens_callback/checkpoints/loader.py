@@ -94,7 +94,7 @@ class Loader:
         return self._model
 
     def untrained(self, checkpoint: "Checkpoint") -> "Checkpoint | None":
-        """Loads the model before its training, so that a `load` of it takes no more time.
+        """Loads an adapter's model as it was before training, and returns its checkpoint.
 
         Returns:
             The checkpoint before training. None if it cannot be known, because the adapter started

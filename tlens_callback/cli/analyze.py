@@ -77,7 +77,7 @@ def analyze(
     with wandb_run(project, checkpoint, probes, store) as beside:
         stage = Stage(checkpoint.step or 0, checkpoint, logged=checkpoint.logged)
         if not probes:
-            print_lines(["tlens: no prompt is given, so repeated random blocks are shown alone"])
+            print_lines(["tlens: no prompt is given, so the model sees random blocks only"])
         observer = observe_stages([stage], loader, arguments, [store, *beside], tokenizer=own)
         (step,) = observer.steps
         readings = {reading.key: reading for reading in read_store(store.path).readings(step)}
@@ -115,7 +115,7 @@ def demand_ids(checkpoint: "Checkpoint", probes: "Sequence[Probe]") -> None:
 
 
 def unused_store(out: Path) -> Path:
-    """Finds the first of `out`, `out-2`, `out-3`, ... in which a run can begin at any step.
+    """Finds the first of `out`, `out-2`, `out-3`, ... where a new store can begin at any step.
 
     Raises:
         ValueError: if the directory cannot be made or written to.

@@ -109,7 +109,7 @@ class Watch:
         if not self.moves >= 0:
             raise ValueError(f"moves must be 0 or more, got {self.moves}.")
         if not 0 <= self.collapse < 1:
-            raise ValueError(f"collapse must be a share, 0 or more and below 1: {self.collapse}.")
+            raise ValueError(f"collapse must be 0 or more and below 1, got {self.collapse}.")
         if not 0 < self.fires <= 1:
             raise ValueError(f"fires must be a share, above 0 and at most 1, got {self.fires}.")
         if self.cooldown < 0 or self.pinned < 0:
@@ -178,9 +178,9 @@ class Watch:
         asked = self.scores is not None or self.heads is not None
         if asked and not wanted and not any(key.endswith(" head held") for key in self.baseline):
             raise ValueError(
-                f"Watch is to follow heads, and no instrument"
-                f"{f' {self.scores!r}' * bool(self.scores)} scores heads in a role, as HeadScores "
-                f"does; the instruments {list(dict.fromkeys(r.instrument for r in there))} do."
+                f"Watch(heads=..., scores=...) needs an instrument that scores heads in a role, "
+                f"such as HeadScores(). Asked for: {self.scores or 'any'}; there are: "
+                f"{', '.join(dict.fromkeys(r.instrument for r in there)) or 'none'}."
             )
         first: dict[str, str] = {}
         for reading in wanted:
@@ -188,7 +188,7 @@ class Watch:
         return [one for one in wanted if first[one.meaning.role] == one.instrument]
 
     def _allowed(self, about: str, where: np.ndarray) -> np.ndarray:
-        """Returns which of these events are outside their cooldown, and starts it for them."""
+        """Returns which of these events are not in a cooldown, and starts the cooldown of those."""
         now, raised = int(self.baseline["looks"]), self._old(f"{about} raised")
         if raised is None or raised.shape != where.shape:
             raised = np.full(where.shape, _LONG_AGO)

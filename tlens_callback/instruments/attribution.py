@@ -148,8 +148,12 @@ class LogitAttribution:
             "remainder": Meaning(
                 title="Lead that no component explains", axes=(), quantity=Quantity.DIRECT_REMAINDER
             ),
-            "neuron": Meaning(title="Neurons that add most to the answer", axes=("layer", "rank")),
-            "neuron_write": Meaning(title="What these neurons add", axes=("layer", "rank")),
+            "neuron": Meaning(
+                title="Neurons that add most to the answer", axes=("layer", "rank"), sometimes=True
+            ),
+            "neuron_write": Meaning(
+                title="What these neurons add", axes=("layer", "rank"), sometimes=True
+            ),
         },
     )
 

@@ -196,7 +196,7 @@ def _js(
 def _js_of_patterns(
     now: Float[np.ndarray, "layer head query key"], first: Float[np.ndarray, "layer head query key"]
 ) -> Float[np.ndarray, "layer head"]:
-    """Returns the same for one probe's whole patterns, leaving out query 0."""
+    """Returns `_js` of one probe's whole patterns, leaving out query 0."""
     found = []
     for layers in zip(now, first, strict=True):
         both = [torch.from_numpy(np.array(heads[:, 1:])) for heads in layers]

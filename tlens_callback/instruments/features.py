@@ -22,7 +22,7 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class SparseFeatures:
-    """Reads the features of a sparse autoencoder in the model, and how well it still fits.
+    """Reads a sparse autoencoder's features in the model, and how well the autoencoder fits it.
 
     An autoencoder that was trained on the base model may not fit the fine-tuned one. `fvu` and
     `recovered` measure how well it does; without them the features mean nothing.

@@ -90,7 +90,7 @@ def _meanings() -> dict[str, Meaning]:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scores how much each head attends to fixed places, on repeated random blocks.
+    """Scores each head in known roles (previous token, induction and others) on repeated blocks.
 
     Let A[q, k] be a head's pattern on `[BOS, r_1..r_S, r_1..r_S, ...]`, with BOS at position 0, S
     the block length and T the number of tokens. A mean is over all q for which the places exist:

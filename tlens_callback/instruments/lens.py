@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from tlens_callback.instruments.parts.selection import (
@@ -233,7 +233,7 @@ class LogitLens:
 
     def _probe(
         self,
-        token: Float[Tensor, "layer rank"],
+        token: Real[Tensor, "layer rank"],
         top: Float[Tensor, "layer rank"],
         numbers: Float[Tensor, "layer measure"],
         batch: ProbeBatch,

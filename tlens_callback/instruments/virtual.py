@@ -23,7 +23,7 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 @dataclass(frozen=True)
 class VirtualHeads:
-    """Scores where pairs of heads in different layers attend together, on repeated random blocks.
+    """Scores where a head attends through a head of an earlier layer, on repeated random blocks.
 
     A head h2 of layer l2 that reads what a head h1 of an earlier layer l1 has written attends,
     through it, by C = A[l2,h2] @ A[l1,h1], C[q, k] = sum_m A[l2,h2][q, m] * A[l1,h1][m, k]. On

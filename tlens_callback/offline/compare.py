@@ -47,7 +47,7 @@ logger = logging.getLogger("tlens_callback")
 
 @dataclass(frozen=True)
 class Pair:
-    """The readings of A and of B; what compares in the readings of B compares with A.
+    """The readings of A and of B; drift and changes in the readings of B are measured from A.
 
     Attributes:
         names: the names of A and of B.

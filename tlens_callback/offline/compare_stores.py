@@ -72,8 +72,8 @@ def compare_stores(
 def _of_other_instruments(
     keys: Iterable[str], descriptions: Mapping[str, Description], again: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Gives a sentence for each instrument that this package does not have, and whose readings
-    about a run are left out."""
+    """Gives a sentence for each instrument from outside this package whose readings about a run
+    are left out."""
     names = dict.fromkeys(key.split("/", 1)[0] for key in keys)
     for name in names:
         said = descriptions.get(name, Description())
@@ -81,8 +81,9 @@ def _of_other_instruments(
         known = name in RESERVED or said.kind in (*own_instruments.__all__, Watch.__name__)
         if of_run and not known and name not in again:
             yield (
-                f"{', '.join(f'{name}/{measure}' for measure in of_run)} are about one run. "
-                f"compare_stores(..., instruments=[{said.kind}(...)]) computes them again."
+                f"{', '.join(f'{name}/{measure}' for measure in of_run)} are about one run. In "
+                f"Python, compare_stores(..., instruments=[{said.kind}(...)]) computes them again, "
+                f"with the instrument's method between()."
             )
 
 
@@ -231,7 +232,7 @@ def _probe(key: str) -> str | None:
 def _compared_with(
     first: Mapping[str, Reading], now: Mapping[str, Reading], again: Mapping[str, Any]
 ) -> list[Reading]:
-    """The readings `now`; those that compare are computed again, compared with `first`."""
+    """The readings `now`, with drift and changes computed again by `between`, from `first`."""
     anew = {
         reading.key: reading.described(described(one))
         for one in again.values()

@@ -81,7 +81,7 @@ def replay(
         loader = Loader(device=loader.device, dtype=precision(last.model))
     tokenizer = loader.tokenizer(last)
     if not arguments.prompts:
-        print_lines(["tlens: no probes are given, so only repeated random blocks are shown"])
+        print_lines(["tlens: no probes are given, so the models see only repeated random blocks"])
     asked = _request(run, stages[0], arguments, loader, tokenizer)
     record = choose(Path(out or run / "tlens-replay").expanduser(), asked, stages)
     sink = LocalSink(record.path)

@@ -54,7 +54,7 @@ def name_reading(name: str) -> Reading:
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """The name of the checkpoint that a step shows.
+    """An instrument that reads the name of the observed checkpoint.
 
     Keys:
         checkpoint/name: [], path; the name is its text.

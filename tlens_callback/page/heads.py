@@ -18,8 +18,8 @@ HEAD_AXES = ("layer", "head")
 def heads_of(
     axes: Sequence[str], shape: Sequence[int], labels: Mapping[str, Sequence[str]]
 ) -> list[Head]:
-    """Returns the heads of a reading by layer and head, or of its patterns, in the order of its
-    values; empty for other readings."""
+    """Returns the heads of a ("layer", "head") reading or of attention patterns, in the order of
+    the values; no heads for other readings."""
     if tuple(axes[:2]) != HEAD_AXES or len(axes) not in (2, 4):
         return []
     layers, heads = (

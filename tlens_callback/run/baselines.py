@@ -34,7 +34,7 @@ def baselines(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
 
 
 def marks(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:
-    """Returns what must be equal, or a comparison with earlier observations would mean nothing.
+    """Returns marks of run, probes and precision, which must be equal to resume a comparison.
 
     Args:
         run: identifies the training run of a checkpoint.
@@ -102,9 +102,9 @@ def recall(
             found = {} if other else {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
         logger.warning(
-            "tlens: the first observation of the resumed run is not in %s (%s), so changes are "
-            "measured from this step on. If the checkpoint is in another directory, name it in "
-            "TrainingArguments(resume_from_checkpoint=...) too.",
+            "tlens: %s cannot be read (%s). It holds what a resumed run compares its observations "
+            "with; without it, changes are measured from this step on. If the trainer's checkpoint "
+            "is in another directory, name it in TrainingArguments(resume_from_checkpoint=...).",
             *(path, error),
         )
         return frozenset()

@@ -159,8 +159,8 @@ class Observer:
             for name, one in remembered.items():
                 if recalled and one and name not in recalled:
                     logger.warning(
-                        "tlens: the resumed run has saved nothing for %r, which measures changes "
-                        "from this step on.",
+                        "tlens: the checkpoint holds nothing for %r, which therefore measures "
+                        "changes from this step on.",
                         name,
                     )
         self.cost.beforehand = self.cost.seconds

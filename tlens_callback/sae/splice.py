@@ -50,7 +50,7 @@ def activations(
 def training_activations(
     shadow: Shadow, hook: str, batch: ProbeBatch, rows: int, length: int
 ) -> Float[Tensor, "token d_in"] | None:
-    """Returns the same for the next rows of the training data, cut to `length` tokens.
+    """Returns the `activations` of the next training rows, each cut to `length` tokens.
 
     None if there are no rows to read.
     """

@@ -239,8 +239,8 @@ def mismatch(model: nn.Module, fidelity: Fidelity, *, stale: bool = False) -> st
     if stale:
         return (
             f"the shadow of {type(model).__name__} did not follow the live model's update: the "
-            f"live logits moved by {fidelity.moved:.1e}, the shadow's made {fidelity.followed:.0%} "
-            f"of this change and are {fidelity.gap:.1e} off"
+            f"live logits moved by {fidelity.moved:.1e}; the shadow's logits made "
+            f"{fidelity.followed:.0%} of this change and are now {fidelity.gap:.1e} away from them"
         )
     return (
         f"the shadow of {type(model).__name__} is not the live model: {fidelity}; rounding allows "

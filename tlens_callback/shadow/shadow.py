@@ -288,7 +288,7 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
 
 
 def parts(value: Any) -> tuple[Any, ...]:
-    """The result of one reduction as a tuple."""
+    """Returns the result of a reduction as a tuple, also if it is a single tensor."""
     return value if isinstance(value, tuple) else (value,)
 
 

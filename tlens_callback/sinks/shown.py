@@ -1,4 +1,4 @@
-"""Chooses what the sinks beside the trainer's own logs show, and under which keys."""
+"""Chooses what the sinks for W&B, trackio and TensorBoard show, and under which keys."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -11,9 +11,9 @@ from tlens_callback.reading import Reading
 
 
 def first_value(baseline: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
-    """What was seen first under this key, on the device of `now`: equal to `now` where nothing was.
+    """Returns the first value under this key, on the device of `now`.
 
-    The baseline keeps a copy with storage of its own.
+    If there is none, `now` becomes the first value; the baseline keeps a copy of it.
     """
     if key not in baseline:
         baseline[key] = now.clone()
@@ -31,7 +31,7 @@ def probes_suffix(batch: ProbeBatch, rows: Sequence[int]) -> str:
 def changes(
     name: str, first: Mapping[str, Reading], last: Mapping[str, Reading], of: Mapping[str, str]
 ) -> Iterator[Reading]:
-    """Yields the readings `<name>/<change>` between two observations: `last` minus `first`.
+    """Yields the readings of change of the instrument `name`: `last` minus `first`.
 
     Args:
         first, last: the readings of the two observations, by key.

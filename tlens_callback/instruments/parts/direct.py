@@ -56,7 +56,7 @@ def answer_directions(
 def unembedding_directions(
     shadow: Shadow, targets: Sequence[int | None], foils: Sequence[int | None]
 ) -> Float[Tensor, "target d_model"]:
-    """Returns the same directions after the final norm, where the unembedding reads them."""
+    """Returns the directions of logit[target] - logit[foil] after the final norm."""
     return minus_foil(shadow.bridge.W_U.mT, targets, foils)
 
 

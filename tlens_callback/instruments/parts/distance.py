@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def with_sink(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head query outcome"]:
-    """Adds one more key, which takes what each row lacks to one."""
+    """Adds one more key to each row, with the attention that the row lacks to sum to one."""
     return torch.cat([pattern, (1 - pattern.sum(-1, keepdim=True)).clamp(min=0)], -1)
 
 

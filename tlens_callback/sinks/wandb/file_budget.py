@@ -40,8 +40,8 @@ class FileBudget:
         return True
 
     def last(self, wanted: int, *, page: int) -> int:
-        """Returns for how many of these files, of the last observation or the page, there is room,
-        and counts them.
+        """Counts as many of the last observation's files, or of the page, as there is room for, and
+        returns their number.
 
         Args:
             page: files to keep free beside them.

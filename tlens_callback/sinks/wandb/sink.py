@@ -46,9 +46,9 @@ class WandbSink:
     shown at its step, whatever the order and the thread in which rows are logged.
 
     W&B's run page shows an overview: the readings that an instrument's `description` marks as
-    headlines, about 20 numbers per probe for the package's own instruments. The store and its page
-    have the rest. If an instrument does not describe a measure, W&B shows all that is listed below,
-    but only the first 8 numbers per probe.
+    headlines: for the default instruments about 17 numbers, and five more per probe. The store and
+    its page have the rest. If an instrument does not describe a measure, W&B shows all that is
+    listed below, but only the first 8 numbers per probe.
 
     Keys:
         tlens/<key>: a number, for a reading without axes and texts.
