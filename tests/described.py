@@ -1,14 +1,12 @@
 """Readings made by hand that say about themselves what the package's own say."""
 
-from tlens_callback.events import Watch
-from tlens_callback.meaning import Description, described
+from tlens_callback.meaning import Description
 from tlens_callback.offline.changes import own_descriptions
 from tlens_callback.reading import Reading
 from tlens_callback.run.cost import cost_reading
 
 NONE = Description()
 OWN = own_descriptions() | {
-    "watch": described(Watch()),
     "cost": cost_reading("share", 0.0, "fraction").description,
 }
 

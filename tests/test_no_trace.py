@@ -238,7 +238,9 @@ def test_pictures_and_tables_in_wandb_leave_no_trace(offline, writing):
         states.append(state_of(trainer))
         wandb.finish()
     assert differences(*states) == []
-    assert len(list(offline.glob("wandb/offline-*/files/media/images/**/*.png"))) == 12
+    pictures = len(list(offline.glob("wandb/offline-*/files/media/images/**/*.png")))
+    # Two an observation; where it drops the older, those of how many depends on the machine.
+    assert pictures == 12 or (writing == "drop_old" and 2 <= pictures < 12)
 
 
 class Draws(TrainerCallback):

@@ -124,6 +124,14 @@ class Meaning:
     alarm: str = ""
     explanation: str = ""
 
+    def __post_init__(self) -> None:
+        if self.quantity is not None:
+            object.__setattr__(self, "quantity", Quantity(self.quantity))
+        if self.axes is not None:
+            object.__setattr__(self, "axes", tuple(self.axes))
+        if self.better not in (None, "higher", "lower"):
+            raise ValueError(f'better must be "higher", "lower" or None, got {self.better!r}.')
+
 
 UNDESCRIBED = Meaning(headline=None)
 """The meaning of a measure that its instrument does not describe."""
@@ -152,6 +160,11 @@ class Description:
     others: Meaning = UNDESCRIBED
     kind: str = ""
     sentence: str = ""
+
+    def __post_init__(self) -> None:
+        for measure, meaning in self.measures.items():
+            if not isinstance(meaning, Meaning):
+                raise ValueError(f"measures[{measure!r}] must be a Meaning, got {meaning!r}.")
 
     def meaning(self, measure: str) -> Meaning:
         """Returns what the readings of this measure mean."""

@@ -155,7 +155,7 @@ def test_an_instrument_that_is_none_is_named(text, says):
 
 
 def test_two_instruments_of_one_name_are_named():
-    with pytest.raises(ValueError, match="Two instruments are named 'logit_lens'; give one"):
+    with pytest.raises(ValueError, match="The name 'logit_lens' is used twice; give one"):
         ask("-i", "fast", "-i", "LogitLens(k=3)")
     assert len(ask("-i", "fast", "-i", "LogitLens(name='three')")[0].instruments) == 17
 

@@ -191,7 +191,7 @@ def test_a_served_page_shows_a_new_step_by_itself(tmp_path, browser_script):
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=120)
         assert (child.returncode, out) == (0, "") and "Traceback" not in err
-        assert "Ctrl-C ends it" in err
+        assert "Press Ctrl-C to end" in err
         assert seen.read_text().strip() == address
     assert sorted(path.name for path in sink.path.iterdir()) == before
 

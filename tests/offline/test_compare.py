@@ -120,7 +120,7 @@ def test_a_model_against_itself_differs_in_nothing(saved, tmp_path):
     last = {reading.key: reading for reading in pair.last}
     assert last["attention_drift/max"].values == 0
     text = differences(read_store(sink.path))
-    assert text == "Nothing differs: A and B have the same numbers throughout."
+    assert text == "Nothing differs: all numbers of A and B are the same."
 
 
 def test_two_precisions_are_said(saved, tmp_path, caplog):
@@ -140,7 +140,7 @@ def test_what_was_asked_for_by_name_is_not_left_out(saved):
 
 def test_models_of_another_shape(saved, tmp_path):
     other = save(tiny.model("llama", num_hidden_layers=3), tmp_path / "deeper")
-    with pytest.raises(ValueError, match="another shape and cannot be compared head by head"):
+    with pytest.raises(ValueError, match="different shapes and cannot be compared head by head"):
         compared({**saved, "other": other}, "a", "other")
 
 

@@ -8,12 +8,13 @@ from scipy.spatial.distance import jensenshannon
 
 from tests import tiny
 from tests.offline.two_models import DOG, asked, fine_tune, save, watched
-from tests.sinks.samples import pattern
+from tests.sinks.samples import everything, pattern
 from tests.training import CAPITAL
-from tlens_callback import LocalSink, PatternChange, Probe, Reading, fast, read_store
+from tlens_callback import Description, LocalSink, PatternChange, Probe, Reading, fast, read_store
 from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.offline.compare import compare_models
 from tlens_callback.offline.compare_stores import compare_stores
+from tlens_callback.offline.stages import name_reading
 
 INSTRUMENTS = [*fast(), PatternChange()]
 
@@ -206,3 +207,21 @@ def test_what_is_of_other_blocks_is_left_out_in_one_sentence(saved, tmp_path):
     assert not seen & {"head_scores", "repeat_loss", "virtual_heads"}
     assert {"attention_drift", "target_scores"} <= seen
     assert not any("different shape" in one for one in pair.left_out)
+
+
+def test_stores_from_before_instruments_described_themselves_are_compared_alike(tmp_path):
+    """What is of one run is known by the names that the package's own have."""
+
+    def bare(folder, step):
+        readings = [reading.described(Description()) for reading in everything(step)]
+        sink = LocalSink(tmp_path / folder, page=False)
+        sink.write([*readings, name_reading(folder).described(Description())], step=0)
+        sink.close()
+        return read_store(sink.path)
+
+    a, b = bare("a", 0), bare("b", 1)
+    pair = compare_stores(a, b)
+    keys = [reading.key for reading in pair.last]
+    assert len(set(keys)) == len(keys), "each key once"
+    assert not [key for key in keys if key.startswith(("cost/", "trainer/"))]
+    pair.write(LocalSink(tmp_path / "pair", page=False))

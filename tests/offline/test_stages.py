@@ -135,7 +135,7 @@ def test_what_cannot_be_loaded_raises_or_is_left_out(saved, tmp_path):
     def tell(stage, error):
         told.append((stage.step, str(error)))
 
-    for wrong, why in ((empty, "nothing"), (deeper, "another shape")):
+    for wrong, why in ((empty, "nothing"), (deeper, "different shapes")):
         with pytest.raises(ValueError, match=why):
             looked([saved[0], wrong, saved[2]])
         assert looked([saved[0], wrong, saved[2]], leave_out=tell).steps == (0, 20)

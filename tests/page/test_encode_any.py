@@ -61,7 +61,7 @@ def encoded(draw: st.DrawFn) -> tuple[list[list[Reading]], list[list[str]]]:
     blob = {r.key: draw(st.booleans()) for readings in steps for r in readings}
     made = []
     # Halves and whole frames among differences come with many numbers and steps; here with few.
-    with mock.patch.multiple(encode, _FEW=5, _KEY_FRAME_EVERY=2):
+    with mock.patch.multiple(encode, _HALF_FROM=5, _KEY_FRAME_EVERY=2):
         for readings in steps:
             parts = []
             for reading in readings:

@@ -159,7 +159,7 @@ def test_without_scores_the_first_heads_are_kept_and_nothing_else_is_cut(tmp_pat
     got = shown(page.path)[10]
     assert got["attention_patterns/pattern/b"]["select"] == []
     assert near(got["a/long"], long(10)[2]) and near(got["s/score"], long(10)[3])
-    assert "of 0 of 64 at step 10" in index_of(page.path)["notes"][0]
+    assert "at step 10 of 0 of 64 heads" in index_of(page.path)["notes"][0]
 
 
 def test_steps_are_dropped_and_written_again_under_another_stamp(tmp_path):

@@ -41,7 +41,7 @@ def test_a_small_update_that_is_missed_late_is_found():
     for _ in range(5):
         assert watched.go(1e-2).followed == pytest.approx(1, abs=1e-3)
     since_start = float((watched.monitor._reference - start)[0].abs().max())
-    with pytest.raises(FidelityError, match=r"it made 0% of a movement of"):
+    with pytest.raises(FidelityError, match=r"made 0% of this change"):
         watched.go(1e-6, sync=lambda shadow: None)
     missed = watched.monitor.checks[6]
     assert missed.close and missed.gap < 0.01 * since_start

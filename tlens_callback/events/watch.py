@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlens_callback.events.roles import first_of_each, lowest_over_blocks, of_heads
 from tlens_callback.events.rules import HISTORY, Rule, entry
 from tlens_callback.meaning import Description, Meaning, Quantity, described
 from tlens_callback.reading import Reading
@@ -20,11 +21,6 @@ _MOST_NAMED = 8
 """At most this many heads or entries are named in one sentence."""
 
 _LONG_AGO = -(2**62)
-
-
-def lowest_over_blocks(reading: Reading) -> np.ndarray:
-    """Returns the scores [layer, head]; with several block lengths, a head's lowest over them."""
-    return reading.values.min(0) if reading.axes[0] == "block" else reading.values
 
 
 @dataclass(frozen=True)
@@ -172,8 +168,7 @@ class Watch:
 
     def _followed_readings(self, readings: Iterable[Reading]) -> list[Reading]:
         """Returns the roles and the entropy to follow, each of the first instrument that has it."""
-        kinds = (Quantity.HEAD_ROLE, Quantity.HEAD_ENTROPY)
-        there = [one for one in readings if one.meaning.quantity in kinds]
+        there = of_heads(readings)
         wanted = [one for one in there if self.scores in (None, one.instrument)]
         asked = self.scores is not None or self.heads is not None
         if asked and not wanted and not any(key.endswith(" head held") for key in self.baseline):
@@ -182,10 +177,7 @@ class Watch:
                 f"such as HeadScores(). Asked for: {self.scores or 'any'}; there are: "
                 f"{', '.join(dict.fromkeys(r.instrument for r in there)) or 'none'}."
             )
-        first: dict[str, str] = {}
-        for reading in wanted:
-            first.setdefault(reading.meaning.role, reading.instrument)  # that of entropy is ""
-        return [one for one in wanted if first[one.meaning.role] == one.instrument]
+        return first_of_each(wanted)
 
     def _allowed(self, about: str, where: np.ndarray) -> np.ndarray:
         """Returns which of these events are not in a cooldown, and starts the cooldown of those."""
@@ -213,8 +205,11 @@ class Watch:
 
     def _feature_events(self, readings: Iterable[Reading]) -> Iterator[Event]:
         """Yields the events of autoencoder features that begin to fire or fall silent."""
+        seen: set[str] = set()
         for reading in readings:
-            if reading.meaning.quantity is Quantity.FEATURE_FREQUENCY:
+            frequency = reading.meaning.quantity is Quantity.FEATURE_FREQUENCY
+            if frequency and reading.axes == ("feature",) and reading.instrument not in seen:
+                seen.add(reading.instrument)
                 often, key = reading.values, f"{reading.instrument} features"
                 names = reading.labels.get("feature") or [str(i) for i in range(len(often))]
                 shown = np.frombuffer("\n".join(names).encode(), np.uint8)

@@ -148,12 +148,8 @@ class LogitAttribution:
             "remainder": Meaning(
                 title="Lead that no component explains", axes=(), quantity=Quantity.DIRECT_REMAINDER
             ),
-            "neuron": Meaning(
-                title="Neurons that add most to the answer", axes=("layer", "rank"), sometimes=True
-            ),
-            "neuron_write": Meaning(
-                title="What these neurons add", axes=("layer", "rank"), sometimes=True
-            ),
+            "neuron": Meaning(title="Top neurons", axes=("layer", "rank"), sometimes=True),
+            "neuron_write": Meaning(title="What they add", axes=("layer", "rank"), sometimes=True),
         },
     )
 

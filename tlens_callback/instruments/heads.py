@@ -70,9 +70,7 @@ def _meanings() -> dict[str, Meaning]:
                 role=role,
                 sometimes=sometimes,
             ),
-            f"{measure}_spread": Meaning(
-                title=f"{title}: spread over block lengths", axes=axes, sometimes=sometimes
-            ),
+            f"{measure}_spread": Meaning(title=f"{title}: spread", axes=axes, sometimes=sometimes),
         }
     for measure in (*_ROLES, "prefix_matching"):
         found[f"max_{measure}"] = Meaning(

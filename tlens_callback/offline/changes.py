@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tlens_callback import instruments
-from tlens_callback.events.watch import Watch, lowest_over_blocks
+from tlens_callback.events import Watch
+from tlens_callback.events.roles import lowest_over_blocks, of_heads, role_of
 from tlens_callback.meaning import Description, Meaning, Quantity, described_class
 from tlens_callback.reading import RESERVED, Reading
 from tlens_callback.store import Store
@@ -135,9 +136,12 @@ def _change(what: str, values: Mapping[int, float]) -> Change:
 
 
 def own_descriptions() -> dict[str, Description]:
-    """Default name -> description, for each instrument of the package."""
-    exported = [getattr(instruments, name) for name in instruments.__all__]
-    return {one.name: described_class(one) for one in exported if isinstance(one, type)}
+    """Default name -> description: of each instrument of the package, of the watch, and of what the
+    observer reads itself."""
+    exported = [Watch, *(getattr(instruments, name) for name in instruments.__all__)]
+    found = {one.name: described_class(one) for one in exported if isinstance(one, type)}
+    of_run = Description(others=Meaning(of_run=True))
+    return found | {name: of_run for name in RESERVED if name != "fidelity"}
 
 
 def probe_of(key: str) -> str | None:
@@ -187,10 +191,16 @@ def role_scores(history: History) -> Iterator[tuple[str, dict[int, np.ndarray], 
 
     A head's score in a role is the lowest over the block lengths, as `Watch` takes it.
     """
+    seen = set()
     for key in history.keys(Quantity.HEAD_ROLE):
-        found = history.all(key)
-        scores = {step: lowest_over_blocks(reading) for step, reading in found.items()}
-        yield history.meaning(key).role, scores, found[max(found)]
+        meaning, found = history.meaning(key), history.all(key)
+        described = history.descriptions[key.split("/", 1)[0]]
+        last = found[max(found)].described(described)
+        # Of several instruments with one role the first, as `Watch` does.
+        if of_heads([last]) and role_of(meaning) not in seen:
+            seen.add(role_of(meaning))
+            scores = {step: lowest_over_blocks(reading) for step, reading in found.items()}
+            yield meaning.role, scores, last
 
 
 def changed_roles(history: History, most: int) -> list[Change]:

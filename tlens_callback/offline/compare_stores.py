@@ -233,11 +233,13 @@ def _compared_with(
     first: Mapping[str, Reading], now: Mapping[str, Reading], again: Mapping[str, Any]
 ) -> list[Reading]:
     """The readings `now`, with drift and changes computed again by `between`, from `first`."""
-    anew = {
-        reading.key: reading.described(described(one))
-        for one in again.values()
-        for reading in one.between(first, now)
-    }
+    anew: dict[str, Reading] = {}
+    for name, one in again.items():
+        try:
+            anew |= {r.key: r.described(described(one)) for r in one.between(first, now)}
+        except Exception as error:
+            error.add_note(f"(raised by {type(one).__name__}.between, of the instrument {name!r})")
+            raise
     found = [
         anew.pop(key, reading)
         for key, reading in now.items()

@@ -25,12 +25,13 @@ logger = logging.getLogger("tlens_callback")
 
 def baselines(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
     """Gives the baseline of each instrument that has one, by the instrument's name."""
-    return {
-        getattr(thing, "name"): baseline  # noqa: B009
-        for thing in things
-        for what in BASELINE
-        if isinstance(baseline := getattr(thing, what, None), dict)
-    }
+    found = {}
+    for thing in things:
+        held = [getattr(thing, what) for what in BASELINE if hasattr(thing, what)][:1]
+        for baseline in held:
+            if isinstance(baseline, dict):
+                found[getattr(thing, "name")] = baseline  # noqa: B009
+    return found
 
 
 def marks(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:

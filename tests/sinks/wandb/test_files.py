@@ -93,7 +93,7 @@ def test_a_setting_that_passes_a_thousand_is_told_of_at_once(offline, caplog, mo
         for step in range(3):
             sink.write(observation(step), step=step)
     (said,) = words(caplog)
-    assert "has 3 files" in said and "333 observations" in said
+    assert "logs 3 files" in said and "333 observations" in said
     sink.close()
 
 
