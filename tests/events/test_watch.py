@@ -306,7 +306,7 @@ def test_memory_goes_on_where_another_watch_stopped():
     ("make", "text"),
     [
         (lambda: Watch(takes=0.1, loses=0.2), "at most takes"),
-        (lambda: Watch(collapse=1), "below 1: 1"),
+        (lambda: Watch(collapse=1), "below 1, got 1"),
         (lambda: Watch(cooldown=-1), "0 or more"),
         (lambda: Watch(fires=0), "fires must be a share"),
         (lambda: Watch(["head_scores/sink"]), "Rule objects"),  # type: ignore[list-item]

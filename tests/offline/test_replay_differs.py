@@ -116,7 +116,7 @@ def test_what_learns_from_training_rows_has_the_probes_alone(tmp_path):
 def test_default_instruments_and_no_probes(tmp_path, capsys):
     train(tmp_path, few(), **RUNS["SFT with LoRA"])
     again = replayed(tmp_path, None, arguments=dict(probes=[])).store
-    assert "no probes are given, so only repeated random blocks" in capsys.readouterr().out
+    assert "so the models see only repeated random blocks" in capsys.readouterr().out
     assert again.steps == (0, 2, 4, 6)
     assert {i.name for i in fast()} > {key.partition("/")[0] for key in again.keys} - {
         *("checkpoint", "cost", "fidelity", "trainer", "watch")

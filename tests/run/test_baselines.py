@@ -92,7 +92,7 @@ def test_a_checkpoint_in_another_directory(tmp_path, caplog):
     assert told[3] == whole[3]
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         assert norms(watched(tmp_path / "c", resume=old))[3] == 0
-    assert "TrainingArguments(resume_from_checkpoint=...) too" in caplog.text
+    assert "name it in TrainingArguments(resume_from_checkpoint=...)" in caplog.text
 
 
 def test_the_checkpoint_of_another_run_is_not_taken_for_this_ones(tmp_path, caplog):
@@ -147,7 +147,7 @@ def test_an_instrument_that_is_new_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         resumed = norms(watched(tmp_path, resume=str(tmp_path / "checkpoint-3")))
     assert resumed[3] == 0
-    assert "saved nothing for 'distance'" in caplog.text and "'watch'" not in caplog.text
+    assert "holds nothing for 'distance'" in caplog.text and "'watch'" not in caplog.text
 
 
 @pytest.mark.slow

@@ -44,8 +44,7 @@ _ROLES = {
 }
 """Measure -> the role of a head with a high score."""
 
-_EITHER = ("induction", "induction_diagonal")
-"""`strict` chooses which one of the two is measured."""
+_EITHER = ("induction", "induction_diagonal")  # `strict` chooses which of the two is measured
 
 
 def _meanings() -> dict[str, Meaning]:
