@@ -173,7 +173,7 @@ def test_the_training_data_give_probes_and_rows_and_keep_their_order(caplog):
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         with tracer(tiny.model("llama"), probes=None, instruments=[HeadScores()]) as t:
             assert all(probe.block for probe in t.observer.batch.probes)
-    assert "so only repeated blocks are run; pass " in caplog.text
+    assert "repeated blocks are run; pass probes=[...] or train_dataset=" in caplog.text
 
 
 def test_other_processes_do_nothing(monkeypatch, tmp_path, capsys):

@@ -29,7 +29,7 @@ def test_probes_from_a_file_are_those_of_the_list(tmp_path, kind):
 def test_a_broken_file_raises_at_construction(tmp_path):
     path = tmp_path / "probes.yaml"
     path.write_text("- text: a\n- text: 5\n")
-    with pytest.raises(ValueError, match=r"probes\.yaml, entry 2 \(line 2\): text must be"):
+    with pytest.raises(ValueError, match=r"probes\.yaml, entry 2 \(line 2\): text must be a"):
         TLensCallback(str(path), sinks=[])
 
 
@@ -57,7 +57,7 @@ def test_what_is_neither_a_list_nor_a_file_is_named(tmp_path, monkeypatch, given
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "probes.txt").write_text("The capital of France is\n")
-    with pytest.raises(ValueError, match="Rename"):
+    with pytest.raises(ValueError, match="Rename the file"):
         TLensCallback(str(tmp_path / "probes.txt"), sinks=[])
 
 
