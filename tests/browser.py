@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,18 @@ def drawn(page: Any) -> None:
         await new Promise((done) => setTimeout(() => requestAnimationFrame(done), 10));
       }
     }""")
+
+
+def until(page: Any, script: str, expected: Any, seconds: float = 60.0) -> None:
+    """Waits until a script gives this.
+
+    Playwright's `wait_for_function` evaluates its text in the page once more for each look, which
+    the page's own policy forbids: it fails where the first look came too early.
+    """
+    end = time.monotonic() + seconds
+    while (got := page.evaluate(script)) != expected and time.monotonic() < end:
+        page.wait_for_timeout(30)
+    assert got == expected, script
 
 
 def needs_browser() -> Any:

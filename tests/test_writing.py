@@ -84,7 +84,7 @@ def test_the_last_observation_is_written_and_the_sinks_closed_in_the_last_step(
     if writing == "drop_old":
         dropped = sink.curve("cost/dropped")[1]
         assert len(written) < 7 and dropped[0] == 0 and list(dropped) == sorted(dropped)
-        assert f"tlens: {7 - len(written)} observations were dropped" in said
+        assert f"tlens: dropped {7 - len(written)} observation" in said
     else:
         assert written == (0, 1, 2, 3, 4, 5, 6)
         assert "cost/dropped" not in sink.readings and "dropped" not in said

@@ -8,8 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.browser import needs_browser, opened
-from tests.page.test_live_page import until
+from tests.browser import needs_browser, opened, until
 from tests.sinks.samples import everything, small
 from tests.sinks.test_local import fill
 from tests.sinks.test_local_broken import tear

@@ -9,7 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from tests.browser import needs_browser, opened
+from tests.browser import needs_browser, opened, until
 from tests.page.five_steps import addressed
 from tlens_callback.page import PageFolder
 from tlens_callback.page.template import html
@@ -76,14 +76,6 @@ def tab(browser, folder):
     page.wait_for_selector("#stepname:not(:empty)")
     yield page, faults
     page.goto("about:blank")
-
-
-def until(page, script, expected, seconds=60.0):
-    """Waits for a script to give this; the page's own policy forbids Playwright's way to wait."""
-    end = time.monotonic() + seconds
-    while (got := page.evaluate(script)) != expected and time.monotonic() < end:
-        page.wait_for_timeout(30)
-    assert got == expected, script
 
 
 STEP = "document.getElementById('stepname').textContent"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.browser import needs_browser, opened
+from tests.browser import needs_browser, opened, until
 from tests.page.cells import MINUS, Cells, colour, is_said, number, tip
 from tests.page.pages import page_of
 from tests.sinks.samples import ODD
@@ -327,7 +327,7 @@ def test_a_large_model_fits(page):
 
 def test_a_matrix_too_large_to_be_decoded_at_once(page):
     show(page, score="large/score", step=10)
-    page.wait_for_function("!document.getElementById('matrix').parentNode.hidden")
+    until(page, "document.getElementById('matrix').parentNode.hidden", False)
     settled(page)
     all_steps = np.stack([values(step, 150, 140) for step in STEPS]).astype(np.float16)
     legend = page.locator(".legend").first

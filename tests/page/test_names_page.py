@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.browser import needs_browser
+from tests.browser import needs_browser, until
 from tests.page.five_steps import (
     HOSTILE,
     logged,
@@ -13,7 +13,6 @@ from tests.page.five_steps import (
     words_of,
 )
 from tests.page.pages import page_of
-from tests.page.test_live_page import until
 from tlens_callback.page import PageFolder
 from tlens_callback.page import page as packed
 from tlens_callback.reading import Reading

@@ -2,10 +2,9 @@
 
 import pytest
 
-from tests.browser import needs_browser, opened
+from tests.browser import needs_browser, opened, until
 from tests.page.five_steps import settled
 from tests.page.pages import page_of
-from tests.page.test_live_page import until
 from tlens_callback.page import PageFolder
 from tlens_callback.reading import Reading
 

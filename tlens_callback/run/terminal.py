@@ -42,7 +42,7 @@ def summary(observer: Observer) -> list[str]:
         lines.append(f"tlens: shadow and model were compared {times}; the worst result: {worst}")
     if dropped := observer.writer.dropped:
         lines.append(
-            f"tlens: {dropped} observations were dropped, because the sinks were slower than "
+            f"tlens: dropped {_plural(dropped, 'observation')}, because the sinks were slower than "
             f"training; use writing='wait' or a larger every_n_steps to keep all of them"
         )
     return lines + sink_lines(observer.sinks)

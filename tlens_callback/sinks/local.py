@@ -267,7 +267,12 @@ def _schema(axes: tuple[str, ...]) -> pa.Schema:
         "text": "str",
     }
     empty = pd.DataFrame({name: pd.array([], dtype=type_) for name, type_ in types.items()})
-    return pa.Schema.from_pandas(empty, preserve_index=False)
+    schema = pa.Schema.from_pandas(empty, preserve_index=False)
+    # The texts of an empty pandas 2 column are objects of no type; all texts would become null.
+    for i, field in enumerate(schema):
+        if pa.types.is_null(field.type):
+            schema = schema.set(i, field.with_type(pa.large_string()))
+    return schema
 
 
 def _version(package: str) -> str | None:

@@ -208,7 +208,7 @@ class Store:
         tables = [pq.read_table(scores_file(self.path, step)) for step in self.steps]
         if not tables:
             return pd.DataFrame({"step": [], "key": [], "value": []})
-        return pa.concat_tables(tables, promote_options="default").to_pandas()
+        return pa.concat_tables(tables, promote_options="permissive").to_pandas()
 
     def _frame_of(self, key: str) -> pd.DataFrame:
         from tlens_callback.store.tidy import tidy
