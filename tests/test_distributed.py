@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 
-def run(folder: Path, watched: str) -> list[dict]:
-    folder.mkdir()
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, dict]]:
+    """What each rank found; both train in all ways, one after the other."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *(f"--master_port={port}", "-m", "tests.ddp_script", str(folder), watched),
+            *(f"--master_port={port}", "-m", "tests.distributed_script", str(folder)),
         ],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -30,10 +34,22 @@ def run(folder: Path, watched: str) -> list[dict]:
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.slow
-def test_rank_0_observes_and_training_is_unchanged(tmp_path):
-    without = run(tmp_path / "without", "0")
-    watched = run(tmp_path / "watched", "1")
+@pytest.mark.parametrize("how", ["trainer", "plain", "accelerate"])
+def test_rank_0_observes_and_training_is_unchanged(ranks, how):
+    without = [rank[f"{how} without"] for rank in ranks]
+    watched = [rank[f"{how} watched"] for rank in ranks]
     assert watched[0]["steps"] == [0, 1, 2, 3] and watched[1]["steps"] == []
-    assert watched[0]["worst"] < 1e-4
+    assert 0 < watched[0]["worst"] < 1e-4
     assert {r["weights"] for r in (*without, *watched)} == {without[0]["weights"]}
+    assert [rank["random"] for rank in watched] == [rank["random"] for rank in without]
+    assert [r["said"].count("tlens: watching") for r in (*without, *watched)] == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("how", ["plain", "accelerate"])
+def test_rank_0_saves(ranks, how):
+    assert [rank[f"{how} watched"]["saved"] for rank in ranks] == [True, False]
+
+
+def test_the_ways_to_train_differ(ranks):
+    """Else one could be taken for another."""
+    assert len({of["weights"] for of in ranks[0].values()}) == 3

@@ -3,6 +3,7 @@
 import random
 import threading
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,10 @@ def run(watch: Any = None, model: Any = adapted, steps: int = 5, **settings: Any
     return loop.state()
 
 
+unwatched = cache(run)
+"""The state after the same loop alone, run once."""
+
+
 class Stepper:
     """What a culprit has in common with a tracer."""
 
@@ -104,7 +109,7 @@ class Stepper:
 def test_a_loop_is_left_as_it_was(settings):
     sink = MemorySink()
     watched = run(lambda loop: tracer(loop.model, sinks=[sink], every_n_steps=2), **settings)
-    assert differences(run(**settings), watched) == []
+    assert differences(unwatched(**settings), watched) == []
     assert sorted(sink.readings["target_scores/loss/capital"]) == [0, 2, 4, 5]
     moved = {float(r.values) for r in sink.readings["target_scores/loss/capital"].values()}
     assert len(moved) == 4, "the loop watched was one that changes the model"
@@ -133,7 +138,7 @@ def test_default_probes_and_sinks_leave_no_trace(tmp_path, writing):
             self.inner.step(**logged)
             self.inner.save(tmp_path / "checkpoint")
 
-    assert differences(run(), run(Saving)) == []
+    assert differences(unwatched(), run(Saving)) == []
     assert (tmp_path / "tlens" / "page.html").exists()
     assert (tmp_path / "checkpoint" / "tlens.memory").exists()
 
@@ -151,7 +156,7 @@ def test_a_sink_slower_than_the_loop_leaves_no_trace(tmp_path):
         loop.optimizer.register_step_pre_hook(lambda *_: pace.next())
         return tracer(loop.model, sinks=[Slow(tmp_path / "store")])
 
-    assert differences(run(), run(watch)) == []
+    assert differences(unwatched(), run(watch)) == []
 
 
 @pytest.mark.slow
@@ -320,7 +325,7 @@ class Pads(Stepper):
     ],
 )
 def test_the_check_finds_what_leaves_a_trace(culprit, found):
-    assert found <= set(differences(run(), run(culprit)))
+    assert found <= set(differences(unwatched(), run(culprit)))
 
 
 def test_the_loop_learns():
