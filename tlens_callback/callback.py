@@ -121,7 +121,9 @@ class TLensCallback(TrainerCallback):
                 processing_class,
                 probes,
                 step=state.global_step,
-                memory=self._resumed_baseline_file(args, state) if state.global_step else None,
+                baseline_file=self._resumed_baseline_file(args, state)
+                if state.global_step
+                else None,
                 run=_run_identity(state),
                 training=training_rows(train_dataloader, processing_class),
                 logged=state.log_history,

@@ -22,7 +22,7 @@ from tests.instruments.pretend_device import DEVICE, WrongDevice
 from tests.shadow.test_shadow import lora
 from tests.test_no_trace_instruments import every_instrument
 from tlens_callback import ProbeBatch, Reading, Shadow, observe
-from tlens_callback.run.baselines import baselines, keep, marks, recall
+from tlens_callback.run import baselines
 from tlens_callback.shadow import Reduce, Taken
 
 ROWS = [[1, *((7 * row + i) % 80 + 10 for i in range(20))] for row in range(8)]
@@ -92,10 +92,12 @@ def every(families: str, dtypes: str) -> None:
             before, after = strict(every_instrument()), strict(every_instrument())
             observe(shadow, batch, before)
             observe(moved(shadow, model), batch, before)
-            about = marks(batch, shadow.dtype, "a run")
+            about = baselines.conditions(batch, shadow.dtype, "a run")
             with tempfile.TemporaryDirectory() as folder:
-                keep(Path(folder, "memory"), baselines(before), about)
-                assert recall(Path(folder, "memory"), baselines(after), about, shadow.device)
+                baselines.write(Path(folder, "memory"), baselines.of(before), about)
+                assert baselines.read(
+                    Path(folder, "memory"), baselines.of(after), about, shadow.device
+                )
             resumed = observe(moved(shadow, model), batch, after)
             assert {one.name for one in after} == {reading.instrument for reading in resumed}
 

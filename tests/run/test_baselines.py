@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.training import CAPITAL, trainer
 from tlens_callback import MemorySink, Probe, Reading, TLensCallback, read_store
-from tlens_callback.run.baselines import baselines
+from tlens_callback.run.baselines import of as baselines_of
 
 KEY = "distance/norm"
 
@@ -285,7 +285,7 @@ def test_a_full_disk_ends_nothing(tmp_path, caplog, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("tlens_callback.run.observer.keep", full)
+    monkeypatch.setattr("tlens_callback.run.baselines.write", full)
     callback = TLensCallback([CAPITAL], instruments=[Distance()], sinks=[], every_n_steps=1)
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         trainer(tmp_path, callback, save_strategy="steps", save_steps=3).train()
@@ -361,6 +361,6 @@ def test_the_older_name_of_the_attribute_is_known():
     now, before = type("Now", (), {}), type("Before", (), {})
     now.name, now.baseline = "now", {"first": torch.ones(1)}
     before.name, before.memory = "before", {"first": torch.zeros(1)}
-    found = baselines([now, before, object()])
+    found = baselines_of([now, before, object()])
     assert found == {"now": now.baseline, "before": before.memory}
     assert found["before"] is before.memory

@@ -41,7 +41,7 @@ class UnknownStart(ValueError):
     """Raised if the saved files do not determine the model before training."""
 
 
-def kind(adapter: str) -> Kind:
+def adapter_kind(adapter: str) -> Kind:
     """Returns what decides which model an adapter fits: its config and its shapes.
 
     Two adapters of one kind fit the same model: either can be loaded in the place of the other.

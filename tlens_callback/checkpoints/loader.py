@@ -13,11 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from tlens_callback.checkpoints.adapters import (
     UnknownStart,
+    adapter_kind,
     add_adapter,
     equal_to_rounding,
     fill,
     fill_untrained,
-    kind,
     random_states_kept,
     sample_logits,
 )
@@ -71,7 +71,9 @@ class Loader:
             return False
         if not checkpoint.trained:
             return now == checkpoint
-        return same_place(now.model, checkpoint.model) and self._kind == kind(checkpoint.adapter)
+        return same_place(now.model, checkpoint.model) and self._kind == adapter_kind(
+            checkpoint.adapter
+        )
 
     def load(self, checkpoint: "Checkpoint") -> nn.Module:
         """Loads a model in eval mode; the parameters that were trained require gradients.
@@ -143,7 +145,7 @@ class Loader:
         """Loads the full model, and adds the adapter's layers without their trained values."""
         if checkpoint.adapter is None:
             return self._load_full(checkpoint.model)
-        self._kind = kind(checkpoint.adapter)
+        self._kind = adapter_kind(checkpoint.adapter)
         if checkpoint.trained:
             return self._add_adapter(checkpoint.adapter, self._load_full(checkpoint.model))
         model = self._load_full(checkpoint.model)

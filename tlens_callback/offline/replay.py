@@ -85,7 +85,7 @@ def replay(
     asked = _request(run, stages[0], arguments, loader, tokenizer)
     record = choose(Path(out or run / "tlens-replay").expanduser(), asked, stages)
     sink = LocalSink(record.path)
-    todo, memory = record.remaining(stages)
+    todo, baseline_file = record.remaining(stages)
     for name, reason in broken.items():
         logger.warning("tlens: %s is left out: %s", name, reason)
     left_out = [*broken]
@@ -97,7 +97,7 @@ def replay(
         sink.page()
         print_lines(["tlens: all checkpoints have been observed already", *sink_lines([sink])])
         return Replay(read_store(record.path), tuple(left_out))
-    if memory is not None:
+    if baseline_file is not None:
         print_lines([f"tlens: continuing at {todo[0].name}, in {record.path}"])
     errors: list[Exception] = []
 
@@ -131,7 +131,7 @@ def replay(
             arguments,
             [sink],
             tokenizer=tokenizer,
-            memory=memory,
+            baseline_file=baseline_file,
             progress="replay",
             leave_out=leave_out,
             written=written,

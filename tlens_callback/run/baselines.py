@@ -23,7 +23,7 @@ one."""
 logger = logging.getLogger("tlens_callback")
 
 
-def baselines(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
+def of(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
     """Gives the baseline of each instrument that has one, by the instrument's name."""
     found = {}
     for thing in things:
@@ -34,8 +34,8 @@ def baselines(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def marks(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:
-    """Returns marks of run, probes and precision, which must be equal to resume a comparison.
+def conditions(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:
+    """Returns run, probes and precision, each as text that must be equal to resume a comparison.
 
     Args:
         run: identifies the training run of a checkpoint.
@@ -49,7 +49,7 @@ def marks(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str]:
     }
 
 
-def check(of: Baselines) -> None:
+def demand_tensors(of: Baselines) -> None:
     """Checks that baselines hold tensors alone, so that they can be written to a file.
 
     Raises:
@@ -63,17 +63,17 @@ def check(of: Baselines) -> None:
             )
 
 
-def keep(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
+def write(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
     """Writes the baselines to a file, whole or not at all; removes the file if there are none.
 
     Args:
-        about: what `marks` returned.
+        about: what `conditions` returned.
 
     Raises:
         OSError: if the file cannot be written (the disk is full).
-        ValueError: as `check`.
+        ValueError: as `demand_tensors`.
     """
-    check(of)
+    demand_tensors(of)
     # Copied: safetensors refuses tensors that share storage.
     tensors = {
         f"{name}/{key}": tensor.detach().to("cpu", copy=True).contiguous()
@@ -86,7 +86,7 @@ def keep(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
         path.unlink(missing_ok=True)
 
 
-def recall(
+def read(
     path: Path, of: Baselines, about: Mapping[str, str], device: torch.device
 ) -> frozenset[str]:
     """Fills the baselines from a file, and returns the names of those that the file has.

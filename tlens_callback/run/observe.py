@@ -10,7 +10,7 @@ from tlens_callback.meaning import described
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
-from tlens_callback.shadow.shadow import parts
+from tlens_callback.shadow.shadow import as_tuple
 
 _MOST_JOINED = 2**18
 """Tensors of at most this many elements are copied to the CPU together."""
@@ -83,7 +83,7 @@ def observe(
 
 def _move_to_cpu(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:
     """Moves all tensors to the CPU, and converts floating point to float32."""
-    flat = [t for got in taken for value in got.values() for t in parts(value)]
+    flat = [t for got in taken for value in got.values() for t in as_tuple(value)]
     moved = iter([t.float() if t.is_floating_point() else t for t in _to_cpu(flat)])
     return [
         {

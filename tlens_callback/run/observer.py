@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.run.baselines import baselines, check, keep, marks, recall
+from tlens_callback.run import baselines
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.observe import observe
@@ -98,7 +98,7 @@ class Observer:
         probes: Callable[[Shadow], Sequence[Probe]],
         *,
         step: int,
-        memory: Path | None = None,
+        baseline_file: Path | None = None,
         run: str = "",
         training: Callable[[int], list[list[int]]] | None = None,
         logged: Sequence[Mapping[str, Any]] = (),
@@ -112,7 +112,7 @@ class Observer:
         the sinks are closed and the shadow is freed.
 
         Args:
-            memory, run: for a resumed run, a file that `remember` wrote, and the `run` that
+            baseline_file, run: for a resumed run, a file that `remember` wrote, and the `run` that
                 `remember` was given. None for a new run.
             training: see `ProbeBatch`.
             logged: what the trainer logs, a list that grows.
@@ -141,20 +141,21 @@ class Observer:
                     training=training,
                 )
             assert self.batch is not None
-            remembered = baselines([*self.instruments, self.watch])
-            own = baselines([self.logs, self._schedule])
+            remembered = baselines.of([*self.instruments, self.watch])
+            own = baselines.of([self.logs, self._schedule])
             for one in [*remembered.values(), *own.values()]:
                 one.clear()
-            recalled = frozenset()
-            if memory is not None and (remembered or has_rare(self.instruments) or memory.exists()):
-                about = marks(self.batch, self.shadow.dtype, run)
-                recalled = recall(memory, {**remembered, **own}, about, self.shadow.device)
+            recalled, wanted = frozenset(), remembered or has_rare(self.instruments)
+            if baseline_file is not None and (wanted or baseline_file.exists()):
+                about = baselines.conditions(self.batch, self.shadow.dtype, run)
+                known = {**remembered, **own}
+                recalled = baselines.read(baseline_file, known, about, self.shadow.device)
             self._schedule.start()
             self.logs.start(logged, step=0 if earlier else step)
             fidelity = self._monitor.start(model, self.shadow, self.batch, step=step)
             self._first_step = step
             self._observe_now(step, fidelity, last=last)
-            check(remembered)
+            baselines.demand_tensors(remembered)
             self.writer.drain()
             for name, one in remembered.items():
                 if recalled and one and name not in recalled:
@@ -190,15 +191,15 @@ class Observer:
             return
         with self.cost.spending():
             try:
-                about = marks(self.batch, self.shadow.dtype, run)
-                of = baselines([*self.instruments, self.watch])
+                about = baselines.conditions(self.batch, self.shadow.dtype, run)
+                of = baselines.of([*self.instruments, self.watch])
                 if self.watch is not None and self._watch_before[0] == step:
                     of[self.watch.name] = self._watch_before[1]
                 if any(of.values()) or has_rare(self.instruments) or always:
                     for own in (self.logs, self._schedule):
                         own.remember(step)
                         of[own.name] = own.baseline
-                keep(path, of, about)
+                baselines.write(path, of, about)
             except Exception as error:
                 if self.settings.on_error == "raise":
                     raise

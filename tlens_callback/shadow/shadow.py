@@ -192,7 +192,7 @@ class Shadow:
                 return
             try:
                 result = reduce(value)
-                if not all(isinstance(t, Tensor) for t in parts(result)):
+                if not all(isinstance(t, Tensor) for t in as_tuple(result)):
                     raise ValueError(
                         f"The reduction on {name!r} returned {type(result).__name__}; it has to "
                         f"return a tensor or a tuple of tensors."
@@ -287,7 +287,7 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def parts(value: Any) -> tuple[Any, ...]:
+def as_tuple(value: Any) -> tuple[Any, ...]:
     """Returns the result of a reduction as a tuple, also if it is a single tensor."""
     return value if isinstance(value, tuple) else (value,)
 
