@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -263,6 +263,12 @@ CONFIGS: dict[str, Config] = {
     "glora": tuner("GloraConfig", r=4),
 }
 """Every kind of PEFT adapter that has a merged weight, with what changes how it merges."""
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """As parameters; all but a few kinds are what one leaves out while working."""
+    few = ("lora", "lora bias=all", "dora", "ia3", "oft", "vera", "trainable_tokens")
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in few)) for name in names]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -27,7 +27,9 @@ def accelerator_state():
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.parametrize("wrap", ["compile", "prepared", "accumulate"])
+@pytest.mark.parametrize(
+    "wrap", [pytest.param("compile", marks=pytest.mark.slow), "prepared", "accumulate"]
+)
 def test_wrapped_models_and_loops_read_what_plain_ones_do(wrap):
     plain, sink = MemorySink(), MemorySink()
     batches = 2 if wrap == "accumulate" else 1

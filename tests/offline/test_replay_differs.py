@@ -15,7 +15,7 @@ from tests.offline.test_replay import RUNS
 from tlens_callback import FrozenWeights, HeadScores, ResidualNorms, TargetScores, TokenLoss, fast
 from tlens_callback.instruments import TrainedFeatures, UpdateSparsity
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 FEW = TargetScores, TokenLoss, ResidualNorms, HeadScores, FrozenWeights

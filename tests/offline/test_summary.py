@@ -1,5 +1,8 @@
 """What a run's summary says, against numpy on the store."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -279,3 +282,18 @@ def test_nothing_there(tmp_path):
 def test_roles_of_the_package_have_scores(run):
     roles = {role for role, _, _ in role_scores(History(run))}
     assert roles == {"previous", "duplicate", "induction"}
+
+
+def test_a_store_that_describes_itself_needs_no_model(run):
+    """Else a summary takes the seconds in which transformers and TransformerLens are imported."""
+    code = (
+        "import sys\n"
+        "from tlens_callback.offline.summary import summary\n"
+        "from tlens_callback.store import read_store\n"
+        "print(summary(read_store(sys.argv[1])))\n"
+        "assert not {'transformers', 'transformer_lens'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, summary(run) + "\n"), done.stderr

@@ -112,6 +112,7 @@ def test_large_readings_have_files_of_their_own(tmp_path):
     assert set(shown(page.path)[0]) == {reading.key for reading in small(1)}
 
 
+@pytest.mark.slow
 def test_too_many_patterns_are_cut_to_the_heads_of_the_highest_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "MOST_LARGE", 800_000)
     page = PageFolder(tmp_path / "page")

@@ -13,7 +13,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
-from tests.adapters import CONFIGS, EXPERTS, PROJECTIONS, adapt, build, llama, lora, plain, state
+from tests.adapters import (
+    CONFIGS,
+    EXPERTS,
+    PROJECTIONS,
+    adapt,
+    build,
+    each,
+    llama,
+    lora,
+    plain,
+    state,
+)
 from tlens_callback.shadow import weights
 from tlens_callback.shadow.weights import fill, innermost, live_leaves
 
@@ -126,7 +137,7 @@ def test_rounding_the_update_first_would_be_seen():
     assert not torch.equal(twice, exact.bfloat16())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", each(CONFIGS))
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_a_bfloat16_base_gives_the_float32_result_rounded_once(name, adapter_dtype):
     live = build(name, torch.bfloat16)

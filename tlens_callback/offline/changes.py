@@ -5,12 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tlens_callback import instruments
 from tlens_callback.events import Watch
 from tlens_callback.events.roles import lowest_over_blocks, of_heads, role_of
 from tlens_callback.meaning import Description, Meaning, Quantity, described_class
 from tlens_callback.reading import RESERVED, Reading
 from tlens_callback.store import Store
+
+_OF_THE_RUN = {
+    name: Description(others=Meaning(of_run=True)) for name in RESERVED if name != "fidelity"
+}
 
 BESIDE = (*RESERVED, "watch")
 """The first segments of keys that say nothing about the model.
@@ -64,7 +67,7 @@ class History:
         self.store = store
         self.steps: dict[str, list[int]] = {}
         self.observed: list[int] = []
-        self.descriptions = own_descriptions()
+        self.descriptions = dict(_OF_THE_RUN)
         for step in store.steps:
             about = store.about(step)
             if any(key.split("/", 1)[0] not in BESIDE for key in about):
@@ -72,6 +75,9 @@ class History:
             for key in about:
                 self.steps.setdefault(key, []).append(step)
             self.descriptions |= store.descriptions(step)
+        made = {key.split("/", 1)[0] for key in self.steps}
+        if made - self.descriptions.keys() - set(RESERVED):
+            self.descriptions = own_descriptions() | self.descriptions
 
     def ends(self, key: str) -> tuple[Reading, Reading] | None:
         """The first reading that can be compared with the last one, and the last one.
@@ -138,10 +144,12 @@ def _change(what: str, values: Mapping[int, float]) -> Change:
 def own_descriptions() -> dict[str, Description]:
     """Default name -> description: of each instrument of the package, of the watch, and of what the
     observer reads itself."""
+    # Late, because this takes seconds, and only a store without descriptions needs it.
+    from tlens_callback import instruments
+
     exported = [Watch, *(getattr(instruments, name) for name in instruments.__all__)]
     found = {one.name: described_class(one) for one in exported if isinstance(one, type)}
-    of_run = Description(others=Meaning(of_run=True))
-    return found | {name: of_run for name in RESERVED if name != "fidelity"}
+    return found | _OF_THE_RUN
 
 
 def probe_of(key: str) -> str | None:
