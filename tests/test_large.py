@@ -17,7 +17,7 @@ from tlens_callback.sinks.wandb.rows import media, numbers
 LAYERS, HEADS = 65, 64
 MOST_BYTES = 15_000_000
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def gone_through(live, probes, folder, *, context):

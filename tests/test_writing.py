@@ -230,6 +230,7 @@ def test_the_end_of_the_interpreter_writes_what_waits(ended, how, error):
     assert error in said.splitlines()[-1] and (ended / how / "status").read_text() != "0"
 
 
+@pytest.mark.slow
 def test_without_a_word_at_the_end_it_would_be_lost(ended):
     """The control of the test above, with the same slow sink."""
     assert max(read_store(ended / "raises, no exit" / "tlens").steps) < 4
@@ -240,12 +241,14 @@ def rows(folder) -> list[int]:
     return [row["train/global_step"] for row in history(file) if "tlens/constant/mean" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wandb", "sigint, wandb"])
 def test_a_script_that_finishes_its_wandb_run_in_finally_loses_nothing(ended, how):
     assert rows(ended / how) == [0, 1, 2, 3, 4]
     assert list(read_store(ended / how / "out" / "tlens").steps) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_without_the_sink_s_waiting_it_would_lose_it(ended):
     """The control of the test above."""
     assert max(rows(ended / "wandb, no seam")) < 4

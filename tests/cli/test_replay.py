@@ -221,12 +221,12 @@ def test_help_ends_with_an_example():
 
 def test_what_is_remembered_is_what_makes_them_equal(copied, monkeypatch):
     """The control: a replay that goes on and has forgotten is found out."""
-    import tlens_callback.run.observer as observer
+    from tlens_callback.run import baselines
 
     (copied / "checkpoint-6").rename(copied.parent / "later")
     assert called(copied).exit_code == 0
     (copied.parent / "later").rename(copied / "checkpoint-6")
-    monkeypatch.setattr(observer, "recall", lambda *args: frozenset())
+    monkeypatch.setattr(baselines, "read", lambda *args: frozenset())
     assert called(copied).exit_code == 0
     monkeypatch.undo()
     assert called(copied, "--out", str(copied / "whole")).exit_code == 0
