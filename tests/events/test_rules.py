@@ -4,6 +4,7 @@ import re
 import statistics
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,15 @@ def test_a_rule_on_a_jump_against_its_own_history():
         for _ in range(20):
             assert sentences(watch, [number("loss/mean", 1 + noise * rng.uniform(-1, 1))]) == []
         assert bool(sentences(watch, [number("loss/mean", 1.4)])) is raised
+
+
+@pytest.mark.parametrize("new", [0.0, 10.0])
+def test_a_jump_is_from_the_last_twenty(new):
+    """Of which ten are 0 and ten are 10; one more or one less of them would make one a jump."""
+    watch = Watch([Rule("loss/mean", jump=0.1)], cooldown=0)
+    for value in [*[0.0] * 15, *[10.0] * 10]:
+        sentences(watch, [number("loss/mean", value)])
+    assert sentences(watch, [number("loss/mean", new)]) == []
 
 
 def test_a_rule_on_an_entry_names_it():

@@ -103,6 +103,13 @@ def test_what_several_heads_do_at_once_is_one_event():
     assert said == "new induction head: L0H0 (0.02 -> 0.50), L1H2 (0.02 -> 0.40)"
 
 
+def test_the_value_of_an_event_is_the_highest_score_of_its_heads():
+    watch = Watch()
+    sentences(watch, scores())
+    found = {r.key: r for r in watch.look(scores(induction=[(0, 0, 0.7, 0.6), (1, 2, 0.4, 0.9)]))}
+    assert found["watch/events"].values.tolist() == pytest.approx([0.6])
+
+
 def test_between_the_thresholds_nothing_changes():
     """Neither does a head that hovers about one of them raise an event at each observation."""
     watch = Watch(takes=0.5, loses=0.3, cooldown=0)
@@ -246,6 +253,22 @@ def test_entropy_collapse():
     (said,) = sentences(watch, scores(entropy=0.05))
     assert said.startswith("attention entropy of layer 1 collapsed: 0.60 at first, now 0.05")
     assert sentences(watch, scores(entropy=0.04)) == []
+
+
+def test_entropy_that_stays_low_is_told_once():
+    """With no cooldown that would keep it back."""
+    watch = Watch(cooldown=0)
+    raised = [bool(sentences(watch, scores(entropy=e))) for e in (0.6, 0.05, 0.04, 0.5, 0.05)]
+    assert raised == [False, True, False, False, True]
+
+
+def test_a_layer_s_entropy_is_the_mean_of_its_heads():
+    """One head whose attention is on one token is no collapse of its layer."""
+    watch = Watch()
+    sentences(watch, scores(entropy=0.6))
+    assert sentences(watch, scores(entropy=[0.0, 0.6, 0.6])) == []
+    (said,) = sentences(watch, scores(entropy=[0.0, 0.0, 0.15]))
+    assert "0.60 at first, now 0.05" in said
 
 
 def frequency(names, values) -> list[Reading]:
