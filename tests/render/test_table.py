@@ -296,6 +296,14 @@ def test_numbers_that_stand_twice_are_names():
     assert long_frame([digits])["word"].tolist() == [0, 1]
 
 
+def test_numbers_too_large_for_a_column_are_names():
+    """The columns are of 32 bits."""
+    fits = listed("r/first", [1, 2], axes=("user",), labels={"user": ["999999999", "5"]})
+    assert long_frame([fits])["user"].tolist() == [999_999_999, 5]
+    large = listed("r/first", [1, 2], axes=("user",), labels={"user": ["4000000000", "5"]})
+    assert long_frame([large])["user"].tolist() == [0, 1]
+
+
 def test_a_peak_that_is_no_index_is_a_measure():
     axes = ("layer", "rank", "pos")
     activation = Reading(key="n/activation/p", values=[[[1, 5, 2]]], axes=axes, unit="x")

@@ -1,5 +1,6 @@
 """Whatever is written to a store comes back from it, through rewritten steps and torn files."""
 
+import struct
 import tempfile
 from pathlib import Path
 
@@ -91,3 +92,14 @@ def test_a_file_cut_anywhere_takes_its_step_away_and_no_other(whole, step, array
     finally:
         file.write_bytes(content)
     assert read_store(whole).torn == ()
+
+
+def test_a_table_with_too_little_room_for_its_footer_is_torn(whole):
+    """Such as one cut behind a text that ends as a table does."""
+    file = scores_file(whole, 0)
+    content = file.read_bytes()
+    try:
+        file.write_bytes(b"PAR1" + bytes(8) + struct.pack("<I4s", 9, b"PAR1"))
+        assert read_store(whole).torn == (0,)
+    finally:
+        file.write_bytes(content)
