@@ -32,7 +32,7 @@ from tlens_callback.instruments import (
     fast,
 )
 from tlens_callback.probes.builtin import repeated_blocks
-from tlens_callback.shadow.shadow import parts
+from tlens_callback.shadow.shadow import as_tuple
 
 
 def texts(vocabulary: int, rows: int, tokens: int = 48) -> list[list[int]]:
@@ -78,7 +78,7 @@ class Meter:
             def take(value: Any) -> Any:
                 with self.clock():
                     result = reduce(value)
-                self.taken += sum(t.numel() * t.element_size() for t in parts(result))
+                self.taken += sum(t.numel() * t.element_size() for t in as_tuple(result))
                 return result
 
             return take
