@@ -165,3 +165,19 @@ def test_a_write_that_fails_keeps_the_earlier_steps(tmp_path, monkeypatch, faili
 
 
 # --- runs that begin again ---
+
+
+@pytest.mark.parametrize("again", [5, 4])
+def test_a_step_that_fails_while_it_is_written_again_is_gone(tmp_path, monkeypatch, again):
+    """Else the new arrays would stand beside the scores of before."""
+    sink = LocalSink(tmp_path / "run", page=False)
+    for step in (0, 4, 5):
+        sink.write(small(step), step=step)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sink, "_write_scores", full)
+    with pytest.raises(OSError, match="No space"):
+        sink.write(small(9), step=again)
+    assert read_store(sink.path).steps == ((0, 4) if again == 5 else (0,))
