@@ -69,6 +69,9 @@ def test_names_stand_beside_the_rows_and_columns_that_they_name():
     below = [ink[under : under + 66, int(x) - 8 : int(x) + 8] for x in places[0, :, 0]]
     deep = [np.flatnonzero(columns.any(1)).max() for columns in below]
     assert (np.diff(deep) > 4).all(), "a letter more each"
+    for x in places[0, :, 0]:
+        across = np.flatnonzero(ink[under : under + 66, int(x) - 13 : int(x) + 13].any(0))
+        assert abs((across.min() + across.max()) / 2 - 13) <= 3, "each below the middle of its own"
 
 
 def test_signed_values_diverge_from_white():
@@ -115,6 +118,14 @@ def test_numbers_stand_in_wide_cells_alone():
 
     assert filled(few, 32 * 18) < 0.95
     assert filled(many, 27 * 18) >= 1
+
+
+def test_numbers_are_light_on_dark_cells_and_dark_on_light_ones():
+    picture = pixels([matrix(np.array([[0.0, 1.0]]))]).astype(int)
+    for slot, told in ((0, 255), (239, 0)):
+        x, y, _ = blocks(picture, colour_table()[slot])
+        cell = picture[int(y) - 7 : int(y) + 7, int(x) - 14 : int(x) + 14]
+        assert np.abs(cell - told).max(-1).min() < 40
 
 
 def test_spreads_and_ids_are_left_out():
