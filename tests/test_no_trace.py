@@ -96,7 +96,7 @@ def sft(tmp_path: Any, callbacks: list[TrainerCallback], family: str = "llama", 
     )
     data = Dataset.from_dict({"text": SENTENCES})
     moe = family in ("qwen3_moe", "mixtral")
-    # TRL 1.0 draws the first weights of the adapter before it seeds.
+    # TRL 1.8 draws the first weights of the adapter before it seeds.
     set_seed(7)
     model = tiny.model(family, attn_implementation="eager" if family == "gemma2" else "sdpa")
     for module in model.modules():

@@ -23,6 +23,7 @@ from tlens_callback.sinks.shown import (
     top_rows,
     without_trainer_logs,
 )
+from tlens_callback.store.tables import TEXT
 
 
 def test_two_keys_never_have_one_name():
@@ -130,7 +131,7 @@ def test_cells_are_what_json_can_hold():
         {
             "number": np.array([0.1, np.nan, np.inf], np.float32),
             "whole": pd.array([1, None, 3], dtype="Int64"),
-            "text": pd.array(["a", "", None], dtype="str"),
+            "text": pd.array(["a", "", None], dtype=TEXT),
         }
     )
     found = cells(frame)

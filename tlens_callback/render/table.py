@@ -7,7 +7,7 @@ import pandas as pd
 
 from tlens_callback.reading import TOKEN_AXES, Reading
 from tlens_callback.render.slices import check_one_instrument
-from tlens_callback.store.tables import is_numbered, numbering
+from tlens_callback.store.tables import TEXT, is_numbered, numbering
 
 
 def is_ranked(reading: Reading) -> bool:
@@ -71,11 +71,11 @@ def _rows(chosen: Sequence[Reading], lead: tuple[str, ...]) -> pd.DataFrame:
         of_probe = [r for r in chosen if r.probe == probe]
         numbers = [np.unique(np.concatenate([numbering(r, a) for r in of_probe])) for a in lead]
         grid = np.indices([len(n) for n in numbers]).reshape(len(lead), -1)
-        columns: dict[str, object] = {"probe": pd.array([probe] * grid.shape[1], dtype="str")}
+        columns: dict[str, object] = {"probe": pd.array([probe] * grid.shape[1], dtype=TEXT)}
         for axis, pair, index, known in zip(lead, heads, grid, numbers, strict=True):
             columns[pair[0]] = known[index]
             if names := _names(of_probe, axis):
-                columns[pair[1]] = pd.array([names.get(i) for i in known[index]], dtype="str")
+                columns[pair[1]] = pd.array([names.get(i) for i in known[index]], dtype=TEXT)
         covered = np.zeros(grid.shape[1], bool)
         peaks = [r for r in of_probe if along and r.measure == "peak" and r.unit == "index"]
         peak = peaks[0].values.astype(int) if peaks else None
@@ -131,7 +131,7 @@ def _columns(
         if texts is not None:
             texts = np.take_along_axis(texts, at[..., None], -1)[..., 0]
         where = pd.array(at.ravel(), dtype="Int64")
-        there = pd.array([labels[i] if labels else str(i) for i in at.flat], dtype="str")
+        there = pd.array([labels[i] if labels else str(i) for i in at.flat], dtype=TEXT)
         if axis in TOKEN_AXES:
             extra |= {f"{prefix}token": there, f"{prefix}pos": where}
         else:
@@ -143,7 +143,7 @@ def _columns(
         number = pd.arrays.IntegerArray(whole, ~finite)
     if texts is None:
         return {name: number, **extra}
-    text = pd.array(texts.ravel().tolist(), dtype="str")
+    text = pd.array(texts.ravel().tolist(), dtype=TEXT)
     if reading.unit == "index":
         return {name: text, f"{name}_id": number, **extra}
     return {name: number, f"{name}_text": text, **extra}

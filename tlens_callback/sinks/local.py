@@ -29,7 +29,7 @@ from tlens_callback.store.format import (
 )
 from tlens_callback.store.numbered import newest, unused
 from tlens_callback.store.store import read_store
-from tlens_callback.store.tables import NAMES, long_frame
+from tlens_callback.store.tables import NAMES, TEXT, long_frame
 
 logger = logging.getLogger("tlens_callback")
 
@@ -261,10 +261,10 @@ def _schema(axes: tuple[str, ...]) -> pa.Schema:
     numbers."""
     types = {
         "step": "int64",
-        **dict.fromkeys(NAMES, "str"),
+        **dict.fromkeys(NAMES, TEXT),
         **dict.fromkeys(axes, "Int32"),
         "value": "float32",
-        "text": "str",
+        "text": TEXT,
     }
     empty = pd.DataFrame({name: pd.array([], dtype=type_) for name, type_ in types.items()})
     schema = pa.Schema.from_pandas(empty, preserve_index=False)

@@ -10,6 +10,10 @@ from tlens_callback.reading import TOKEN_AXES, Reading
 NAMES = ("key", "instrument", "measure", "probe", "unit")
 """The columns of `long_frame` that say which reading a number belongs to."""
 
+TEXT = "str" if pd.array(["", None], dtype="str").isna().any() else "object"
+"""The type of a column of texts, of which some can be missing; "str" of pandas 2 would make a
+missing one the text "None"."""
+
 _RESERVED = {*NAMES, "value", "text", "step"}
 
 
@@ -34,7 +38,7 @@ def long_frame(readings: Sequence[Reading]) -> pd.DataFrame:
     frame: dict[str, object] = {}
     for name in NAMES:
         codes, categories = pd.factorize(np.array([getattr(r, name) for r in readings], object))
-        categories = pd.Index(categories, dtype="str")
+        categories = pd.Index(categories, dtype=TEXT)
         frame[name] = pd.Categorical.from_codes(np.repeat(codes, sizes), categories)
     ends = sizes.cumsum()
     for axis in dict.fromkeys(axis for r in readings for axis in r.axes):
@@ -56,7 +60,7 @@ def long_frame(readings: Sequence[Reading]) -> pd.DataFrame:
         if reading.texts is not None:
             texts[end - size : end] = reading.texts.ravel()
     codes, categories = pd.factorize(texts)
-    frame["text"] = pd.Categorical.from_codes(codes, pd.Index(categories, dtype="str"))
+    frame["text"] = pd.Categorical.from_codes(codes, pd.Index(categories, dtype=TEXT))
     return pd.DataFrame(frame)
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 
 from tlens_callback.reading import TOKEN_AXES, Reading
-from tlens_callback.store.tables import axis_column, numbering
+from tlens_callback.store.tables import TEXT, axis_column, numbering
 
 
 def tidy(steps: Sequence[int], readings: Sequence[Reading]) -> pd.DataFrame:
     """Returns one row per number of a reading, at one or more steps; `Store.frame` explains the
     columns."""
     sizes = [reading.values.size for reading in readings]
-    key = pd.Index([readings[0].key], dtype="str")
+    key = pd.Index([readings[0].key], dtype=TEXT)
     frame: dict[str, object] = {
         "step": np.repeat(np.array(steps, np.int64), sizes),
         "key": pd.Categorical.from_codes(np.zeros(sum(sizes), np.int8), key),
@@ -57,4 +57,4 @@ def _names(readings: Sequence[Reading], axis: str) -> pd.Categorical:
         size = reading.values.shape[reading.axes.index(axis)]
         along = np.array([known[name] for name in of] or [-1] * size, kind)
         codes.append(_spread(along, reading, axis))
-    return pd.Categorical.from_codes(np.concatenate(codes), pd.Index(list(known), dtype="str"))
+    return pd.Categorical.from_codes(np.concatenate(codes), pd.Index(list(known), dtype=TEXT))
