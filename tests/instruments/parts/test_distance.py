@@ -73,3 +73,9 @@ def test_divergence_of_near_and_of_far_patterns():
     assert apart.sum().item() == pytest.approx(1, abs=1e-6)
     assert not js_terms(small, small.clone()).any()
     assert not js_terms(torch.zeros(2), torch.zeros(2)).any()
+
+
+def test_a_zero_vector_is_half_way_from_any_other_and_equal_to_itself():
+    x, zero = made(3, 8, 0), torch.zeros(3, 8)
+    assert cosine_distance(x, zero).tolist() == pytest.approx([0.5] * 3)
+    assert not cosine_distance(zero, zero.clone()).any()
