@@ -265,10 +265,13 @@ CONFIGS: dict[str, Config] = {
 """Every kind of PEFT adapter that has a merged weight, with what changes how it merges."""
 
 
-def each(names: Iterable[str]) -> list[Any]:
-    """As parameters; all but a few kinds are what one leaves out while working."""
-    few = ("lora", "lora bias=all", "dora", "ia3", "oft", "vera", "trainable_tokens")
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in few)) for name in names]
+QUICK = {"lora", "lora bias=all", "dora", "ia3", "oft", "vera", "trainable_tokens"}
+assert QUICK <= CONFIGS.keys()
+
+
+def mostly_slow(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; all but a few kinds are marked as slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

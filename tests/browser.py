@@ -92,7 +92,7 @@ def until(page: Any, script: str, expected: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while (got := page.evaluate(script)) != expected and time.monotonic() < end:
         page.wait_for_timeout(30)
-    assert got == expected, script
+    assert got == expected, f"{script}: {got!r}, not {expected!r}"
 
 
 def needs_browser() -> Any:

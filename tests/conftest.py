@@ -55,7 +55,8 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that two processes end at about the same time.
 
     Slow are, beside the tests that are marked so themselves, those in a browser and those of more
-    than a few families of models: what one leaves out while working, with `-m "not slow"`.
+    than a few families of models, as most kinds of adapters (`tests.adapters`): what one leaves out
+    while working, with `-m "not slow"`.
     """
     first = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in first)

@@ -32,6 +32,8 @@ def trainer(folder: Path, sink: MemorySink | None) -> nn.Module:
 
 def plain(folder: Path, sink: MemorySink | None) -> nn.Module:
     """A loop of one's own over torch's own parts, with a tracer."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     torch.manual_seed(5)
     loader = DataLoader(rows(), batch_size=4, sampler=DistributedSampler(rows()))
     model = DistributedDataParallel(adapted().train())
@@ -91,16 +93,18 @@ def found(train: Train, folder: Path, sink: MemorySink | None, kept: list[nn.Mod
 
 def main(to: str) -> None:
     ways: tuple[Train, ...] = (trainer, plain, accelerate)
-    # What is not watched comes first: nothing of the package has run by then.
     # A process that frees DDP's reducer may wait for ever: torch 2.13 joins gloo's thread under the
     # interpreter's lock, for which that thread waits. So all models are kept, and the process ends
     # without freeing them.
     kept: list[nn.Module] = []
-    results = {
-        f"{train.__name__} {name}": found(train, Path(to) / train.__name__, sink, kept)
-        for name, sinks in (("without", [None] * 3), ("watched", [MemorySink() for _ in ways]))
-        for train, sink in zip(ways, sinks, strict=True)
-    }
+    results: dict[str, dict[str, dict]] = {}
+    # What is not watched comes first: nothing of the package has run by then.
+    for which in ("without", "watched"):
+        results[which] = {}
+        for train in ways:
+            sink = MemorySink() if which == "watched" else None
+            folder = Path(to) / train.__name__
+            results[which][train.__name__] = found(train, folder, sink, kept)
     (Path(to) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
     # A process that ends with gloo's threads at work may be aborted.
     dist.barrier()

@@ -98,7 +98,7 @@ def sft(tmp_path: Any, callbacks: list[TrainerCallback], family: str = "llama", 
     moe = family in ("qwen3_moe", "mixtral")
     # TRL 1.8 draws the first weights of the adapter before it seeds.
     set_seed(7)
-    model = tiny.model(family, attn_implementation="eager" if family == "gemma2" else "sdpa")
+    model = tiny.model(family)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.2
@@ -183,7 +183,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def test_sft_leaves_no_trace(tmp_path, unwatched, args):
     without = unwatched(sft, **args)
     memory = MemorySink()
-    watched = state_of(sft(tmp_path / "b", [watcher(sinks=[memory])], **args))
+    watched = state_of(sft(tmp_path, [watcher(sinks=[memory])], **args))
     assert differences(without, watched) == []
     assert list(memory.steps) == [0, 1, 2, 3, 4, 5]
     moved = memory.curve("target_scores/loss/capital")[1]
@@ -194,7 +194,7 @@ def test_sft_leaves_no_trace(tmp_path, unwatched, args):
 def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, unwatched, family):
     """Fused projections draw random numbers when the bridge splits them."""
     without = unwatched(sft, family, max_steps=3)
-    watched = state_of(sft(tmp_path / "b", [watcher()], family, max_steps=3))
+    watched = state_of(sft(tmp_path, [watcher()], family, max_steps=3))
     assert differences(without, watched) == []
 
 
@@ -202,7 +202,7 @@ def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, unwat
 def test_grpo_leaves_no_trace(tmp_path, unwatched):
     without = unwatched(grpo)
     memory = MemorySink()
-    watched = state_of(grpo(tmp_path / "b", [watcher(sinks=[memory])]))
+    watched = state_of(grpo(tmp_path, [watcher(sinks=[memory])]))
     assert differences(without, watched) == []
     assert list(memory.steps) == [0, 1, 2, 3, 4]
 
@@ -213,9 +213,9 @@ def test_default_probes_and_sinks_leave_no_trace(tmp_path, unwatched, writing):
     """The first rows of the training data are read, the local store is written."""
     callback = TLensCallback(every_n_steps=1, on_error="raise", writing=writing)
     without = unwatched()
-    watched = state_of(sft(tmp_path / "b", [callback]))
+    watched = state_of(sft(tmp_path, [callback]))
     assert differences(without, watched) == []
-    assert (tmp_path / "b" / "tlens").is_dir()
+    assert (tmp_path / "tlens").is_dir()
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_sinks_that_are_slower_than_training_leave_no_trace(tmp_path, unwatched,
     without = unwatched(sft, **args)
     sink = Slow(tmp_path / "store")
     callback = watcher(sinks=[sink], writing=writing)
-    watched = state_of(sft(tmp_path / "b", [callback, pace], **args))
+    watched = state_of(sft(tmp_path, [callback, pace], **args))
     assert differences(without, watched) == []
     steps = list(read_store(tmp_path / "store").steps)
     assert steps[-1] == 5 and (steps == [0, 1, 2, 3, 4, 5]) == (writing == "wait")
@@ -315,7 +315,7 @@ class Merges(TrainerCallback):
 )
 def test_the_check_finds_a_callback_that_leaves_a_trace(tmp_path, unwatched, culprit, found):
     without = unwatched()
-    traced = state_of(sft(tmp_path / "b", [culprit()]))
+    traced = state_of(sft(tmp_path, [culprit()]))
     assert found in differences(without, traced)
 
 

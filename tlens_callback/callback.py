@@ -121,9 +121,7 @@ class TLensCallback(TrainerCallback):
                 processing_class,
                 probes,
                 step=state.global_step,
-                baseline_file=self._resumed_baseline_file(args, state)
-                if state.global_step
-                else None,
+                baselines_file=self._resumed_baselines_file(args, state),
                 run=_run_identity(state),
                 training=training_rows(train_dataloader, processing_class),
                 logged=state.log_history,
@@ -184,7 +182,7 @@ class TLensCallback(TrainerCallback):
         self._observe_last(state, control)
         if self.observer is not None:
             self.observer.remember(
-                self._baseline_file(args, state), step=state.global_step, run=_run_identity(state)
+                self._baselines_file(args, state), step=state.global_step, run=_run_identity(state)
             )
 
     def _observe_last(self, state: TrainerState, control: TrainerControl) -> None:
@@ -216,17 +214,20 @@ class TLensCallback(TrainerCallback):
             self.sinks.append(sink)
             self.observer.writer.add(sink)
 
-    def _baseline_file(self, args: TrainingArguments, state: TrainerState) -> Path:
+    def _baselines_file(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The file in the checkpoint of this step that holds what instruments keep."""
         folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         return Path(args.output_dir or ".") / folder / f"{self.name}.memory"
 
-    def _resumed_baseline_file(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """The file that `_baseline_file` names, in the checkpoint that the run resumes from.
+    def _resumed_baselines_file(self, args: TrainingArguments, state: TrainerState) -> Path | None:
+        """The file that `_baselines_file` names, in the checkpoint that the run resumes from; None
+        for a run that begins.
 
         `train` does not tell callbacks which checkpoint that is.
         """
-        usual = self._baseline_file(args, state)
+        if not state.global_step:
+            return None
+        usual = self._baselines_file(args, state)
         given = Path(str(args.resume_from_checkpoint or usual.parent)) / usual.name
         return given if given.exists() else usual
 

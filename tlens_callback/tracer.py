@@ -143,7 +143,7 @@ class Tracer:
         if not _is_first_process():
             self._entered = True
             return self
-        baseline_file = self._read_saved()
+        baselines_file = self._read_saved()
         if not self._given_sinks:
             self.sinks = [LocalSink(self._folder / self.settings.name)]
         self.observer = observer = Observer(self.settings, self.sinks)
@@ -156,7 +156,7 @@ class Tracer:
                     self._tokenizer,
                     self._probes,
                     step=self._begin,
-                    baseline_file=baseline_file,
+                    baselines_file=baselines_file,
                     run=self._run_identity,
                     training=self._training_rows(),
                     logged=self._log,

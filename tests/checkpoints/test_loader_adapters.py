@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.adapters import CONFIGS, each, llama, logits, lora, plain, randomise
+from tests.adapters import CONFIGS, llama, logits, lora, mostly_slow, plain, randomise
 from tlens_callback import Shadow
 from tlens_callback.checkpoints import Checkpoint, Loader, checkpoints_in
 
@@ -83,7 +83,7 @@ def run(base: Path, folder: Path, config, steps=(1, 2, 3)):
     return live, known
 
 
-@pytest.mark.parametrize("name", each(KINDS))
+@pytest.mark.parametrize("name", mostly_slow(KINDS))
 def test_in_any_order_nothing_stays_of_the_one_before(base, tmp_path, name):
     live, known = run(base, tmp_path, CONFIGS[name])
     checkpoints = {one.step: one for one in checkpoints_in(tmp_path)}

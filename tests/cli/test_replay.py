@@ -226,7 +226,7 @@ def test_what_is_remembered_is_what_makes_them_equal(copied, monkeypatch):
     (copied / "checkpoint-6").rename(copied.parent / "later")
     assert called(copied).exit_code == 0
     (copied.parent / "later").rename(copied / "checkpoint-6")
-    monkeypatch.setattr(baselines, "read", lambda *args: frozenset())
+    monkeypatch.setattr(baselines, "restore", lambda *args: frozenset())
     assert called(copied).exit_code == 0
     monkeypatch.undo()
     assert called(copied, "--out", str(copied / "whole")).exit_code == 0

@@ -32,7 +32,7 @@ def test_a_rule_on_a_jump_against_its_own_history():
 
 @pytest.mark.parametrize("new", [0.0, 10.0])
 def test_a_jump_is_from_the_last_twenty(new):
-    """Of which ten are 0 and ten are 10; one more or one less of them would make one a jump."""
+    """Ten of them are 0 and ten are 10; of 19 or of 21, one of the two values would be a jump."""
     watch = Watch([Rule("loss/mean", jump=0.1)], cooldown=0)
     for value in [*[0.0] * 15, *[10.0] * 10]:
         sentences(watch, [number("loss/mean", value)])

@@ -38,7 +38,7 @@ class Strict:
 
     instrument: Any
 
-    def __getattr__(self, name: str) -> Any:  # name, memory, optional
+    def __getattr__(self, name: str) -> Any:  # name, baseline, optional
         return getattr(self.instrument, name)
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
@@ -95,7 +95,7 @@ def every(families: str, dtypes: str) -> None:
             about = baselines.conditions(batch, shadow.dtype, "a run")
             with tempfile.TemporaryDirectory() as folder:
                 baselines.write(Path(folder, "memory"), baselines.of(before), about)
-                assert baselines.read(
+                assert baselines.restore(
                     Path(folder, "memory"), baselines.of(after), about, shadow.device
                 )
             resumed = observe(moved(shadow, model), batch, after)

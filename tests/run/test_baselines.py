@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.training import CAPITAL, trainer
 from tlens_callback import MemorySink, Probe, Reading, TLensCallback, read_store
-from tlens_callback.run.baselines import of as baselines_of
+from tlens_callback.run import baselines
 
 KEY = "distance/norm"
 
@@ -223,13 +223,13 @@ class Odd(Rare):
         return super().read(taken, shadow, batch)
 
 
-def test_a_memory_of_other_things_raises_when_training_begins(tmp_path):
+def test_a_baseline_of_other_things_raises_when_training_begins(tmp_path):
     callback = TLensCallback([CAPITAL], instruments=[Odd()], sinks=[], every_n_steps=1)
     with pytest.raises(ValueError, match="'every1' has a list in its baseline, as 'first'"):
         trainer(tmp_path, callback, save_strategy="steps", save_steps=3).train()
 
 
-def test_a_memory_that_goes_wrong_later_ends_nothing(tmp_path, caplog):
+def test_a_baseline_that_goes_wrong_later_ends_nothing(tmp_path, caplog):
     class Late(Rare):
         def __init__(self):
             super().__init__(1)
@@ -274,7 +274,7 @@ def test_what_is_kept_is_a_copy_on_the_cpu(tmp_path):
     assert any(key.startswith("watch/") for key in kept)
 
 
-def test_without_a_memory_there_is_no_file(tmp_path):
+def test_without_a_baseline_there_is_no_file(tmp_path):
     callback = TLensCallback([CAPITAL], instruments=[Rare(1)], sinks=[], watch=False)
     trainer(tmp_path, callback, save_strategy="steps", save_steps=3).train()
     assert (tmp_path / "checkpoint-3").is_dir()
@@ -305,7 +305,7 @@ def test_a_schedule_counts_observations(tmp_path, every, expected):
     assert sink.curve(f"every{every}/here")[0].tolist() == expected
 
 
-def test_a_memory_lives_where_the_shadow_does(tmp_path):
+def test_a_baseline_lives_where_the_shadow_does(tmp_path):
     watched(tmp_path)
     instrument = Distance()
     callback = TLensCallback([CAPITAL], instruments=[instrument], sinks=[], every_n_steps=1)
@@ -361,6 +361,6 @@ def test_the_older_name_of_the_attribute_is_known():
     now, before = type("Now", (), {}), type("Before", (), {})
     now.name, now.baseline = "now", {"first": torch.ones(1)}
     before.name, before.memory = "before", {"first": torch.zeros(1)}
-    found = baselines_of([now, before, object()])
+    found = baselines.of([now, before, object()])
     assert found == {"now": now.baseline, "before": before.memory}
     assert found["before"] is before.memory

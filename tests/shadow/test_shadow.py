@@ -75,15 +75,10 @@ def gap(model: nn.Module, shadow: Shadow, batch: ProbeBatch) -> float:
     return float((live - shadow.logits(batch.tokens))[batch.mask].abs().max())
 
 
-def built(family: str) -> nn.Module:
-    """Gemma 2 caps its scores, which the other attention of transformers 5.17 leaves out."""
-    return tiny.model(family, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_shadow_equals_live_after_real_steps_with_lora(family):
     dropout = 0.0 if family in ("qwen3_moe", "mixtral") else 0.2  # PEFT: none on experts
-    model = lora(built(family), lora_dropout=dropout)
+    model = lora(tiny.model(family), lora_dropout=dropout)
     shadow = Shadow.of(model)
     batch = batch_for(shadow)
     before = gap(model, shadow, batch)
@@ -99,7 +94,7 @@ def test_shadow_equals_live_after_real_steps_with_lora(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_full_fine_tuning_needs_no_sync_but_for_split_copies(family):
-    model = built(family)
+    model = tiny.model(family)
     shadow = Shadow.of(model)
     batch = batch_for(shadow)
     start = hugging_face_logits(model, batch)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.adapters import CONFIGS, build, each
+from tests.adapters import CONFIGS, build, mostly_slow
 from tests.shadow.test_shadow import gap, train
 from tlens_callback import Probe, ProbeBatch, Shadow
 
@@ -17,7 +17,7 @@ def batch_for(shadow: Shadow) -> ProbeBatch:
     return ProbeBatch.encode(probes, None, vocab_size=shadow.vocab_size)
 
 
-@pytest.mark.parametrize("name", each(CONFIGS))
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS))
 def test_the_shadow_follows_every_tuner(name):
     model = build(name)
     shadow = Shadow.of(model)

@@ -19,9 +19,9 @@ from tests.adapters import (
     PROJECTIONS,
     adapt,
     build,
-    each,
     llama,
     lora,
+    mostly_slow,
     plain,
     state,
 )
@@ -137,7 +137,7 @@ def test_rounding_the_update_first_would_be_seen():
     assert not torch.equal(twice, exact.bfloat16())
 
 
-@pytest.mark.parametrize("name", each(CONFIGS))
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS))
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_a_bfloat16_base_gives_the_float32_result_rounded_once(name, adapter_dtype):
     live = build(name, torch.bfloat16)

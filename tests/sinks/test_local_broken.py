@@ -164,9 +164,6 @@ def test_a_write_that_fails_keeps_the_earlier_steps(tmp_path, monkeypatch, faili
     assert read_store(tmp_path / "run").steps == (0, 10, 20)
 
 
-# --- runs that begin again ---
-
-
 @pytest.mark.parametrize("again", [5, 4])
 def test_a_step_that_fails_while_it_is_written_again_is_gone(tmp_path, monkeypatch, again):
     """Else the new arrays would stand beside the scores of before."""

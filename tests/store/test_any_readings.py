@@ -95,7 +95,7 @@ def test_a_file_cut_anywhere_takes_its_step_away_and_no_other(whole, step, array
 
 
 def test_a_table_with_too_little_room_for_its_footer_is_torn(whole):
-    """Such as one cut behind a text that ends as a table does."""
+    """Such as one cut just behind the bytes PAR1, which a text in it may contain."""
     file = scores_file(whole, 0)
     content = file.read_bytes()
     try:

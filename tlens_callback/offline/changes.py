@@ -14,6 +14,7 @@ from tlens_callback.store import Store
 _OF_THE_RUN = {
     name: Description(others=Meaning(of_run=True)) for name in RESERVED if name != "fidelity"
 }
+"""Descriptions of what the observer reads itself; all but its fidelity is of one run alone."""
 
 BESIDE = (*RESERVED, "watch")
 """The first segments of keys that say nothing about the model.
@@ -75,8 +76,8 @@ class History:
             for key in about:
                 self.steps.setdefault(key, []).append(step)
             self.descriptions |= store.descriptions(step)
-        made = {key.split("/", 1)[0] for key in self.steps}
-        if made - self.descriptions.keys() - set(RESERVED):
+        named = {key.split("/", 1)[0] for key in self.steps}
+        if named - self.descriptions.keys() - {"fidelity"}:
             self.descriptions = own_descriptions() | self.descriptions
 
     def ends(self, key: str) -> tuple[Reading, Reading] | None:

@@ -85,7 +85,7 @@ def replay(
     asked = _request(run, stages[0], arguments, loader, tokenizer)
     record = choose(Path(out or run / "tlens-replay").expanduser(), asked, stages)
     sink = LocalSink(record.path)
-    todo, baseline_file = record.remaining(stages)
+    todo, baselines_file = record.remaining(stages)
     for name, reason in broken.items():
         logger.warning("tlens: %s is left out: %s", name, reason)
     left_out = [*broken]
@@ -97,7 +97,7 @@ def replay(
         sink.page()
         print_lines(["tlens: all checkpoints have been observed already", *sink_lines([sink])])
         return Replay(read_store(record.path), tuple(left_out))
-    if baseline_file is not None:
+    if baselines_file is not None:
         print_lines([f"tlens: continuing at {todo[0].name}, in {record.path}"])
     errors: list[Exception] = []
 
@@ -131,7 +131,7 @@ def replay(
             arguments,
             [sink],
             tokenizer=tokenizer,
-            baseline_file=baseline_file,
+            baselines_file=baselines_file,
             progress="replay",
             leave_out=leave_out,
             written=written,

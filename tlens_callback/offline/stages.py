@@ -90,7 +90,7 @@ def observe_stages(
     sinks: Sequence[Sink],
     *,
     tokenizer: Any = None,
-    baseline_file: Path | None = None,
+    baselines_file: Path | None = None,
     progress: str | None = None,
     leave_out: Callable[[Stage, Exception], None] | None = None,
     written: Callable[[Observer, Stage], None] | None = None,
@@ -101,7 +101,7 @@ def observe_stages(
     stage. Only one model is in memory at a time. The probes are `arguments.prompts`.
 
     Args:
-        baseline_file: a file that `Observer.remember` wrote after an earlier stage, to
+        baselines_file: a file that `Observer.remember` wrote after an earlier stage, to
             continue from.
         progress: name of a progress bar over the stages, which is shown on a terminal.
         leave_out: called with a stage that cannot be loaded, and the error; the other stages are
@@ -147,7 +147,7 @@ def observe_stages(
                 tokenizer,
                 lambda shadow: arguments.completed(arguments.prompts or [], shadow),
                 step=stage.step,
-                baseline_file=baseline_file,
+                baselines_file=baselines_file,
                 logged=logged,
                 earlier=True,
                 last=last,

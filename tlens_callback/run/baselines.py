@@ -27,8 +27,8 @@ def of(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
     """Gives the baseline of each instrument that has one, by the instrument's name."""
     found = {}
     for thing in things:
-        held = [getattr(thing, what) for what in BASELINE if hasattr(thing, what)][:1]
-        for baseline in held:
+        own = [getattr(thing, what) for what in BASELINE if hasattr(thing, what)][:1]
+        for baseline in own:
             if isinstance(baseline, dict):
                 found[getattr(thing, "name")] = baseline  # noqa: B009
     return found
@@ -49,13 +49,13 @@ def conditions(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str
     }
 
 
-def demand_tensors(of: Baselines) -> None:
+def demand_tensors(held: Baselines) -> None:
     """Checks that baselines hold tensors alone, so that they can be written to a file.
 
     Raises:
         ValueError: where one holds something else.
     """
-    for name, baseline in of.items():
+    for name, baseline in held.items():
         if wrong := [key for key, value in baseline.items() if not isinstance(value, Tensor)]:
             raise ValueError(
                 f"{name!r} has a {type(baseline[wrong[0]]).__name__} in its baseline, as "
@@ -63,7 +63,7 @@ def demand_tensors(of: Baselines) -> None:
             )
 
 
-def write(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
+def write(path: Path, held: Baselines, about: Mapping[str, str]) -> None:
     """Writes the baselines to a file, whole or not at all; removes the file if there are none.
 
     Args:
@@ -73,11 +73,11 @@ def write(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
         OSError: if the file cannot be written (the disk is full).
         ValueError: as `demand_tensors`.
     """
-    demand_tensors(of)
+    demand_tensors(held)
     # Copied: safetensors refuses tensors that share storage.
     tensors = {
         f"{name}/{key}": tensor.detach().to("cpu", copy=True).contiguous()
-        for name, baseline in of.items()
+        for name, baseline in held.items()
         for key, tensor in baseline.items()
     }
     if tensors:
@@ -86,20 +86,23 @@ def write(path: Path, of: Baselines, about: Mapping[str, str]) -> None:
         path.unlink(missing_ok=True)
 
 
-def read(
-    path: Path, of: Baselines, about: Mapping[str, str], device: torch.device
+def restore(
+    path: Path, held: Baselines, about: Mapping[str, str], device: torch.device
 ) -> frozenset[str]:
     """Fills the baselines from a file, and returns the names of those that the file has.
 
     If there is no such file, or it is from another run, other probes or another precision, a
     warning is logged: changes are then measured from the first observation after resuming.
+
+    Args:
+        about: what `conditions` returns now.
     """
-    if not of:
+    if not held:
         return frozenset()
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             known = file.metadata() or {}
-            other = [what for what, mark in about.items() if known.get(what) != mark]
+            other = [what for what, condition in about.items() if known.get(what) != condition]
             found = {} if other else {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
         logger.warning(
@@ -116,6 +119,6 @@ def read(
         )
     for key, tensor in found.items():
         name, _, own = key.partition("/")
-        if name in of:
-            of[name][own] = tensor
+        if name in held:
+            held[name][own] = tensor
     return frozenset(key.partition("/")[0] for key in found)

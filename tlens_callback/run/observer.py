@@ -98,7 +98,7 @@ class Observer:
         probes: Callable[[Shadow], Sequence[Probe]],
         *,
         step: int,
-        baseline_file: Path | None = None,
+        baselines_file: Path | None = None,
         run: str = "",
         training: Callable[[int], list[list[int]]] | None = None,
         logged: Sequence[Mapping[str, Any]] = (),
@@ -112,7 +112,7 @@ class Observer:
         the sinks are closed and the shadow is freed.
 
         Args:
-            baseline_file, run: for a resumed run, a file that `remember` wrote, and the `run` that
+            baselines_file, run: for a resumed run, a file that `remember` wrote, and the `run` that
                 `remember` was given. None for a new run.
             training: see `ProbeBatch`.
             logged: what the trainer logs, a list that grows.
@@ -141,23 +141,23 @@ class Observer:
                     training=training,
                 )
             assert self.batch is not None
-            remembered = baselines.of([*self.instruments, self.watch])
+            held = baselines.of([*self.instruments, self.watch])
             own = baselines.of([self.logs, self._schedule])
-            for one in [*remembered.values(), *own.values()]:
+            for one in [*held.values(), *own.values()]:
                 one.clear()
-            recalled, wanted = frozenset(), remembered or has_rare(self.instruments)
-            if baseline_file is not None and (wanted or baseline_file.exists()):
+            recalled = frozenset()
+            wanted = bool(held) or has_rare(self.instruments)
+            if baselines_file is not None and (wanted or baselines_file.exists()):
                 about = baselines.conditions(self.batch, self.shadow.dtype, run)
-                known = {**remembered, **own}
-                recalled = baselines.read(baseline_file, known, about, self.shadow.device)
+                recalled = baselines.restore(baselines_file, held | own, about, self.shadow.device)
             self._schedule.start()
             self.logs.start(logged, step=0 if earlier else step)
             fidelity = self._monitor.start(model, self.shadow, self.batch, step=step)
             self._first_step = step
             self._observe_now(step, fidelity, last=last)
-            baselines.demand_tensors(remembered)
+            baselines.demand_tensors(held)
             self.writer.drain()
-            for name, one in remembered.items():
+            for name, one in held.items():
                 if recalled and one and name not in recalled:
                     logger.warning(
                         "tlens: the checkpoint holds nothing for %r, which therefore measures "
@@ -192,14 +192,14 @@ class Observer:
         with self.cost.spending():
             try:
                 about = baselines.conditions(self.batch, self.shadow.dtype, run)
-                of = baselines.of([*self.instruments, self.watch])
+                held = baselines.of([*self.instruments, self.watch])
                 if self.watch is not None and self._watch_before[0] == step:
-                    of[self.watch.name] = self._watch_before[1]
-                if any(of.values()) or has_rare(self.instruments) or always:
+                    held[self.watch.name] = self._watch_before[1]
+                if any(held.values()) or has_rare(self.instruments) or always:
                     for own in (self.logs, self._schedule):
                         own.remember(step)
-                        of[own.name] = own.baseline
-                baselines.write(path, of, about)
+                        held[own.name] = own.baseline
+                baselines.write(path, held, about)
             except Exception as error:
                 if self.settings.on_error == "raise":
                     raise

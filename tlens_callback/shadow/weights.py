@@ -319,8 +319,8 @@ def _stand_in(module: Any, dtype: torch.dtype) -> Any:
     Its parameters are copies in `dtype`: some merges write to the adapter as well as to the base
     (OFT with `coft` projects its rotation). Its containers and bookkeeping are copies too: some
     merges exchange what is in them. Its buffers, which can be large and shared by all layers
-    (VeRA), are the live ones. It is in eval mode: PEFT 0.18 drops ranks of LoHa and LoKr as it
-    merges in training.
+    (VeRA), are the live ones. It is in eval mode: in training VB-LoRA refuses a model that was
+    saved with its top vectors alone.
     """
     twin = object.__new__(type(module))
     for name, value in module.__dict__.items():

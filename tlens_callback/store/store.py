@@ -208,6 +208,7 @@ class Store:
         tables = [pq.read_table(scores_file(self.path, step)) for step in self.steps]
         if not tables:
             return pd.DataFrame({"step": [], "key": [], "value": []})
+        # "permissive", as pandas 2 makes other texts of a table that somebody rewrites with it.
         return pa.concat_tables(tables, promote_options="permissive").to_pandas()
 
     def _frame_of(self, key: str) -> pd.DataFrame:

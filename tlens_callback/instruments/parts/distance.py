@@ -31,7 +31,7 @@ def unit(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 def cosine_distance(a: Float[Tensor, "... d"], b: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-    """Returns 1 - cosine; exactly 0 for equal vectors."""
+    """Returns 1 - cosine; exactly 0 for equal vectors, 1/2 between a zero vector and another."""
     return (unit(a, -1) - unit(b, -1)).square().sum(-1) / 2
 
 
