@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import get_peft_model
 from peft.tuners.lora.config import (
     BdLoraConfig,
@@ -20,6 +21,7 @@ from peft.tuners.lora.config import (
     VeloraConfig,
 )
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from tests import tiny
 from tlens_callback.shadow.weights import (
@@ -34,6 +36,11 @@ from tlens_callback.shadow.weights import (
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % tiny.VOCAB
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+needs_transformers_peft = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="transformers wants a newer PEFT"
+)
 
 
 def randomise(model: nn.Module, *, only_trainable: bool = False, std: float = 0.1) -> None:

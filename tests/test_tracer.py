@@ -1,5 +1,6 @@
 """A loop of one's own, watched: what is seen, when, and what is refused."""
 
+import inspect
 import logging
 import random
 import re
@@ -212,8 +213,8 @@ def test_drift_is_of_the_loop_s_own_model():
 
 def test_the_docstring_s_loop_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    block = re.search(r"( {8}with Tracer.*?)\n\n {4}\S", Tracer.__doc__, flags=re.DOTALL)[1]
-    lines = [line.removeprefix("        ") for line in block.splitlines()]
+    block = re.search(r"( {4}with Tracer.*?)\n\n\S", inspect.getdoc(Tracer), flags=re.DOTALL)[1]
+    lines = [line.removeprefix("    ") for line in block.splitlines()]
     model = tiny.model("llama").train()
     names = dict(
         Tracer=Tracer, model=model, tokenizer=tiny.tokenizer(), probes=[CAPITAL],

@@ -1,5 +1,6 @@
 """A file of probes gives the probes that Python would, or says which entry is wrong and how."""
 
+import inspect
 import json
 import logging
 import time
@@ -75,8 +76,8 @@ def test_every_form_gives_the_probes_that_python_would(tmp_path, name):
 
 def test_the_docstrings_example_and_keys():
     """The example is a file, and every key is explained."""
-    text = read_probes.__doc__ or ""
-    example = text[text.index("        - name: capital") : text.index("    An entry is")]
+    text = inspect.getdoc(read_probes)
+    example = text[text.index("    - name: capital") : text.index("An entry is")]
     assert all(f"`{key}`" in text for key in {*KEYS, *CORRUPT_KEYS})
     assert {"name", "target", "foil", "corrupt", "chat", "tokens", "block", "times"} <= {
         key for entry in yaml.safe_load(example)[:4] for key in entry
@@ -84,8 +85,8 @@ def test_the_docstrings_example_and_keys():
 
 
 def test_the_docstrings_example_reads(tmp_path):
-    text = read_probes.__doc__ or ""
-    example = text[text.index("        - name: capital") : text.index("    An entry is")]
+    text = inspect.getdoc(read_probes)
+    example = text[text.index("    - name: capital") : text.index("An entry is")]
     probes = read_probes(written(tmp_path, example))
     assert [probe.name for probe in probes] == [
         *("capital", "capital-corrupt", "what-is-the-capital-of-france", "504-3575-282"),

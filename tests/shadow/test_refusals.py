@@ -17,6 +17,7 @@ from torch.distributed.tensor import distribute_tensor
 from transformers.utils.quantization_config import QuantizationMethod
 
 from tests import tiny
+from tests.adapters import needs_transformers_peft
 from tlens_callback.shadow.refusals import refuse
 from tlens_callback.shadow.weights import fill, resolve, unwrap
 
@@ -64,6 +65,7 @@ def test_what_can_be_shown_is_not_refused(name):
     refuse(model, device="cpu")
 
 
+@needs_transformers_peft
 def test_transformers_own_add_adapter_is_not_refused():
     model = llama()
     model.add_adapter(lora())

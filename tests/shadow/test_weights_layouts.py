@@ -12,7 +12,19 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import PreTrainedModel
 
 from tests import tiny
-from tests.adapters import EXPERTS, adapt, gap, llama, logits, lora, plain, randomise, state, tuner
+from tests.adapters import (
+    EXPERTS,
+    adapt,
+    gap,
+    llama,
+    logits,
+    lora,
+    needs_transformers_peft,
+    plain,
+    randomise,
+    state,
+    tuner,
+)
 from tlens_callback.shadow.weights import adapted_leaves, innermost, live_leaves, resolve, unwrap
 
 # PEFT warns about many of the configurations below; none of the warnings is ours.
@@ -147,6 +159,7 @@ def test_tuners_of_several_kinds_around_one_layer():
 # Wrappers.
 
 
+@needs_transformers_peft
 def test_transformers_own_add_adapter():
     live = llama()
     live.add_adapter(lora()())
