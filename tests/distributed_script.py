@@ -1,7 +1,6 @@
 """Run by test_distributed under two processes: three ways to train, each watched and not."""
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.own_loop import adapted, rows, tracer
-from tests.test_no_trace import sft, watcher
+from tests.test_no_trace import fingerprint, sft, watcher
 from tlens_callback import MemorySink
 
 Train = Callable[[Path, MemorySink | None], nn.Module]
@@ -75,12 +74,9 @@ def found(train: Train, folder: Path, sink: MemorySink | None, kept: list[nn.Mod
     with contextlib.redirect_stdout(io.StringIO()) as said:
         model = train(folder, sink)
     kept.append(model)
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().numpy().tobytes())
     of = {
-        "weights": digest.hexdigest(),
-        "random": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+        "weights": repr(fingerprint(dict(model.named_parameters()))),
+        "random": fingerprint(torch.get_rng_state()),
         "said": said.getvalue(),
     }
     if sink is None:
