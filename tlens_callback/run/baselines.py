@@ -27,10 +27,9 @@ def of(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
     """Gives the baseline of each instrument that has one, by the instrument's name."""
     found = {}
     for thing in things:
-        own = [getattr(thing, what) for what in BASELINE if hasattr(thing, what)][:1]
-        for baseline in own:
-            if isinstance(baseline, dict):
-                found[getattr(thing, "name")] = baseline  # noqa: B009
+        baseline = next((getattr(thing, what) for what in BASELINE if hasattr(thing, what)), None)
+        if isinstance(baseline, dict):
+            found[getattr(thing, "name")] = baseline  # noqa: B009
     return found
 
 
