@@ -1,4 +1,8 @@
-"""Settings that every test shares."""
+"""Settings that every test shares.
+
+What takes long to import is imported by who uses it: the process that only hands out the tests to
+others does without.
+"""
 
 import gc
 import os
@@ -6,14 +10,10 @@ import random
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import wandb
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from tests import tiny
 from tests.browser import NONE
 from tests.sinks import trackio_run  # noqa: F401  sets where trackio writes, before TRL imports it
 
@@ -44,11 +44,15 @@ SEED = int(os.environ.get("TLENS_TEST_SEED", "0"))
 """Another seed makes other models and adapters: no test may rest on the luck of one of them."""
 
 
+# What the packages are made of is left alone by the garbage collection, which would take a fifth of
+# their import, and which accelerate asks for at the end of every training: 0.6 s each time.
+gc.disable()
+
+
 def pytest_collection_finish():
-    """What the packages are made of is left alone from now on by the garbage collection, which
-    accelerate asks for at the end of every training: 0.6 s each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -58,6 +62,8 @@ def pytest_collection_modifyitems(items):
     than a few families of models, as most kinds of adapters (`tests.adapters`): what one leaves out
     while working, with `-m "not slow"`.
     """
+    from tests import tiny
+
     first = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in first)
     for item in items:
@@ -70,6 +76,9 @@ def pytest_collection_modifyitems(items):
 
 def seed():
     """Adapters and dropout draw from the global states: the same in every run of the tests."""
+    import numpy as np
+    import torch
+
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -89,6 +98,8 @@ def seeded(seeded_file):
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     """WANDB_DIR of the test. The wandb service ends with it: it keeps the folder of its start."""
+    import wandb
+
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -102,6 +113,8 @@ def offline(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def one_thread():
     """Matrices this small are slower on several threads; and several processes may be testing."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.adapters import randomise
+from tests.processes import run_command
 from tlens_callback.cli import main
 
 
@@ -52,19 +54,31 @@ def run(*arguments, **options) -> Result:
     return CliRunner().invoke(main, [str(one) for one in arguments], **options)
 
 
-def started(*arguments, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
-    """The installed command in a bare shell's environment."""
-    command = Path(sys.executable).with_name("tlens-callback")
+def bare(folder: Path) -> dict[str, str]:
+    """The environment of a bare shell, with W&B's files in this folder."""
     env = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"}
     # Where a test limits the size of files, Python would leave its own cut short, for all to load.
     env["PYTHONDONTWRITEBYTECODE"] = "1"
-    env |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_DIR": str(cwd)}
+    return env | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
+
+
+def started(*arguments, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
+    return run_command(*arguments, cwd=cwd, env=bare(cwd), **options)
+
+
+def small_files() -> None:
+    """As a full disk: no file of this process grows beyond 4 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def installed(*arguments, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The installed command, from its first import on."""
     return subprocess.run(
-        [command, *map(str, arguments)],
+        [Path(sys.executable).with_name("tlens-callback"), *map(str, arguments)],
         cwd=cwd,
-        env=env,
+        env=bare(cwd),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=300,
-        **{"input": "", **options},
     )

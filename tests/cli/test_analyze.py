@@ -2,13 +2,20 @@
 
 import os
 import re
-import resource
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.cli.saved import probabilities, run, save_adapter, save_base, started
+from tests.cli.saved import (
+    installed,
+    probabilities,
+    run,
+    save_adapter,
+    save_base,
+    small_files,
+    started,
+)
 from tests.sinks.wandb.wandb_file import history, records, run_file
 from tlens_callback import read_store
 from tlens_callback.checkpoints import loader
@@ -37,7 +44,7 @@ def nothing_loads(monkeypatch):
 @pytest.mark.slow
 def test_an_adapter_gets_a_store_a_page_and_a_run_with_the_page(base, adapter, tmp_path):
     arguments = ["--prompt", PROMPT, "--target", " Paris", "--foil", " London", "--wandb", "mine"]
-    done = started("analyze", adapter, *arguments, "--out", "seen", cwd=tmp_path)
+    done = installed("analyze", adapter, *arguments, "--out", "seen", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
     chance = probabilities(base, adapter, PROMPT)
@@ -88,10 +95,7 @@ def test_a_model_that_is_not_there(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(base, tmp_path):
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-    done = started("analyze", base, "--prompt", PROMPT, cwd=tmp_path, preexec_fn=small_files)
+    done = started("analyze", base, "--prompt", PROMPT, cwd=tmp_path, first=small_files)
     assert done.returncode == 1
     assert "File too large" in done.stderr and "Traceback" not in done.stderr
 

@@ -1,6 +1,5 @@
 """`tlens-callback ask`, as a person or a script uses it."""
 
-import resource
 import sys
 import webbrowser
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.cli.saved import probabilities, run, save_adapter, save_base, started
+from tests.cli.saved import probabilities, run, save_adapter, save_base, small_files, started
 from tlens_callback.checkpoints import loader
 
 PROMPT = "the capital of France is"
@@ -67,10 +66,7 @@ def test_a_model_that_is_not_there(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(base, tmp_path):
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-    done = started("ask", base, PROMPT, cwd=tmp_path, preexec_fn=small_files)
+    done = started("ask", base, PROMPT, cwd=tmp_path, first=small_files)
     assert done.returncode == 1
     assert "File too large" in done.stderr and "Traceback" not in done.stderr
 

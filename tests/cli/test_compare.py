@@ -1,14 +1,13 @@
 """`tlens-callback compare` as a person uses it."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
 
 from tests import browser, tiny
 from tests.offline.two_models import DOG, adapter, fine_tune, save, watched
+from tests.processes import run_command
 from tlens_callback import read_store
 from tlens_callback.cli import main
 from tlens_callback.store.format import arrays_file
@@ -41,13 +40,8 @@ def numbers(text):
 
 @pytest.mark.slow
 def test_the_real_entry_point_with_models(saved, tmp_path):
-    command = [sys.executable, "-m", "tlens_callback", "compare", "base", "adapter", *ASKED]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        cwd=saved["base"].parent,
-    )
+    out = tmp_path / "out"
+    done = run_command("compare", "base", "adapter", *ASKED, "--out", out, cwd=saved["base"].parent)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "A: base" in lines and "B: adapter" in lines
@@ -73,10 +67,7 @@ def test_an_adapter_alone_is_compared_with_its_base(saved, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_entry_point_with_runs(saved, tmp_path):
-    command = [sys.executable, "-m", "tlens_callback", "compare", saved["run a"], saved["run b"]]
-    done = subprocess.run(
-        [*map(str, command), "--out", str(tmp_path / "out")], capture_output=True, text=True
-    )
+    done = run_command("compare", saved["run a"], saved["run b"], "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert f"A: {saved['run a'] / 'tlens'}, step 4" in done.stdout
     again = run(saved["run a"] / "tlens", saved["run b"], "--out", tmp_path / "again", "--step", 4)

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from tests import tiny
+from tests.processes import run_command
 from tests.sae import layouts
 from tlens_callback import (
     ActivationPatching,
@@ -207,12 +208,7 @@ def test_the_real_command_says_it_in_one_line(tmp_path):
     model = tmp_path / "model"
     tiny.model("llama").save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
-    done = subprocess.run(
-        [sys.executable, "-m", "tlens_callback", "analyze", str(model), "--device", "cuda:99"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = run_command("analyze", model, "--device", "cuda:99", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("Error: ") and len(done.stderr.splitlines()) == 1
 

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from peft import LoraConfig
 
 from tests.offline.replaying import train, unlike
+from tests.processes import run_command
 from tlens_callback import TargetScores, read_store
 from tlens_callback.cli import main
 from tlens_callback.store.format import steps_in
@@ -164,14 +165,14 @@ def test_what_cannot_be_loaded_is_left_out(copied):
     """3: half a checkpoint, as one that was killed while it was saved, or one that says nothing."""
     weights = copied / "checkpoint-4" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    command = [sys.executable, "-m", "tlens_callback", "replay", str(copied), "-i", "HeadScores"]
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    arguments = ["replay", str(copied), "-i", "HeadScores"]
+    ended = run_command(*arguments)
     assert ended.returncode == 3
     assert "checkpoint-4 is left out" in ended.stderr and "is incomplete" in ended.stderr
     store = read_store(copied / "tlens-replay")
     assert store.steps == (0, 2, 6)
     assert store.reading("trainer/loss", 6).labels["update"] == ("3", "4", "5", "6")
-    assert CliRunner().invoke(main, command[3:]).exit_code == 3, "nothing to do, but as before"
+    assert CliRunner().invoke(main, arguments).exit_code == 3, "nothing to do, but as before"
 
 
 def test_what_turns_out_broken_when_its_turn_comes_is_left_out(copied, monkeypatch):

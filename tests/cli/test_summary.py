@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from tests.processes import run_command
 from tlens_callback import LocalSink, Reading, read_store
 from tlens_callback.cli import main
 from tlens_callback.offline.summary import summary
@@ -28,10 +29,7 @@ def store(tmp_path):
 
 
 def test_the_real_entry_point(store):
-    command = [sys.executable, "-m", "tlens_callback", "summary", str(store)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "40"}
-    )
+    done = run_command("summary", store, env={**os.environ, "COLUMNS": "40"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == summary(read_store(store)) + "\n"
     assert "mine/it 1 -> 10" in done.stdout
