@@ -15,7 +15,7 @@ import torch
 import wandb
 from datasets import Dataset
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -62,6 +62,12 @@ def state_of(trainer: Any) -> dict[str, Any]:
         "modules": [(n, type(m).__qualname__) for n, m in model.named_modules()],
         "hooks": [(n, [len(vars(m)[h]) for h in hooks]) for n, m in model.named_modules()],
         "instance attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
+        "what modules remember": {
+            n: fingerprint(
+                {k: v for k, v in vars(m).items() if isinstance(v, int | float | Tensor)}
+            )
+            for n, m in model.named_modules()
+        },
         "training": [m.training for m in model.modules()],
         "grad mode": torch.is_grad_enabled(),
         "logger": {
@@ -78,7 +84,15 @@ def peft_config(**kwargs: Any) -> LoraConfig:
     return LoraConfig(**{**settings, **kwargs})
 
 
-def sft(tmp_path: Any, callbacks: list[TrainerCallback], family: str = "llama", **args: Any) -> Any:
+def sft(
+    tmp_path: Any,
+    callbacks: list[TrainerCallback],
+    family: str = "llama",
+    *,
+    config: dict[str, Any] | None = None,
+    texts: list[str] = SENTENCES,
+    **args: Any,
+) -> Any:
     settings: dict[str, Any] = dict(
         output_dir=str(tmp_path),
         max_steps=5,
@@ -94,11 +108,11 @@ def sft(tmp_path: Any, callbacks: list[TrainerCallback], family: str = "llama", 
         eval_steps=2,
         seed=7,
     )
-    data = Dataset.from_dict({"text": SENTENCES})
+    data = Dataset.from_dict({"text": texts})
     moe = family in ("qwen3_moe", "mixtral")
     # TRL 1.8 draws the first weights of the adapter before it seeds.
     set_seed(7)
-    model = tiny.model(family)
+    model = tiny.model(family, **(config or {}))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.2
@@ -196,6 +210,36 @@ def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, unwat
     without = unwatched(sft, family, max_steps=3)
     watched = state_of(sft(tmp_path, [watcher()], family, max_steps=3))
     assert differences(without, watched) == []
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+LONG = ROPE | {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 8,
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+}
+REMEMBERS = {
+    "dynamic": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),
+    "longrope": ("phi3", {"rope_parameters": LONG}),
+}
+
+
+@pytest.mark.parametrize("rope", REMEMBERS)
+def test_frequencies_that_depend_on_the_rows_before_leave_no_trace(tmp_path, unwatched, rope):
+    """Rows are longer than the original context, probes are shorter; evaluation in between."""
+    family, config = REMEMBERS[rope]
+    config = config | {"max_position_embeddings": 8 if rope == "dynamic" else 32}
+    # The later ones are shorter than the first, which decides about their frequencies too.
+    rows = [" ".join(SENTENCES[:n]) for n in (4, 3, 3, 2, 2)]
+    args = dict(config=config, texts=rows, eval_on_start=True, eval_steps=4)
+    args |= dict(per_device_train_batch_size=1, train_sampling_strategy="sequential")
+    without = unwatched(sft, family, **args)
+    memory = MemorySink()
+    callback = watcher(sinks=[memory], repeats=False)
+    watched = state_of(sft(tmp_path, [callback], family, **args))
+    assert differences(without, watched) == []
+    assert len(memory.steps) == 6
 
 
 @pytest.mark.slow

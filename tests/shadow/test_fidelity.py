@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from tests import tiny
 from tests.shadow.test_shadow import batch_for, hugging_face_logits, lora, train
 from tlens_callback import Shadow
-from tlens_callback.shadow.fidelity import _tf32, as_inference, compare
+from tlens_callback.shadow.fidelity import _tf32, compare
+from tlens_callback.shadow.live import as_inference
 
 
 def test_figures_are_those_of_the_logits():
@@ -53,7 +54,7 @@ def test_rows_in_chunks_give_the_same_figures(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 1)
     parts, _ = compare(other, shadow, batch)
     want, got = dataclasses.asdict(whole), dataclasses.asdict(parts)
-    for same in ("tolerance", "moved", "followed"):
+    for same in ("tolerance", "moved", "followed", "attention"):
         assert want.pop(same) == got.pop(same)
     assert got == pytest.approx(want, rel=1e-4)
 

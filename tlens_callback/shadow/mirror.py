@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tlens_callback.shadow.state import ModuleState
 from tlens_callback.shadow.weights import adapted_leaves, fill, innermost, live_leaves, resolve
 
 
@@ -86,9 +87,13 @@ class Mirror:
         self.dtype = dtype or sizes.most_common(1)[0][0]
         self._held: list[Tensor] = []
         self._sources: list[_Source] = []
+        self._states: list[ModuleState] = []
         tied: dict[tuple[int, ...], nn.Parameter] = {}
         for path, module in self.module.named_modules(remove_duplicate=False):
-            _borrow_buffers(module, live[path], self.device)
+            state = ModuleState.of(module, innermost(live[path]), self.device)
+            if state is not None:
+                state.follow()
+                self._states.append(state)
             names = [name for name, p in module._parameters.items() if p is not None]
             if not names:
                 continue
@@ -192,6 +197,14 @@ class Mirror:
                     own.copy_(origin)
                     source.stamps[name] = stamp
 
+    def follow_state(self) -> None:
+        """Takes over what modules hold beside parameters: buffers, and lengths that they have seen.
+
+        To be called before each forward pass, which in the live model would begin with the same.
+        """
+        for state in self._states:
+            state.follow()
+
     def _merge(self, source: _Source) -> None:
         """Merges on the devices of the live tensors, since a live model may be on several."""
         devices = {name: leaf.device for name, leaf in live_leaves(source.live).items()}
@@ -209,6 +222,7 @@ class Mirror:
             module._parameters.clear()
             module._buffers.clear()
         self._sources.clear()
+        self._states.clear()
         self._held.clear()
 
 
@@ -226,14 +240,3 @@ def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         skeleton = type(base)(config)
     return skeleton.eval()
-
-
-def _borrow_buffers(module: nn.Module, live: nn.Module, device: torch.device) -> None:
-    """Takes over buffers, and tensors that are plain attributes (unscaled rotary frequencies)."""
-    live = innermost(live)
-    for name, value in live._buffers.items():
-        if name in module._buffers and value is not None:
-            module._buffers[name] = value.detach().to(device)
-    for name, value in vars(live).items():
-        if isinstance(value, Tensor) and isinstance(vars(module).get(name), Tensor):
-            setattr(module, name, value.detach().to(device))

@@ -252,6 +252,7 @@ class Shadow:
         There is no attention mask: in a causal model a token is not affected by what stands to its
         right, and the rows of padding are never read.
         """
+        self.mirror.follow_state()
         kwargs: dict[str, Any] = {}
         if positions is not None and self._keeps_logits:
             kwargs["logits_to_keep"] = positions
