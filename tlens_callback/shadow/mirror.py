@@ -2,14 +2,16 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tlens_callback.shadow.parametrized import original
 from tlens_callback.shadow.state import ModuleState
 from tlens_callback.shadow.weights import adapted_leaves, fill, innermost, live_leaves, resolve
 
@@ -98,6 +100,7 @@ class Mirror:
             if not names:
                 continue
             leaves = live_leaves(live[path])
+            _check_parameters(path, innermost(live[path]), leaves, module)
             source = _Source(path, live[path], adapted_leaves(live[path]))
             kept = dtype is None and by_design.intersection(path.split("."))
             for name in names:
@@ -148,9 +151,9 @@ class Mirror:
         """Every parameter, in the order of the modules; tied parameters are listed once."""
         found = []
         for source in self._sources:
-            for name, live in innermost(source.live)._parameters.items():
-                if live is None:
-                    continue
+            module = innermost(source.live)
+            for name in live_leaves(source.live):
+                live = original(module, name)
                 if name in source.own:
                     value = source.own[name]
                     trained = any(p.requires_grad for p in source.live.parameters())
@@ -176,8 +179,8 @@ class Mirror:
             live = resolve(base, source.path)
             if live is not source.live or adapted_leaves(live) != source.adapted:
                 return False
-            leaves = live_leaves(live)
-            if any(leaves[name].data_ptr() != at for name, at in source.aliased.items()):
+            parameters: Any = innermost(live)._parameters
+            if any(parameters[name].data_ptr() != at for name, at in source.aliased.items()):
                 return False
         return True
 
@@ -240,3 +243,22 @@ def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         skeleton = type(base)(config)
     return skeleton.eval()
+
+
+def _check_parameters(
+    path: str, live: nn.Module, leaves: Mapping[str, Tensor], module: nn.Module
+) -> None:
+    """Raises a ValueError if the live module has not the parameters that its class should have."""
+    wanted = {name for name, p in module._parameters.items() if p is not None}
+    if lacking := sorted(wanted - leaves.keys()):
+        what = f"has no {' and no '.join(map(repr, lacking))}"
+    elif more := sorted(leaves.keys() - wanted):
+        what = f"has also {' and '.join(map(repr, more))}"
+    else:
+        return
+    raise ValueError(
+        f"Module {path!r} of the live model is a {type(live).__name__} that {what}, unlike the "
+        f"{type(module).__name__} that the model's class and config put there. The shadow is built "
+        f"from class and config and would compute something else. Pass the model as its class "
+        f"builds it, with adapters added only by PEFT; torch.nn.utils.parametrize can be read."
+    )

@@ -22,6 +22,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tlens_callback.shadow.parametrized import effective, parametrized, plain
+
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
 """The names under which `torch.compile` and activation checkpointing keep the wrapped module."""
 
@@ -121,8 +123,13 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def live_leaves(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the innermost module by name: detached, sharing the live storage."""
-    return {n: p.detach() for n, p in innermost(module)._parameters.items() if p is not None}
+    """The parameters of the innermost module by name, detached, without adapters.
+
+    They share the live storage, but for those that are parametrised: these are computed.
+    """
+    base = innermost(module)
+    found = {name: p.detach() for name, p in base._parameters.items() if p is not None}
+    return found | {name: effective(base, name) for name in parametrized(base)}
 
 
 def adapted_leaves(module: nn.Module) -> frozenset[str]:
@@ -131,9 +138,10 @@ def adapted_leaves(module: nn.Module) -> frozenset[str]:
     "weight" for a plain LoRA layer, whose bias, if it is trained, is trained in place; the targeted
     parameters where LoRA wraps parameters; "weight" for trained tokens; all that the layer has for
     any other tuner. Does not depend on which adapters are active. Empty for a module without an
-    adapter, and for `modules_to_save`, whose copy is itself live.
+    adapter, and for `modules_to_save`, whose copy is itself live. A parametrised parameter is
+    always among them.
     """
-    names: set[str] = set()
+    names = set(parametrized(innermost(module)))
     for layer in _peel(module)[0]:
         name = _plain_target(layer, ever=True)
         if name is None and type(layer) is not TrainableTokensLayer:
@@ -166,11 +174,11 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
         for name, out in own.items():
             product = _factors(products[name]) if name in products else None
             if product is None:
-                out.copy_(base._parameters[name])
+                out.copy_(effective(base, name))
             else:
-                _add_product(base._parameters[name], *product, out)
+                _add_product(effective(base, name), *product, out)
     elif len(chain) == 1 and type(chain[0]) is TrainableTokensLayer:
-        _replace_rows(base._parameters["weight"], chain[0], own["weight"])
+        _replace_rows(effective(base, "weight"), chain[0], own["weight"])
     else:
         merged = _merge_stand_in(base, chain)
         for name, out in own.items():
@@ -197,8 +205,7 @@ def low_rank_update(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, bool] | 
     transposed = bool(chain[0].fan_in_fan_out) or type(chain[0]) is LoraEmbedding
     if transposed:
         left, right = right.mT, left.mT
-    weight = base._parameters[name]
-    assert weight is not None
+    weight = effective(base, name)
     return weight, left.detach().to(_at_least_float32(left)) * scale, right.detach(), transposed
 
 
@@ -292,7 +299,7 @@ def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
     """The base layer's parameters after PEFT's own merge of these layers, the outermost first."""
     floating = [t for t in chain[0].parameters() if t.is_floating_point()]
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in floating), torch.float32)
-    inner = _stand_in(base, dtype)
+    inner = _stand_in(plain(base), dtype)
     try:
         with torch.autocast(floating[0].device.type, enabled=False):
             for layer in reversed(chain):
