@@ -48,7 +48,7 @@ class Loader:
     ) -> None:
         try:
             wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            self.device = torch.empty(0, device=wanted).device
+            self.device = torch.empty(0, dtype=torch.uint8, device=wanted).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"device={str(device)!r}: {str(error).splitlines()[0]}") from error
         self.dtype = dtype

@@ -118,7 +118,10 @@ class ActivationDrift:
         names = probes_suffix(batch, rows)
         row, pos = after_first(batch, rows)
         some = (
-            torch.linspace(0, len(row) - 1, min(len(row), CKA_TOKENS)).round().long().to(row.device)
+            torch.linspace(0, len(row) - 1, min(len(row), CKA_TOKENS), dtype=torch.float32)
+            .round()
+            .long()
+            .to(row.device)
         )
 
         def drift(hook: str) -> Reduce:

@@ -226,7 +226,8 @@ def random_composition(d_model: int, d_head: int, draws: int = 32) -> float:
 
 def _random(d_model: int, d_head: int, generator: torch.Generator) -> Circuits:
     q, k, v, o = (
-        high_precision(torch.randn(1, d_model, d_head, generator=generator)) for _ in range(4)
+        high_precision(torch.randn(1, d_model, d_head, dtype=torch.float32, generator=generator))
+        for _ in range(4)
     )
     return Circuits(q, k, v, o.mT)
 

@@ -284,7 +284,7 @@ def feature_readings(
         unit="activation",
         labels=labels,
     )
-    grid = torch.zeros(*counted.shape, len(shown))
+    grid = chosen.new_zeros(*counted.shape, len(shown))
     grid[counted] = chosen
     for at, row in enumerate(rows):
         yield Reading(

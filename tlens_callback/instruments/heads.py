@@ -317,7 +317,7 @@ class HeadScores:
                 continue
             measures = list(self._pairs(*shape).values())
             index = torch.tensor([q * width + k for pairs in measures for q, k in pairs])
-            weight = torch.zeros(len(index), len(measures))
+            weight = torch.zeros(len(index), len(measures), dtype=torch.float32)
             start = 0
             for measure, pairs in enumerate(measures):
                 queries = len({q for q, _ in pairs})
@@ -337,7 +337,7 @@ def _entropy_weights(lengths: list[int]) -> Float[Tensor, "row query"]:
     query = torch.arange(max(lengths))
     length = torch.tensor(lengths)[:, None]
     counted = (query >= 1) & (query < length)
-    return counted / (query + 1.0).log().clamp(min=0.5) / (length - 1)
+    return counted / (query.float() + 1).log().clamp(min=0.5) / (length - 1)
 
 
 def _lags(lengths: list[int]) -> tuple[Int[Tensor, "query lag"], Float[Tensor, "row query lag"]]:
@@ -346,5 +346,5 @@ def _lags(lengths: list[int]) -> tuple[Int[Tensor, "query lag"], Float[Tensor, "
     lag = torch.arange((max(lengths) - 1) // 2 + 1)
     length = torch.tensor(lengths)[:, None, None]
     counted = (query - lag >= 1) & (query < length)
-    weight = counted / (length - 1 - lag).clamp(min=1)
+    weight = counted.float() / (length - 1 - lag).clamp(min=1)
     return (query - lag).clamp(min=0), weight

@@ -320,7 +320,7 @@ def _lens(
     """
     last = final.log_softmax(-1)
     p_last = final.softmax(-1)
-    off = torch.zeros(())
+    off = final.new_zeros(())
     seen = []
 
     def pick(of: Tensor, token: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ class TopNeurons:
         )
         if not write or batch.targets[row] is None:
             return
-        none = torch.ones(len(batch.probes))
+        none = torch.ones(len(batch.probes), dtype=torch.float32)
         scales = torch.stack(
             [torch.as_tensor(taken.get(mlp_norm_hook(i), none))[at] for i in layers]
         )

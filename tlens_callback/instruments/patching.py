@@ -188,7 +188,7 @@ class ActivationPatching:
                     f"prompt with another answer, or another foil."
                 )
             gap = float("nan")
-        self.baseline.setdefault(known, torch.tensor(gap))
+        self.baseline.setdefault(known, torch.tensor(gap, dtype=torch.float32))
         shares = iter((to - of) / gap for to, of in (m.cpu().double().T for m in moved))
         for part, by_layer in hooks.items():
             axis = "head" if part == "head" else "pos"

@@ -69,7 +69,7 @@ class ResidualNorms:
         row, pos = after_first(batch, plain_rows(batch))
         if len(row) == 0:
             return {}
-        at = torch.tensor([0.25, 0.5, 0.75], device=row.device)
+        at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float32, device=row.device)
 
         def quartiles(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, "3"]:
             norms = torch.linalg.vector_norm(resid[row, pos].float(), dim=1)

@@ -144,7 +144,7 @@ class UpdateSparsity:
         # In pieces, so that the differences take little memory beside the weight.
         pieces = zip(now.flatten().split(2**24), first.flatten().split(2**24), strict=True)
         still = [((a.float() - b.float()).abs() < self.tolerance).sum() for a, b in pieces]
-        return torch.stack(still).sum() / now.numel()
+        return torch.stack(still).sum().float() / now.numel()
 
     def _shares_of_samples(self, weights: list[Weight], sample: int) -> Float[Tensor, " weight"]:
         # From every weight, so that the sample does not depend on which ones are trained.

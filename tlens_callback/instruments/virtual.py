@@ -225,10 +225,10 @@ class _Strongest:
     def __init__(self, n: int, per_query: Float[Tensor, "row query"]) -> None:
         width, device = per_query.shape[1], per_query.device
         self._per_query = per_query
-        self._strength = torch.full((n + 1,), -1.0, device=device)
+        self._strength = per_query.new_full((n + 1,), -1.0)
         self._head = torch.zeros(n + 1, dtype=torch.long, device=device)
         # The last place takes what is not kept, so that the host need not wait for the comparison.
-        self._pattern = torch.zeros(len(per_query), n + 1, width, width, device=device)
+        self._pattern = per_query.new_zeros(len(per_query), n + 1, width, width)
 
     def add(self, pattern: Float[Tensor, "row head query key"], first: int) -> None:
         """Adds a layer's heads, numbered from `first`."""
@@ -253,7 +253,9 @@ class _Strongest:
 
         The patterns are zero at queries that are padding.
         """
-        self._pattern[:, -1] = torch.eye(real.shape[1], device=real.device)
+        self._pattern[:, -1] = torch.eye(
+            real.shape[1], dtype=self._pattern.dtype, device=real.device
+        )
         return self._head[:-1], self._pattern.mul_(real[:, None, :, None])
 
 
@@ -334,7 +336,7 @@ def _per_query(
     block, sequences = torch.tensor(each)[:, :, None].unbind(1)
     real = _not_padding(lengths)
     counted = real & (torch.arange(real.shape[1]) > block)
-    return counted / counted.sum(1, keepdim=True) / sequences / len(blocks)
+    return counted.float() / counted.sum(1, keepdim=True) / sequences / len(blocks)
 
 
 def _per_lag(lengths: Sequence[Sequence[int]]) -> Float[Tensor, "row lag"]:
@@ -346,5 +348,5 @@ def _per_lag(lengths: Sequence[Sequence[int]]) -> Float[Tensor, "row lag"]:
     for of in lengths:
         length = torch.tensor(of)[:, None]
         has = lags <= (length - 1) // 2
-        blocks.append(has / (length - 1 - lags).clamp(min=1) / has.sum(0).clamp(min=1))
+        blocks.append(has.float() / (length - 1 - lags).clamp(min=1) / has.sum(0).clamp(min=1))
     return torch.cat(blocks) / torch.stack([block.sum(0) > 0 for block in blocks]).sum(0)

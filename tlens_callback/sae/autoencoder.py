@@ -108,7 +108,7 @@ class Autoencoder:
 
     def to(self, device: torch.device | str) -> "Autoencoder":
         """Returns a copy on another device, or itself if it is there already."""
-        device = torch.empty(0, device=device).device
+        device = torch.empty(0, dtype=torch.uint8, device=device).device
         if self.W_enc.device == device:
             return self
         tensors = {

@@ -73,7 +73,9 @@ class Training:
                 f"distance of {float(spread)} from their mean. Give more probes, or training rows."
             )
         scale = math.sqrt(d_in) / spread
-        draw = torch.randn(n_features, d_in, generator=self._generator(0)).to(a.device)
+        draw = torch.randn(n_features, d_in, dtype=torch.float32, generator=self._generator(0)).to(
+            a.device
+        )
         decoder = draw / draw.norm(dim=1, keepdim=True)
         parameters = {
             "W_enc": decoder.T.contiguous(),

@@ -60,7 +60,9 @@ class Shadow:
     ) -> None:
         self._model = model
         # A tensor's device has an index where "cuda" has none, and the two are not equal.
-        self._device = None if device is None else torch.empty(0, device=device).device
+        self._device = (
+            None if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
+        )
         self._dtype = dtype
         self.builds = 0
         self._build()

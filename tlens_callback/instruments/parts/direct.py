@@ -73,7 +73,7 @@ def minus_foil(
     rows = []
     for target, foil in pairs:
         if target is None:
-            rows.append(torch.zeros(of_token.shape[1:], device=of_token.device))
+            rows.append(torch.zeros_like(of_token[0], dtype=torch.float32))
         else:
             other = mean if foil is None else of_token[foil].float()
             assert other is not None
