@@ -1,6 +1,6 @@
 """Keeps what modules hold beside parameters equal to the live model's, and apart from it."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class ModuleState:
                 self._seen.pop(name, None)
                 setattr(self._module, name, self._taken(name, value, own))
             # The bridge may have changed an attribute on purpose: only what changes is taken over.
-            elif name in attributes and type(value) in (int, float):
+            elif name in attributes and _is_number(value):
                 if self._seen.get(name) != value:
                     self._seen[name] = value
                     setattr(self._module, name, value)
@@ -63,3 +63,7 @@ class ModuleState:
             self._tables[name] = at
             own = value.to(self._device)
         return own
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
