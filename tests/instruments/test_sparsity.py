@@ -317,6 +317,49 @@ def test_nothing_frozen_and_frozen_later():
         FrozenWeights(every=0)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_layers_that_are_trained_in_turns_raise_no_alarm(resumed):
+    """Also those that were trained between two looks; the final norm is still watched."""
+    model = tiny.model("llama", num_hidden_layers=6)
+    layers = model.model.layers
+    shadow, instrument = watched(model)
+
+    def train_layers(*chosen):
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        for i in chosen:
+            layers[i].requires_grad_(True)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01)
+
+    train_layers(0, 1)
+    assert changed(instrument, shadow) == []
+    train_layers(4, 5)
+    train_layers(2, 3)
+    if resumed:
+        before, (shadow, instrument) = instrument.baseline, watched(model)
+        instrument.baseline.update(before)
+    assert changed(instrument, shadow) == []
+    train_layers(4)
+    assert changed(instrument, shadow) == []
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    assert changed(instrument, shadow) == ["model.norm.weight"], "what is not trained in turns"
+
+
+def test_a_layer_that_is_frozen_for_good_is_watched_from_then_on():
+    model = tiny.model("llama")
+    shadow, instrument = watched(model)
+    assert changed(instrument, shadow) == []
+    model.model.layers[0].requires_grad_(False)
+    assert changed(instrument, shadow) == [] and changed(instrument, shadow) == []
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert changed(instrument, shadow) == ["model.layers.0.mlp.up_proj.weight"]
+
+
 def test_a_tied_weight_is_one_beneath_two_adapters():
     config = LoraConfig(r=4, target_modules=["lm_head", "embed_tokens"], ensure_weight_tying=True)
     model = get_peft_model(tiny.model("llama", tie_word_embeddings=True), config)

@@ -81,3 +81,15 @@ def test_logits_that_are_not_finite_are_asked_for_ever_more_rarely(caplog):
                 asked.append(step)
                 assert watched.monitor.check(model, shadow, watched.batch, step=step) is None
     assert asked == [1, 2, 4, 8, 16] and len(caplog.messages) == 5
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-2])
+def test_that_nothing_is_trained_is_said_once(lr, caplog):
+    watched = Watched()
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        for _ in range(9):
+            watched.go(lr)
+    said = [message for message in caplog.messages if "Is anything trained?" in message]
+    assert len(said) == (lr == 0)
+    if said:
+        assert "at step 4 the model's answers" in said[0] and "of step 0" in said[0]

@@ -1,6 +1,7 @@
 """Checks whether frozen weights have changed."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow.mirror import Weight
 
 _STEP = -7046029254386353131
 """The odd number nearest to 2^64 divided by the golden ratio, as a signed number."""
@@ -42,6 +44,10 @@ class FrozenWeights:
     to 32 bits change the first number or, within a row, the second. A change that keeps the sum of
     every row and of every column is not seen; any other change is missed with a chance of about
     2^-64. NaN and -0 are compared by their bits like other numbers.
+
+    Layers may be trained in turns (LISA, gradual unfreezing), also between two observations. Once
+    a weight that was frozen has been seen to be trained, the weights of the same name in all layers
+    are no longer watched.
 
     Training that merges and unmerges adapters (vLLM during GRPO) changes the base weights by
     rounding, which is counted here. While adapters are merged into base weights, these count as
@@ -112,7 +118,8 @@ class FrozenWeights:
         first_at: dict[int, int] = {}
         for i, weight in enumerate(weights):
             first_at.setdefault(id(weight.live), i)
-        frozen = [i for i in first_at.values() if not weights[i].live.requires_grad]
+        names = self._always_frozen([weights[i] for i in first_at.values()])
+        frozen = [i for i in first_at.values() if weights[i].name in names]
         changed = []
         if frozen:
             here = shadow.device  # The live model may be spread over several devices.
@@ -133,8 +140,26 @@ class FrozenWeights:
             texts=np.array(["" if i < 0 else weights[i].name for i in shown]),
         )
 
+    def _always_frozen(self, weights: Sequence[Weight]) -> set[str]:
+        """Returns the names of the weights that are frozen and not among those trained in turns."""
+        in_turns = "trained in turns: "
+        for weight in weights:
+            if weight.live.requires_grad and weight.name in self.baseline:
+                self.baseline[in_turns + _in_all_layers(weight.name)] = torch.tensor(True)
+        return {
+            weight.name
+            for weight in weights
+            if not weight.live.requires_grad
+            and in_turns + _in_all_layers(weight.name) not in self.baseline
+        }
+
     def _count(self, measure: str, number: int) -> Reading:
         return Reading(key=f"{self.name}/{measure}", values=np.array(number), unit="count")
+
+
+def _in_all_layers(name: str) -> str:
+    """Returns the name that this weight has in every layer."""
+    return re.sub(r"\d+", "*", name)
 
 
 def checksum(weight: Float[Tensor, "..."]) -> Int[Tensor, "2"]:

@@ -10,6 +10,9 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.fidelity import Fidelity, FidelityError, compare, mismatch
 
+_STILL = 4
+"""Steps after which an update has been due even where a warm-up begins with a rate of 0."""
+
 logger = logging.getLogger("tlens_callback")
 
 
@@ -29,6 +32,7 @@ class FidelityMonitor:
         self._first: Fidelity | None = None
         self._first_step = 0
         self._next: int | None = None
+        self._said_still = False
         self._reference: Tensor | None = None
 
     def start(self, model: nn.Module, shadow: Shadow, batch: ProbeBatch, *, step: int) -> Fidelity:
@@ -79,6 +83,8 @@ class FidelityMonitor:
         if not math.isfinite(fidelity.scale):
             logger.warning("tlens: the live model's logits are not finite at step %d.", step)
             return None
+        if fidelity.moved == 0 and not told and step - self._first_step >= _STILL:
+            self._say_still(step)
         self.checks[step] = fidelity
         if not fidelity.close or fidelity.stale(self._first):
             raise FidelityError(mismatch(model, fidelity, stale=fidelity.close))
@@ -86,6 +92,18 @@ class FidelityMonitor:
             # The next comparison starts from here: an update may be small beside all earlier ones.
             self._reference = logits
         return fidelity
+
+    def _say_still(self, step: int) -> None:
+        if self._said_still or self._next is None:
+            return
+        self._said_still = True
+        logger.warning(
+            "tlens: at step %d the model's answers to the probes are still, to the last bit, those "
+            "of step %d. Is anything trained? Look at the learning rate and at requires_grad "
+            "(PeftModel.from_pretrained loads an adapter frozen without is_trainable=True).",
+            step,
+            self._first_step,
+        )
 
     def end(self) -> None:
         """Frees the logits that were kept for later comparisons."""
