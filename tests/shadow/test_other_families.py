@@ -8,8 +8,16 @@ import torch
 import transformers
 
 from tests import tiny
+from tests.instruments.common import encoded
 from tests.training import CAPITAL, trainer
-from tlens_callback import FidelityError, MemorySink, TLensCallback
+from tlens_callback import (
+    FidelityError,
+    LogitAttribution,
+    MemorySink,
+    Shadow,
+    TLensCallback,
+    observe,
+)
 
 SMALL: dict[str, Any] = {
     "vocab_size": tiny.VOCAB,
@@ -82,3 +90,65 @@ def test_a_family_that_the_bridge_gets_wrong_is_refused_by_its_numbers(tmp_path)
     falcon = model("Falcon", {**FALCON, "multi_query": False, "alibi": True})
     with pytest.raises(FidelityError, match="is not the live model"):
         trainer(tmp_path, TLensCallback([CAPITAL], sinks=[]), model=falcon).train()
+
+
+MAMBA = {"mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8, "mamba_n_heads": 4}
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon_h1": (
+        "FalconH1",
+        SMALL | MAMBA | {"mamba_d_ssm": 32, "mamba_d_head": 8, "head_dim": 8},
+    ),
+    "bamba": ("Bamba", SMALL | MAMBA | {"mamba_d_head": 16, "attn_layer_indices": [1]}),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            **SMALL,
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "attention", "mlp"],
+            "head_dim": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+    ),
+}
+COVERED = {
+    "falcon_h1": None,
+    "bamba": "tlens: 1 of 2 layers have attention patterns (1); the others have no attention",
+    "nemotron_h": "tlens: 0 of 3 layers have attention patterns; the others have no attention",
+}
+MISSING = {
+    "falcon_h1": "beside attention and MLP a 'mamba'",
+    "bamba": "has no 'blocks.0.attn.hook_z'",
+    "nemotron_h": "has no 'blocks.0.attn.hook_z'",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_what_a_hybrid_model_shows_is_said_at_the_start(tmp_path, capsys, caplog, family):
+    """And no instrument is set aside later, when the parts that it lacks have grown."""
+    memory = MemorySink()
+    callback = TLensCallback([CAPITAL], sinks=[memory], every_n_steps=1)
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        trainer(tmp_path, callback, model=model(*HYBRIDS[family]), learning_rate=5e-2).train()
+    said = capsys.readouterr().out
+    assert ("have attention patterns" in said) == (COVERED[family] is not None)
+    assert (COVERED[family] or "") in said
+    assert "tlens" not in caplog.text
+    assert max(memory.curve("fidelity/max_abs_diff")[1]) < 1e-3
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_what_a_layer_has_beside_attention_and_mlp_is_not_passed_over(family):
+    """Not even where it is small, as at first."""
+    hybrid = model(*HYBRIDS[family]).eval()
+    with torch.no_grad():
+        for name, parameter in hybrid.named_parameters():
+            if "mamba" in name or "mixer" in name:
+                parameter.mul_(0.01)
+    shadow = Shadow.of(hybrid)
+    with pytest.raises(ValueError, match=MISSING[family]):
+        observe(shadow, encoded(), [LogitAttribution()])

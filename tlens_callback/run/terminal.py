@@ -7,6 +7,7 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import sink_lines
+from tlens_callback.shadow import Shadow
 
 
 def opening(observer: Observer) -> list[str]:
@@ -22,7 +23,20 @@ def opening(observer: Observer) -> list[str]:
         f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
         f"{_probe_counts(observer)}; {held}",
         f"tlens: the shadow agrees with the model: {fidelity}",
+        *_attention_lines(shadow),
         *sink_lines(observer.sinks),
+    ]
+
+
+def _attention_lines(shadow: Shadow) -> list[str]:
+    """Says which layers have attention patterns, if not all have."""
+    layers = shadow.attention_layers
+    if len(layers) == shadow.n_layers:
+        return []
+    which = f" ({', '.join(map(str, layers))})" if layers else ""
+    return [
+        f"tlens: {len(layers)} of {shadow.n_layers} layers have attention patterns{which}; the "
+        f"others have no attention, or none that TransformerLens's bridge has hook points for"
     ]
 
 

@@ -126,6 +126,11 @@ class Shadow:
         """Number of parameters with storage of their own, for a merged weight."""
         return self.mirror.n_owned
 
+    @property
+    def attention_layers(self) -> list[int]:
+        """The layers whose attention patterns have a hook point; in a hybrid model not all have."""
+        return [i for i in range(self.n_layers) if f"blocks.{i}.attn.hook_pattern" in self.hooks]
+
     @torch.no_grad()
     def sync(self) -> None:
         """Brings the shadow up to the live model's current weights; reads it, never writes it.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlens_callback.instruments.parts.selection import z_hook
 from tlens_callback.shadow import Reduce, Shadow
 
 _RESCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier", "residual_multiplier")
@@ -25,6 +26,42 @@ def has_direct_path(shadow: Shadow) -> bool:
         and shadow.bridge.W_U.shape[0] == shadow.d_model
         and all(getattr(config, field, None) in (None, 1) for field in _RESCALED)
     )
+
+
+def demand_direct_path(shadow: Shadow, name: str) -> None:
+    """Raises a ValueError if heads, MLPs and biases do not sum to this model's logits."""
+    if not has_direct_path(shadow):
+        raise ValueError(
+            f"{name}: the parts would not sum to this model's logits. Either these are "
+            "more than the unembedding of its normalised residual stream (the model rescales them, "
+            "or what its layers write), or the scale of its final norm has no hook point. Leave "
+            "the instrument out."
+        )
+    for i in range(shadow.n_layers):
+        if lacking := [hook for hook in (z_hook(i), mlp_hook(i)) if hook not in shadow.hooks]:
+            raise ValueError(
+                f"{name}: layer {i} of this model has no {lacking[0]!r}, so that the "
+                f"parts would not sum to the logits; leave the instrument out."
+            )
+        if more := _other_parts(shadow, i):
+            raise ValueError(
+                f"{name}: layer {i} of this model has beside attention and MLP a "
+                f"{more[0]!r}, so that heads and MLPs would not sum to the logits; leave the "
+                f"instrument out."
+            )
+
+
+def _other_parts(shadow: Shadow, layer: int) -> list[str]:
+    """Returns names of a layer's parts beside attention, MLP and norms (Falcon-H1: Mamba)."""
+    start = f"blocks.{layer}."
+    parts = [name.removeprefix(start).split(".") for name in shadow.hooks if name.startswith(start)]
+    with_output = {part[0] for part in parts if len(part) == 2 and part[1] == "hook_out"}
+    return sorted(n for n in with_output if n not in ("attn", "mlp") and not n.startswith("ln"))
+
+
+def mlp_hook(layer: int) -> str:
+    """Name of the hook point of what the MLP writes, [probe, pos, d_model]."""
+    return f"blocks.{layer}.hook_mlp_out"
 
 
 def before_norm(

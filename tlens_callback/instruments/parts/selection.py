@@ -105,10 +105,11 @@ def attention_layers(shadow: Shadow, name: str) -> list[int]:
     Raises:
         ValueError: if no layer has any; `name` is the instrument that needs them.
     """
-    layers = [i for i in range(shadow.n_layers) if pattern_hook(i) in shadow.hooks]
+    layers = shadow.attention_layers
     if not layers:
         raise ValueError(
-            f"{name}: no layer of this model has attention patterns; leave the instrument out."
+            f"{name}: no layer of this model has attention patterns that TransformerLens's bridge "
+            f"shows; leave the instrument out."
         )
     return layers
 
