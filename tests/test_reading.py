@@ -103,3 +103,19 @@ def test_a_reading_loads_no_plotting_package():
         "assert 'plotly' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_rounding_beyond_a_limit_is_cut_off_and_more_is_not():
+    over = [1 + 2e-7, 1.0, 0.5, -1e-7, 1.1, -0.5, np.nan]
+    reading = Reading(key="a/b", values=over, axes=("x",), unit="fraction", limits=(0, 1))
+    expected = np.array([1, 1, 0.5, 0, 1.1, -0.5, np.nan], dtype=np.float32)
+    np.testing.assert_array_equal(reading.values, expected)
+
+
+def test_a_limit_that_float32_rounds_up_holds_too():
+    """Of a uniform distribution over 32 tokens the entropy is ln 32."""
+    top = float(np.log(32))
+    assert float(np.float32(top)) > top
+    values = torch.full((32,), 1 / 32).double().log().neg().mean()
+    reading = Reading(key="a/b", values=values, unit="nats", limits=(0.0, top))
+    assert top - 1e-6 < float(reading.values) <= top

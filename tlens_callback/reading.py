@@ -33,6 +33,7 @@ class Reading:
         unit: "nats", "probability", "logit", "count", "index", ...; never empty.
         labels: axis name -> one string per index (tokens, names). Axes without labels are numbered.
         limits: fixed range of the colour scale, so that step 100 can be compared with step 900.
+            A value that is beyond it by no more than rounding is brought back to it.
         texts: one string per value, in an array of the values' shape, if each value stands for
             something with a name: a token id for its token. numpy's strings lose a NUL at their
             end.
@@ -95,6 +96,7 @@ class Reading:
                     f"Reading {self.key!r}: limits must be (low, high) with low < high, "
                     f"got {self.limits}."
                 )
+            _cut_rounding(values, low, high)
         if self.texts is not None:
             texts = np.array(self.texts, dtype=np.str_)
             flat = [_encodable(text) for text in texts.ravel().tolist()]
@@ -164,6 +166,17 @@ def descriptions(readings: Iterable[Reading]) -> dict[str, Description]:
     """Returns instrument -> description, for the instruments that describe themselves."""
     said = {reading.instrument: reading.description for reading in readings}
     return {name: one for name, one in said.items() if one != Description()}
+
+
+def _cut_rounding(values: np.ndarray, low: float, high: float) -> None:
+    """Brings values back that rounding has put beyond a limit, by up to 1e-5 of the range."""
+    slack = 1e-5 * (high - low)
+    # The nearest float32 may be beyond the limit too.
+    top, bottom = np.float32(high), np.float32(low)
+    top = np.nextafter(top, np.float32(-np.inf)) if top > high else top
+    bottom = np.nextafter(bottom, np.float32(np.inf)) if bottom < low else bottom
+    values[(values > high) & (values <= high + slack)] = top
+    values[(values < low) & (values >= low - slack)] = bottom
 
 
 def _encodable(text: str) -> str:
