@@ -104,6 +104,9 @@ class Meaning:
         quantity: which known quantity it is; None: another one.
         role: the role of a head with a high score, as in "new induction head". `Watch` follows the
             roles of quantity `HEAD_ROLE`.
+        seen_in: what of the head the score judges, "its attention pattern": the event says so.
+        sharpness: share of `Watch`'s thresholds that counts for this role. In a role that few heads
+            play sharply, such as attention to the token before, a lower score says as much.
         better: whether good training makes it "higher" or "lower"; None: neither.
         of_run: it describes the run that it was read in: it compares with an earlier observation,
             or counts what was done. Such readings of two runs are not compared directly.
@@ -118,6 +121,8 @@ class Meaning:
     headline: bool | None = False
     quantity: Quantity | None = None
     role: str = ""
+    seen_in: str = ""
+    sharpness: float = 1.0
     better: Literal["higher", "lower"] | None = None
     of_run: bool = False
     sometimes: bool = False

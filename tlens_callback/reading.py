@@ -173,8 +173,8 @@ def _cut_rounding(values: np.ndarray, low: float, high: float) -> None:
     slack = 1e-5 * (high - low)
     # The nearest float32 may be beyond the limit too, and numpy compares in float32.
     top, bottom = np.float32(high), np.float32(low)
-    top = np.nextafter(top, np.float32(-np.inf)) if top > high else top
-    bottom = np.nextafter(bottom, np.float32(np.inf)) if bottom < low else bottom
+    top = np.nextafter(top, np.float32(-np.inf)) if float(top) > high else top
+    bottom = np.nextafter(bottom, np.float32(np.inf)) if float(bottom) < low else bottom
     values[(values > top) & (values <= high + slack)] = top
     values[(values < bottom) & (values >= low - slack)] = bottom
 

@@ -53,7 +53,8 @@ class Watch:
         heads: follow only these heads, as (layer, head). None: all heads.
         pinned: with `heads`, each of these heads has a curve of its own in each role. Without, this
             many heads have one: those with the highest score in the role at the first observation.
-        takes, loses: scores at which a head takes and loses a role.
+        takes, loses: scores at which a head takes and loses a role; for attention to the token
+            before two thirds of them (`Meaning.sharpness`), since that role is seldom as sharp.
         moves: smaller changes of a score, or of a feature's frequency, are ignored.
         collapse: share of a layer's mean entropy at the first observation.
         fires: share of the tokens.
@@ -133,7 +134,7 @@ class Watch:
             if reading.meaning.quantity is Quantity.HEAD_ROLE:
                 score, role = lowest_over_blocks(reading), reading.meaning.role
                 layers = reading.labels.get("layer") or [str(i) for i in range(len(score))]
-                found += self._role_events(role, score, layers)
+                found += self._role_events(reading.meaning, score, layers)
                 curves += self._pinned(role, score, layers)
         for reading in followed:
             if reading.meaning.quantity is Quantity.HEAD_ENTROPY:
@@ -189,17 +190,21 @@ class Watch:
             self._store(f"{about} raised", np.where(fresh, now, raised))
         return fresh
 
-    def _role_events(self, role: str, score: np.ndarray, layers: Sequence[str]) -> Iterator[Event]:
+    def _role_events(
+        self, meaning: Meaning, score: np.ndarray, layers: Sequence[str]
+    ) -> Iterator[Event]:
         """Yields the events of heads that take or lose a role, from scores [layer, head]."""
         names = np.array([[f"L{i}H{j}" for j in range(score.shape[1])] for i in layers])
         at = np.where(np.isfinite(score), score, -np.inf).argmax()
         best = f"; best is {names.flat[at]} {score.flat[at]:.2f}"
+        head = f"{meaning.role} head"
+        seen = f", seen in {meaning.seen_in}" if meaning.seen_in else ""
         yield from self._crossings(
-            f"{role} head",
-            (score, self.takes, self.loses),
+            head,
+            (score, self.takes * meaning.sharpness, self.loses * meaning.sharpness),
             names,
             self._followed_heads(score.shape, layers),
-            (f"new {role} head", f"no {role} head any more"),
+            (f"new {head}{seen}", f"no {head} any more"),
             best,
         )
 
