@@ -1,16 +1,14 @@
 """`FidelityMonitor`: decides when to compare the shadow with its live model, and does it."""
 
-import logging
 import math
 
 import torch
 from torch import Tensor, nn
 
 from tlens_callback.probes import ProbeBatch
+from tlens_callback.run.printing import warn
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.fidelity import Fidelity, FidelityError, compare, mismatch
-
-logger = logging.getLogger("tlens_callback")
 
 
 class FidelityMonitor:
@@ -77,7 +75,7 @@ class FidelityMonitor:
         if self._next is not None:
             self._next = None if told else step + max(1, step - self._first_step)
         if not math.isfinite(fidelity.scale):
-            logger.warning("tlens: the live model's logits are not finite at step %d.", step)
+            warn("tlens: the live model's logits are not finite at step %d.", step)
             return None
         self.checks[step] = fidelity
         if not fidelity.close or fidelity.stale(self._first):
