@@ -2,18 +2,15 @@
 
 import logging
 import sys
-import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from tqdm import tqdm
 
 from tlens_callback.interfaces import Sink
+from tlens_callback.visible import visible
 
 logger = logging.getLogger("tlens_callback")
-
-_BIDI = {*"\u200e\u200f\u061c", *map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))}
-"""Signs that change the order in which a terminal shows the letters of a line."""
 
 
 def print_lines(lines: Sequence[str]) -> None:
@@ -46,19 +43,6 @@ def report(what: str, error: BaseException) -> None:
         type(error).__name__,
         error,
         error=error,
-    )
-
-
-def visible(text: str) -> str:
-    """Writes what a terminal would obey (colours, cursor, order of letters) as escapes.
-
-    Ends of lines and tabs stay.
-    """
-    return "".join(
-        sign.encode("unicode_escape").decode()
-        if (unicodedata.category(sign) == "Cc" and sign not in "\n\t") or sign in _BIDI
-        else sign
-        for sign in text
     )
 
 
