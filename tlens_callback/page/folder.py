@@ -109,7 +109,9 @@ class PageFolder:
         if self._index is None:
             empty = {"title": self._title, "notes": [], "done": False, "instruments": {}}
             try:
-                text = (self.path / "data" / "index.js").read_text("ascii")
+                file = self.path / "data" / "index.js"
+                # A pipe would be waited for without end.
+                text = file.read_text("ascii") if file.is_file() else ""
                 stored = json.loads(text.removeprefix("tlens.index(").rstrip().removesuffix(")"))
                 steps = [[int(step), int(stamp), int(n)] for step, stamp, n in stored["steps"]]
                 steps = [entry for entry in steps if self._has_step(entry[0])]
@@ -120,7 +122,7 @@ class PageFolder:
                     "instruments": dict(stored.get("instruments", {})),
                     "steps": steps,
                 }
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 self._index = {**empty, "steps": []}
         return self._index
 

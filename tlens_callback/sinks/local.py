@@ -208,14 +208,20 @@ class LocalSink:
         )
         frame.insert(0, "step", step)
         wanted = [str(name) for name in frame.columns]
-        if earlier := steps_in(self.path / "scores"):
+        for step_before in steps_in(self.path / "scores"):
             # pandas reads the folder as one table with only the columns of its first file.
-            first = scores_file(self.path, earlier[0])
-            known = pq.read_schema(first).names
+            first = scores_file(self.path, step_before)
+            try:
+                known = pq.read_schema(first).names if first.is_file() else []
+            except (OSError, pa.ArrowException):
+                known = []
+            if not known:
+                continue  # it is damaged, and readers leave it out
             if not set(wanted) <= set(known):
                 table = pq.read_table(first)
                 columns = {name: table[name] for name in table.column_names}
                 write_whole(first, _parquet(columns, [*known, *wanted]))
+            break
         columns = {str(name): _arrow(column) for name, column in frame.items()}
         write_whole(scores_file(self.path, step), _parquet(columns, wanted))
 
