@@ -17,12 +17,19 @@ import pyarrow.parquet as pq
 
 from tlens_callback.page import PageFolder, page
 from tlens_callback.reading import Reading
-from tlens_callback.store.atomic import write_whole
+from tlens_callback.store.atomic import (
+    may_run,
+    remove_leftovers,
+    this_process,
+    write_new,
+    write_whole,
+)
 from tlens_callback.store.format import (
     FORMAT,
     MANIFEST,
     arrays_file,
     is_store,
+    manifest,
     pack,
     scores_file,
     steps_in,
@@ -169,21 +176,27 @@ class LocalSink:
         number, self.path = newest(self._base, is_store)
         if step == 0 and steps_in(self.path / "scores"):
             self.path = unused(self._base, number)
-        for folder in ("arrays", "scores"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
-        for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            left.unlink()
+        while not self._claim() and step == 0 and _begins_elsewhere(self.path):
+            self.path = unused(self._base, number)
+        folders = [self.path / name for name in ("arrays", "scores")]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        remove_leftovers([self.path, *folders])
         self._folder = PageFolder(self.path / "page") if self._with_page else None
         self._remove_from(step)
-        if not is_store(self.path):
-            about = {
-                "tlens_callback": FORMAT,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "python": platform.python_version(),
-                "packages": {name: _version(name) for name in _PACKAGES},
-            }
-            write_whole(self.path / MANIFEST, json.dumps(about, indent=1).encode())
         self._update_page(self._catch_up)
+
+    def _claim(self) -> bool:
+        """Writes the manifest of a new store; returns whether this call has made it one."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        about = {
+            "tlens_callback": FORMAT,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "process": this_process(),
+        }
+        return write_new(self.path / MANIFEST, json.dumps(about, indent=1).encode())
 
     def _catch_up(self, folder: PageFolder) -> None:
         """Gives the page the steps of the store that it lacks: a run may have gone on without
@@ -224,6 +237,12 @@ class LocalSink:
             break
         columns = {str(name): _arrow(column) for name, column in frame.items()}
         write_whole(scores_file(self.path, step), _parquet(columns, wanted))
+
+
+def _begins_elsewhere(path: Path) -> bool:
+    """Whether another process, which may still run, has made this store."""
+    process = (manifest(path) or {}).get("process")
+    return isinstance(process, str) and process != this_process() and may_run(process)
 
 
 def _is_packed(path: Path) -> bool:
