@@ -1,7 +1,6 @@
 """`TLensCallback`: decides when to observe, and gives the trainer's objects to the observer."""
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from inspect import signature
@@ -14,15 +13,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tlens_callback.interfaces import Sink
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import first_rows, training_rows
+from tlens_callback.run.guard import guarded
 from tlens_callback.run.observer import Observer
-from tlens_callback.run.printing import print_lines
+from tlens_callback.run.printing import print_lines, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
 from tlens_callback.run.trainer_logs import SUMMARY
 from tlens_callback.shadow import Shadow
 from tlens_callback.sinks.default import active_wandb, default_sinks
-
-logger = logging.getLogger("tlens_callback")
 
 
 class TLensCallback(TrainerCallback):
@@ -106,7 +104,7 @@ class TLensCallback(TrainerCallback):
             if given is None:
                 given = first_rows(train_dataloader, processing_class, context=shadow.context)
                 if not given:
-                    logger.warning(
+                    warn(
                         "tlens: no probe texts were found in the training data, so only repeated "
                         "blocks are run; pass probes=[...]."
                     )
@@ -129,8 +127,14 @@ class TLensCallback(TrainerCallback):
         except BaseException:
             self.observer = None
             raise
-        print_lines(opening(observer))
+        self._greet()
 
+    @guarded
+    def _greet(self) -> None:
+        assert self.observer is not None
+        print_lines(opening(self.observer))
+
+    @guarded
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -148,12 +152,14 @@ class TLensCallback(TrainerCallback):
         if last and not hold:
             self.observer.finish()
 
+    @guarded
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.observer is not None:
             self.observer.hand_over()
 
+    @guarded
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -162,6 +168,7 @@ class TLensCallback(TrainerCallback):
             if not (control.should_log or control.should_evaluate):
                 self.observer.finish()
 
+    @guarded
     def on_log(
         self,
         args: TrainingArguments,
@@ -176,6 +183,7 @@ class TLensCallback(TrainerCallback):
             self._observe_last(state, control)
             self.observer.finish()
 
+    @guarded
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -195,6 +203,7 @@ class TLensCallback(TrainerCallback):
         if observer and control.should_training_stop and state.global_step not in observer.steps:
             observer.after_update(state.global_step, observe=True, last=True, hold=True)
 
+    @guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -203,8 +212,10 @@ class TLensCallback(TrainerCallback):
         observer, self.observer = self.observer, None
         if observer is None:
             return
-        observer.close()
-        print_lines(summary(observer))
+        try:
+            observer.close()
+        finally:
+            print_lines(summary(observer))
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may start after this callback."""
@@ -233,5 +244,11 @@ class TLensCallback(TrainerCallback):
 
 
 def _run_identity(state: TrainerState) -> str:
-    """Identifies the run of a checkpoint by what was logged last."""
-    return json.dumps(state.log_history[-100:], sort_keys=True, default=str)
+    """Identifies the run of a checkpoint by what was logged last.
+
+    Another callback may have put rows there that are not the trainer's; only dicts count, and their
+    keys as the texts that the checkpoint holds.
+    """
+    rows = [row for row in state.log_history[-100:] if isinstance(row, dict)]
+    texts = [{str(name): value for name, value in row.items()} for row in rows]
+    return json.dumps(texts, sort_keys=True, default=str)

@@ -1,7 +1,6 @@
 """`Tracer`: does what the callback does, in a training loop of your own."""
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from torch.utils.data import DataLoader
 from tlens_callback.interfaces import Sink
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import first_rows, training_rows
+from tlens_callback.run.guard import guarded
 from tlens_callback.run.observer import Observer
-from tlens_callback.run.printing import print_lines
+from tlens_callback.run.printing import print_lines, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
 from tlens_callback.shadow import Shadow
@@ -25,8 +25,6 @@ from tlens_callback.shadow.weights import unwrap
 from tlens_callback.sinks import LocalSink
 from tlens_callback.sinks.default import active_wandb
 from tlens_callback.store.atomic import write_whole
-
-logger = logging.getLogger("tlens_callback")
 
 
 class Tracer:
@@ -164,9 +162,14 @@ class Tracer:
         except BaseException:
             self.observer = None
             raise
-        print_lines(opening(observer))
         self._entered = True
+        self._greet()
         return self
+
+    @guarded
+    def _greet(self) -> None:
+        assert self.observer is not None
+        print_lines(opening(self.observer))
 
     def step(self, **logged: float) -> None:
         """Counts a step of the optimizer and observes when it is time; call it on every process.
@@ -187,6 +190,10 @@ class Tracer:
         self._check_entered("step")
         row = {name: _number(name, value) for name, value in logged.items()}
         self._step += 1
+        self._observe(row)
+
+    @guarded
+    def _observe(self, row: dict[str, float]) -> None:
         if self.observer is None:
             return
         if row:
@@ -210,16 +217,20 @@ class Tracer:
             OSError: with `on_error="raise"`, if a file cannot be written (the disk is full).
         """
         self._check_entered("save")
+        self._save(Path(folder))
+
+    @guarded
+    def _save(self, folder: Path) -> None:
         if self.observer is None or not self.observer.watching:
             return
-        path = Path(folder) / self._file("memory")
+        path = folder / self._file("memory")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path.with_name(self._file("log.json")), json.dumps(self._log).encode())
         except OSError as error:
             if self.settings.on_error == "raise":
                 raise
-            logger.warning("tlens: %s could not be written: %s", path, error)
+            warn("tlens: %s could not be written: %s", path, error)
             return
         self.observer.remember(path, step=self._step, run=self._run_identity, always=True)
 
@@ -231,29 +242,35 @@ class Tracer:
     ) -> None:
         """Makes the last observation unless the block raised, then writes and closes everything."""
         self._entered = False
+        try:
+            self._leave(observe=kind is None)
+        except Exception as failed:
+            if kind is None:
+                raise
+            # The loop's own exception must reach the user, not this one.
+            warn("tlens: %s: %s", type(failed).__name__, failed, error=failed)
+
+    @guarded
+    def _leave(self, *, observe: bool) -> None:
         observer, self.observer = self.observer, None
         if observer is None:
             return
         try:
-            if kind is None and self._step not in observer.steps:
+            if observe and self._step not in observer.steps:
                 with _full_precision(self._model):
                     observer.after_update(self._step, observe=True, last=True)
         finally:
             try:
                 observer.close()
-            except Exception as failed:
-                if kind is None:
-                    raise
-                # The loop's own exception must reach the user, not this one.
-                logger.warning("tlens: %s: %s", type(failed).__name__, failed, exc_info=failed)
-            print_lines(summary(observer))
+            finally:
+                print_lines(summary(observer))
 
     def _probes(self, shadow: Shadow) -> list[Probe]:
         given = self.settings.prompts
         if given is None:
             given = first_rows(self._data, self._tokenizer, context=shadow.context)
             if not given:
-                logger.warning(
+                warn(
                     "tlens: no probe texts were given, so only repeated blocks are run; pass "
                     "probes=[...] or train_dataset=."
                 )

@@ -17,6 +17,7 @@ import click
 from tlens_callback.cli.analyze import analyze
 from tlens_callback.cli.ask import ask
 from tlens_callback.cli.compare import compare
+from tlens_callback.cli.echo import echo
 from tlens_callback.cli.replay import replay
 from tlens_callback.cli.report import report
 from tlens_callback.cli.summary import summary
@@ -51,14 +52,14 @@ class Commands(click.Group):
             # click itself handles a pipe that nobody reads any more (`| head`).
             raise
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            echo("Interrupted.", err=True)
             raise click.exceptions.Exit(130) from None
         except Exception as error:
             if not _is_for_user(error):
                 raise
             if ctx.params["debug"]:
                 traceback.print_exception(error)
-            click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
+            echo(f"Error: {str(error) or type(error).__name__}", err=True)
             code = 2 if isinstance(error, ValueError) else 1
             raise click.exceptions.Exit(code) from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from tlens_callback.cli.analyze import demand_folder
+from tlens_callback.cli.echo import echo
 from tlens_callback.cli.options import DTYPES, prompt_probes
 
 
@@ -90,7 +91,7 @@ def ask(
         except ValueError as error:
             if prompt is not None:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
             refused += 1
             continue
         if not answered:
@@ -113,7 +114,7 @@ def _input_prompts() -> Iterator[str]:
         return
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` a line to edit
-    click.echo("Enter one prompt a line. An empty line or Ctrl-D ends.", err=True)
+    echo("Enter one prompt a line. An empty line or Ctrl-D ends.", err=True)
     with suppress(EOFError):
         while (line := input("> ")).strip():
             yield line

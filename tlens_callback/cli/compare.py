@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlens_callback.cli.echo import echo
 from tlens_callback.cli.options import model_options, settings_and_loader
 
 if TYPE_CHECKING:
@@ -73,12 +74,12 @@ def compare(
     pair.write(sink)
     store = read_store(sink.path)
     for letter, name in zip("AB", pair.names, strict=True):
-        click.echo(f"{letter}: {name}")
-    click.echo(differences(store))
-    click.echo(f"Page: {page_address(sink, store)}")
-    click.echo(f"tlens: {sink}", err=True)
+        echo(f"{letter}: {name}")
+    echo(differences(store))
+    echo(f"Page: {page_address(sink, store)}")
+    echo(f"tlens: {sink}", err=True)
     for sentence in pair.left_out:
-        click.echo(f"Left out: {sentence}", err=True)
+        echo(f"Left out: {sentence}", err=True)
     if pair.left_out:
         raise click.exceptions.Exit(3)
 
@@ -154,7 +155,7 @@ def _compare_stores(a: str, b: str, step: int | None, given: list[str]) -> "Pair
             "Stores do not record the targets and foils of their probes, so these are taken to be "
             "the same in both."
         )
-        click.echo(note, err=True)
+        echo(note, err=True)
     torn = tuple(f"incomplete steps {list(s.torn)} of {s.path}." for s in stores if s.torn)
     return replace(pair, left_out=(*pair.left_out, *torn))
 

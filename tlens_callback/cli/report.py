@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from tlens_callback.cli.echo import echo
+
 
 @click.command()
 @click.argument("store", type=click.Path())
@@ -60,7 +62,7 @@ def report(
     found, others = find_store(store)
     if others:
         names = ", ".join([*others, found.path.name])
-        click.echo(
+        echo(
             f"{store} holds {len(others) + 1} stores: {names}. The last one, {found.path.name}, "
             f"is used.",
             err=True,
@@ -68,13 +70,13 @@ def report(
     torn = found.torn
     if torn:
         steps = ", ".join(map(str, torn))
-        click.echo(f"Left out, because their files are incomplete: steps {steps}.", err=True)
+        echo(f"Left out, because their files are incomplete: steps {steps}.", err=True)
     if serve:
         from tlens_callback.offline.serve import PageServer
 
         with PageServer(found, port=port or 0) as server:
-            click.echo(server.address)
-            click.echo(f"Serving the page of {found.path}. Press Ctrl-C to end.", err=True)
+            echo(server.address)
+            echo(f"Serving the page of {found.path}. Press Ctrl-C to end.", err=True)
             if opened:
                 _open(server.address)
             server.run()
@@ -91,7 +93,7 @@ def report(
         raise ValueError(f"--out {path} is a directory. Give the name of a file in it.")
     most_bytes = int((15 if most_mb is None else most_mb) * 1e6)
     found.page(most_bytes=most_bytes).save(path)
-    click.echo(path)
+    echo(path)
     if opened:
         _open(path.absolute().as_uri())
     if torn:
@@ -102,4 +104,4 @@ def _open(address: str) -> None:
     import webbrowser
 
     if not webbrowser.open(address):
-        click.echo(f"No browser was found to open {address}.", err=True)
+        echo(f"No browser was found to open {address}.", err=True)

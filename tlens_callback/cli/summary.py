@@ -2,6 +2,8 @@
 
 import click
 
+from tlens_callback.cli.echo import echo
+
 
 @click.command()
 @click.argument("store")
@@ -21,12 +23,12 @@ def summary(store: str) -> None:
 
     opened, earlier = find_store(store)
     if earlier:
-        click.echo(
+        echo(
             f"This summary is of {opened.path}. Other stores beside it: {', '.join(earlier)}.",
             err=True,
         )
-    click.echo(summary_text(opened))
+    echo(summary_text(opened))
     if torn := opened.torn:
         steps = ", ".join(map(str, torn))
-        click.echo(f"Left out, because their files are incomplete: steps {steps}.", err=True)
+        echo(f"Left out, because their files are incomplete: steps {steps}.", err=True)
         raise click.exceptions.Exit(3)

@@ -4,6 +4,8 @@ import json
 
 import click
 
+from tlens_callback.cli.echo import echo
+
 
 @click.command()
 @click.argument("project", metavar="ENTITY/PROJECT")
@@ -60,16 +62,16 @@ def workspace(project: str, name: str, title: str, probes: tuple[str, ...], prin
         raise click.ClickException(_refused(entity, project, error)) from error
     if printed or why:
         # wandb_workspaces has no public method that returns a view as JSON.
-        click.echo(json.dumps(view._to_model().model_dump(by_alias=True, mode="json"), indent=1))
+        echo(json.dumps(view._to_model().model_dump(by_alias=True, mode="json"), indent=1))
         if why:
             command = f"tlens-callback workspace {entity}/{project}"
-            click.echo(f"Nothing was saved: {why}. Then run: {command}", err=True)
+            echo(f"Nothing was saved: {why}. Then run: {command}", err=True)
         return
     try:
         view.save()
     except Exception as error:
         raise click.ClickException(_refused(entity, project, error)) from error
-    click.echo(f"Saved: {view.url}")
+    echo(f"Saved: {view.url}")
 
 
 def _refused(entity: str, project: str, error: Exception) -> str:

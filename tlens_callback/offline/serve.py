@@ -191,6 +191,7 @@ def _read_inside(folder: Path, name: str) -> bytes | None:
     """Reads a file in the folder; None if there is no such file, or a link leads out of it."""
     path = folder / name
     try:
-        return path.read_bytes() if path.resolve(strict=True) == path else None
+        # A pipe would be waited for without end.
+        return path.read_bytes() if path.resolve(strict=True) == path and path.is_file() else None
     except OSError:
         return None

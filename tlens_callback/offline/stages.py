@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from tlens_callback.checkpoints import Checkpoint, Loader
 from tlens_callback.interfaces import Instrument, Sink
@@ -19,6 +18,7 @@ from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import print_lines
 from tlens_callback.run.settings import Settings
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.bar import with_bar
 
 Logged = Sequence[Mapping[str, Any]]
 
@@ -160,7 +160,7 @@ def observe_stages(
         return observer.watching
 
     try:
-        bar = tqdm(stages, desc=progress, disable=None if progress else True, leave=False)
+        bar = with_bar(stages, desc=progress, disable=None if progress else True, leave=False)
         for i, stage in enumerate(bar):
             if not observe_stage(stage, i == len(stages) - 1):
                 break

@@ -19,7 +19,7 @@ from tlens_callback.page.encode import Part, Track, blobs, code
 from tlens_callback.page.heads import heads_of, interleave, is_score, keep_largest
 from tlens_callback.page.template import html, title_of
 from tlens_callback.reading import Reading, descriptions
-from tlens_callback.store.atomic import write_whole
+from tlens_callback.store.atomic import remove_leftovers, write_whole
 from tlens_callback.store.triangle import is_pattern
 
 MOST_LARGE = 4_000_000
@@ -96,8 +96,7 @@ class PageFolder:
             return
         data = self.path / "data"
         data.mkdir(parents=True, exist_ok=True)
-        for left in [*self.path.glob(".*.tmp"), *data.glob(".*.tmp")]:
-            left.unlink()
+        remove_leftovers([self.path, data])
         text = html({"title": self._title, "live": True, "notes": []}).encode()
         page = self.path / "index.html"
         if not (page.is_file() and page.read_bytes() == text):
@@ -109,7 +108,9 @@ class PageFolder:
         if self._index is None:
             empty = {"title": self._title, "notes": [], "done": False, "instruments": {}}
             try:
-                text = (self.path / "data" / "index.js").read_text("ascii")
+                file = self.path / "data" / "index.js"
+                # A pipe would be waited for without end.
+                text = file.read_text("ascii") if file.is_file() else ""
                 stored = json.loads(text.removeprefix("tlens.index(").rstrip().removesuffix(")"))
                 steps = [[int(step), int(stamp), int(n)] for step, stamp, n in stored["steps"]]
                 steps = [entry for entry in steps if self._has_step(entry[0])]
@@ -120,7 +121,7 @@ class PageFolder:
                     "instruments": dict(stored.get("instruments", {})),
                     "steps": steps,
                 }
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 self._index = {**empty, "steps": []}
         return self._index
 

@@ -1,7 +1,6 @@
 """Saves what instruments keep from earlier observations, in each checkpoint of the run."""
 
 import hashlib
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tlens_callback.probes import ProbeBatch
+from tlens_callback.run.printing import warn
 from tlens_callback.store.atomic import write_whole
 
 Baselines = Mapping[str, dict[str, Tensor]]
@@ -19,8 +19,6 @@ Baselines = Mapping[str, dict[str, Tensor]]
 BASELINE = ("baseline", "memory")
 """The attribute of an instrument that holds what it compares with; the second name is the older
 one."""
-
-logger = logging.getLogger("tlens_callback")
 
 
 def of(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
@@ -104,7 +102,7 @@ def restore(
             other = [what for what, condition in about.items() if known.get(what) != condition]
             found = {} if other else {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
-        logger.warning(
+        warn(
             "tlens: %s cannot be read (%s). It holds what a resumed run compares its observations "
             "with; without it, changes are measured from this step on. If the trainer's checkpoint "
             "is in another directory, name it in TrainingArguments(resume_from_checkpoint=...).",
@@ -112,7 +110,7 @@ def restore(
         )
         return frozenset()
     if other:
-        logger.warning(
+        warn(
             "tlens: %s is from %s, so changes are measured from this step on.",
             *(path, " and ".join(other)),
         )

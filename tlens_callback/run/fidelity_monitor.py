@@ -1,19 +1,17 @@
 """`FidelityMonitor`: decides when to compare the shadow with its live model, and does it."""
 
-import logging
 import math
 
 import torch
 from torch import Tensor, nn
 
 from tlens_callback.probes import ProbeBatch
+from tlens_callback.run.printing import warn
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.fidelity import Fidelity, FidelityError, compare, mismatch
 
 _STILL = 4
 """Steps after which an update has been due even where a warm-up begins with a rate of 0."""
-
-logger = logging.getLogger("tlens_callback")
 
 
 class FidelityMonitor:
@@ -81,7 +79,7 @@ class FidelityMonitor:
         if self._next is not None:
             self._next = None if told else step + max(1, step - self._first_step)
         if not math.isfinite(fidelity.scale):
-            logger.warning("tlens: the live model's logits are not finite at step %d.", step)
+            warn("tlens: the live model's logits are not finite at step %d.", step)
             return None
         if fidelity.moved == 0 and not told and step - self._first_step >= _STILL:
             self._say_still(step)
@@ -97,7 +95,7 @@ class FidelityMonitor:
         if self._said_still or self._next is None:
             return
         self._said_still = True
-        logger.warning(
+        warn(
             "tlens: at step %d the model's answers to the probes are still, to the last bit, those "
             "of step %d. Is anything trained? Look at the learning rate and at requires_grad "
             "(PeftModel.from_pretrained loads an adapter frozen without is_trainable=True).",

@@ -1,6 +1,5 @@
 """`Observer`: observes one training run and handles what fails. It does not know the trainer."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -17,16 +16,13 @@ from tlens_callback.run import baselines
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.observe import observe
-from tlens_callback.run.printing import print_lines
+from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.schedule import Schedule, has_rare
 from tlens_callback.run.settings import Settings
 from tlens_callback.run.trainer_logs import TrainerLogs
-from tlens_callback.run.writer import Writer, report
+from tlens_callback.run.writer import Writer
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.fidelity import Fidelity, FidelityError
-
-logger = logging.getLogger("tlens_callback")
-
 
 NO_ROOM_FOR_SHADOW = (
     "tlens: there is no room for the shadow and its probes in the memory of the model's device. "
@@ -159,7 +155,7 @@ class Observer:
             self.writer.drain()
             for name, one in held.items():
                 if recalled and one and name not in recalled:
-                    logger.warning(
+                    warn(
                         "tlens: the checkpoint holds nothing for %r, which therefore measures "
                         "changes from this step on.",
                         name,
@@ -203,7 +199,7 @@ class Observer:
             except Exception as error:
                 if self.settings.on_error == "raise":
                     raise
-                logger.warning("tlens: %s could not be written: %s", path, error)
+                warn("tlens: %s could not be written: %s", path, error)
 
     def after_update(
         self, step: int, *, observe: bool, last: bool, hold: bool = False, check: bool = False
@@ -235,11 +231,11 @@ class Observer:
                 if self.watch is not None and isinstance(error, FidelityError):
                     self.writer.put(self.watch.breach(error), step=step)
                 self._release_shadow()
-                logger.warning(
+                warn(
                     "tlens: observing failed (%s: %s). Watching ends here, and training goes on.",
                     type(error).__name__,
                     error,
-                    exc_info=None if isinstance(error, FidelityError) else error,
+                    error=None if isinstance(error, FidelityError) else error,
                 )
 
     def exchange(self, load: Callable[[], nn.Module]) -> None:

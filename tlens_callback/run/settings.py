@@ -1,6 +1,5 @@
 """`Settings`: the arguments that `TLensCallback`, `Tracer` and the observer share."""
 
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -21,13 +20,12 @@ from tlens_callback.probes.entries import ENDINGS
 from tlens_callback.probes.file import read_probes
 from tlens_callback.reading import RESERVED
 from tlens_callback.run.baselines import BASELINE
+from tlens_callback.run.printing import warn
 from tlens_callback.run.writer import OnError, Writing
 from tlens_callback.shadow import Shadow
 
 MANY = 256
 """A warning is logged for more probes than this."""
-
-logger = logging.getLogger("tlens_callback")
 
 
 class Options(TypedDict, total=False):
@@ -141,7 +139,7 @@ class Settings:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating point torch.dtype, got {dtype!r}.")
         if probes and len(probes) > MANY:
-            logger.warning(
+            warn(
                 "tlens: %d probes are a lot: each one runs at every observation and has its own "
                 "readings, and the page can show some dozens. To evaluate on a test set, use "
                 "another tool.",

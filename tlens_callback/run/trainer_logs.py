@@ -1,5 +1,6 @@
 """`TrainerLogs`: turns what the trainer logs (loss, rewards, evaluations) into readings."""
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -22,8 +23,9 @@ class TrainerLogs:
 
     Keys:
         trainer/<name>: [update], as logged; the values since the previous observation, labelled by
-            their steps; if a step logged several, the last one. NaN and infinity are kept; texts
-            and the summary at the end of the run are left out.
+            their steps; if a step logged several, the last one. A row that has no step belongs to
+            the observation. NaN and infinity are kept; texts, rows that are no dict and the summary
+            at the end of the run are left out.
 
     Attributes:
         baseline: as an instrument's: how many rows of the log earlier observations had.
@@ -57,10 +59,14 @@ class TrainerLogs:
         rows, self._taken = self._rows[self._taken :], len(self._rows)
         series: dict[str, dict[int, float]] = {}
         for row in rows:
+            # Other callbacks may put rows of their own into the trainer's log.
+            if not isinstance(row, Mapping) or SUMMARY in row:
+                continue
+            at = _number(row.get("step"))
+            label = int(at) if at is not None and math.isfinite(at) else step
             for name, value in row.items():
-                number = None if SUMMARY in row or name == "step" else _number(value)
-                if number is not None:
-                    series.setdefault(str(name), {})[int(row.get("step", step))] = number
+                if name != "step" and (number := _number(value)) is not None:
+                    series.setdefault(str(name), {})[label] = number
         # A value too large for float32 becomes infinite.
         with np.errstate(over="ignore"):
             return [
@@ -101,5 +107,5 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (OverflowError, RuntimeError, TypeError, ValueError):
+    except Exception:
         return None  # a whole number of 309 digits, a text or a complex number as an array

@@ -2,7 +2,6 @@
 
 import atexit
 import contextvars
-import logging
 import math
 import os
 import threading
@@ -14,9 +13,7 @@ from typing import Literal, NamedTuple
 
 from tlens_callback.interfaces import Sink
 from tlens_callback.reading import Reading
-from tlens_callback.run.printing import print_lines, sink_lines
-
-logger = logging.getLogger("tlens_callback")
+from tlens_callback.run.printing import print_lines, report, sink_lines, warn
 
 OnError = Literal["warn", "raise"]
 Writing = Literal["wait", "drop_old", "inline"]
@@ -26,6 +23,9 @@ _MOST_WAITING = 2
 
 _CLOSING_FACTOR = 5
 """Closing a sink may take this many times as long as another call."""
+
+_LOOK_AT_THREAD = 1.0
+"""Seconds after which somebody who waits looks whether the thread is still there."""
 
 _AT_EXIT = 30.0
 """Seconds that the end of the program waits for what is not written yet; one call may take a third
@@ -132,7 +132,13 @@ class Writer:
             held, self._held = self._held, None
         if held is not None:
             readings, step, more = held
-            kept = (*readings, *more())
+            kept = tuple(readings)
+            try:
+                kept += tuple(more())
+            except Exception as error:  # the observation itself is whole
+                if self.on_error == "raise":
+                    raise
+                report("the reading of the trainer's log", error)
             calls = [(sink, partial(sink.write, kept, step=step)) for sink in self.sinks]
             self._submit(step, calls)
 
@@ -198,8 +204,19 @@ class Writer:
             left = min(end, self._deadline()) - time.monotonic()
             if time.monotonic() >= end:
                 return False
-            self._changed.wait(None if left == math.inf else max(0.0, left))
+            self._changed.wait(min(_LOOK_AT_THREAD, max(0.0, left)))
+            self._replace_dead()
         return True
+
+    def _replace_dead(self) -> None:
+        """Gives up what waits if the writing thread itself has failed; call it with the lock held.
+
+        It would otherwise be waited for without end.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            warn("tlens: the thread that writes has failed, so some steps are lost.")
+            self._waiting.clear()
+            self._current = self._busy = self._thread = None
 
     def _deadline(self) -> float:
         """Returns when the current call is to be given up."""
@@ -233,7 +250,7 @@ class Writer:
         except RuntimeError:  # from Python 3.12 on no thread can start while the program ends
             self._thread, self._current = None, None
             self._waiting.clear()
-            logger.warning(
+            warn(
                 "tlens: the program is ending and no thread can be started to write, so some "
                 "steps are lost."
             )
@@ -296,7 +313,7 @@ class Writer:
             raise first
         for name, error in failures:
             if isinstance(error, SinkHangs):
-                logger.warning("tlens: %s. The other sinks and training go on.", error)
+                warn("tlens: %s. The other sinks and training go on.", error)
             else:
                 report(f"sink {name}", error)
 
@@ -329,20 +346,9 @@ class Writer:
         if self._close(_AT_EXIT):
             print_lines(sink_lines(self.sinks))
         else:
-            logger.warning(
+            warn(
                 "tlens: not everything could be written within %g s after the end of the program.",
                 _AT_EXIT,
             )
         self.on_error = "warn"
         self._report()
-
-
-def report(what: str, error: BaseException) -> None:
-    """Logs that an instrument or a sink failed during training and is not used any more."""
-    logger.warning(
-        "tlens: %s raised %s: %s. It is not used any more; training goes on.",
-        what,
-        type(error).__name__,
-        error,
-        exc_info=error,
-    )

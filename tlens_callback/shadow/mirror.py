@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tlens_callback.shadow.bar import with_bar
 from tlens_callback.shadow.parametrized import original
 from tlens_callback.shadow.state import ModuleState
 from tlens_callback.shadow.weights import adapted_leaves, fill, innermost, live_leaves, resolve
@@ -188,7 +188,7 @@ class Mirror:
     def fill(self) -> None:
         """Brings owned and copied tensors up to the live model's current values."""
         # The bar shows only where filling takes long: a large model, or a costly kind of adapter.
-        for source in tqdm(self._sources, desc="tlens: weights", delay=5.0, leave=False):
+        for source in with_bar(self._sources, desc="tlens: weights", delay=5.0, leave=False):
             if source.own:
                 self._merge(source)
             for name, own in source.copied.items():

@@ -17,12 +17,19 @@ import pyarrow.parquet as pq
 
 from tlens_callback.page import PageFolder, page
 from tlens_callback.reading import Reading
-from tlens_callback.store.atomic import write_whole
+from tlens_callback.store.atomic import (
+    may_run,
+    remove_leftovers,
+    this_process,
+    write_new,
+    write_whole,
+)
 from tlens_callback.store.format import (
     FORMAT,
     MANIFEST,
     arrays_file,
     is_store,
+    manifest,
     pack,
     scores_file,
     steps_in,
@@ -169,21 +176,27 @@ class LocalSink:
         number, self.path = newest(self._base, is_store)
         if step == 0 and steps_in(self.path / "scores"):
             self.path = unused(self._base, number)
-        for folder in ("arrays", "scores"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
-        for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            left.unlink()
+        while not self._claim() and step == 0 and _begins_elsewhere(self.path):
+            self.path = unused(self._base, number)
+        folders = [self.path / name for name in ("arrays", "scores")]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        remove_leftovers([self.path, *folders])
         self._folder = PageFolder(self.path / "page") if self._with_page else None
         self._remove_from(step)
-        if not is_store(self.path):
-            about = {
-                "tlens_callback": FORMAT,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "python": platform.python_version(),
-                "packages": {name: _version(name) for name in _PACKAGES},
-            }
-            write_whole(self.path / MANIFEST, json.dumps(about, indent=1).encode())
         self._update_page(self._catch_up)
+
+    def _claim(self) -> bool:
+        """Writes the manifest of a new store; returns whether this call has made it one."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        about = {
+            "tlens_callback": FORMAT,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "process": this_process(),
+        }
+        return write_new(self.path / MANIFEST, json.dumps(about, indent=1).encode())
 
     def _catch_up(self, folder: PageFolder) -> None:
         """Gives the page the steps of the store that it lacks: a run may have gone on without
@@ -208,16 +221,28 @@ class LocalSink:
         )
         frame.insert(0, "step", step)
         wanted = [str(name) for name in frame.columns]
-        if earlier := steps_in(self.path / "scores"):
+        for step_before in steps_in(self.path / "scores"):
             # pandas reads the folder as one table with only the columns of its first file.
-            first = scores_file(self.path, earlier[0])
-            known = pq.read_schema(first).names
+            first = scores_file(self.path, step_before)
+            try:
+                known = pq.read_schema(first).names if first.is_file() else []
+            except (OSError, pa.ArrowException):
+                known = []
+            if not known:
+                continue  # it is damaged, and readers leave it out
             if not set(wanted) <= set(known):
                 table = pq.read_table(first)
                 columns = {name: table[name] for name in table.column_names}
                 write_whole(first, _parquet(columns, [*known, *wanted]))
+            break
         columns = {str(name): _arrow(column) for name, column in frame.items()}
         write_whole(scores_file(self.path, step), _parquet(columns, wanted))
+
+
+def _begins_elsewhere(path: Path) -> bool:
+    """Whether another process, which may still run, has made this store."""
+    process = (manifest(path) or {}).get("process")
+    return isinstance(process, str) and process != this_process() and may_run(process)
 
 
 def _is_packed(path: Path) -> bool:

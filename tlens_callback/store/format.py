@@ -1,6 +1,6 @@
 """Defines the local store on disk: its files, and how readings are packed in them.
 
-    manifest.json                    format, creation time, package versions
+    manifest.json                    format, creation time, package versions, the first process
     arrays/step-00000100.safetensors every reading of the step, a tensor per key
     scores/step-00000100.parquet     its small readings as a long table, for pandas
     page/index.html, page.html       the page, live and in one file; reading a store needs neither
@@ -34,6 +34,7 @@ entry that older readers ignore, such as "texts/<key>"."""
 MANIFEST = "manifest.json"
 
 _INSTRUMENTS = "instruments"
+_MOST_MANIFEST = 2**20
 
 
 def arrays_file(path: Path, step: int) -> Path:
@@ -48,16 +49,26 @@ def scores_file(path: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """Lists the steps that have a file in this folder (`arrays`, `scores`), in order."""
-    names = [re.fullmatch(r"step-(\d{8,})\.\w+", p.name) for p in folder.glob("step-*")]
+    names = [re.fullmatch(r"step-([0-9]{8,18})\.\w+", p.name) for p in folder.glob("step-*")]
     return sorted(int(name[1]) for name in names if name)
 
 
 def is_store(path: Path) -> bool:
     """Whether the directory holds a store of this package."""
+    return manifest(path) is not None
+
+
+def manifest(path: Path) -> dict[str, Any] | None:
+    """Returns the manifest of the store in this directory; None if there is none."""
+    file = path / MANIFEST
     try:
-        return "tlens_callback" in json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError, TypeError):
-        return False
+        # A pipe would be waited for without end.
+        if not file.is_file() or file.stat().st_size > _MOST_MANIFEST:
+            return None
+        about = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return about if isinstance(about, dict) and "tlens_callback" in about else None
 
 
 def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:

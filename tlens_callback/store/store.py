@@ -1,7 +1,8 @@
 """`read_store`: reads back what a `LocalSink` wrote; `format` describes the files."""
 
 import json
-import struct
+import logging
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,17 +14,21 @@ from safetensors import SafetensorError, safe_open
 
 from tlens_callback.meaning import Description
 from tlens_callback.reading import Reading
+from tlens_callback.store.damage import demand_columns, demand_readable, whole_table
 from tlens_callback.store.format import (
     FORMAT,
     MANIFEST,
     arrays_file,
     described_in,
     is_store,
+    manifest,
     scores_file,
     steps_in,
     texts_of,
     unpack,
 )
+
+logger = logging.getLogger("tlens_callback")
 
 if TYPE_CHECKING:
     # For the method that looks up.
@@ -82,8 +87,8 @@ def read_store(path: str | Path) -> "Store":
                 else f"It holds {inside[:20]}."
             )
         )
-    version = json.loads((path / MANIFEST).read_text())["tlens_callback"]
-    if not isinstance(version, int) or version > FORMAT:
+    version = (manifest(path) or {}).get("tlens_callback")
+    if type(version) is not int or version > FORMAT:
         raise ValueError(
             f"{path} has store format {version}, but this version of tlens_callback reads formats "
             f"up to {FORMAT}: upgrade tlens_callback."
@@ -96,6 +101,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._readable: dict[int, tuple[int, ...]] = {}
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -167,7 +173,8 @@ class Store:
 
     @property
     def torn(self) -> tuple[int, ...]:
-        """The steps that were complete once and are not any more, because a copy was cut short."""
+        """The steps that were complete once and are not any more: a copy was cut short, or a file
+        is damaged."""
         steps = steps_in(self.path / "scores")
         return tuple(step for step in steps if self._about(step) is None)
 
@@ -205,7 +212,18 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        tables = [pq.read_table(scores_file(self.path, step)) for step in self.steps]
+        tables = []
+        for step in self.steps:
+            try:
+                table = pq.read_table(scores_file(self.path, step))
+                demand_columns(table.schema)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                logger.warning(
+                    "tlens: step %d of %s is left out, because its table in scores/ is damaged: %s",
+                    *(step, self.path, error),
+                )
+                continue
+            tables.append(table)
         if not tables:
             return pd.DataFrame({"step": [], "key": [], "value": []})
         # "permissive", as pandas 2 makes other texts of a table that somebody rewrites with it.
@@ -264,18 +282,24 @@ class Store:
         return about
 
     def _about(self, step: int) -> dict[str, Any] | None:
-        """Returns what `about` returns; None if the step is not complete."""
+        """Returns what `about` returns; None if the step is not complete, or damaged."""
+        scores, arrays = scores_file(self.path, step), arrays_file(self.path, step)
         try:
-            with scores_file(self.path, step).open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(-8, 2)
-                footer, end = struct.unpack("<I4s", file.read())
-                # The same four letters are at the beginning of the file, before all else.
-                whole = end == b"PAR1" and footer + 12 <= size
+            if not whole_table(scores):
+                return None
+            at = arrays.stat()
+            # A pipe would be waited for without end.
+            if not stat.S_ISREG(at.st_mode):
+                return None
             # Opening checks the length against the header.
-            with safe_open(arrays_file(self.path, step), "np") as file:
-                return json.loads(file.metadata()["readings"]) if whole else None
-        except (OSError, SafetensorError):
+            with safe_open(arrays, "np") as file:
+                about = json.loads((file.metadata() or {})["readings"])
+                stamp = at.st_ino, at.st_size, at.st_mtime_ns
+                if self._readable.get(step) != stamp:
+                    demand_readable(file, about)
+                    self._readable[step] = stamp
+                return about
+        except (OSError, SafetensorError, ValueError, KeyError, RecursionError):
             return None
 
     def _load(self, step: int, about: Mapping[str, Any]) -> list[Reading]:
