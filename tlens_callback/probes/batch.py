@@ -1,8 +1,6 @@
 """`ProbeBatch`: the probes as tensors, the same for the whole run."""
 
-import copy
 import logging
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +9,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tlens_callback.probes.answers import answer_tokens
+from tlens_callback.probes.encoding import own_tokenizer, token_ids
+from tlens_callback.probes.names import token_name
 from tlens_callback.probes.probe import Probe
 
 logger = logging.getLogger("tlens_callback")
@@ -121,6 +122,11 @@ class ProbeBatch:
                 "takes %d times the memory it needs. Shorten it, or give it a callback of its own.",
                 *(names[longest], width, len(rows) - 1, area // needed),
             )
+
+        def answers(role: str) -> list[tuple[int, ...]]:
+            pairs = zip(probes, rows, strict=True)
+            return [answer_tokens(p, role, tokenizer, row, vocab_size) for p, row in pairs]
+
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -130,9 +136,9 @@ class ProbeBatch:
             probes=tuple(probes),
             tokens=tokens.to(device),
             mask=mask.to(device),
-            labels=tuple(tuple(_label(tokenizer, i) for i in row) for row in rows),
-            targets=tuple(_answer(p, "target", tokenizer, vocab_size) for p in probes),
-            foils=tuple(_answer(p, "foil", tokenizer, vocab_size) for p in probes),
+            labels=tuple(tuple(token_name(tokenizer, i) for i in row) for row in rows),
+            targets=tuple(next(iter(answer), None) for answer in answers("target")),
+            foils=tuple(next(iter(answer), None) for answer in answers("foil")),
             vocab_size=vocab_size,
             context=context,
             tokenizer=tokenizer,
@@ -151,124 +157,4 @@ class ProbeBatch:
 
     def token_text(self, token: int) -> str:
         """Writes a token so that a person can read it; without a tokenizer, its number."""
-        return _label(self.tokenizer, int(token))
-
-
-def own_tokenizer(tokenizer: Any) -> Any:
-    """Copies the tokenizer, since calls change its settings of padding and truncation.
-
-    Of a multimodal processor it copies the tokenizer inside.
-    """
-    return copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer))
-
-
-def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
-    """Encodes a probe as token ids; the tokenizer is a copy made by `own_tokenizer`.
-
-    Raises:
-        ValueError: a text without a tokenizer, chat without a chat template, or a vocabulary too
-            small for a random block.
-    """
-    content: Any = probe.content
-    if probe.block is not None:
-        return _repeated_ids(probe, tokenizer, vocab_size)
-    if not isinstance(content, str) and isinstance(content[0], int):
-        return [int(i) for i in content]
-    if tokenizer is None:
-        raise ValueError(
-            f"Probe {probe.name!r} needs a tokenizer, but there is none. Pass one "
-            f"(to a trainer as processing_class=), or give the probe as token ids."
-        )
-    if isinstance(content, str):
-        return list(tokenizer(content)["input_ids"])
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"Probe {probe.name!r} is a chat, but the tokenizer has no chat template. "
-            f"Give the prompt as text."
-        )
-    messages = [dict(message) for message in content]
-    ends_open = messages[-1].get("role") == "assistant"
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=not ends_open,
-        continue_final_message=ends_open,
-    )
-    return list(encoded["input_ids"])
-
-
-def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
-    assert probe.block is not None
-    start = getattr(tokenizer, "bos_token_id", None)
-    if start is None:
-        start = getattr(tokenizer, "eos_token_id", None)
-    start = 0 if start is None else int(start)
-    special = {
-        start,
-        *(getattr(tokenizer, "all_special_ids", None) or ()),
-        *getattr(tokenizer, "added_tokens_decoder", ()),
-    }
-    # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
-    known = min(vocab_size, len(tokenizer)) if tokenizer is not None else vocab_size
-    usable = torch.tensor([i for i in range(known) if i not in special])
-    if len(usable) < probe.block:
-        raise ValueError(
-            f"Probe {probe.name!r}: a block of {probe.block} distinct tokens needs a vocabulary "
-            f"of at least as many ordinary tokens; there are {len(usable)}."
-        )
-    generator = torch.Generator().manual_seed(1000 * probe.seed + probe.block)
-    chosen = usable[torch.randperm(len(usable), generator=generator)[: probe.block]]
-    return [start] + chosen.tolist() * probe.times
-
-
-def _answer(probe: Probe, role: str, tokenizer: Any, vocab_size: int) -> int | None:
-    text = getattr(probe, role)
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        text = operator.index(text)
-        if not 0 <= text < vocab_size:
-            raise ValueError(
-                f"The {role} of probe {probe.name!r} is token id {text}, outside the model's "
-                f"vocabulary of {vocab_size}."
-            )
-        return text
-    if tokenizer is None:
-        raise ValueError(
-            f"The {role} {text!r} of probe {probe.name!r} needs a tokenizer, but there "
-            f"is none. Give the token id."
-        )
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if len(ids) != 1:
-        pieces = [_label(tokenizer, i) for i in ids]
-        if len(tokenizer(" " + text, add_special_tokens=False)["input_ids"]) == 1:
-            instead = f"with the space before it, it is: {role}={' ' + text!r}."
-        else:
-            first = f", such as {role}={pieces[0]!r}" if pieces else ""
-            instead = f"the first piece alone may do{first}, and a leading space matters."
-        raise ValueError(
-            f"The {role} {text!r} of probe {probe.name!r} is {len(ids)} tokens: {pieces}. It "
-            f"must be one token; {instead}"
-        )
-    # Behind plain text a word begins with its space; without it, it is another token.
-    if isinstance(probe.content, str) and not probe.content[-1:].isspace() and text[0].isalnum():
-        spaced = list(tokenizer(" " + text, add_special_tokens=False)["input_ids"])
-        if len(spaced) == 1 and spaced != ids:
-            logger.warning(
-                "tlens: the %s %r of probe %r has no leading space, and after text the model is "
-                "likelier to write %r.",
-                *(role, text, probe.name, " " + text),
-            )
-    return int(ids[0])
-
-
-def _label(tokenizer: Any, token: int) -> str:
-    """Writes a token so that a person can read it; a part of a character keeps its name in the
-    vocabulary."""
-    if tokenizer is None:
-        return str(token)
-    text = tokenizer.decode([token])
-    if not text or "\N{REPLACEMENT CHARACTER}" in text:
-        return str(tokenizer.convert_ids_to_tokens(token))
-    return text
+        return token_name(self.tokenizer, int(token))

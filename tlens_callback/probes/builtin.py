@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from tlens_callback.probes.batch import own_tokenizer, token_ids
+from tlens_callback.probes.encoding import own_tokenizer, token_ids
 from tlens_callback.probes.probe import Probe
 
 logger = logging.getLogger("tlens_callback")

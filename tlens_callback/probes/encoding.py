@@ -1,0 +1,121 @@
+"""Turns the content of a probe into token ids, as the trainer's tokenizer does it."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tlens_callback.probes.probe import Probe
+
+
+def own_tokenizer(tokenizer: Any) -> Any:
+    """Copies the tokenizer, since calls change its settings of padding and truncation.
+
+    Of a multimodal processor it copies the tokenizer inside.
+    """
+    return copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer))
+
+
+def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
+    """Encodes a probe as token ids; the tokenizer is a copy made by `own_tokenizer`.
+
+    Raises:
+        ValueError: a text without a tokenizer, chat without a chat template, or a vocabulary too
+            small for a random block.
+    """
+    content: Any = probe.content
+    if probe.block is not None:
+        return _repeated_ids(probe, tokenizer, vocab_size)
+    if not isinstance(content, str) and isinstance(content[0], int):
+        return [int(i) for i in content]
+    if tokenizer is None:
+        raise ValueError(
+            f"Probe {probe.name!r} needs a tokenizer, but there is none. Pass one "
+            f"(to a trainer as processing_class=), or give the probe as token ids."
+        )
+    return text_ids(content, tokenizer) if isinstance(content, str) else chat_ids(probe, tokenizer)
+
+
+def text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Encodes a text as the tokenizer begins one."""
+    return list(tokenizer(text)["input_ids"])
+
+
+def inner_ids(text: str, tokenizer: Any) -> list[int]:
+    """Encodes a text as it is, without the tokens that a tokenizer puts around one."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def is_chat(probe: Probe) -> bool:
+    """Whether the content is chat messages."""
+    return isinstance(next(iter(probe.content), None), Mapping)
+
+
+def ends_open(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a chat ends with the beginning of an answer, which the model continues."""
+    return messages[-1].get("role") == "assistant"
+
+
+def chat_ids(probe: Probe, tokenizer: Any) -> list[int]:
+    """Encodes a chat, up to where the model answers.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template.
+    """
+    return list(_chat(probe, tokenizer, probe.content, tokenize=True)["input_ids"])
+
+
+def chat_text(probe: Probe, tokenizer: Any, answer: str | None = None) -> str:
+    """Writes a chat as text, up to where the model answers; with an answer, to its end.
+
+    Raises:
+        ValueError: as `chat_ids`.
+    """
+    messages: Any = probe.content
+    if answer is not None:
+        messages = [*messages, {"role": "assistant", "content": answer}]
+    return _chat(probe, tokenizer, messages, tokenize=False, whole=answer is not None)
+
+
+def _chat(
+    probe: Probe, tokenizer: Any, messages: Any, *, tokenize: bool, whole: bool = False
+) -> Any:
+    """Applies the chat template; `whole` closes the last message and opens no other."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"Probe {probe.name!r} is a chat, but the tokenizer has no chat template. "
+            f"Give the prompt as text."
+        )
+    goes_on = ends_open(messages)
+    return tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=tokenize,
+        return_dict=tokenize,
+        add_generation_prompt=not (goes_on or whole),
+        continue_final_message=goes_on and not whole,
+    )
+
+
+def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
+    assert probe.block is not None
+    start = getattr(tokenizer, "bos_token_id", None)
+    if start is None:
+        start = getattr(tokenizer, "eos_token_id", None)
+    start = 0 if start is None else int(start)
+    special = {
+        start,
+        *(getattr(tokenizer, "all_special_ids", None) or ()),
+        *getattr(tokenizer, "added_tokens_decoder", ()),
+    }
+    # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
+    known = min(vocab_size, len(tokenizer)) if tokenizer is not None else vocab_size
+    usable = torch.tensor([i for i in range(known) if i not in special])
+    if len(usable) < probe.block:
+        raise ValueError(
+            f"Probe {probe.name!r}: a block of {probe.block} distinct tokens needs a vocabulary "
+            f"of at least as many ordinary tokens; there are {len(usable)}."
+        )
+    generator = torch.Generator().manual_seed(1000 * probe.seed + probe.block)
+    chosen = usable[torch.randperm(len(usable), generator=generator)[: probe.block]]
+    return [start] + chosen.tolist() * probe.times
