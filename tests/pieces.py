@@ -88,8 +88,10 @@ def byte_level() -> PreTrainedTokenizerFast:
     """A tokenizer of the 256 bytes and of words, as GPT-2's is one."""
     names = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges: list[tuple[str, str]] = []
-    # U+4E2D is a token; of its neighbours, and of Devanagari letters, two of the three bytes are.
-    for word in (*sorted(WORDS, key=len, reverse=True), "\u00e4\u00b8\u0143", "\u00e0\u00a4"):
+    # Rome is a token only with its space. The letter U+4E2D is a token; of its neighbours, and of
+    # Devanagari letters, the first two of three bytes are one.
+    own = ("\u0120Rome", "\u00e4\u00b8\u0143", "\u00e0\u00a4")
+    for word in (*sorted(WORDS, key=len, reverse=True), *own):
         for i in range(1, len(word)):
             if word[: i + 1] not in names:
                 names.append(word[: i + 1])

@@ -134,3 +134,12 @@ def test_a_target_behind_a_line_or_a_letter_of_another_script_needs_no_space(cap
     target(tokenizer, CAPITAL + "\n", "Paris")
     target(tokenizer, "\u4e01\u4e02", "\u4e2d")
     assert caplog.text == ""
+
+
+def test_a_word_that_is_one_token_only_with_its_space_is_told_so(caplog):
+    tokenizer = pieces.byte_level()
+    probes = [Probe("p", CAPITAL, target="Rome"), Probe("q", CAPITAL, target=" Rome")]
+    batch = ProbeBatch.encode(probes, tokenizer, vocab_size=pieces.VOCAB)
+    assert list(map(len, batch.target_tokens)) == [4, 1]
+    assert "target 'Rome' of probe 'p' has no leading space" in caplog.text
+    assert "'q'" not in caplog.text

@@ -21,12 +21,12 @@ logger = logging.getLogger("tlens_callback")
 def answer_tokens(
     probe: Probe, role: str, tokenizer: Any, prompt: Sequence[int], vocab_size: int
 ) -> tuple[int, ...]:
-    """Returns the tokens of a probe's target or foil; none if it has none.
+    """Returns the tokens of a probe's target or foil, in order; none if it has none.
 
     A string is encoded behind the prompt, since a tokenizer may encode it differently alone: that
     of SentencePiece puts a space before a text. If the tokenizer joins the end of the prompt with
     its beginning, or if the chat template or a space would make it other tokens, a warning says
-    which string is meant.
+    which string is meant. Another one says so if there are several tokens.
 
     Args:
         role: "target" or "foil".
@@ -34,8 +34,7 @@ def answer_tokens(
         prompt: the token ids of the probe.
 
     Raises:
-        ValueError: a string without a tokenizer, an id outside the vocabulary, or a string that is
-            not one token.
+        ValueError: a string without a tokenizer, an id outside the vocabulary, or an empty string.
     """
     given: Any = getattr(probe, role)
     if given is None:
@@ -56,16 +55,14 @@ def answer_tokens(
     text, encode = _continued(probe, tokenizer, prompt)
     ids, joined = _behind(given, tokenizer, prompt, encode)
     spaced = _with_its_space(probe, given, text, tokenizer, prompt, encode)
-    if len(ids) != 1:
-        pieces = [token_name(tokenizer, i) for i in ids]
-        if len(inner_ids(" " + given, tokenizer)) == 1:
-            instead = f"with the space before it, it is: {role}={' ' + given!r}."
-        else:
-            first = f", such as {role}={pieces[0]!r}" if pieces else ""
-            instead = f"the first piece alone may do{first}, and a leading space matters."
+    if not ids:
         raise ValueError(
-            f"The {role} {given!r} of probe {probe.name!r} is {len(ids)} tokens: {pieces}. It "
-            f"must be one token; {instead}"
+            f"The {role} {given!r} of probe {probe.name!r} is 0 tokens. Give at least one."
+        )
+    if bad := [i for i in ids if not 0 <= i < vocab_size]:
+        raise ValueError(
+            f"The {role} {given!r} of probe {probe.name!r} has token id {bad[0]}, outside the "
+            f"model's vocabulary of {vocab_size}. Is this the model's own tokenizer?"
         )
     if spaced is not None and len(spaced) <= len(ids) and spaced != ids:
         logger.warning(
@@ -77,6 +74,12 @@ def answer_tokens(
         _warn_of_joint(probe, role, given, text or "", tokenizer, prompt, joined)
     elif is_chat(probe) and text is not None:
         _warn_of_template(probe, role, given, text, tokenizer)
+    if len(ids) > 1:
+        logger.warning(
+            "tlens: the %s %r of probe %r is %d tokens, %r. TargetScores adds up their log "
+            "probabilities; what needs one token uses the first.",
+            *(role, given, probe.name, len(ids), [token_name(tokenizer, i) for i in ids]),
+        )
     return tuple(ids)
 
 

@@ -1,6 +1,7 @@
 """`ProbeBatch`: the probes as tensors, the same for the whole run."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ class ProbeBatch:
         tokens: [probe, pos], token ids, on the shadow's device; padding holds id 0.
         mask: [probe, pos], True where there is a real token.
         labels: per probe, one printable string per real token.
-        targets, foils: per probe, a token id or None.
+        target_tokens, foil_tokens: per probe, the token ids in order; none for a probe without.
         vocab_size, context: number of token ids, and longest input in tokens, of the model.
         tokenizer: a copy of the trainer's, or None.
         training: a function that gives the token ids of the next n rows of the training data; None
@@ -37,12 +38,22 @@ class ProbeBatch:
     tokens: Int[Tensor, "probe pos"]
     mask: Bool[Tensor, "probe pos"]
     labels: tuple[tuple[str, ...], ...]
-    targets: tuple[int | None, ...]
-    foils: tuple[int | None, ...]
+    target_tokens: tuple[tuple[int, ...], ...]
+    foil_tokens: tuple[tuple[int, ...], ...]
     vocab_size: int
     context: int | None = None
     tokenizer: Any = field(default=None, repr=False)
     training: Callable[[int], list[list[int]]] | None = field(default=None, repr=False)
+
+    @property
+    def targets(self) -> tuple[int | None, ...]:
+        """Per probe the first token id of its target, or None, for what needs one token."""
+        return tuple(next(iter(answer), None) for answer in self.target_tokens)
+
+    @property
+    def foils(self) -> tuple[int | None, ...]:
+        """Per probe the first token id of its foil, or None."""
+        return tuple(next(iter(answer), None) for answer in self.foil_tokens)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -76,8 +87,8 @@ class ProbeBatch:
 
         Raises:
             ValueError: no probes, two of one name, a text without a tokenizer, chat without a
-                chat template, more tokens than `context`, ids outside the vocabulary, or a target
-                that is not one token.
+                chat template, more tokens than `context` (with those of a target), ids outside the
+                vocabulary, or a target that is empty.
         """
         own = own_tokenizer(tokenizer)
         return cls._encode(probes, own, vocab_size, context, device, training)
@@ -96,23 +107,23 @@ class ProbeBatch:
         if not probes:
             raise ValueError("There are no probes. Give at least one Probe.")
         names = [probe.name for probe in probes]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
             raise ValueError(
                 f"Two probes are named {twice[0]!r}. Names are parts of keys, so each needs "
                 f"its own."
             )
         rows = [token_ids(probe, tokenizer, vocab_size) for probe in probes]
         for probe, row in zip(probes, rows, strict=True):
-            if context is not None and len(row) > context:
-                raise ValueError(
-                    f"Probe {probe.name!r} is {len(row)} tokens long; the model's context is "
-                    f"{context}. Shorten it."
-                )
-            if bad := [i for i in row if not 0 <= i < vocab_size]:
-                raise ValueError(
-                    f"Probe {probe.name!r} has token id {bad[0]}, outside the model's vocabulary "
-                    f"of {vocab_size}. Is this the model's own tokenizer?"
-                )
+            _check_row(probe, row, vocab_size, context)
+        targets, foils = (
+            tuple(
+                answer_tokens(probe, role, tokenizer, row, vocab_size)
+                for probe, row in zip(probes, rows, strict=True)
+            )
+            for role in ("target", "foil")
+        )
+        for each in zip(probes, rows, targets, foils, strict=True):
+            _check_answers(*each, tokenizer, context)
         width = max(len(row) for row in rows)
         area, needed = len(rows) * width**2, sum(len(row) ** 2 for row in rows)
         if area > 8 * needed and area > 2**20:
@@ -122,11 +133,6 @@ class ProbeBatch:
                 "takes %d times the memory it needs. Shorten it, or give it a callback of its own.",
                 *(names[longest], width, len(rows) - 1, area // needed),
             )
-
-        def answers(role: str) -> list[tuple[int, ...]]:
-            pairs = zip(probes, rows, strict=True)
-            return [answer_tokens(p, role, tokenizer, row, vocab_size) for p, row in pairs]
-
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -137,8 +143,8 @@ class ProbeBatch:
             tokens=tokens.to(device),
             mask=mask.to(device),
             labels=tuple(tuple(token_name(tokenizer, i) for i in row) for row in rows),
-            targets=tuple(next(iter(answer), None) for answer in answers("target")),
-            foils=tuple(next(iter(answer), None) for answer in answers("foil")),
+            target_tokens=targets,
+            foil_tokens=foils,
             vocab_size=vocab_size,
             context=context,
             tokenizer=tokenizer,
@@ -158,3 +164,43 @@ class ProbeBatch:
     def token_text(self, token: int) -> str:
         """Writes a token so that a person can read it; without a tokenizer, its number."""
         return token_name(self.tokenizer, int(token))
+
+
+def _check_row(probe: Probe, row: Sequence[int], vocab_size: int, context: int | None) -> None:
+    """Refuses a probe that the model cannot take."""
+    if context is not None and len(row) > context:
+        raise ValueError(
+            f"Probe {probe.name!r} is {len(row)} tokens long; the model's context is "
+            f"{context}. Shorten it."
+        )
+    if bad := [i for i in row if not 0 <= i < vocab_size]:
+        raise ValueError(
+            f"Probe {probe.name!r} has token id {bad[0]}, outside the model's vocabulary "
+            f"of {vocab_size}. Is this the model's own tokenizer?"
+        )
+
+
+def _check_answers(
+    probe: Probe,
+    row: Sequence[int],
+    target: Sequence[int],
+    foil: Sequence[int],
+    tokenizer: Any,
+    context: int | None,
+) -> None:
+    """Refuses answers for which the context has no room, and warns of two that begin alike."""
+    longest = max(len(target), len(foil))
+    if longest < 2:
+        return
+    if context is not None and len(row) + longest - 1 > context:
+        raise ValueError(
+            f"Probe {probe.name!r} is {len(row)} tokens long and its target or foil {longest}; "
+            f"the model's context is {context}. Shorten one of them."
+        )
+    if target and foil and target[0] == foil[0]:
+        logger.warning(
+            "tlens: target and foil of probe %r begin with the same token, %r, so that what "
+            "compares one token of each finds no difference. Put their common beginning at the "
+            "end of the prompt.",
+            *(probe.name, token_name(tokenizer, target[0])),
+        )
