@@ -58,9 +58,10 @@ class Raises:
     """A tokenizer that raises for an id that it does not have, as those of Python do."""
 
     def decode(self, ids):
-        return [["the", " cat"][i] for i in ids][0]
+        return "".join(["the", " cat"][i] for i in ids)
 
-    convert_ids_to_tokens = decode
+    def convert_ids_to_tokens(self, token):
+        return ["the", " cat"][token]
 
     def __call__(self, text, **_):
         return {"input_ids": [0]}
