@@ -193,7 +193,7 @@ class UnknownHook(Constant):
 
 
 BAD_RUNS = [
-    (dict(probes=[Probe("p", "the cat", target="the cat")]), "is 2 tokens"),
+    (dict(probes=[Probe("p", "the cat", target="")]), "is 0 tokens"),
     (dict(probes=[Probe("p", " ".join(["cat"] * 80))]), "the model's context is 64"),
     (dict(probes=[Probe("p", [5, 4000])]), "outside the model's vocabulary"),
     (dict(probes=[CAPITAL, CAPITAL]), "Two probes are named 'capital'"),

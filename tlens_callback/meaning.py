@@ -18,7 +18,7 @@ class Needs(Flag):
 
     Attributes:
         BLOCKS: repeated random blocks among the probes; they are added if there are none.
-        TARGET: a probe with a target token.
+        TARGET: a probe with a target.
         ADAPTER: an adapter over a base.
         EARLIER: an earlier observation, to compare with.
         SAME_WEIGHTS: an earlier observation of a model with the same parameters in the same
@@ -53,10 +53,10 @@ class Quantity(StrEnum):
             a number.
         DIRECT_REMAINDER: logits of a probe's answer that the components do not account for:
             a number.
-        ANSWER_PROBABILITY: probability of a probe's target token: a number, or one after
-            each layer.
-        ANSWER_RANK: how many tokens are likelier than the target: a number, or one after
-            each layer.
+        ANSWER_PROBABILITY: probability of a probe's target: a number, or one after each
+            layer.
+        ANSWER_RANK: how many tokens are likelier than the target's first: a number, or one
+            after each layer.
         ANSWER_LEAD: logit of the target minus that of the foil: a number.
         ANSWER_LAYER: the first layer after which the target stays the likeliest token: a
             number.

@@ -131,8 +131,8 @@ def test_what_cannot_be_done_is_one_line(base, tmp_path):
         return done.stderr
 
     assert "Nothing was answered" in refused(base, input="\n")
-    assert "is 2 tokens" in refused(base, PROMPT, "--target", " cat sat")
-    assert "Nothing was answered" in refused(base, "--target", " cat sat", input=PROMPT)
+    assert "is 0 tokens" in refused(base, PROMPT, "--target", "")
+    assert "Nothing was answered" in refused(base, "--target", "", input=PROMPT)
     assert "empty" in refused(base, " ")
     assert not (tmp_path / "pages").exists()
 

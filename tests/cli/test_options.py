@@ -213,14 +213,16 @@ def test_the_real_command_says_it_in_one_line(tmp_path):
     assert done.stderr.startswith("Error: ") and len(done.stderr.splitlines()) == 1
 
 
-def test_a_target_that_is_not_one_token_names_the_prompts_probe(tmp_path, caplog):
+def test_what_is_said_of_a_target_names_the_prompts_probe(tmp_path, caplog):
     def encoded(target):
         probes = prompt_probes(["the capital of France is"], chat=False, target=target, foil=None)
         return ProbeBatch.encode(probes, tiny.tokenizer(), vocab_size=tiny.VOCAB)
 
-    with pytest.raises(ValueError, match="target ' Paris cat' of probe 'the-capital-of-france-is'"):
-        encoded(" Paris cat")
+    with pytest.raises(ValueError, match="target '' of probe 'the-capital-of-france-is'"):
+        encoded("")
     assert not caplog.messages
+    encoded(" Paris cat")
+    assert "' Paris cat' of probe 'the-capital-of-france-is' is 2 tokens" in caplog.text
     encoded("Paris")
     assert "has no leading space" in caplog.text
 

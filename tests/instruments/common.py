@@ -25,6 +25,11 @@ BLOCKS = (
 PROBES = (TEXTS[0], BLOCKS[0], BLOCKS[1], TEXTS[1], BLOCKS[2], BLOCKS[3], TEXTS[2])
 """Of six lengths, and in no order."""
 
+LONG_ANSWER = Probe(
+    "long", "What is the capital of Italy", target=" Rome and Madrid", foil=" Berlin and Paris"
+)
+"""Its target and foil are three tokens each."""
+
 MIXED_MOE = {"mlp_only_layers": [1], "num_hidden_layers": 3}
 """Overrides for "qwen3_moe": a dense layer between two of experts."""
 

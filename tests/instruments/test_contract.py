@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.instruments.common import PROBES, TEXTS, encoded
+from tests.instruments.common import LONG_ANSWER, PROBES, TEXTS, encoded
 from tests.instruments.common import adapted as shadow
 from tests.instruments.settings import SETTINGS
 from tlens_callback import (
@@ -73,7 +73,7 @@ def pattern_of(key: str, exported: type) -> re.Pattern:
 def every_reading(exported: type) -> list[Reading]:
     """Over dense models, experts and a mixture, in all variants."""
     shadows = [shadow("llama"), shadow("mixtral"), shadow("qwen3_moe", mixed=True)]
-    batch = encoded()
+    batch = encoded([*PROBES[:-1], dataclasses.replace(LONG_ANSWER, name=PROBES[-1].name)])
     return [
         reading
         for of in shadows

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.instruments.common import PROBES, TEXTS, encoded, hugging_face, ids, readings, shadow
+from tests.instruments.common import (
+    LONG_ANSWER,
+    PROBES,
+    TEXTS,
+    encoded,
+    hugging_face,
+    ids,
+    readings,
+    shadow,
+)
 from tlens_callback import Probe, Shadow, TargetScores
 
 
@@ -83,6 +92,41 @@ def test_half_precision_logits_are_widened_first():
     assert torch.equal(score(logits), wide)
     narrow = logits.logsumexp(1) - logits[:, 4]
     assert abs(float(narrow) - float(wide[0, 2])) > 1e-3
+
+
+def told(family: str, *content: str) -> list[float]:
+    """ln p of each token of the second text behind the first, in Hugging Face's model."""
+    prompt, whole = ids(Probe("p", content[0])), ids(Probe("p", "".join(content)))
+    n = prompt.shape[1]
+    assert torch.equal(whole[:, :n], prompt)
+    with torch.no_grad():
+        logits = hugging_face(family)(whole[:, :-1]).logits[0, n - 1 :].double()
+    return logits.log_softmax(1).gather(1, whole[0, n:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_target_of_several_tokens_is_the_sum_of_their_log_probabilities(family):
+    probe, question = LONG_ANSWER, str(LONG_ANSWER.content)
+    one = Probe("one", question, target=" Rome", foil=" Berlin and Paris")
+    got = readings(TargetScores(), shadow(family), [*TEXTS, probe, one])
+    target, foil = (told(family, question, answer) for answer in (probe.target, probe.foil))
+    near = {"abs": 1e-4}
+    assert got["target_scores/loss/long"].values == pytest.approx(-sum(target), **near)
+    assert got["target_scores/probability/long"].values == pytest.approx(
+        math.exp(sum(target)), rel=1e-3
+    )
+    lead = sum(target) - sum(foil)
+    assert got["target_scores/logit_diff/long"].values == pytest.approx(lead, **near)
+    each = got["target_scores/loss_by_token/long"]
+    assert each.values == pytest.approx([-ln for ln in target], **near)
+    assert each.labels["answer"] == (" Rome", " and", " Madrid")
+    assert got["target_scores/rank/long"].values == got["target_scores/rank/one"].values
+    # One token against three, and a probe of one token beside those of several.
+    assert "target_scores/loss_by_token/one" not in got
+    lead = target[0] - sum(foil)
+    assert got["target_scores/logit_diff/one"].values == pytest.approx(lead, **near)
+    alone = readings(TargetScores(), shadow(family), TEXTS)
+    assert all(np.array_equal(got[key].values, one.values) for key, one in alone.items())
 
 
 def test_without_any_target_it_says_so():

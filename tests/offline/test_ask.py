@@ -186,8 +186,8 @@ def test_a_chat_and_ids_are_asked_too(asker):
     ("probe", "foil", "message"),
     [
         (Probe("p", "the cat", target=" cat"), " cat", "are the same token"),
-        (Probe("p", "the cat", target=" cat sat"), None, "is 2 tokens"),
-        (Probe("p", "the cat"), " cat sat", "is 2 tokens"),
+        (Probe("p", "the cat", target=""), None, "is 0 tokens"),
+        (Probe("p", "the cat"), "", "is 0 tokens"),
         (Probe("p", " ".join(["cat"] * 80)), None, "context"),
         (Probe.repeated("p", block=4), None, "no answer"),
     ],
@@ -195,6 +195,16 @@ def test_a_chat_and_ids_are_asked_too(asker):
 def test_what_cannot_be_asked(asker, probe, foil, message):
     with pytest.raises(ValueError, match=message):
         asker.ask(probe, foil=foil)
+
+
+def test_of_a_longer_answer_the_first_token_is_explained_and_that_is_said(asker):
+    answer = asker.ask(Probe("p", "the cat", target=" cat sat"), foil=" dog sat")
+    assert (answer.target, answer.foil) == (" cat", " dog")
+    said = "  left out: what follows ' cat' in the target ' cat sat': only the next token"
+    assert [line for line in answer.lines() if line.startswith(said)]
+    assert any("' dog' in the foil ' dog sat'" in line for line in answer.lines())
+    short = asker.ask(Probe("p", "the cat", target=" cat"), foil=" dog")
+    assert "what follows" not in str(short.left_out)
 
 
 def test_a_shadow_that_is_not_the_model(asker, monkeypatch):

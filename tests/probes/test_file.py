@@ -170,7 +170,7 @@ BAD_YAML = [
     ("- {name: a/b, text: a}\n", r"entry 1 \(line 1\): A probe needs a name without '/'"),
     ("- {text: a, target: yes}\n", "target must be a string.*True.*YAML takes"),
     ("- {text: a, target: 5.0}\n", r"target must be a string.*5\.0.*in quotes"),
-    ("- {text: a, target: b, foil: [c]}\n", "foil must be a string that is one token"),
+    ("- {text: a, target: b, foil: [c]}\n", "foil must be a string or a token id"),
     ("- {text: a, foil: b}\n", r"entry 1 \(line 1\): Probe 'a' has a foil but no target"),
     ("- tokens: a\n", "tokens must be a list of token ids, got 'a'"),
     ("- tokens: [1, true]\n", "tokens must be a list of token ids"),

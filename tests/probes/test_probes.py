@@ -124,10 +124,13 @@ BAD = [
     (lambda: encode(Probe("p", "the"), Probe("p", "cat")), "Two probes are named 'p'"),
     (lambda: encode(Probe("p", "the"), tokenizer=None), "needs a tokenizer"),
     (lambda: encode(Probe("p", [1], target="x"), tokenizer=None), "Give the token id"),
-    (lambda: encode(Probe("p", "the cat", target="The cat")), r"is 2 tokens: \['The', ' cat'\]"),
     (lambda: encode(Probe("p", "the cat", target="")), "is 0 tokens"),
     (lambda: encode(Probe("p", [1], target=999)), "outside the model's vocabulary"),
     (lambda: encode(Probe("p", [1, 999])), "token id 999"),
+    (
+        lambda: encode(Probe("p", "the cat", target=" sat on mat"), context=4),
+        "its target or foil 3",
+    ),
     (lambda: encode(Probe("p", "the cat sat on the mat"), context=3), "context is 3"),
     (lambda: encode(Probe.repeated("p", block=95)), "a vocabulary of at least"),
 ]
@@ -144,6 +147,45 @@ def test_chat_without_a_template_says_so():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encode(Probe("chat", CHAT), tokenizer=tokenizer)
+
+
+RAISES = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ message['content'] + '.' }}{% endfor %}"
+)
+WRITES = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+SYSTEM = [{"role": "system", "content": "the cat"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "text"),
+    [
+        (RAISES, SYSTEM, "Probe 'asks': .*refuses its messages .*System role not supported"),
+        (RAISES, PARTS, "Probe 'asks': .*a list of parts, .*one string"),
+        (WRITES, PARTS, "Probe 'asks': .*a list of parts, .*one string"),
+        ("{% for", CHAT, "Probe 'asks': .*TemplateSyntaxError"),
+        ({"tools": WRITES}, CHAT, "Probe 'asks': "),
+    ],
+)
+def test_what_a_chat_template_does_not_take_names_the_probe(template, messages, text):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=text):
+        encode(
+            Probe("fine", "the cat"), Probe("asks", messages, target=" cat"), tokenizer=tokenizer
+        )
+
+
+def test_a_template_that_takes_parts_gets_them():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}"
+        "{% endfor %}{% endfor %}"
+    )
+    batch = encode(Probe("asks", PARTS), tokenizer=tokenizer)
+    assert "".join(batch.labels[0]).split() == ["<unk>", "cat"]
 
 
 class Augmented:
@@ -230,6 +272,10 @@ def test_a_probe_that_pads_the_others_by_far_is_named(caplog):
     [
         ([{"prompt": "the cat sat"}, {"text": "a dog"}], 2),
         ([{"prompt": CHAT}], 1),
+        ([{"messages": [*CHAT, {"role": "assistant", "content": "Paris"}]}], 1),
+        ([{"prompt": None, "messages": CHAT, "text": None}], 1),
+        ([{"conversations": CHAT}], 1),
+        ([{"conversations": [{"from": "human", "value": "the cat"}]}], 0),
         ([{"label": 3}, {"text": ""}], 0),
         ([(1, 2)], 0),
         (iter([]), 0),
@@ -240,21 +286,15 @@ def test_first_rows_take_what_makes_a_probe(rows, want):
     assert len(first_rows(loader, tiny.tokenizer(), context=64)) == want
 
 
-def test_a_target_that_lacks_its_space_is_told_so():
-    class Pieces:
-        """One token with its space, two without, as byte pairs often are."""
-
-        bos_token_id, all_special_ids = 0, ()
-
-        def __call__(self, text, **_):
-            return {"input_ids": [1] if text == " Jupiter" else [2, 3]}
-
-        def decode(self, ids):
-            return {1: " Jupiter", 2: "J", 3: "upiter"}[ids[0]]
-
-    for target, said in (
-        ("Jupiter", r"target=' Jupiter'"),
-        ("Neptune", "first piece alone may do"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            ProbeBatch.encode([Probe("p", [1, 2], target=target)], Pieces(), vocab_size=9)
+def test_a_target_may_be_several_tokens_and_that_is_said(caplog):
+    tokenizer = tiny.tokenizer()
+    batch = encode(Probe("p", "the cat", target=" sat on mat", foil=" sat"), context=5)
+    want = tokenizer(" sat on mat", add_special_tokens=False)["input_ids"]
+    assert batch.target_tokens == (tuple(want),) and batch.foil_tokens == ((want[0],),)
+    assert batch.targets == (want[0],) == batch.foils
+    assert "' sat on mat' of probe 'p' is 3 tokens, [' sat', ' on', ' mat']" in caplog.text
+    assert "what needs one token uses the first" in caplog.text
+    assert "begin with the same token, ' sat'" in caplog.text
+    caplog.clear()
+    encode(Probe("p", "the cat", target=" sat", foil=" sat"))
+    assert caplog.text == ""

@@ -38,7 +38,8 @@ class HeadAblation:
     every position of the probe, and everything after it is computed again:
 
     - loss: -ln softmax(logit)[target] at the last token; positive where the head helps.
-    - logit_diff: logit[target] - logit[foil] at the last token; negative where the head helps.
+    - logit_diff: logit[target] - logit[foil] at the last token; negative where the head helps. Of a
+      target or foil of several tokens, here and in loss, the first counts.
     - token_loss: mean of -ln probability of the token, over all tokens except the first.
 
     Each reading is (the value with z := r) - (the value of the unchanged model). r is 0

@@ -47,9 +47,9 @@ class LogitAttribution:
     """Measures what each component adds directly to the answer's logit lead; the parts sum to it.
 
     The lead is logit[target] - logit[foil] at the probe's last token, before any soft cap; without
-    a foil, logit[target] minus the mean logit over the vocabulary. The scale s_final of the final
-    norm, and that of a post-norm, are treated as constants, so that each x in the residual stream
-    adds
+    a foil, logit[target] minus the mean logit over the vocabulary. Of a target or foil of several
+    tokens, the first counts. The scale s_final of the final norm, and that of a post-norm, are
+    treated as constants, so that each x in the residual stream adds
 
         c(x) = (x * gain_final / s_final) . (W_U[target] - W_U[foil])
 

@@ -38,8 +38,8 @@ class LogitLens:
     layer's logits are the model's output.
 
     - token, top: the k tokens of largest p_l, largest first, and p_l of each.
-    - rank: number of tokens with a logit above the target's, so 0 is the top.
-    - probability: p_l[target].
+    - rank: number of tokens with a logit above the target's (its first token's), so 0 is the top.
+    - probability: p_l[target]; like the rest, of the first token of a target of several.
     - logit_diff: logit_l[target] - logit_l[foil].
     - kl: KL(p_last || p_l) = sum_v p_last[v] (ln p_last[v] - ln p_l[v]); exactly 0 at the last.
     - entropy: -sum_v p_l[v] ln p_l[v].

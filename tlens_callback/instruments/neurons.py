@@ -42,7 +42,8 @@ class TopNeurons:
       u = W_U[target] - W_U[foil].
       The post-norm factor is there only in families with a post-norm (Gemma 2 and 3, OLMo 2);
       LayerNorm also centres. Without a foil, the mean of W_U over the vocabulary replaces
-      W_U[foil]: write is then the contribution to logit[target] minus the mean logit.
+      W_U[foil]: write is then the contribution to logit[target] minus the mean logit. Of a target
+      or foil of several tokens, the first counts.
     - expert_share: share of the same tokens that are routed to the expert; the shares sum to the
       number of experts that each token is sent to.
     - router: mean over the same tokens of the router's softmax over all experts.

@@ -39,7 +39,7 @@ class ActivationPatching:
 
     0 means no effect, 1 that the clean answer is fully restored; values below 0 and above 1 occur.
     The target is that of the clean probe. So is the foil; if the clean probe has none, the foil is
-    the target of the corrupt probe. What is replaced:
+    the target of the corrupt probe. Of several tokens, the first counts. What is replaced:
 
     - resid: the residual stream that enters the layer, at one position.
     - attn, mlp: what the layer's attention or MLP adds to the residual stream, at one position.

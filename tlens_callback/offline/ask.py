@@ -43,7 +43,8 @@ class Answer:
         target, foil: the token that is explained, and the one that it is compared with.
         fidelity: how close the shadow, which gave all numbers, is to the model on this prompt.
         readings: key -> reading, of all instruments that have something to measure in this model.
-        left_out: for each of the other instruments, why it has nothing to measure.
+        left_out: for each of the other instruments, why it has nothing to measure; and what of a
+            target or foil is not explained, if it is several tokens.
         name, step: name and training step of the model, for the page.
     """
 
@@ -152,7 +153,8 @@ class Asker:
     def ask(self, probe: Probe, *, foil: str | int | None = None) -> Answer:
         """Shows the model a prompt, with its current weights, and explains the next token.
 
-        The target is the probe's own, or else the likeliest next token. The foil is the argument,
+        The target is the probe's own, or else the likeliest next token; of several tokens, the
+        first. The foil is the argument,
         or else the probe's own, or else the likeliest other token. The attribution then shows why
         the model writes the target and not the foil.
 
@@ -170,10 +172,8 @@ class Asker:
         bare = replace(probe, target=None, foil=None)
         batch = self._encode(bare)
         given = probe.target, probe.foil if foil is None else foil
-        wanted = [
-            None if one is None else self._encode(replace(bare, target=one)).targets[0]
-            for one in given
-        ]
+        encoded = [() if one is None else self._answer(bare, one) for one in given]
+        wanted = [next(iter(tokens), None) for tokens in encoded]
         fidelity = FidelityMonitor().start(self.model, shadow, batch, step=self.step)
         taken: Any = shadow.run(batch, [{LAST_LOGITS: _first_row}])[0]
         logits = taken[LAST_LOGITS].cpu()
@@ -185,7 +185,12 @@ class Asker:
             )
         probe = replace(probe, target=target, foil=other)
         batch = self._encode(probe)
-        left_out: list[str] = []
+        left_out = [
+            f"what follows {batch.token_text(tokens[0])!r} in the {role} {one!r}: only the next "
+            f"token is explained"
+            for role, one, tokens in zip(("target", "foil"), given, encoded, strict=True)
+            if len(tokens) > 1
+        ]
 
         def failed(instrument: Instrument, error: Exception) -> None:
             if not isinstance(error, ValueError):
@@ -207,6 +212,9 @@ class Asker:
             name=self.name,
             step=self.step,
         )
+
+    def _answer(self, bare: Probe, answer: str | int) -> tuple[int, ...]:
+        return self._encode(replace(bare, target=answer)).target_tokens[0]
 
     def _encode(self, probe: Probe) -> ProbeBatch:
         return ProbeBatch.encode(

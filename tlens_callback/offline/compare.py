@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 from urllib.parse import urlencode
 
@@ -141,8 +142,8 @@ def _common_tokenizer(a: Checkpoint, b: Checkpoint, loader: Loader, probes: Sequ
         return of_b if of_b is not None else of_a
     # The limits of the models themselves are checked when the models are loaded.
     batch = ProbeBatch.encode(probes, of_b, vocab_size=2**31)
-    answers = [token for token in (*batch.targets, *batch.foils) if token is not None]
-    ids = sorted({*batch.tokens[batch.mask].tolist(), *answers})
+    answers = (*batch.target_tokens, *batch.foil_tokens)
+    ids = sorted({*batch.tokens[batch.mask].tolist(), *chain(*answers)})
     for token, one, other in zip(
         ids, of_a.convert_ids_to_tokens(ids), of_b.convert_ids_to_tokens(ids), strict=True
     ):

@@ -55,7 +55,7 @@ def read_probes(path: str | os.PathLike[str]) -> list[Probe]:
       content, or a string, which is what the user says; `tokens`, a list of token ids; `block`,
       the length of a repeated random block, with `times` and `seed` as in `Probe.repeated`.
     - `name`: without it, the probe is named by its first words.
-    - `target`, `foil`: a string that is one token, or a token id.
+    - `target`, `foil`: a string, or a token id.
     - `corrupt`: makes a second probe, `<name>-corrupt`, for a pair in `ActivationPatching()`. Its
       value is of the same kind as the entry's text, chat or tokens; or it is a mapping with one of
       `text`, `chat` and `tokens`, and with a `target` and `foil` of its own.
@@ -227,7 +227,7 @@ def _answers(where: str, given: Mapping[str, Any]) -> dict[str, str | int]:
     for key, value in found.items():
         if type(value) not in (str, int):
             raise ValueError(
-                f"{where}: {key} must be a string that is one token, or a token id, got "
+                f"{where}: {key} must be a string or a token id, got "
                 f"{_shown(value)}.{_quotes(value)}"
             )
     return found

@@ -14,9 +14,11 @@ class Probe:
         name: last segment of the keys of its readings; unique among the probes of a run.
         content: text; or chat messages (`[{"role": "user", "content": "..."}]`, put through the
             tokenizer's own chat template); or token ids.
-        target: the token that training should make more likely after the last token: a string
-            that is exactly one token (mind the leading space), or a token id.
-        foil: the token to compare the target with.
+        target: what training should make more likely after the last token: a string (mind the
+            leading space), or a token id. A string is encoded behind the content, as in a whole
+            text. It may be several tokens: `TargetScores` adds up their log probabilities, and an
+            instrument that needs one token uses the first.
+        foil: what to compare the target with, in the same way.
 
     A repeated random block, the standard stimulus for induction heads, is made by
     `Probe.repeated`.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from tlens_callback.meaning import Quantity
-from tlens_callback.probes import ProbeBatch
+from tlens_callback.probes import ProbeBatch, encoded_lines
 from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import sink_lines
@@ -11,9 +11,10 @@ from tlens_callback.shadow import Shadow
 
 
 def opening(observer: Observer) -> list[str]:
-    """Says what is watched, and how closely the shadow agrees with the model."""
+    """Says what is watched, how closely the shadow agrees with the model, and how each probe was
+    encoded."""
     shadow, fidelity = observer.shadow, observer.checks[min(observer.checks)]
-    assert shadow is not None
+    assert shadow is not None and observer.batch is not None
     held = f"the shadow takes {shadow.extra_bytes / 2**20:.1f} MiB more than the model"
     if shadow.n_owned:
         held = f"{shadow.n_owned} weights have adapters, {held}"
@@ -24,6 +25,7 @@ def opening(observer: Observer) -> list[str]:
         f"{_probe_counts(observer)}; {held}",
         f"tlens: the shadow agrees with the model: {fidelity}",
         *_attention_lines(shadow),
+        *encoded_lines(observer.batch),
         *sink_lines(observer.sinks),
     ]
 
