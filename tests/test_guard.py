@@ -176,7 +176,7 @@ STRANGE_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("row", STRANGE_ROWS, ids=repr)
+@pytest.mark.parametrize("row", STRANGE_ROWS, ids=range(len(STRANGE_ROWS)))
 def test_rows_of_others_in_the_trainers_log_do_not_end_the_training(tmp_path, row):
     class Rows(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
