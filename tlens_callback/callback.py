@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tlens_callback.interfaces import Sink
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import first_rows, training_rows
+from tlens_callback.run.baselines import run_of
 from tlens_callback.run.guard import guarded
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import print_lines, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
-from tlens_callback.run.trainer_logs import SUMMARY
+from tlens_callback.run.trainer_logs import is_summary
 from tlens_callback.shadow import Shadow
 from tlens_callback.sinks.default import active_wandb, default_sinks
 
@@ -62,10 +64,10 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         self.settings = Settings(probes, **settings)
         self.name = self.settings.name
-        self.sinks: list[Sink] = list(self.settings.sinks or ())
-        self._given_sinks = self.settings.sinks is not None
+        self.sinks: list[Sink] = self.settings.sinks_with(list)
         self.observer: Observer | None = None
         self._batch_size = 0
+        self._run = ""
 
     def on_train_begin(
         self,
@@ -94,8 +96,7 @@ class TLensCallback(TrainerCallback):
             self.observer.close()
             self.observer = None
         if self.observer is None:
-            if not self._given_sinks:
-                self.sinks = default_sinks(args, self.name)
+            self.sinks = self.settings.sinks_with(lambda: default_sinks(args, self.name))
             self.observer = Observer(self.settings, self.sinks)
         self._join_wandb()
 
@@ -111,6 +112,8 @@ class TLensCallback(TrainerCallback):
             return self.settings.completed(given, shadow)
 
         observer = self.observer
+        if not retry:
+            self._run = run_of(self._resumed_baselines_file(args, state))
         if not observer.watching:
             print_lines([f"tlens: building a shadow of the {type(model).__name__}"])
         try:
@@ -121,6 +124,7 @@ class TLensCallback(TrainerCallback):
                 step=state.global_step,
                 baselines_file=self._resumed_baselines_file(args, state),
                 run=_run_identity(state),
+                about={"run": self._run, **_trial(state)},
                 training=training_rows(train_dataloader, processing_class),
                 logged=state.log_history,
             )
@@ -179,7 +183,8 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         # The trainer logs its summary before it calls `on_train_end` and before it loads the best
         # checkpoint's weights.
-        if self.observer and SUMMARY in (logs or ()):
+        over = control.should_training_stop or state.global_step >= state.max_steps
+        if self.observer and over and is_summary(logs or {}):
             self._observe_last(state, control)
             self.observer.finish()
 
@@ -190,7 +195,10 @@ class TLensCallback(TrainerCallback):
         self._observe_last(state, control)
         if self.observer is not None:
             self.observer.remember(
-                self._baselines_file(args, state), step=state.global_step, run=_run_identity(state)
+                self._baselines_file(args, state),
+                step=state.global_step,
+                run=_run_identity(state),
+                always=True,
             )
 
     def _observe_last(self, state: TrainerState, control: TrainerControl) -> None:
@@ -219,7 +227,7 @@ class TLensCallback(TrainerCallback):
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may start after this callback."""
-        if self._given_sinks or self.observer is None:
+        if not self.settings.has_default_sinks or self.observer is None:
             return
         if (sink := active_wandb(self.sinks, self.name)) is not None:
             self.sinks.append(sink)
@@ -227,8 +235,7 @@ class TLensCallback(TrainerCallback):
 
     def _baselines_file(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The file in the checkpoint of this step that holds what instruments keep."""
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        return Path(args.output_dir or ".") / folder / f"{self.name}.memory"
+        return _checkpoint(args, state) / f"{self.name}.memory"
 
     def _resumed_baselines_file(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """The file that `_baselines_file` names, in the checkpoint that the run resumes from; None
@@ -241,6 +248,27 @@ class TLensCallback(TrainerCallback):
         usual = self._baselines_file(args, state)
         given = Path(str(args.resume_from_checkpoint or usual.parent)) / usual.name
         return given if given.exists() else usual
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint of this step: where the trainer has just saved it, if it has.
+
+    A hyperparameter search saves into a folder for each trial, which it does not tell callbacks.
+    """
+    output, name = Path(args.output_dir or "."), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if not state.is_hyper_param_search:
+        return output / name
+    folders = [output / name, *output.glob(f"*/{name}")]
+    saved = [at for at in folders if (at / TRAINER_STATE_NAME).exists()]
+    times = {at: (at / TRAINER_STATE_NAME).stat().st_mtime_ns for at in saved}
+    return max(saved, key=times.__getitem__, default=output / name)
+
+
+def _trial(state: TrainerState) -> dict[str, Any]:
+    """What sinks are told of the trial of a hyperparameter search; nothing outside of one."""
+    if not state.is_hyper_param_search:
+        return {}
+    return {"trial": {"name": state.trial_name, "parameters": state.trial_params}}
 
 
 def _run_identity(state: TrainerState) -> str:

@@ -65,8 +65,12 @@ class Sink(Protocol):
     contextvars context, so what it sets there is gone at the next call. If a call takes more than a
     minute while others wait, the sink is given up.
 
-    A sink may have one more method:
+    A sink may have two more methods:
 
+    - `begin(about: Mapping[str, Any])`: called on the training thread before the first observation
+      of a training is written, with what is known of the run. `about["run"]` identifies it: a text
+      that stays the same where the run is resumed from a checkpoint. `about["trial"]`, in a
+      hyperparameter search only, has the trial's name and parameters.
     - `before_finish(wait: Callable[[], None])`: called on the training thread, before anything is
       written. The sink keeps `wait` and calls it when somebody else is about to finish the run that
       it logs to; `wait` returns once everything up to then is written. `wait` may be called from

@@ -171,12 +171,15 @@ def descriptions(readings: Iterable[Reading]) -> dict[str, Description]:
 def _cut_rounding(values: np.ndarray, low: float, high: float) -> None:
     """Brings values back that rounding has put beyond a limit, by up to 1e-5 of the range."""
     slack = 1e-5 * (high - low)
-    # The nearest float32 may be beyond the limit too, and numpy compares in float32.
+    if not np.isfinite(slack) or max(abs(low), abs(high)) > float(np.finfo(np.float32).max):
+        return
+    # The nearest float32 may be beyond the limit too.
     top, bottom = np.float32(high), np.float32(low)
     top = np.nextafter(top, np.float32(-np.inf)) if float(top) > high else top
     bottom = np.nextafter(bottom, np.float32(np.inf)) if float(bottom) < low else bottom
-    values[(values > top) & (values <= high + slack)] = top
-    values[(values < bottom) & (values >= low - slack)] = bottom
+    exact = values.astype(np.float64)
+    values[(exact > high) & (exact <= high + slack)] = top
+    values[(exact < low) & (exact >= low - slack)] = bottom
 
 
 def _encodable(text: str) -> str:

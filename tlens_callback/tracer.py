@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tlens_callback.interfaces import Sink
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import first_rows, training_rows
+from tlens_callback.run.baselines import run_of
 from tlens_callback.run.guard import guarded
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import print_lines, warn
@@ -118,8 +119,7 @@ class Tracer:
                 "train_dataset must be a dataset that can be read by index; give loader.dataset, "
                 "not the loader."
             )
-        self.sinks: list[Sink] = list(self.settings.sinks or ())
-        self._given_sinks = self.settings.sinks is not None
+        self.sinks: list[Sink] = self.settings.sinks_with(list)
         self.observer: Observer | None = None
         self._model = model
         self._tokenizer = tokenizer
@@ -142,8 +142,8 @@ class Tracer:
             self._entered = True
             return self
         baselines_file = self._read_saved()
-        if not self._given_sinks:
-            self.sinks = [LocalSink(self._folder / self.settings.name)]
+        store = self._folder / self.settings.name
+        self.sinks = self.settings.sinks_with(lambda: [LocalSink(store)])
         self.observer = observer = Observer(self.settings, self.sinks)
         print_lines([f"tlens: building a shadow of the {type(unwrap(self._model)).__name__}"])
         try:
@@ -156,6 +156,7 @@ class Tracer:
                     step=self._begin,
                     baselines_file=baselines_file,
                     run=self._run_identity,
+                    about={"run": run_of(baselines_file)},
                     training=self._training_rows(),
                     logged=self._log,
                 )
@@ -281,7 +282,7 @@ class Tracer:
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may start inside the block."""
-        if self._given_sinks or self.observer is None:
+        if not self.settings.has_default_sinks or self.observer is None:
             return
         if (sink := active_wandb(self.sinks, self.settings.name)) is not None:
             self.sinks.append(sink)

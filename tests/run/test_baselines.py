@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -274,11 +275,13 @@ def test_what_is_kept_is_a_copy_on_the_cpu(tmp_path):
     assert any(key.startswith("watch/") for key in kept)
 
 
-def test_without_a_baseline_there_is_no_file(tmp_path):
+def test_without_a_baseline_the_file_says_which_run_it_is(tmp_path):
     callback = TLensCallback([CAPITAL], instruments=[Rare(1)], sinks=[], watch=False)
     trainer(tmp_path, callback, save_strategy="steps", save_steps=3).train()
     assert (tmp_path / "checkpoint-3").is_dir()
-    assert not (tmp_path / "checkpoint-3" / "tlens.memory").exists()
+    with safe_open(tmp_path / "checkpoint-3" / "tlens.memory", "pt") as file:
+        assert not [key for key in file.keys() if not key.startswith(("trainer/", "checkpoint/"))]
+        assert len(file.metadata()["run"]) == 16
 
 
 def test_a_full_disk_ends_nothing(tmp_path, caplog, monkeypatch):

@@ -1,7 +1,9 @@
 """Saves what instruments keep from earlier observations, in each checkpoint of the run."""
 
 import hashlib
+import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +21,10 @@ Baselines = Mapping[str, dict[str, Tensor]]
 BASELINE = ("baseline", "memory")
 """The attribute of an instrument that holds what it compares with; the second name is the older
 one."""
+
+
+RUN = "run"
+"""Metadata of the file: the identity of the run, as sinks are told it."""
 
 
 def of(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
@@ -46,6 +52,17 @@ def conditions(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str
     }
 
 
+def run_of(path: Path | None) -> str:
+    """Returns the identity of the run that wrote this file; that of a new run if there is no such
+    file, or none in it."""
+    known: Mapping[str, str] = {}
+    if path is not None:
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            known = file.metadata() or {}
+    # Not from Python's random numbers, which are the training's.
+    return known.get(RUN) or secrets.token_hex(8)
+
+
 def demand_tensors(held: Baselines) -> None:
     """Checks that baselines hold tensors alone, so that they can be written to a file.
 
@@ -64,7 +81,7 @@ def write(path: Path, held: Baselines, about: Mapping[str, str]) -> None:
     """Writes the baselines to a file, whole or not at all; removes the file if there are none.
 
     Args:
-        about: what `conditions` returned.
+        about: what `conditions` returned, and the run under `RUN`.
 
     Raises:
         OSError: if the file cannot be written (the disk is full).

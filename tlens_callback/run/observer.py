@@ -75,6 +75,7 @@ class Observer:
         self.extra_bytes = self._first_step = 0
         self._schedule = Schedule()
         self._model_shape: tuple[int, ...] = ()
+        self._run = ""
         self._watch_before: tuple[int, dict[str, Tensor]] = (-1, {})
 
     @property
@@ -96,6 +97,7 @@ class Observer:
         step: int,
         baselines_file: Path | None = None,
         run: str = "",
+        about: Mapping[str, Any] | None = None,
         training: Callable[[int], list[list[int]]] | None = None,
         logged: Sequence[Mapping[str, Any]] = (),
         earlier: bool = False,
@@ -110,6 +112,7 @@ class Observer:
         Args:
             baselines_file, run: for a resumed run, a file that `remember` wrote, and the `run` that
                 `remember` was given. None for a new run.
+            about: what the sinks are told of the run; see `Sink`. None: nothing.
             training: see `ProbeBatch`.
             logged: what the trainer logs, a list that grows.
             earlier: everything logged up to now belongs to this observation, whatever its step.
@@ -122,6 +125,9 @@ class Observer:
         """
         with self._closing_on_error(), self.cost.spending():
             self.writer.release()  # an observation of the previous try, with its logs
+            self._run = "" if about is None else str(about["run"])
+            if about is not None:
+                self.writer.begin(about)
             if self.shadow is not None and self.model is model:
                 self.shadow.sync()
             else:
@@ -195,7 +201,7 @@ class Observer:
                     for own in (self.logs, self._schedule):
                         own.remember(step)
                         held[own.name] = own.baseline
-                baselines.write(path, held, about)
+                baselines.write(path, held, about | {baselines.RUN: self._run})
             except Exception as error:
                 if self.settings.on_error == "raise":
                     raise

@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from operator import index
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, Literal, SupportsIndex, TypedDict
 
 import torch
@@ -32,7 +33,7 @@ class Options(TypedDict, total=False):
     """Lists the fields of `Settings` except the probes, for editors and type checkers."""
 
     instruments: Sequence[Instrument] | None
-    sinks: Sequence[Sink] | None
+    sinks: Sequence[Sink | EllipsisType] | None
     watch: Watch | Literal[False] | None
     every_n_steps: int
     repeats: bool
@@ -55,7 +56,7 @@ class Settings:
         sinks: where the readings go, in this order. None: a local store `<output_dir>/<name>`, the
             active W&B run if there is one, and in a Hugging Face trainer also trackio and
             TensorBoard if `report_to` names them. TensorBoard's files go to `<name>` in the folder
-            of the trainer's own events.
+            of the trainer's own events. `...` in the list stands for these: `[..., mine]` adds one.
         watch: what to raise events about: heads that take or lose a role, collapsing entropy, and
             rules of your own. None: `Watch()`. False: nothing.
         every_n_steps: optimizer steps between two observations.
@@ -82,7 +83,7 @@ class Settings:
     probes: Sequence[Probe] | str | os.PathLike[str] | None = None
     _: KW_ONLY
     instruments: Sequence[Instrument] | None = None
-    sinks: Sequence[Sink] | None = None
+    sinks: Sequence[Sink | EllipsisType] | None = None
     watch: Watch | Literal[False] | None = None
     every_n_steps: int = 100
     repeats: bool = True
@@ -128,7 +129,8 @@ class Settings:
         if watch is not False and not isinstance(watch, Watch):
             raise ValueError(f"watch must be a Watch, False or None, got {watch!r}.")
         instruments = fast() if self.instruments is None else list(self.instruments)
-        _check_parts(instruments, self.sinks or (), watch or None)
+        given_sinks = [sink for sink in self.sinks or () if sink is not ...]
+        _check_parts(instruments, given_sinks, watch or None)
         device: Any = self.device
         if device is not None:
             try:
@@ -156,6 +158,18 @@ class Settings:
         """The probes that were given, as a list; None if none were given."""
         assert self.probes is None or isinstance(self.probes, list)
         return self.probes
+
+    def sinks_with(self, default: Callable[[], Sequence[Sink]]) -> list[Sink]:
+        """Returns the sinks, with the default ones where they belong."""
+        found: list[Sink] = []
+        for sink in (...,) if self.sinks is None else self.sinks:
+            found += default() if sink is ... else [sink]
+        return found
+
+    @property
+    def has_default_sinks(self) -> bool:
+        """Whether the default sinks are among the sinks."""
+        return self.sinks is None or ... in self.sinks
 
     @property
     def with_blocks(self) -> bool:

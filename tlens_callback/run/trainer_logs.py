@@ -12,8 +12,8 @@ from torch import Tensor
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.reading import Reading
 
-SUMMARY = "total_flos"
-"""The trainer logs this name once, with its summary of the whole run."""
+_SUMMARY = {"train_runtime", "total_flos"}
+"""The trainer logs these names together once, in its summary of the whole run."""
 
 _DESCRIPTION = Description(title="Training", group="Training", others=Meaning(of_run=True))
 
@@ -60,7 +60,7 @@ class TrainerLogs:
         series: dict[str, dict[int, float]] = {}
         for row in rows:
             # Other callbacks may put rows of their own into the trainer's log.
-            if not isinstance(row, Mapping) or SUMMARY in row:
+            if not isinstance(row, Mapping) or is_summary(row):
                 continue
             at = _number(row.get("step"))
             label = int(at) if at is not None and math.isfinite(at) else step
@@ -99,6 +99,11 @@ class TrainerLogs:
                 key, number = f"{base}_{number}", number + 1
             self._keys[name] = key
         return self._keys[name]
+
+
+def is_summary(row: Mapping[Any, Any]) -> bool:
+    """Whether this row of the trainer's log is its summary at the end of the run."""
+    return _SUMMARY <= row.keys()
 
 
 def _number(value: Any) -> float | None:

@@ -7,9 +7,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tlens_callback.interfaces import Sink
 from tlens_callback.reading import Reading
@@ -93,6 +93,7 @@ class Writer:
         self._closed = self._exiting = False
         self._local = threading.local()
         self._process = os.getpid()
+        self._about: Mapping[str, Any] | None = None
         for sink in sinks:
             self.add(sink)
 
@@ -102,6 +103,18 @@ class Writer:
             self.sinks.append(sink)
         if (before_finish := getattr(sink, "before_finish", None)) is not None:
             before_finish(self._wait_until_written)
+        self._tell(sink)
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Tells the sinks, and those that are added later, about the run whose observations come
+        next."""
+        self._about = about
+        for sink in list(self.sinks):
+            self._tell(sink)
+
+    def _tell(self, sink: Sink) -> None:
+        if self._about is not None and (begin := getattr(sink, "begin", None)) is not None:
+            begin(self._about)
 
     def put(self, readings: Sequence[Reading], *, step: int) -> None:
         """Hands over one observation to be written."""

@@ -34,7 +34,7 @@ from tlens_callback.store.format import (
     scores_file,
     steps_in,
 )
-from tlens_callback.store.numbered import newest, unused
+from tlens_callback.store.numbered import newest, of_run, unused
 from tlens_callback.store.store import read_store
 from tlens_callback.store.tables import NAMES, TEXT, long_frame
 
@@ -59,8 +59,9 @@ class LocalSink:
 
     A step that is not greater than the last one makes the run begin again from that step: it and
     all later steps are removed first. For a sink that is new or was closed, step 0 begins a new
-    run, in `<path>-2`, `<path>-3`, ... if `path` holds a run already; a later step resumes the last
-    of these runs from that step.
+    run, in `<path>-2`, `<path>-3`, ... if `path` holds a run already; a later step resumes from
+    that step the run whose identity `begin` has told, or the last of these runs if none was told
+    and if its store is of an older version. If no store holds it, a new one begins.
 
     With `page`, the directory also has the page of the run: page/index.html, which shows each new
     step while the run goes on, and page.html, one file of at most 15 MB, which `close` makes. If
@@ -83,6 +84,7 @@ class LocalSink:
         self._base = Path(path).expanduser().absolute()
         self.path, self.exact = self._base, exact
         self._last: int | None = None
+        self._about: dict[str, Any] = {}
         self._has_path = False
         self._with_page = page
         self._folder: PageFolder | None = None
@@ -93,6 +95,10 @@ class LocalSink:
                 f"{self._base / MANIFEST} belongs to something else. Give LocalSink a directory of "
                 f"its own."
             )
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Keeps what is known of the run, for the manifest; see `Sink`."""
+        self._about = dict(about)
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:
         """Writes a step.
@@ -174,14 +180,22 @@ class LocalSink:
         """Chooses the directory, clears what an interrupted run left, and writes the manifest."""
         self._has_path = True
         number, self.path = newest(self._base, is_store)
-        if step == 0 and steps_in(self.path / "scores"):
+        if step > 0:
+            run = self._about.get("run")
+            self.path = of_run(self._base, is_store, _run_in, run)
+        elif steps_in(self.path / "scores"):
             self.path = unused(self._base, number)
-        while not self._claim() and step == 0 and _begins_elsewhere(self.path):
+        while not self._claim() and step == 0:
+            if not _begins_elsewhere(self.path):
+                # A run that ended before its first step has left it.
+                write_whole(self.path / MANIFEST, self._manifest())
+                break
             self.path = unused(self._base, number)
         folders = [self.path / name for name in ("arrays", "scores")]
         for folder in folders:
             folder.mkdir(exist_ok=True)
         remove_leftovers([self.path, *folders])
+        self._say_what_is_taken_back(step)
         self._folder = PageFolder(self.path / "page") if self._with_page else None
         self._remove_from(step)
         self._update_page(self._catch_up)
@@ -189,14 +203,34 @@ class LocalSink:
     def _claim(self) -> bool:
         """Writes the manifest of a new store; returns whether this call has made it one."""
         self.path.mkdir(parents=True, exist_ok=True)
+        return write_new(self.path / MANIFEST, self._manifest())
+
+    def _manifest(self) -> bytes:
         about = {
             "tlens_callback": FORMAT,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in _PACKAGES},
             "process": this_process(),
+            **self._about,
         }
-        return write_new(self.path / MANIFEST, json.dumps(about, indent=1).encode())
+        return json.dumps(about, indent=1, default=str).encode()
+
+    def _say_what_is_taken_back(self, step: int) -> None:
+        """Says what a resumed run removes, or that none of the stores here is its own."""
+        if step > 0 and self.path != self._base and not steps_in(self.path / "scores"):
+            logger.warning(
+                "tlens: no store at %s holds the run that goes on at step %d, so a new one begins "
+                "at %s.",
+                *(self._base, step, self.path),
+            )
+        later = [at for at in steps_in(self.path / "scores") if at > step]
+        if later:
+            logger.warning(
+                "tlens: the run in %s goes on at step %d; what it had at %d later step%s, up to "
+                "step %d, is taken back.",
+                *(self.path, step, len(later), "s" * (len(later) > 1), later[-1]),
+            )
 
     def _catch_up(self, folder: PageFolder) -> None:
         """Gives the page the steps of the store that it lacks: a run may have gone on without
@@ -237,6 +271,12 @@ class LocalSink:
             break
         columns = {str(name): _arrow(column) for name, column in frame.items()}
         write_whole(scores_file(self.path, step), _parquet(columns, wanted))
+
+
+def _run_in(path: Path) -> str | None:
+    """The identity of the run that this store holds; None in a store of an older version."""
+    run = (manifest(path) or {}).get("run")
+    return run if isinstance(run, str) else None
 
 
 def _begins_elsewhere(path: Path) -> bool:

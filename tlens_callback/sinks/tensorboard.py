@@ -2,7 +2,7 @@
 
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from tlens_callback.sinks.shown import (
     tables,
     without_trainer_logs,
 )
-from tlens_callback.store.numbered import newest, unused
+from tlens_callback.store.atomic import write_whole
+from tlens_callback.store.numbered import newest, of_run, unused
 
 _FILES = "events.out.tfevents.*"
+_RUN = "tlens-run.txt"
+"""The file in a run's folder that holds its identity."""
 
 
 class TensorBoardSink:
@@ -92,6 +95,11 @@ class TensorBoardSink:
         self._store = store
         self._file: EventFile | None = None
         self._last: int | None = None
+        self._run: str | None = None
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Keeps the identity of the run, which a file in its folder has; see `Sink`."""
+        self._run = about["run"]
 
     def write(self, readings: Sequence[Reading], *, step: int) -> None:
         """Writes a step.
@@ -134,9 +142,15 @@ class TensorBoardSink:
     def _choose_folder(self, step: int) -> bool:
         """Chooses the directory, and says whether it holds a run."""
         number, self.path = newest(self._base, _holds_run)
-        if step == 0 and _holds_run(self.path):
+        if step > 0:
+            self.path = of_run(self._base, _holds_run, _run_in, self._run)
+        elif _holds_run(self.path):
             self.path = unused(self._base, number)
-        return _holds_run(self.path)
+        again = _holds_run(self.path)
+        if self._run is not None and not again:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / _RUN, self._run.encode())
+        return again
 
     def _event(self, step: int, **what: Any) -> bytes:
         event = self._events.Event(wall_time=time.time(), step=step, **what)
@@ -159,6 +173,14 @@ class TensorBoardSink:
         for key, _, table in tables(readings):
             summary.MergeFrom(self._text(self._keys(key), _markdown_table(table())))
         return summary
+
+
+def _run_in(path: Path) -> str | None:
+    """The identity of the run in this folder; None for a folder of an older version."""
+    try:
+        return (path / _RUN).read_text()
+    except OSError:
+        return None
 
 
 def _holds_run(path: Path) -> bool:
