@@ -103,3 +103,14 @@ def test_a_reading_loads_no_plotting_package():
         "assert 'plotly' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_values_are_copied_unless_nobody_else_may_write_them():
+    free = np.zeros(3, np.float32)
+    assert not np.shares_memory(Reading(key="a/b", values=free, axes=("x",), unit="1").values, free)
+    view = free[:2]
+    view.setflags(write=False)
+    assert not np.shares_memory(Reading(key="a/b", values=view, axes=("x",), unit="1").values, view)
+    sealed = np.zeros(3, np.float32)
+    sealed.setflags(write=False)
+    assert Reading(key="a/b", values=sealed, axes=("x",), unit="1").values is sealed

@@ -62,7 +62,10 @@ class Reading:
                 f"A reading's key must be '<instrument>/<measure>' or "
                 f"'<instrument>/<measure>/<probe>', got {self.key!r}."
             )
-        values = np.array(np.asarray(self.values), dtype=np.float32)
+        values = np.asarray(self.values, dtype=np.float32)
+        # An array of its own that nobody may write needs no copy: attention patterns are large.
+        if values.flags.writeable or values.base is not None:
+            values = values.copy()
         if values.ndim != len(self.axes):
             raise ValueError(
                 f"Reading {self.key!r} has values of shape {values.shape} but axes {self.axes}; "

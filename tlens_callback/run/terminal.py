@@ -8,6 +8,9 @@ from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import sink_lines
 
+_LARGE = 64 * 2**20
+"""Bytes of an observation from which on a line tells its size."""
+
 
 def opening(observer: Observer) -> list[str]:
     """Says what is watched, and how closely the shadow agrees with the model."""
@@ -22,7 +25,24 @@ def opening(observer: Observer) -> list[str]:
         f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
         f"{_probe_counts(observer)}; {held}",
         f"tlens: the shadow agrees with the model: {fidelity}",
+        *_size_lines(observer),
         *sink_lines(observer.sinks),
+    ]
+
+
+def _size_lines(observer: Observer) -> list[str]:
+    """Says how large an observation is, if it is large."""
+    sizes, batch = observer.first_bytes, observer.batch
+    if batch is None or sizes.total() < _LARGE:
+        return []
+    (name, most), *_ = sizes.most_common(1)
+    longest = max(range(len(batch.probes)), key=batch.lengths.__getitem__)
+    return [
+        f"tlens: the readings of one observation take {sizes.total() / 2**20:.0f} MiB, "
+        f"{most / 2**20:.0f} of them those of {name}, and two or three observations may be in "
+        f"memory at once. The longest probe, {batch.probes[longest].name}, has "
+        f"{batch.lengths[longest]} tokens: shorten it, or choose what to keep, such as "
+        f"AttentionPatterns(probes=[...], layers=[...])"
     ]
 
 
