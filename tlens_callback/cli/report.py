@@ -1,5 +1,6 @@
 """`tlens-callback report`: makes the page of a store, as a file or live."""
 
+import math
 from pathlib import Path
 
 import click
@@ -91,7 +92,10 @@ def report(
     path = Path(out).expanduser() if out else found.path / "page.html"
     if path.is_dir():
         raise ValueError(f"--out {path} is a directory. Give the name of a file in it.")
-    most_bytes = int((15 if most_mb is None else most_mb) * 1e6)
+    if most_mb is not None and not math.isfinite(most_mb):
+        raise ValueError(f"--most-mb {most_mb} is no size. Give a number of MB, such as 15.")
+    # No page is larger than this, and a number beyond a float's digits is no file size.
+    most_bytes = int(min(15 if most_mb is None else most_mb, 1e9) * 1e6)
     found.page(most_bytes=most_bytes).save(path)
     echo(path)
     if opened:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,7 @@ class ProbeBatch:
         if not probes:
             raise ValueError("There are no probes. Give at least one Probe.")
         names = [probe.name for probe in probes]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
             raise ValueError(
                 f"Two probes are named {twice[0]!r}. Names are parts of keys, so each needs "
                 f"its own."
@@ -211,7 +212,9 @@ def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
     }
     # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
     known = min(vocab_size, len(tokenizer)) if tokenizer is not None else vocab_size
-    usable = torch.tensor([i for i in range(known) if i not in special])
+    ordinary = torch.ones(known, dtype=torch.bool)
+    ordinary[[i for i in special if 0 <= i < known]] = False
+    usable = ordinary.nonzero()[:, 0]
     if len(usable) < probe.block:
         raise ValueError(
             f"Probe {probe.name!r}: a block of {probe.block} distinct tokens needs a vocabulary "
