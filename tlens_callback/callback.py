@@ -20,7 +20,7 @@ from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
 from tlens_callback.run.trainer_logs import SUMMARY
 from tlens_callback.shadow import Shadow
-from tlens_callback.sinks.default import active_wandb, default_sinks
+from tlens_callback.sinks.default import active_wandb, default_sinks, outgoing_lines
 
 
 class TLensCallback(TrainerCallback):
@@ -127,12 +127,14 @@ class TLensCallback(TrainerCallback):
         except BaseException:
             self.observer = None
             raise
-        self._greet()
+        self._greet(args)
 
     @guarded
-    def _greet(self) -> None:
-        assert self.observer is not None
-        print_lines(opening(self.observer))
+    def _greet(self, args: TrainingArguments) -> None:
+        observer = self.observer
+        assert observer is not None and observer.batch is not None
+        rows = observer.batch.n_plain if self.settings.prompts is None else 0
+        print_lines([*opening(observer), *outgoing_lines(observer.sinks, rows=rows, args=args)])
 
     @guarded
     def on_step_end(

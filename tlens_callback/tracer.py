@@ -23,7 +23,7 @@ from tlens_callback.run.terminal import opening, summary
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.weights import unwrap
 from tlens_callback.sinks import LocalSink
-from tlens_callback.sinks.default import active_wandb
+from tlens_callback.sinks.default import active_wandb, outgoing_lines
 from tlens_callback.store.atomic import write_whole
 
 
@@ -168,8 +168,10 @@ class Tracer:
 
     @guarded
     def _greet(self) -> None:
-        assert self.observer is not None
-        print_lines(opening(self.observer))
+        observer = self.observer
+        assert observer is not None and observer.batch is not None
+        rows = observer.batch.n_plain if self.settings.prompts is None else 0
+        print_lines([*opening(observer), *outgoing_lines(observer.sinks, rows=rows)])
 
     def step(self, **logged: float) -> None:
         """Counts a step of the optimizer and observes when it is time; call it on every process.

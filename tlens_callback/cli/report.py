@@ -43,7 +43,8 @@ def report(
 
     STORE is the directory that a watched run wrote, <output_dir>/tlens. If you give the output
     directory itself, the store of its latest run is used. With --serve the page is live: it shows
-    each new step as soon as it is written, at an address that only this machine can reach.
+    each new step as soon as it is written, at an address that only this machine can reach. The
+    address has a token in it, so that no other user of the machine can open the page.
 
     Exit code 3: some steps in the store are incomplete, and the page shows the others.
 

@@ -118,8 +118,8 @@ def _answer(batch: ProbeBatch, row: int, readings: Mapping[str, Reading]) -> str
 
 def _probe_counts(observer: Observer) -> str:
     assert observer.batch is not None
-    blocks = sum(probe.block is not None for probe in observer.batch.probes)
-    probes = len(observer.batch.probes) - blocks
+    probes = observer.batch.n_plain
+    blocks = len(observer.batch.probes) - probes
     return f"{_plural(probes, 'probe')} and {_plural(blocks, 'repeated block')}"
 
 
