@@ -15,7 +15,7 @@ from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import first_rows, training_rows
 from tlens_callback.run.guard import guarded
 from tlens_callback.run.observer import Observer
-from tlens_callback.run.printing import print_lines, warn
+from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
 from tlens_callback.run.trainer_logs import SUMMARY
@@ -142,7 +142,13 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         if self.observer is None or not self.observer.watching:
             return
-        self._join_wandb()
+        try:
+            self._join_wandb()
+        except Exception as error:  # the other sinks go on
+            if self.settings.on_error == "raise":
+                raise
+            self._given_sinks = True
+            report("the active W&B run", error)
         step = state.global_step
         last = control.should_training_stop or step >= state.max_steps
         by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)

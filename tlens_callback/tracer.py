@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -17,7 +17,7 @@ from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import first_rows, training_rows
 from tlens_callback.run.guard import guarded
 from tlens_callback.run.observer import Observer
-from tlens_callback.run.printing import print_lines, warn
+from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
 from tlens_callback.shadow import Shadow
@@ -156,7 +156,7 @@ class Tracer:
                     step=self._begin,
                     baselines_file=baselines_file,
                     run=self._run_identity,
-                    training=self._training_rows(),
+                    training=training_rows(self._data, self._tokenizer),
                     logged=self._log,
                 )
         except BaseException:
@@ -168,10 +168,9 @@ class Tracer:
 
     @guarded
     def _greet(self) -> None:
-        observer = self.observer
-        assert observer is not None and observer.batch is not None
-        rows = observer.batch.n_plain if self.settings.prompts is None else 0
-        print_lines([*opening(observer), *outgoing_lines(observer.sinks, rows=rows)])
+        assert self.observer is not None and self.observer.batch is not None
+        rows = self.observer.batch.n_plain if self.settings.prompts is None else 0
+        print_lines([*opening(self.observer), *outgoing_lines(self.observer.sinks, rows=rows)])
 
     def step(self, **logged: float) -> None:
         """Counts a step of the optimizer and observes when it is time; call it on every process.
@@ -200,13 +199,17 @@ class Tracer:
             return
         if row:
             self._log.append({**row, "step": self._step})
-        self._join_wandb()
+        try:
+            self._join_wandb()
+        except Exception as error:  # the other sinks go on
+            if self.settings.on_error == "raise":
+                raise
+            self._given_sinks = True
+            report("the active W&B run", error)
         with _full_precision(self._model):
-            self.observer.after_update(
-                self._step,
-                observe=self._step % self.settings.every_n_steps == 0,
-                last=self._step == self._end,
-            )
+            due = self._step % self.settings.every_n_steps == 0
+            last = self._step == self._end
+            self.observer.after_update(self._step, observe=due, last=last)
 
     def save(self, folder: str | Path) -> None:
         """Saves in a folder what `resume_from` needs; call it where the loop saves a checkpoint.
@@ -277,9 +280,6 @@ class Tracer:
                     "probes=[...] or train_dataset=."
                 )
         return self.settings.completed(given, shadow)
-
-    def _training_rows(self) -> Callable[[int], list[list[int]]] | None:
-        return training_rows(self._data, self._tokenizer)
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may start inside the block."""
