@@ -12,7 +12,7 @@ import tlens_callback.tracer as tracer_module
 from tests import tiny
 from tests.own_loop import Loop, tracer
 from tests.training import CAPITAL, Constant, trainer
-from tlens_callback import MemorySink, TLensCallback, Tracer, Watch
+from tlens_callback import MemorySink, TLensCallback, Tracer, Watch, read_store
 from tlens_callback.run import baselines, observer
 from tlens_callback.run.cost import Cost
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
@@ -66,8 +66,7 @@ class Driven:
         self.callback = TLensCallback(
             [CAPITAL],
             instruments=[Constant()],
-            sinks=[self.memory],
-            **{"every_n_steps": 1, **settings},
+            **{"every_n_steps": 1, "sinks": [self.memory], **settings},
         )
         run = trainer(tmp_path, self.callback, model=tiny.model("llama", num_hidden_layers=1))
         self.handler, self.args = run.callback_handler, run.args
@@ -160,6 +159,15 @@ def test_what_was_observed_is_written_and_the_end_of_watching_is_said_once(
     assert [0, 1, 2] == list(run.memory.steps)
     said = [r.getMessage() for r in caplog.records if "Injected" in r.getMessage()]
     assert len(said) == 1 and "watching failed" in said[0] and "no reason" in said[0]
+
+
+def test_a_wandb_run_that_cannot_be_joined_leaves_the_other_sinks(tmp_path, monkeypatch, caplog):
+    run = Driven(tmp_path, sinks=None)
+    fail(monkeypatch, callback_module, "active_wandb")
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        run.go_on()
+    assert read_store(tmp_path / "tlens").steps == (0, 1, 2, 3)
+    assert sum("active W&B run" in r.getMessage() for r in caplog.records) == 1
 
 
 STRANGE_ROWS = [

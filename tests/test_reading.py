@@ -119,3 +119,14 @@ def test_a_limit_that_float32_rounds_up_holds_too():
     values = torch.full((32,), 1 / 32).double().log().neg().mean()
     reading = Reading(key="a/b", values=values, unit="nats", limits=(0.0, top))
     assert top - 1e-6 < float(reading.values) <= top
+
+
+def test_values_are_copied_unless_nobody_else_may_write_them():
+    free = np.zeros(3, np.float32)
+    assert not np.shares_memory(Reading(key="a/b", values=free, axes=("x",), unit="1").values, free)
+    view = free[:2]
+    view.setflags(write=False)
+    assert not np.shares_memory(Reading(key="a/b", values=view, axes=("x",), unit="1").values, view)
+    sealed = np.zeros(3, np.float32)
+    sealed.setflags(write=False)
+    assert Reading(key="a/b", values=sealed, axes=("x",), unit="1").values is sealed

@@ -17,12 +17,12 @@ from tlens_callback.probes.builtin import first_rows, training_rows
 from tlens_callback.run.baselines import run_of
 from tlens_callback.run.guard import guarded
 from tlens_callback.run.observer import Observer
-from tlens_callback.run.printing import print_lines, warn
+from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
 from tlens_callback.run.trainer_logs import is_summary
 from tlens_callback.shadow import Shadow
-from tlens_callback.sinks.default import active_wandb, default_sinks
+from tlens_callback.sinks.default import active_wandb, default_sinks, outgoing_lines
 
 
 class TLensCallback(TrainerCallback):
@@ -131,12 +131,14 @@ class TLensCallback(TrainerCallback):
         except BaseException:
             self.observer = None
             raise
-        self._greet()
+        self._greet(args)
 
     @guarded
-    def _greet(self) -> None:
-        assert self.observer is not None
-        print_lines(opening(self.observer))
+    def _greet(self, args: TrainingArguments) -> None:
+        observer = self.observer
+        assert observer is not None and observer.batch is not None
+        rows = observer.batch.n_plain if self.settings.prompts is None else 0
+        print_lines([*opening(observer), *outgoing_lines(observer.sinks, rows=rows, args=args)])
 
     @guarded
     def on_step_end(
@@ -144,7 +146,13 @@ class TLensCallback(TrainerCallback):
     ) -> None:
         if self.observer is None or not self.observer.watching:
             return
-        self._join_wandb()
+        try:
+            self._join_wandb()
+        except Exception as error:  # the other sinks go on
+            if self.settings.on_error == "raise":
+                raise
+            self._given_sinks = True
+            report("the active W&B run", error)
         step = state.global_step
         last = control.should_training_stop or step >= state.max_steps
         by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)

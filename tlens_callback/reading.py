@@ -63,7 +63,10 @@ class Reading:
                 f"A reading's key must be '<instrument>/<measure>' or "
                 f"'<instrument>/<measure>/<probe>', got {self.key!r}."
             )
-        values = np.array(np.asarray(self.values), dtype=np.float32)
+        values = np.asarray(self.values, dtype=np.float32)
+        # An array of its own that nobody may write needs no copy: attention patterns are large.
+        if values.flags.writeable or values.base is not None:
+            values = values.copy()
         if values.ndim != len(self.axes):
             raise ValueError(
                 f"Reading {self.key!r} has values of shape {values.shape} but axes {self.axes}; "
@@ -96,7 +99,7 @@ class Reading:
                     f"Reading {self.key!r}: limits must be (low, high) with low < high, "
                     f"got {self.limits}."
                 )
-            _cut_rounding(values, low, high)
+            values = _cut_rounding(values, low, high)
         if self.texts is not None:
             texts = np.array(self.texts, dtype=np.str_)
             flat = [_encodable(text) for text in texts.ravel().tolist()]
@@ -168,18 +171,25 @@ def descriptions(readings: Iterable[Reading]) -> dict[str, Description]:
     return {name: one for name, one in said.items() if one != Description()}
 
 
-def _cut_rounding(values: np.ndarray, low: float, high: float) -> None:
+def _cut_rounding(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Brings values back that rounding has put beyond a limit, by up to 1e-5 of the range."""
     slack = 1e-5 * (high - low)
-    if not np.isfinite(slack) or max(abs(low), abs(high)) > float(np.finfo(np.float32).max):
-        return
+    largest = float(np.finfo(np.float32).max)
+    if not np.isfinite(slack) or max(abs(low), abs(high)) > largest:
+        return values
     # The nearest float32 may be beyond the limit too.
     top, bottom = np.float32(high), np.float32(low)
     top = np.nextafter(top, np.float32(-np.inf)) if float(top) > high else top
     bottom = np.nextafter(bottom, np.float32(np.inf)) if float(bottom) < low else bottom
-    exact = values.astype(np.float64)
-    values[(exact > high) & (exact <= high + slack)] = top
-    values[(exact < low) & (exact >= low - slack)] = bottom
+    over, under = values > top, values < bottom
+    if not (over.any() or under.any()):
+        return values
+    values = values.copy()
+    for beyond, limit in ((over, top), (under, bottom)):
+        here = values[beyond]
+        near = np.abs(here.astype(np.float64) - float(limit)) <= slack
+        values[beyond] = np.where(near, limit, here)
+    return values
 
 
 def _encodable(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -18,13 +18,13 @@ from tlens_callback.probes.builtin import first_rows, training_rows
 from tlens_callback.run.baselines import run_of
 from tlens_callback.run.guard import guarded
 from tlens_callback.run.observer import Observer
-from tlens_callback.run.printing import print_lines, warn
+from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import opening, summary
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.weights import unwrap
 from tlens_callback.sinks import LocalSink
-from tlens_callback.sinks.default import active_wandb
+from tlens_callback.sinks.default import active_wandb, outgoing_lines
 from tlens_callback.store.atomic import write_whole
 
 
@@ -157,7 +157,7 @@ class Tracer:
                     baselines_file=baselines_file,
                     run=self._run_identity,
                     about={"run": run_of(baselines_file)},
-                    training=self._training_rows(),
+                    training=training_rows(self._data, self._tokenizer),
                     logged=self._log,
                 )
         except BaseException:
@@ -169,8 +169,9 @@ class Tracer:
 
     @guarded
     def _greet(self) -> None:
-        assert self.observer is not None
-        print_lines(opening(self.observer))
+        assert self.observer is not None and self.observer.batch is not None
+        rows = self.observer.batch.n_plain if self.settings.prompts is None else 0
+        print_lines([*opening(self.observer), *outgoing_lines(self.observer.sinks, rows=rows)])
 
     def step(self, **logged: float) -> None:
         """Counts a step of the optimizer and observes when it is time; call it on every process.
@@ -199,13 +200,17 @@ class Tracer:
             return
         if row:
             self._log.append({**row, "step": self._step})
-        self._join_wandb()
+        try:
+            self._join_wandb()
+        except Exception as error:  # the other sinks go on
+            if self.settings.on_error == "raise":
+                raise
+            self._given_sinks = True
+            report("the active W&B run", error)
         with _full_precision(self._model):
-            self.observer.after_update(
-                self._step,
-                observe=self._step % self.settings.every_n_steps == 0,
-                last=self._step == self._end,
-            )
+            due = self._step % self.settings.every_n_steps == 0
+            last = self._step == self._end
+            self.observer.after_update(self._step, observe=due, last=last)
 
     def save(self, folder: str | Path) -> None:
         """Saves in a folder what `resume_from` needs; call it where the loop saves a checkpoint.
@@ -276,9 +281,6 @@ class Tracer:
                     "probes=[...] or train_dataset=."
                 )
         return self.settings.completed(given, shadow)
-
-    def _training_rows(self) -> Callable[[int], list[list[int]]] | None:
-        return training_rows(self._data, self._tokenizer)
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may start inside the block."""

@@ -208,7 +208,7 @@ def test_a_port_that_is_taken(store):
     for _ in range(5):
         try:
             with PageServer(read_store(store), port=port) as server:
-                assert server.address == f"http://127.0.0.1:{port}/"
+                assert server.address.startswith(f"http://127.0.0.1:{port}/")
                 return
         except OSError:  # another process has been given this port meanwhile
             with PageServer(read_store(store)) as server:

@@ -24,8 +24,9 @@ def store(tmp_path):
 
 
 def get(address, path, method="GET", **headers):
-    """Status, headers and body; the path is sent as it is."""
+    """Status, headers and body; the path, below that of the address, is sent as it is."""
     place = urlsplit(address)
+    path = place.path.rstrip("/") + path if path.startswith("/") else path
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
     try:
         connection.putrequest(method, path, skip_host="Host" in headers)
@@ -127,6 +128,23 @@ def test_nothing_but_the_page_is_served(tmp_path):
         data.rename(aside)
         data.symlink_to(aside)
         assert (data / "index.js").is_file() and get(address, "/data/index.js")[0] == 404
+
+
+def test_who_does_not_know_the_token_gets_nothing(store):
+    """Every user of the machine can connect, and ask for what anybody would ask for."""
+    with PageServer(read_store(store)) as server, PageServer(read_store(store)) as other:
+        bare = "http://" + urlsplit(server.address).netloc
+        token, others = (urlsplit(one.address).path.strip("/") for one in (server, other))
+        assert token != others and len(token) >= 32  # 24 bytes in base64
+        assert get(bare, f"/{token}/")[0] == get(bare, f"/{token}/data/index.js")[0] == 200
+        for start in ("", "/x", f"/{others}", f"/{token[:-1]}", f"/{token}x", f"/{token.lower()}",
+                      f"/?{token}", f"/{token}%00"):  # fmt: skip
+            for path in ("/", "/index.html", "/data/index.js", "/data/00000010.js", ""):
+                if start + path:
+                    assert get(bare, start + path)[0] in (404, 501), start + path
+        assert get(bare, f"/{token}")[0] == 404
+        _, headers, body = get(server.address, "/")
+        assert headers["Referrer-Policy"] == "no-referrer" and token.encode() not in body
 
 
 def test_another_name_for_this_machine_is_refused(store):

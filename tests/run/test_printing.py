@@ -10,7 +10,16 @@ import tqdm
 from tests import tiny
 from tests.own_loop import Loop, tracer
 from tests.training import CAPITAL, Constant, trainer
-from tlens_callback import MemorySink, Probe, Reading, Rule, TargetScores, TLensCallback, Watch
+from tlens_callback import (
+    AttentionPatterns,
+    MemorySink,
+    Probe,
+    Reading,
+    Rule,
+    TargetScores,
+    TLensCallback,
+    Watch,
+)
 from tlens_callback.run.printing import print_lines, warn
 from tlens_callback.shadow.bar import with_bar
 from tlens_callback.visible import visible
@@ -131,3 +140,17 @@ def test_no_thread_and_no_exit_function_of_a_bar_stays_after_training(tmp_path, 
 def test_a_bar_that_cannot_be_drawn_still_counts(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream())
     assert list(with_bar(range(3), desc="tlens: weights")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("tokens", [16, 1500])
+def test_an_observation_that_takes_much_memory_says_so_once_at_the_start(capsys, tokens):
+    model = tiny.model("llama", num_hidden_layers=2, max_position_embeddings=2048)
+    probe = Probe("long", [3 + i % 90 for i in range(tokens)])
+    with tracer(model, probes=[probe], instruments=[AttentionPatterns()], sinks=[]):
+        pass
+    lines = [line for line in capsys.readouterr().out.splitlines() if "MiB, " in line]
+    expected = 2 * 4 * 1500**2 * 4 / 2**20  # layers, heads, patterns, float32
+    assert len(lines) == (tokens == 1500)
+    if lines:
+        assert f"{expected:.0f} of them those of attention_patterns" in lines[0]
+        assert "long, has 1500 tokens" in lines[0]

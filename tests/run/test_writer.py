@@ -7,9 +7,11 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from tlens_callback import MemorySink, Reading
+from tlens_callback.run.waiting import MOST_BYTES
 from tlens_callback.run.writer import Writer
 
 NAME = contextvars.ContextVar("NAME", default="nobody")
@@ -319,3 +321,63 @@ def test_waiting_on_the_thread_that_writes_is_no_deadlock():
     writer.put(one(), step=0)
     writer.close()
     assert sink.wrote == [0, "close"], "it was not given up"
+
+
+def sized(step, mib=100) -> list[Reading]:
+    return [Reading(key="a/b", values=np.zeros(mib * 2**18), axes=("x",), unit="1")]
+
+
+def bytes_held(writer):
+    return writer._waiting._bytes(writer._current)
+
+
+def test_what_waits_is_bounded_in_bytes_and_the_caller_waits_for_room():
+    gate, sink = threading.Event(), Notes()
+    sink.gate = gate
+    writer, held = Writer([sink]), []
+
+    def put():
+        for step in range(4):
+            writer.put(sized(step), step=step)
+            held.append(bytes_held(writer))
+
+    caller = threading.Thread(target=put)
+    caller.start()
+    assert sink.began.wait(120)
+    wait_until(lambda: len(held) == 2)
+    time.sleep(0.2)
+    assert len(held) == 2, "100 MiB are being written, 100 wait, and 256 are the most"
+    gate.set()
+    caller.join(120)
+    writer.close()
+    assert sink.wrote == [0, 1, 2, 3, "close"] and max(held) <= MOST_BYTES
+
+
+def test_one_that_is_too_large_by_itself_is_written_alone():
+    sink = Notes()
+    writer = Writer([sink])
+    for step in range(3):
+        writer.put(sized(step, mib=300), step=step)
+        assert bytes_held(writer) <= 300 * 2**20
+    writer.close()
+    assert sink.wrote == [0, 1, 2, "close"] and writer.dropped == 0
+
+
+def test_drop_old_drops_by_bytes_too():
+    gate, sink = threading.Event(), Notes()
+    sink.gate = gate
+    writer = Writer([sink], writing="drop_old")
+    writer.put(sized(0), step=0)
+    assert sink.began.wait(120)
+    for step in (1, 2):
+        writer.put(sized(step), step=step)
+    gate.set()
+    writer.close()
+    assert sink.wrote == [0, 2, "close"] and writer.dropped == 1
+
+
+def wait_until(done):
+    end = time.monotonic() + 120
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from tlens_callback import Probe, ProbeBatch, Shadow
@@ -326,3 +327,32 @@ def test_a_family_that_the_bridge_does_not_know_is_refused_with_its_reason(monke
 
     with pytest.raises(ValueError, match="bridge cannot take a OwnForCausalLM"):
         Shadow.of(OwnForCausalLM(transformers.LlamaConfig(**SMALL)))
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor had that was made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(one, torch.Tensor):
+                self.most = max(self.most, one.numel())
+        return made
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_last_logits_take_one_row_of_the_vocabulary_per_probe(family):
+    """However many lengths the probes have; and they are the same, bit for bit, as those of all."""
+    vocab = 20_000
+    shadow = Shadow.of(tiny.model(family, vocab_size=vocab))
+    probes = [Probe(f"p{n}", [(7 * n + i) % 90 + 3 for i in range(n)]) for n in range(3, 35)]
+    batch = ProbeBatch.encode(probes, vocab_size=vocab)
+    with Largest() as only_last:
+        last = shadow.run(batch, [{"last_logits": lambda t: t}])[0]["last_logits"]
+    with Largest() as every:
+        logits = shadow.run(batch, [{"logits": lambda t: t}])[0]["logits"]
+    assert torch.equal(last, logits[torch.arange(len(probes)), batch.last])
+    assert only_last.most <= len(probes) * vocab
+    assert every.most >= len(probes) * vocab * 34, "the control: all logits are seen"

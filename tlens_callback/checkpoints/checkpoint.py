@@ -82,12 +82,16 @@ class Checkpoint:
         None if neither has it.
         """
         step = step_of(Path(self.path))
-        return self._state.get("global_step") if step is None else step
+        if step is None:
+            saved = self._state.get("global_step")
+            step = saved if type(saved) is int and saved >= 0 else None
+        return step
 
     @property
     def logged(self) -> list[Mapping[str, Any]]:
         """What the trainer had logged by then; empty if it saved no state."""
-        return [row for row in self._state.get("log_history") or [] if isinstance(row, dict)]
+        rows = self._state.get("log_history")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     @property
     def _state(self) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error}). Was saving it interrupted?") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not hold a JSON object.")
@@ -138,7 +138,7 @@ def check_model(place: str) -> None:
         raise ValueError(_nothing_in(place))
     config = read_json(file)
     if packed := config.get("quantization_config"):
-        method = packed.get("quant_method", "packed")
+        method = packed.get("quant_method", "packed") if isinstance(packed, dict) else packed
         raise ValueError(
             f"The weights in {place!r} are quantised ({method}). They can neither be shared with "
             f"the shadow nor take a merged adapter. Name the model in bfloat16 or float32."
@@ -152,6 +152,10 @@ def check_model(place: str) -> None:
             return
         if index.is_file():
             shards = read_json(index).get("weight_map", {})
+            if not isinstance(shards, dict) or not all(
+                isinstance(one, str) for one in shards.values()
+            ):
+                raise ValueError(f"{index} is damaged: its weight_map must name a file per tensor.")
             if missing := sorted({s for s in shards.values() if not (Path(place) / s).is_file()}):
                 raise ValueError(
                     f"{index} names {len(missing)} files that do not exist, such as {missing[0]}. "
@@ -185,6 +189,12 @@ def adapter_config(place: str) -> dict[str, Any]:
     config = read_json(file)
     if "peft_type" not in config:
         raise ValueError(f"{file} is not a config of PEFT: it has no peft_type.")
+    for name in ("peft_type", "base_model_name_or_path", "revision"):
+        value = config.get(name)
+        parts = value.split("/") if isinstance(value, str) else [value or ""]
+        # No name on a disk or on the Hub has more bytes.
+        if not all(isinstance(one, str) and len(one) < 250 and "\0" not in one for one in parts):
+            raise ValueError(f"{file} is damaged: {name} is no name, {value!r:.80}.")
     return config
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from tlens_callback.probes import Probe
     from tlens_callback.run.settings import Settings
 
+_LONGEST = 10_000
+"""Letters of an instrument with its arguments; a deeper expression could not be parsed."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 _MODEL_OPTIONS = (
@@ -133,11 +136,12 @@ def prompt_probes(
     if foil is not None and target is None:
         raise ValueError("--foil is the token that --target is compared with. Give both.")
     probes: list[Probe] = []
+    names = {*others}
     for prompt in prompts:
         if not prompt.strip():
             raise ValueError(f"The prompt {prompt!r} is empty.")
         content = [{"role": "user", "content": prompt}] if chat else prompt
-        name = short_name(prompt, [*others, *(probe.name for probe in probes)])
+        names.add(name := short_name(prompt, names))
         probes.append(Probe(name, content, target=target, foil=foil))
     return probes
 
@@ -168,14 +172,18 @@ def parse_instrument(text: str) -> "Instrument":
     from tlens_callback import instruments
 
     try:
+        if len(text) > _LONGEST:
+            raise ValueError
         call: Any = ast.parse(text.strip(), mode="eval").body
         call = call if isinstance(call, ast.Call) else ast.Call(call, [], [])
         name = call.func.id
         args = [ast.literal_eval(one) for one in call.args]
         kwargs = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
-    except (SyntaxError, AttributeError, ValueError):
+        if None in kwargs or len(kwargs) < len(call.keywords):
+            raise ValueError
+    except (SyntaxError, AttributeError, ValueError, TypeError, RecursionError, MemoryError):
         raise ValueError(
-            f"--instruments {text!r} is neither a name nor a call with plain values, such as "
+            f"--instruments {text[:80]!r} is neither a name nor a call with plain values, such as "
             f"LogitLens or 'LogitLens(k=10)'. For several instruments, repeat the option."
         ) from None
     names = {_bare(one): one for one in instruments.__all__}
@@ -187,7 +195,7 @@ def parse_instrument(text: str) -> "Instrument":
     try:
         return getattr(instruments, name)(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--instruments {text!r}: {error}") from error
+        raise ValueError(f"--instruments {text!r}: {str(error).rstrip('.')}.") from error
 
 
 def _bare(name: str) -> str:

@@ -1,5 +1,6 @@
 """`tlens-callback report`: makes the page of a store, as a file or live."""
 
+import math
 from pathlib import Path
 
 import click
@@ -42,7 +43,8 @@ def report(
 
     STORE is the directory that a watched run wrote, <output_dir>/tlens. If you give the output
     directory itself, the store of its latest run is used. With --serve the page is live: it shows
-    each new step as soon as it is written, at an address that only this machine can reach.
+    each new step as soon as it is written, at an address that only this machine can reach. The
+    address has a token in it, so that no other user of the machine can open the page.
 
     Exit code 3: some steps in the store are incomplete, and the page shows the others.
 
@@ -91,7 +93,10 @@ def report(
     path = Path(out).expanduser() if out else found.path / "page.html"
     if path.is_dir():
         raise ValueError(f"--out {path} is a directory. Give the name of a file in it.")
-    most_bytes = int((15 if most_mb is None else most_mb) * 1e6)
+    if most_mb is not None and not math.isfinite(most_mb):
+        raise ValueError(f"--most-mb {most_mb} is no size. Give a number of MB, such as 15.")
+    # No page is larger than this, and a number beyond a float's digits is no file size.
+    most_bytes = int(min(15 if most_mb is None else most_mb, 1e9) * 1e6)
     found.page(most_bytes=most_bytes).save(path)
     echo(path)
     if opened:

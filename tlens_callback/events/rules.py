@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.reading import Reading
 
 HISTORY = 20
@@ -36,6 +37,7 @@ class Rule:
     jump: float | None = None
 
     def __post_init__(self) -> None:
+        demand_numbers(self)
         if self.above is None and self.below is None and self.jump is None:
             raise ValueError(f"Rule({self.key!r}) has no condition; give above=, below= or jump=.")
         if self.jump is not None and not self.jump > 0:

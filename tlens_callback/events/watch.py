@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.events.roles import first_of_each, lowest_over_blocks, of_heads
 from tlens_callback.events.rules import HISTORY, Rule, entry
 from tlens_callback.meaning import Description, Meaning, Quantity, described
@@ -99,6 +100,7 @@ class Watch:
     baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        demand_numbers(self)
         if not 0 < self.loses <= self.takes:
             raise ValueError(
                 f"loses must be above 0 and at most takes, got {self.loses} and {self.takes}."

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.selection import (
     attention_layers,
     checked_selection,
@@ -148,11 +149,7 @@ class HeadAblation:
                 raise ValueError(
                     f"HeadAblation({field}={getattr(self, field)!r}): choose one of {allowed}."
                 )
-        for field, least in (("checked", 3), ("rows", 1), ("every", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(
-                    f"HeadAblation({field}={getattr(self, field)}): give {field} >= {least}."
-                )
+        demand_numbers(self, checked=3, rows=1, every=1)
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.direct import high_precision
 from tlens_callback.instruments.parts.module_grid import ModuleGrid
 from tlens_callback.meaning import Description, Meaning, Needs
@@ -119,6 +120,7 @@ class AdapterSpectrum:
     baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        demand_numbers(self)
         if self.k < 1:
             raise ValueError(
                 f"AdapterSpectrum(k={self.k}) keeps no singular value; give k >= 1, such as 8."

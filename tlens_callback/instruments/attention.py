@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -91,14 +92,20 @@ class AttentionPatterns:
     ) -> Iterable[Reading]:
         """Yields one reading for each probe, with all layers and heads."""
         layers, rows = self._layers(shadow), self._rows(batch)
-        lengths = [batch.lengths[row] for row in rows]
-        flat = torch.stack([taken[pattern_hook(i)] for i in layers])  # type: ignore[misc]
-        parts = flat.split([shadow.n_heads * n * n for n in lengths], dim=1)
         labels = layer_labels(layers, shadow)
-        for row, n, part in zip(rows, lengths, parts, strict=True):
+        flat: list[Any] = [taken[pattern_hook(i)] for i in layers]
+        start = 0
+        for row in rows:
+            n = batch.lengths[row]
+            size = shadow.n_heads * n * n
+            # One probe after another, and read-only, which spares two copies of all patterns.
+            values = np.stack([part[start : start + size].numpy() for part in flat])
+            values.setflags(write=False)
+            values.shape = len(layers), shadow.n_heads, n, n
+            start += size
             yield Reading(
                 key=f"{self.name}/pattern/{batch.probes[row].name}",
-                values=part.reshape(len(layers), shadow.n_heads, n, n).numpy(),
+                values=values,
                 axes=("layer", "head", "query", "key"),
                 unit="probability",
                 labels={**labels, "query": batch.labels[row], "key": batch.labels[row]},

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.neurons import FINAL
 from tlens_callback.instruments.parts.baseline import changes, first_value
 from tlens_callback.instruments.parts.direct import (
@@ -160,6 +161,7 @@ class LogitAttribution:
     name: str = "logit_attribution"
 
     def __post_init__(self) -> None:
+        demand_numbers(self)
         if self.neurons < 0:
             raise ValueError(
                 f"LogitAttribution(neurons={self.neurons}): give the number of neurons to show for "

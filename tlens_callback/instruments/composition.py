@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.circuits import Circuits, circuits, demand_circuits
 from tlens_callback.instruments.parts.direct import high_precision
 from tlens_callback.instruments.parts.selection import attention_layers
@@ -91,9 +92,7 @@ class Composition:
     name: str = "composition"
 
     def __post_init__(self) -> None:
-        for field in ("k", "every"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"Composition({field}={getattr(self, field)}): give {field} >= 1.")
+        demand_numbers(self, k=1, every=1)
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """Returns no reductions: this instrument reads weights alone."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.baseline import first_value
 from tlens_callback.instruments.parts.distance import cosine_distance
 from tlens_callback.instruments.parts.selection import (
@@ -142,9 +143,7 @@ class Contrast:
     name: str = "contrast"
 
     def __post_init__(self) -> None:
-        for value, what in ((self.k, "k"), (self.every, "every")):
-            if value < 1:
-                raise ValueError(f"Contrast({what}={value}): give {what} >= 1.")
+        demand_numbers(self, k=1, every=1)
         for which in ("having", "without"):
             given = getattr(self, which)
             if isinstance(given, str):

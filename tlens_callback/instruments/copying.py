@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.circuits import Circuits, circuits, demand_circuits
 from tlens_callback.instruments.parts.direct import before_norm, high_precision
 from tlens_callback.instruments.parts.selection import (
@@ -113,8 +114,7 @@ class CopyingScores:
     name: str = "copying_scores"
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"CopyingScores(every={self.every}): give every >= 1.")
+        demand_numbers(self, every=1)
         number, least = self.tokens, 0
         if not isinstance(number, int):
             ids: Any = checked_selection(number, "tokens")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.baseline import first_value, probes_suffix
 from tlens_callback.instruments.parts.selection import (
     after_first,
@@ -100,6 +101,7 @@ class DifferenceLens:
     name: str = "difference_lens"
 
     def __post_init__(self) -> None:
+        demand_numbers(self)
         if self.k < 1:
             raise ValueError(f"DifferenceLens(k={self.k}) shows no token; give k >= 1.")
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))

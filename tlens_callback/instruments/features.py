@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.selection import checked_selection, index_or_nan, plain_rows
 from tlens_callback.meaning import Description, Meaning, Quantity
 from tlens_callback.probes import ProbeBatch
@@ -166,7 +167,7 @@ class SparseFeatures:
             raise ValueError(
                 f"SparseFeatures takes an Autoencoder or its directory, got {self.sae!r}."
             )
-        check_counts(k=self.k, tokens=self.tokens, every=self.every)
+        demand_numbers(self, k=1, tokens=1, every=1)
         if self.hook is None and self.sae.hook is None:
             raise ValueError(
                 "The autoencoder's files do not say which hook point it is for. Name the hook "
@@ -335,13 +336,6 @@ def scalar(
 ) -> Reading:
     """Returns a reading of one number."""
     return Reading(key=f"{name}/{measure}", values=np.array(value), unit=unit, limits=limits)
-
-
-def check_counts(**settings: int) -> None:
-    """Raises ValueError for a setting that is not a whole number of 1 or more."""
-    for name, value in settings.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: give a whole number, 1 or more.")
 
 
 def _in_context(names: Sequence[str], pos: int) -> str:

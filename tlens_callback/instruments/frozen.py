@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -101,8 +102,7 @@ class FrozenWeights:
     baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"FrozenWeights(every={self.every}): give every >= 1.")
+        demand_numbers(self, every=1)
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """Returns no reductions: this instrument reads weights alone."""

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.selection import (
     checked_selection,
     chosen_rows,
@@ -166,10 +167,7 @@ class LogitLens:
     name: str = "logit_lens"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"LogitLens(k={self.k}) shows no token; give k >= 1.")
-        if self.every < 1:
-            raise ValueError(f"LogitLens(every={self.every}): give every >= 1, in observations.")
+        demand_numbers(self, k=1, every=1)
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:

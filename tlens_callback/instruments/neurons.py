@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.direct import answer_directions, before_norm, has_direct_path
 from tlens_callback.instruments.parts.experts import expert_taps, routed_hook, router_hook
 from tlens_callback.instruments.parts.selection import (
@@ -114,6 +115,7 @@ class TopNeurons:
     name: str = "top_neurons"
 
     def __post_init__(self) -> None:
+        demand_numbers(self)
         if self.k < 1:
             raise ValueError(f"TopNeurons(k={self.k}) shows nothing; give k >= 1.")
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.selection import checked_selection, layer_labels, rows_named
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import Probe, ProbeBatch
@@ -124,12 +125,7 @@ class ActivationPatching:
             raise ValueError(
                 f"ActivationPatching(parts=...) has {unknown[0]!r}; known are {get_args(Part)}."
             )
-        for argument in ("rows", "every"):
-            if getattr(self, argument) < 1:
-                raise ValueError(
-                    f"ActivationPatching({argument}={getattr(self, argument)}): give "
-                    f"{argument} >= 1."
-                )
+        demand_numbers(self, rows=1, every=1)
         if self.clean is None and self.corrupt is not None:
             raise ValueError(
                 "ActivationPatching(corrupt=...): name the clean probe too, with clean=..."

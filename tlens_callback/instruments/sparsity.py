@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.module_grid import ModuleGrid
 from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
@@ -94,6 +95,7 @@ class UpdateSparsity:
     _drawn: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        demand_numbers(self)
         if not self.tolerance > 0:
             raise ValueError(
                 f"UpdateSparsity(tolerance={self.tolerance}): every entry would count as moved; "

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.features import (
-    check_counts,
     feature_readings,
     fit_readings,
     largest,
@@ -211,16 +211,8 @@ class TrainedFeatures:
                 f"hook={self.hook!r}: give the name of one hook point, such as "
                 f"'blocks.5.hook_resid_post'."
             )
-        check_counts(
-            k=self.k,
-            tokens=self.tokens,
-            steps=self.steps,
-            length=self.length,
-            buffer=self.buffer,
-            every=self.every,
-            n_features=1 if self.n_features is None else self.n_features,
-            rows=self.rows + 1,
-        )
+        positive = dict.fromkeys("k tokens steps length buffer every n_features batch".split(), 1)
+        demand_numbers(self, **positive, rows=0)
         self._training()
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:

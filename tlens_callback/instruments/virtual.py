@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.selection import (
     attention_layers,
     block_rows,
@@ -119,8 +120,7 @@ class VirtualHeads:
     name: str = "virtual_heads"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"VirtualHeads(k={self.k}) shows nothing; give k >= 1.")
+        demand_numbers(self, k=1)
         if self.strongest < 2:
             raise ValueError(
                 f"VirtualHeads(strongest={self.strongest}) has fewer than two heads to compose; "

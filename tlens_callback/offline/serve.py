@@ -5,7 +5,9 @@ by their names, and no other file of the disk.
 """
 
 import errno
+import hmac
 import re
+import secrets
 import sys
 import time
 from contextlib import ExitStack
@@ -40,14 +42,16 @@ class PageServer:
     If the store has no live page, or its page lacks steps, one is made in a temporary directory,
     which `run` keeps up to date. The store itself is not written to.
 
-    Only this machine can connect. A request under any host name but this machine's own is refused,
-    so that no name of another site can lead here. Pages of other sites cannot load the data either.
+    Only this machine can connect, and only who knows the address gets an answer: it has a token in
+    its path that nobody can guess, since other users of the machine can connect too. A request
+    under any host name but this machine's own is refused, so that no name of another site can lead
+    here. Pages of other sites cannot load the data either.
 
     Args:
         port: the port to listen on; 0: any free port.
 
     Attributes:
-        address: the address of the page, with the port.
+        address: the address of the page, with the port and the token.
 
     Raises:
         OSError: on entering the block, if the port is taken or not allowed.
@@ -71,8 +75,8 @@ class PageServer:
                     f"Port {self._port} of {HOST} is in use. Port 0 stands for any free port."
                 ) from error
             self._ended.callback(server.server_close)
-            server.folder = self._folder()
-            self.address = f"http://{HOST}:{server.server_port}/"
+            server.folder, server.token = self._folder(), secrets.token_urlsafe(24)
+            self.address = f"http://{HOST}:{server.server_port}/{server.token}/"
             thread = Thread(target=server.serve_forever, name="tlens-page", daemon=True)
             thread.start()
             self._ended.callback(server.shutdown)
@@ -139,6 +143,7 @@ def _readings(store: Store, step: int) -> list[Reading] | None:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     folder: Path
+    token: str
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A browser may close the connection in the middle of an answer; that is no error.
@@ -164,7 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not _HOSTS.fullmatch(self.headers.get("Host", "")):
             self.send_error(HTTPStatus.FORBIDDEN)
             return None
-        name = self.path.partition("?")[0].removeprefix("/") or "index.html"
+        token, slash, name = self.path.partition("?")[0].removeprefix("/").partition("/")
+        # In constant time, so that no answer tells how much of it was right.
+        if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return None
+        name = name or "index.html"
         kind = "text/html" if name == "index.html" else "text/javascript"
         content = None
         if name == "index.html" or _NAMES.fullmatch(name):
@@ -178,6 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         # Files are rewritten under the same names while a run goes on.
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
         # Without this, a page of another site could load the data as a script of its own.
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()

@@ -64,6 +64,11 @@ class ProbeBatch:
         return tuple(len(names) for names in self.labels)
 
     @property
+    def n_plain(self) -> int:
+        """Number of probes that are not repeated blocks."""
+        return sum(probe.block is None for probe in self.probes)
+
+    @property
     def last(self) -> Int[Tensor, " probe"]:
         """[probe], position of each probe's last real token, on the device of `tokens`."""
         return self.mask.sum(1) - 1

@@ -173,7 +173,9 @@ def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
     special = {start, *special_ids(tokenizer)}
     # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
     known = min(vocab_size, len(tokenizer)) if tokenizer is not None else vocab_size
-    usable = torch.tensor([i for i in range(known) if i not in special])
+    ordinary = torch.ones(known, dtype=torch.bool)
+    ordinary[[i for i in special if 0 <= i < known]] = False
+    usable = ordinary.nonzero()[:, 0]
     if len(usable) < probe.block:
         raise ValueError(
             f"Probe {probe.name!r}: a block of {probe.block} distinct tokens needs a vocabulary "

@@ -40,9 +40,29 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
+_DEEPEST = 50
+"""Levels of lists and mappings; an entry has five."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one entry. YAML takes the last one, also where the dash of
-    the second entry was forgotten."""
+    """Refuses aliases, and a key that stands twice in one entry; YAML takes the last one, also
+    where the dash of the second entry was forgotten."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # An alias in an alias, some levels deep, makes gigabytes of a few lines.
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise RecursionError
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(
+                problem="an alias (*name) cannot be used; write the text again", problem_mark=mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: list[Any] = []
@@ -84,7 +104,7 @@ def _list(path: Path, text: str) -> list[tuple[str, Any]]:
     except RecursionError as error:
         raise ValueError(f"{path} is not a list of probes: it is nested too deeply.") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {str(error).rstrip('.')}.") from error
     if not isinstance(entries := entries or [], list):
         raise ValueError(
             f"{path} must be a list of probes, but holds a {kind_of(entries)}. In YAML each "
@@ -109,8 +129,10 @@ def _lines(path: Path, text: str) -> list[tuple[str, Any]]:
                 f"{where} is not JSON: {error.msg}, column {error.colno}. Each line must be a "
                 f"whole entry; put a list over several lines into a file that ends in .json."
             ) from error
+        except RecursionError as error:
+            raise ValueError(f"{where} is nested too deeply to be a probe.") from error
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{where}: {str(error).rstrip('.')}.") from error
     return found
 
 

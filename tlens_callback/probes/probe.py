@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
+_MOST_TOKENS = 2**24
+"""More tokens than any model reads; so many and more are refused before they are made."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -49,6 +52,22 @@ class Probe:
         if self.block is not None:
             if len(self.content) > 0:
                 raise ValueError(f"Probe {self.name!r} has both content and a random block.")
+            for what in ("block", "times", "seed"):
+                number: Any = getattr(self, what)
+                try:
+                    object.__setattr__(self, what, operator.index(number))
+                except TypeError:
+                    number = True
+                if isinstance(number, bool):
+                    raise ValueError(
+                        f"Probe {self.name!r}: {what} must be a whole number, got "
+                        f"{getattr(self, what)!r}."
+                    )
+            if self.block * self.times >= _MOST_TOKENS or abs(self.seed) >= 2**50:
+                raise ValueError(
+                    f"Probe {self.name!r} is too large: block={self.block}, times={self.times}, "
+                    f"seed={self.seed}. A model reads at most some thousands of tokens."
+                )
             if self.block < 2 or self.times < 2:
                 raise ValueError(
                     f"Probe {self.name!r}: a repeated block needs block >= 2 and times >= 2, "
@@ -59,6 +78,14 @@ class Probe:
         if not isinstance(content, str):
             content = content.tolist() if hasattr(content, "tolist") else content
             object.__setattr__(self, "content", _checked(self.name, content))
+        messages = () if isinstance(content, str) else self.content
+        said = [part.get("content") for part in messages if isinstance(part, Mapping)]
+        for text in (self.content, *said, self.target, self.foil):
+            if isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
+                raise ValueError(
+                    f"Probe {self.name!r} has half a character in {text!r:.60}, a surrogate "
+                    f"without its other half, which no tokenizer can read. Remove it."
+                )
         if not (content.strip() if isinstance(content, str) else self.content):
             raise ValueError(
                 f"Probe {self.name!r} is empty. Give text, chat messages or token ids, or use "

@@ -1,5 +1,6 @@
 """`Observer`: observes one training run and handles what fails. It does not know the trainer."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -56,6 +57,7 @@ class Observer:
         batch: the encoded probes.
         cost: the time spent on the training thread so far.
         steps: the observed steps.
+        first_bytes: instrument -> bytes of its readings at the first observation.
         checks: step -> fidelity, for the steps where it was computed.
     """
 
@@ -69,9 +71,9 @@ class Observer:
         self.model: nn.Module | None = None
         self.batch: ProbeBatch | None = None
         self.steps: list[int] = []
-        self._monitor = FidelityMonitor()
+        self.first_bytes: Counter[str] = Counter()
+        self._monitor, self.cost = FidelityMonitor(), Cost()
         self.checks = self._monitor.checks
-        self.cost = Cost()
         self.extra_bytes = self._first_step = 0
         self._schedule = Schedule()
         self._model_shape: tuple[int, ...] = ()
@@ -321,6 +323,8 @@ class Observer:
         readings += self._watch_events(
             readings, step, strict=self.settings.on_error == "raise" or first
         )
+        for reading in readings if not self.steps else ():
+            self.first_bytes[reading.instrument] += reading.values.nbytes
         if step not in self.steps:
             self.steps.append(step)
         self.writer.hold(readings, step=step, more=partial(self.logs.take, step))

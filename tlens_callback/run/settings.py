@@ -108,6 +108,11 @@ class Settings:
             raise ValueError(
                 f"name may only have letters, digits, - and _ in it, got {self.name!r}."
             )
+        if re.fullmatch(r"checkpoint-\d+", self.name) or len(self.name.encode()) > 100:
+            raise ValueError(
+                f"name is the name of a directory beside the trainer's checkpoints, so it must not "
+                f"be that of one of them, nor longer than 100 letters, got {self.name!r}."
+            )
         probes: Any = self.probes
         if isinstance(probes, str | os.PathLike):
             probes = _from_file(probes)

@@ -9,6 +9,9 @@ from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import sink_lines
 from tlens_callback.shadow import Shadow
 
+_LARGE = 64 * 2**20
+"""Bytes of an observation from which on a line tells its size."""
+
 
 def opening(observer: Observer) -> list[str]:
     """Says what is watched, how closely the shadow agrees with the model, and how each probe was
@@ -26,6 +29,7 @@ def opening(observer: Observer) -> list[str]:
         f"tlens: the shadow agrees with the model: {fidelity}",
         *_attention_lines(shadow),
         *encoded_lines(observer.batch),
+        *_size_lines(observer),
         *sink_lines(observer.sinks),
     ]
 
@@ -39,6 +43,22 @@ def _attention_lines(shadow: Shadow) -> list[str]:
     return [
         f"tlens: {len(layers)} of {shadow.n_layers} layers have attention patterns{which}; the "
         f"others have no attention, or none that TransformerLens's bridge has hook points for"
+    ]
+
+
+def _size_lines(observer: Observer) -> list[str]:
+    """Says how large an observation is, if it is large."""
+    sizes, batch = observer.first_bytes, observer.batch
+    if batch is None or sizes.total() < _LARGE:
+        return []
+    (name, most), *_ = sizes.most_common(1)
+    longest = max(range(len(batch.probes)), key=batch.lengths.__getitem__)
+    return [
+        f"tlens: the readings of one observation take {sizes.total() / 2**20:.0f} MiB, "
+        f"{most / 2**20:.0f} of them those of {name}, and two or three observations may be in "
+        f"memory at once. The longest probe, {batch.probes[longest].name}, has "
+        f"{batch.lengths[longest]} tokens: shorten it, or choose what to keep, such as "
+        f"AttentionPatterns(probes=[...], layers=[...])"
     ]
 
 
@@ -114,8 +134,8 @@ def _answer(batch: ProbeBatch, row: int, readings: Mapping[str, Reading]) -> str
 
 def _probe_counts(observer: Observer) -> str:
     assert observer.batch is not None
-    blocks = sum(probe.block is not None for probe in observer.batch.probes)
-    probes = len(observer.batch.probes) - blocks
+    probes = observer.batch.n_plain
+    blocks = len(observer.batch.probes) - probes
     return f"{_plural(probes, 'probe')} and {_plural(blocks, 'repeated block')}"
 
 

@@ -9,17 +9,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from tlens_callback.interfaces import Sink
 from tlens_callback.reading import Reading
 from tlens_callback.run.printing import print_lines, report, sink_lines, warn
+from tlens_callback.run.waiting import Job, Waiting
 
 OnError = Literal["warn", "raise"]
 Writing = Literal["wait", "drop_old", "inline"]
-
-_MOST_WAITING = 2
-"""Observations that may wait while one is being written."""
 
 _CLOSING_FACTOR = 5
 """Closing a sink may take this many times as long as another call."""
@@ -36,16 +34,6 @@ class SinkHangs(TimeoutError):
     """Raised if a call of a sink takes so long that the sink is given up."""
 
 
-class _Job(NamedTuple):
-    """Holds calls that are still to be made, in order, and the context to make them in."""
-
-    step: int | None
-    """The step of the observation to write; None: the calls close the sinks."""
-
-    calls: deque[tuple[Sink, Callable[[], None]]]
-    context: contextvars.Context
-
-
 class Writer:
     """Calls the sinks of one run, in the order of the list, one observation after the other.
 
@@ -59,10 +47,10 @@ class Writer:
     call may take 10 of them.
 
     Args:
-        writing: "wait": at most two observations wait beside the one being written; the caller
-            waits until there is room. "drop_old": the oldest waiting observation is dropped
-            instead. "inline": everything is written on the caller's thread, before a call returns,
-            and no sink is given up.
+        writing: "wait": at most two observations wait beside the one being written, and at most
+            256 MiB; the caller waits until there is room. "drop_old": the oldest waiting
+            observation is dropped instead. "inline": everything is written on the caller's thread,
+            before a call returns, and no sink is given up.
         on_error: "warn": a sink that fails is reported once. "raise": its error is raised on the
             training thread, at its next call of the writer.
         patience: seconds that one call of a sink may take.
@@ -84,8 +72,8 @@ class Writer:
         self.writing, self.on_error, self.patience = writing, on_error, patience
         self.dropped = 0
         self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._current: _Job | None = None
+        self._waiting = Waiting()
+        self._current: Job | None = None
         self._busy: tuple[Sink, float] | None = None
         self._thread: threading.Thread | None = None
         self._held: tuple[Sequence[Reading], int, Callable[[], Sequence[Reading]]] | None = None
@@ -153,7 +141,7 @@ class Writer:
                     raise
                 report("the reading of the trainer's log", error)
             calls = [(sink, partial(sink.write, kept, step=step)) for sink in self.sinks]
-            self._submit(step, calls)
+            self._submit(step, calls, size=sum(reading.values.nbytes for reading in kept))
 
     def drain(self, timeout: float | None = None) -> bool:
         """Waits until everything is written; returns False if `timeout` seconds were not enough."""
@@ -169,7 +157,12 @@ class Writer:
         self._close(None)
         self._report()
 
-    def _submit(self, step: int | None, calls: Sequence[tuple[Sink, Callable[[], None]]]) -> None:
+    def _submit(
+        self,
+        step: int | None,
+        calls: Sequence[tuple[Sink, Callable[[], None]]],
+        size: int = 0,
+    ) -> None:
         if self.writing == "inline":
             for sink, act in calls:
                 try:
@@ -177,7 +170,7 @@ class Writer:
                 except Exception as error:
                     self._fail(sink, error)
             return
-        job = _Job(step, deque(calls), contextvars.copy_context())
+        job = Job(step, size, deque(calls), contextvars.copy_context())
         with self._changed:
             if self._thread is None:
                 self._start()
@@ -186,18 +179,13 @@ class Writer:
             try:
                 # The end of the program has a time limit of its own.
                 if step is not None and self.writing == "wait" and not self._exiting:
-                    self._wait_for(lambda: len(self._waiting) < _MOST_WAITING)
+                    self._wait_for(lambda: self._waiting.has_room(size, self._current))
             finally:  # Ctrl-C ends this wait; the observation is written all the same
                 self._waiting.append(job)
                 self._changed.notify_all()
             self._give_up_hung()
-            while (
-                step is not None
-                and self.writing == "drop_old"
-                and len(self._waiting) > _MOST_WAITING
-            ):
-                self._waiting.popleft()
-                self.dropped += 1
+            if step is not None and self.writing == "drop_old":
+                self.dropped += self._waiting.drop_old(self._current)
 
     def _wait_until_written(self, timeout: float | None = None) -> bool:
         """Waits until everything is written, without reporting failures; on the writing thread it

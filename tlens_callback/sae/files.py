@@ -1,14 +1,16 @@
 """Loads published autoencoders from files in the layouts of SAELens and of sparsify."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlens_callback.sae.autoencoder import Autoencoder, Normalize
@@ -24,6 +26,18 @@ _NORMALIZE: dict[Any, Normalize] = {
     "constant_norm_rescale": "norm",
     "layer_norm": "layer_norm",
 }
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys("architecture activation hook_name hook_point hook_name_out".split(), (str,)),
+    **dict.fromkeys("activation_fn activation_fn_str".split(), (str,)),
+    **dict.fromkeys("activation_fn_kwargs model_from_pretrained_kwargs".split(), (dict,)),
+    **dict.fromkeys("d_in d_sae num_latents hook_layer hook_point_layer".split(), (int,)),
+    "k": (int, float),
+    "normalize_activations": (str, bool),
+    **dict.fromkeys("apply_b_dec_to_input rescale_acts_by_decoder_norm".split(), (bool,)),
+    **dict.fromkeys("signed transcode skip_connection multi_topk".split(), (bool,)),
+}
+"""Settings -> the types that they may have beside null."""
 
 _SPARSIFY_FIELDS = frozenset(
     "activation d_in expansion_factor k multi_topk normalize_decoder num_latents signed "
@@ -71,14 +85,45 @@ def load_sae(
             f"{_SAELENS} (SAELens) or {_SPARSIFY} (sparsify). A release with many of them has a "
             f"folder for each."
         )
-    config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-    with safe_open(path / weights[0], "pt", device="cpu") as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    config = _config(path / _CONFIG)
+    try:
+        with safe_open(path / weights[0], "pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path / weights[0]} is incomplete ({error}). Was downloading it interrupted?"
+        ) from error
+    if scale is not None and not (isinstance(scale, Real) and 0 < float(scale) < math.inf):
+        raise ValueError(f"scale must be a positive number, got {scale!r}.")
     if weights[0] == _SPARSIFY:
         if scale is not None:
             raise ValueError("scale is for SAELens's expected_average_only_in; this is sparsify's.")
         return _sparsify(path, config, tensors, bool(centred))
     return _saelens(path, config, tensors, scale, centred)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """Reads a configuration, and checks the types of the settings that are used.
+
+    Raises:
+        ValueError: if it is no JSON object, or a setting is of another type; the text names it.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}. Was downloading it interrupted?") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}.")
+    parts = [config, config.get("meta"), config.get("metadata")]
+    for part in parts:
+        if not isinstance(part, dict | None):
+            raise ValueError(f"{file}: meta and metadata must be JSON objects, got {part!r:.80}.")
+        for name, value in (part or {}).items():
+            kinds = _TYPES.get(name)
+            if kinds is not None and value is not None and type(value) not in kinds:
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{file}: {name} must be of type {names}, got {value!r:.80}.")
+    return config
 
 
 def _saelens(
@@ -109,7 +154,7 @@ def _saelens(
         raise _unknown_error(
             path, f"activation {activation!r} with {kwargs}", f"{' or '.join(known)}"
         )
-    if architecture == "topk" and not isinstance(k, int):
+    if architecture == "topk" and type(k) is not int:
         raise _unknown_error(path, f"top-k with k={k!r}", "a whole number")
     if settings.get("hook_head_index", settings.get("hook_point_head_index")) is not None:
         raise _unknown_error(
@@ -208,7 +253,8 @@ def _sparsify(
             path, f"the setting {other[0]}={config[other[0]]!r}", "left out or false"
         )
     _check_tensors(path, tensors, {"encoder.weight", "encoder.bias", "W_dec", "b_dec"})
-    k = config.get("k", 32)
+    if type(k := config.get("k", 32)) is not int:
+        raise _unknown_error(path, f"top-k with k={k!r}", "a whole number")
     encoder = tensors["encoder.weight"]
     if config.get("d_in") not in (None, encoder.shape[1]):
         raise _unknown_error(path, f"d_in {config['d_in']}", f"the encoder's {encoder.shape[1]}")
@@ -245,6 +291,13 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], names: set[str]) -
             f"{path}: the autoencoder that {_CONFIG} describes has the tensors {sorted(names)}; "
             f"the file lacks {lacking} and also has {other}."
         )
+    for name, tensor in tensors.items():
+        dims = 2 if name in ("W_enc", "W_dec", "encoder.weight") else 1
+        if tensor.dim() != dims or 0 in tensor.shape:
+            raise ValueError(
+                f"{path}: the tensor {name} must have {dims} dimensions and at least one number, "
+                f"but has the shape {tuple(tensor.shape)}."
+            )
 
 
 def _unknown_error(path: Path, what: str, known: str) -> ValueError:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlens_callback.demands import demand_numbers
 from tlens_callback.sae.autoencoder import Autoencoder
 
 State = dict[str, Tensor]
@@ -49,6 +50,7 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        demand_numbers(self)
         if self.l1 < 0 or not self.lr > 0 or self.batch < 1:
             raise ValueError(
                 f"An autoencoder is trained with l1 >= 0, lr > 0 and batch >= 1; got l1={self.l1}, "

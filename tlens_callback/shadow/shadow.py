@@ -221,20 +221,18 @@ class Shadow:
                         fail(i, error)
                         continue
                     handles.append((point, point.add_hook(partial(_listen, take, i, name, reduce))))
-            last = batch.last
             if any(name == LOGITS or name.startswith("unembed") for _, name, _ in plan):
-                logits, at = self.logits(batch.tokens), last
+                logits = self.logits(batch.tokens)
+                ends = logits[torch.arange(len(logits), device=logits.device), batch.last]
             else:
-                kept, at = torch.unique(last, return_inverse=True)
-                logits = self.logits(batch.tokens, kept)
+                logits = ends = self._last_logits(batch)
         finally:
             for point, handle in handles:
                 handle.hook.remove()
                 point.fwd_hooks.remove(handle)
-        rows = torch.arange(len(at), device=at.device)
         for i, name, reduce in plan:
             if name in _OUTPUTS:
-                take(i, name, reduce, logits if name == LOGITS else logits[rows, at])
+                take(i, name, reduce, logits if name == LOGITS else ends)
         for i, name, _ in plan:
             if i not in failed and name not in taken[i]:
                 fail(i, ValueError(f"The forward pass never reached the hook point {name!r}."))
@@ -242,6 +240,29 @@ class Shadow:
             {} if i in failed else {name: got[name] for name in tap}
             for i, (tap, got) in enumerate(zip(taps, taken, strict=True))
         ]
+
+    def _last_logits(self, batch: ProbeBatch) -> Float[Tensor, "probe vocab"]:
+        """Returns the logits at each probe's last token, and computes no others.
+
+        The head gets one row per probe. `logits_to_keep` would take the same positions of every
+        probe: [probe, distinct length, vocab].
+        """
+        model: Any = self.bridge.original_model
+        head = model.get_output_embeddings()
+        rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+
+        def keep_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden, *rest = args
+            return (hidden[rows, batch.last][:, None], *rest)
+
+        handle = None if head is None else head.register_forward_pre_hook(keep_last)
+        try:
+            logits = self.logits(batch.tokens)
+        finally:
+            if handle is not None:
+                handle.remove()
+        # A model that does not call its head through its module has computed all of them.
+        return logits[:, 0] if logits.shape[1] == 1 else logits[rows, batch.last]
 
     def logits(
         self,

@@ -42,6 +42,46 @@ def active_wandb(sinks: Sequence[Sink], name: str) -> WandbSink | None:
     return WandbSink(name=name, store=store)
 
 
+def outgoing_lines(
+    sinks: Sequence[Sink], *, rows: int, args: TrainingArguments | None = None
+) -> list[str]:
+    """Says what of the training data, and of the store, goes out, and where it goes.
+
+    Args:
+        rows: how many rows of the training data became probes, because no probes were given.
+        args: the trainer's; None in a loop without a trainer.
+    """
+    store = next((sink for sink in sinks if isinstance(sink, LocalSink)), None)
+    places = [name for kind, name in _PLACES.items() if any(isinstance(s, kind) for s in sinks)]
+    # The trainer's own W&B run may start after this line is printed.
+    if args is not None and "wandb" in (args.report_to or ()) and "W&B" not in places:
+        places.append("W&B")
+    lines = []
+    if rows and places:
+        lines.append(
+            f"tlens: no probes were given, so the probes are the beginnings of {rows} rows of the "
+            f"training data. Their tokens become labels in {' and in '.join(places)}; to show "
+            f"other texts, pass probes=[...]"
+        )
+    if args is not None and args.push_to_hub and store is not None:
+        folder = Path(args.output_dir or ".").absolute()
+        if folder in store.path.parents:
+            lines.append(
+                f"tlens: push_to_hub uploads {folder.name}/{store.path.relative_to(folder)} too, "
+                f"with the tokens of the probes; to keep it, pass sinks=[LocalSink(...)] with "
+                f"another directory"
+            )
+    return lines
+
+
+_PLACES: dict[type[Sink], str] = {
+    LocalSink: "the local store and its page",
+    WandbSink: "W&B",
+    TrackioSink: "trackio",
+    TensorBoardSink: "TensorBoard",
+}
+
+
 def tensorboard_folder(args: TrainingArguments, name: str) -> Path:
     """Returns the folder `<name>` in the folder where this process's trainer writes its events.
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,15 @@ class LocalSink:
     """
 
     def __init__(self, path: str | Path, *, exact: bool = False, page: bool = True) -> None:
+        if (
+            not isinstance(path, str | os.PathLike)
+            or os.fspath(path) in ("", b"")
+            or "\0" in str(path)
+        ):
+            raise ValueError(
+                f"LocalSink needs the path of a directory of its own, such as "
+                f"LocalSink('out/tlens'), got {path!r}."
+            )
         self._base = Path(path).expanduser().absolute()
         self.path, self.exact = self._base, exact
         self._last: int | None = None

@@ -81,7 +81,7 @@ def pack(readings: Sequence[Reading], *, exact: bool) -> bytes:
         lower = lower_triangle(reading.values, reading.axes)
         packing = None if lower is None else "tril"
         values = reading.values if lower is None else lower
-        if packing and not exact and np.abs(values).max(initial=0) <= 1:
+        if packing and not exact and -1 <= values.min(initial=0) and values.max(initial=0) <= 1:
             # numpy converts what is below 2**-14 in software, ten times slower than torch.
             values = torch.from_numpy(values).half().numpy()
         tensors[reading.key] = np.asarray(values, order="C")
