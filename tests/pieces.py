@@ -49,7 +49,7 @@ def sentencepiece(
         begins: the token before a text; "" for none.
     """
     pieces = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), SPACE]
-    pieces += [*WORDS, *(SPACE + word for word in WORDS)]
+    pieces += [*WORDS, *(SPACE + word for word in (*WORDS, "?"))]
     letters = sorted({letter for word in WORDS for letter in word} | set(".?:[]/'"))
     pieces += [letter for letter in letters if letter not in pieces]
     assert len(set(pieces)) == len(pieces) < VOCAB

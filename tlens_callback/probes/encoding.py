@@ -14,7 +14,11 @@ def own_tokenizer(tokenizer: Any) -> Any:
 
     Of a multimodal processor it copies the tokenizer inside.
     """
-    return copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer))
+    own = copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer))
+    if getattr(own, "clean_up_tokenization_spaces", False):
+        # It would take spaces out of the text of tokens: " ." would be named like ".".
+        own.clean_up_tokenization_spaces = False
+    return own
 
 
 def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
