@@ -278,7 +278,8 @@ class Contrast:
         for which in ("having", "without"):
             for i, content in enumerate(getattr(self, which)):
                 name = f"{which}[{i}]"
-                ids = token_ids(Probe(name, content), batch.tokenizer, batch.vocab_size)
+                probe = Probe(name, content)
+                ids = token_ids(probe, batch.tokenizer, batch.vocab_size, bos=batch.bos)
                 if len(ids) < 2:
                     raise ValueError(
                         f"Contrast leaves the first token of each text out, and {name} has no "

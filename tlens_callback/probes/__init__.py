@@ -5,3 +5,4 @@ from tlens_callback.probes.encoding import own_tokenizer as own_tokenizer
 from tlens_callback.probes.encoding import token_ids as token_ids
 from tlens_callback.probes.file import read_probes as read_probes
 from tlens_callback.probes.probe import Probe as Probe
+from tlens_callback.probes.shown import encoded_lines as encoded_lines

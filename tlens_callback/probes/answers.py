@@ -19,7 +19,13 @@ logger = logging.getLogger("tlens_callback")
 
 
 def answer_tokens(
-    probe: Probe, role: str, tokenizer: Any, prompt: Sequence[int], vocab_size: int
+    probe: Probe,
+    role: str,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    vocab_size: int,
+    *,
+    bos: bool | None = None,
 ) -> tuple[int, ...]:
     """Returns the tokens of a probe's target or foil, in order; none if it has none.
 
@@ -32,6 +38,7 @@ def answer_tokens(
         role: "target" or "foil".
         tokenizer: a copy made by `own_tokenizer`.
         prompt: the token ids of the probe.
+        bos: what they were encoded with, see `token_ids`.
 
     Raises:
         ValueError: a string without a tokenizer, an id outside the vocabulary, or an empty string.
@@ -52,7 +59,7 @@ def answer_tokens(
             f"The {role} {given!r} of probe {probe.name!r} needs a tokenizer, but there "
             f"is none. Give the token id."
         )
-    text, encode = _continued(probe, tokenizer, prompt)
+    text, encode = _continued(probe, tokenizer, prompt, bos)
     ids, joined = _behind(given, tokenizer, prompt, encode)
     spaced = _with_its_space(probe, given, text, tokenizer, prompt, encode)
     if not ids:
@@ -84,7 +91,7 @@ def answer_tokens(
 
 
 def _continued(
-    probe: Probe, tokenizer: Any, prompt: Sequence[int]
+    probe: Probe, tokenizer: Any, prompt: Sequence[int], bos: bool | None
 ) -> tuple[str | None, Callable[[str], list[int]] | None]:
     """Returns the prompt as text, and a function that encodes the prompt with more text behind it.
 
@@ -92,7 +99,7 @@ def _continued(
     """
     if isinstance(probe.content, str):
         text = probe.content
-        return text, lambda more: text_ids(text + more, tokenizer)
+        return text, lambda more: text_ids(text + more, tokenizer, bos)
     written = chat_text(probe, tokenizer) if is_chat(probe) else tokenizer.decode(list(prompt))
     if inner_ids(written, tokenizer) != list(prompt):
         return None, None

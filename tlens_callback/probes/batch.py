@@ -32,6 +32,8 @@ class ProbeBatch:
         tokenizer: a copy of the trainer's, or None.
         training: a function that gives the token ids of the next n rows of the training data; None
             where these cannot be read.
+        bos: whether texts begin with the BOS token, as the rows of the training data do; None: as
+            the tokenizer does it.
     """
 
     probes: tuple[Probe, ...]
@@ -44,6 +46,7 @@ class ProbeBatch:
     context: int | None = None
     tokenizer: Any = field(default=None, repr=False)
     training: Callable[[int], list[list[int]]] | None = field(default=None, repr=False)
+    bos: bool | None = None
 
     @property
     def targets(self) -> tuple[int | None, ...]:
@@ -83,7 +86,8 @@ class ProbeBatch:
                 blocks.
             vocab_size: number of token ids that the model embeds.
             context: longest input that the model takes, in tokens.
-            training: see the attribute.
+            training: see the attribute. If it has an attribute `bos`, this becomes that of the
+                batch.
 
         Raises:
             ValueError: no probes, two of one name, a text without a tokenizer, chat without a
@@ -91,7 +95,8 @@ class ProbeBatch:
                 vocabulary, or a target that is empty.
         """
         own = own_tokenizer(tokenizer)
-        return cls._encode(probes, own, vocab_size, context, device, training)
+        bos = getattr(training, "bos", None)
+        return cls._encode(probes, own, vocab_size, context, device, training, bos)
 
     @classmethod
     def _encode(
@@ -102,6 +107,7 @@ class ProbeBatch:
         context: int | None,
         device: torch.device | str,
         training: Callable[[int], list[list[int]]] | None = None,
+        bos: bool | None = None,
     ) -> "ProbeBatch":
         """Does the work of `encode`, with a tokenizer that is already a copy."""
         if not probes:
@@ -112,12 +118,12 @@ class ProbeBatch:
                 f"Two probes are named {twice[0]!r}. Names are parts of keys, so each needs "
                 f"its own."
             )
-        rows = [token_ids(probe, tokenizer, vocab_size) for probe in probes]
+        rows = [token_ids(probe, tokenizer, vocab_size, bos=bos) for probe in probes]
         for probe, row in zip(probes, rows, strict=True):
             _check_row(probe, row, vocab_size, context)
         targets, foils = (
             tuple(
-                answer_tokens(probe, role, tokenizer, row, vocab_size)
+                answer_tokens(probe, role, tokenizer, row, vocab_size, bos=bos)
                 for probe, row in zip(probes, rows, strict=True)
             )
             for role in ("target", "foil")
@@ -149,6 +155,7 @@ class ProbeBatch:
             context=context,
             tokenizer=tokenizer,
             training=training,
+            bos=bos,
         )
 
     def beside(self, probes: Sequence[Probe]) -> "ProbeBatch":
@@ -157,9 +164,8 @@ class ProbeBatch:
         Raises:
             ValueError: as `encode`.
         """
-        return ProbeBatch._encode(
-            probes, self.tokenizer, self.vocab_size, self.context, self.tokens.device
-        )
+        about = self.vocab_size, self.context, self.tokens.device
+        return ProbeBatch._encode(probes, self.tokenizer, *about, bos=self.bos)
 
     def token_text(self, token: int) -> str:
         """Writes a token so that a person can read it; without a tokenizer, its number."""

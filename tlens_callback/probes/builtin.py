@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from tlens_callback.probes.encoding import own_tokenizer, token_ids
+from tlens_callback.probes.encoding import chat_ids, own_tokenizer, token_ids
 from tlens_callback.probes.probe import Probe
 
 logger = logging.getLogger("tlens_callback")
@@ -69,14 +69,9 @@ def first_rows(
 
 def training_rows(
     train_dataloader: Any, tokenizer: Any, *, tokens: int = 128
-) -> Callable[[int], list[list[int]]] | None:
-    """Makes a function that gives the next n rows of the training data as token ids; None where
-    rows cannot be read by index.
-
-    The rows come in an order of their own, which begins again after the last, and are cut to
-    `tokens`. Rows that cannot be read are left out. The data set's loader and the random states
-    stay as they are.
-    """
+) -> "TrainingRows | None":
+    """Makes a function that gives the next n rows of the training data as token ids, cut to
+    `tokens`; None where rows cannot be read by index."""
     dataset: Any = getattr(train_dataloader, "dataset", None)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return None
@@ -84,34 +79,81 @@ def training_rows(
         size = len(dataset)
     except TypeError:
         return None
-    tokenizer = own_tokenizer(tokenizer)
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
-    position = 0
+    return TrainingRows(dataset, own_tokenizer(tokenizer), size, tokens)
 
-    def take(n: int) -> list[list[int]]:
-        nonlocal position
+
+class TrainingRows:
+    """Gives the next n rows of the training data as token ids.
+
+    The rows come in an order of their own, which begins again after the last. Rows that cannot be
+    read are left out. The data set's loader and the random states stay as they are.
+
+    Attributes:
+        bos: whether the rows begin with the BOS token; None where they do not tell.
+    """
+
+    def __init__(self, dataset: Any, tokenizer: Any, size: int, tokens: int) -> None:
+        self._dataset, self._tokenizer, self._tokens = dataset, tokenizer, tokens
+        self._order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
+        self._position = 0
+        self.bos = self._begin_with_bos(min(size, 8))
+
+    def __call__(self, n: int) -> list[list[int]]:
         rows: list[list[int]] = []
+        size = len(self._order)
         for _ in range(min(2 * n, size)):
             if len(rows) == n:
                 break
-            index, position = order[position % size], position + 1
-            try:
-                with _random_states_kept():
-                    ids = _row_ids(dataset[index], tokenizer)
-            except Exception as error:
-                logger.info("tlens: row %d of the training data is left out: %r", index, error)
-                continue
-            if ids:
-                rows.append(ids[:tokens])
+            index, self._position = self._order[self._position % size], self._position + 1
+            if ids := self._row(index):
+                rows.append(ids[: self._tokens])
         return rows
 
-    return take
+    def _row(self, index: int, *, encoded: bool = False) -> list[int]:
+        """Reads one row; with `encoded`, only if it holds token ids."""
+        try:
+            with _random_states_kept():
+                example = self._dataset[index]
+                if encoded and not _id_columns(example):
+                    return []
+                return _row_ids(example, self._tokenizer)
+        except Exception as error:
+            logger.info("tlens: row %d of the training data is left out: %r", index, error)
+            return []
+
+    def _begin_with_bos(self, count: int) -> bool | None:
+        token = getattr(self._tokenizer, "bos_token_id", None)
+        if token is None:
+            return None
+        rows = [row for i in range(count) if (row := self._row(i, encoded=True))]
+        if not rows:
+            return None
+        # A long stream of texts may be cut into rows anywhere.
+        if all(token not in row for row in rows):
+            return False
+        if any(row[0] != token for row in rows):
+            return None
+        return None if _begins_chats(token, self._tokenizer) else True
+
+
+def _begins_chats(bos: int, tokenizer: Any) -> bool:
+    """Whether the chat template begins with the BOS token: then rows may be chats, and do not tell
+    how a text begins."""
+    hello = Probe("chat", [{"role": "user", "content": "Hello"}])
+    try:
+        return chat_ids(hello, tokenizer)[:1] == [bos]
+    except Exception:
+        return False
+
+
+def _id_columns(example: Any) -> list[str]:
+    """The columns of an example that hold the token ids of a text, best first."""
+    return [name for name in ("input_ids", "prompt_ids") if example.get(name) is not None]
 
 
 def _row_ids(example: Any, tokenizer: Any) -> list[int]:
     """Gives the token ids of one example, without padding."""
-    columns = [name for name in ("input_ids", "prompt_ids") if example.get(name) is not None]
-    if not columns:
+    if not (columns := _id_columns(example)):
         content = example.get("prompt", example.get("text"))
         return token_ids(Probe("row", content), tokenizer, vocab_size=0)
     ids = [int(token) for token in example[columns[0]]]

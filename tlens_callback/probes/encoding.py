@@ -21,8 +21,13 @@ def own_tokenizer(tokenizer: Any) -> Any:
     return own
 
 
-def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
+def token_ids(
+    probe: Probe, tokenizer: Any, vocab_size: int, *, bos: bool | None = None
+) -> list[int]:
     """Encodes a probe as token ids; the tokenizer is a copy made by `own_tokenizer`.
+
+    Args:
+        bos: whether a text begins with the BOS token; None: as the tokenizer does it.
 
     Raises:
         ValueError: a text without a tokenizer, chat without a chat template, or a vocabulary too
@@ -38,12 +43,27 @@ def token_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
             f"Probe {probe.name!r} needs a tokenizer, but there is none. Pass one "
             f"(to a trainer as processing_class=), or give the probe as token ids."
         )
-    return text_ids(content, tokenizer) if isinstance(content, str) else chat_ids(probe, tokenizer)
+    if isinstance(content, str):
+        return text_ids(content, tokenizer, bos)
+    return chat_ids(probe, tokenizer)
 
 
-def text_ids(text: str, tokenizer: Any) -> list[int]:
-    """Encodes a text as the tokenizer begins one."""
-    return list(tokenizer(text)["input_ids"])
+def text_ids(text: str, tokenizer: Any, bos: bool | None = None) -> list[int]:
+    """Encodes a text up to its end, without the token that some tokenizers put behind it.
+
+    Args:
+        bos: see `token_ids`.
+    """
+    whole, inside = list(tokenizer(text)["input_ids"]), inner_ids(text, tokenizer)
+    n = len(inside)
+    starts = (i for i in range(len(whole) - n + 1) if whole[i : i + n] == inside)
+    if not n or (start := next(starts, None)) is None:
+        return whole  # The tokenizer does more than to put tokens around a text.
+    before, token = whole[:start], getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and token is not None:
+        before = [one for one in before if one != token]
+        before = [token, *before] if bos and inside[0] != token else before
+    return [*before, *inside]
 
 
 def inner_ids(text: str, tokenizer: Any) -> list[int]:

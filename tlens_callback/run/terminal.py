@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 
 from tlens_callback.meaning import Quantity
-from tlens_callback.probes import ProbeBatch
+from tlens_callback.probes import ProbeBatch, encoded_lines
 from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import sink_lines
 
 
 def opening(observer: Observer) -> list[str]:
-    """Says what is watched, and how closely the shadow agrees with the model."""
+    """Says what is watched, how closely the shadow agrees with the model, and how each probe was
+    encoded."""
     shadow, fidelity = observer.shadow, observer.checks[min(observer.checks)]
-    assert shadow is not None
+    assert shadow is not None and observer.batch is not None
     held = f"the shadow takes {shadow.extra_bytes / 2**20:.1f} MiB more than the model"
     if shadow.n_owned:
         held = f"{shadow.n_owned} weights have adapters, {held}"
@@ -22,6 +23,7 @@ def opening(observer: Observer) -> list[str]:
         f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
         f"{_probe_counts(observer)}; {held}",
         f"tlens: the shadow agrees with the model: {fidelity}",
+        *encoded_lines(observer.batch),
         *sink_lines(observer.sinks),
     ]
 
