@@ -149,6 +149,45 @@ def test_chat_without_a_template_says_so():
         encode(Probe("chat", CHAT), tokenizer=tokenizer)
 
 
+RAISES = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ message['content'] + '.' }}{% endfor %}"
+)
+WRITES = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+SYSTEM = [{"role": "system", "content": "the cat"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "text"),
+    [
+        (RAISES, SYSTEM, "Probe 'asks': .*refuses its messages .*System role not supported"),
+        (RAISES, PARTS, "Probe 'asks': .*a list of parts, .*one string"),
+        (WRITES, PARTS, "Probe 'asks': .*a list of parts, .*one string"),
+        ("{% for", CHAT, "Probe 'asks': .*TemplateSyntaxError"),
+        ({"tools": WRITES}, CHAT, "Probe 'asks': "),
+    ],
+)
+def test_what_a_chat_template_does_not_take_names_the_probe(template, messages, text):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=text):
+        encode(
+            Probe("fine", "the cat"), Probe("asks", messages, target=" cat"), tokenizer=tokenizer
+        )
+
+
+def test_a_template_that_takes_parts_gets_them():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}"
+        "{% endfor %}{% endfor %}"
+    )
+    batch = encode(Probe("asks", PARTS), tokenizer=tokenizer)
+    assert "".join(batch.labels[0]).split() == ["<unk>", "cat"]
+
+
 class Augmented:
     """A data set that draws random numbers when it is read."""
 
@@ -233,6 +272,10 @@ def test_a_probe_that_pads_the_others_by_far_is_named(caplog):
     [
         ([{"prompt": "the cat sat"}, {"text": "a dog"}], 2),
         ([{"prompt": CHAT}], 1),
+        ([{"messages": [*CHAT, {"role": "assistant", "content": "Paris"}]}], 1),
+        ([{"prompt": None, "messages": CHAT, "text": None}], 1),
+        ([{"conversations": CHAT}], 1),
+        ([{"conversations": [{"from": "human", "value": "the cat"}]}], 0),
         ([{"label": 3}, {"text": ""}], 0),
         ([(1, 2)], 0),
         (iter([]), 0),

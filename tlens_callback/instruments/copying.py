@@ -18,7 +18,7 @@ from tlens_callback.instruments.parts.selection import (
     layer_labels,
 )
 from tlens_callback.meaning import Description, Meaning
-from tlens_callback.probes import ProbeBatch
+from tlens_callback.probes import ProbeBatch, special_ids
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
 
@@ -226,10 +226,7 @@ class CopyingScores:
         tokenizer = batch.tokenizer
         # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
         known = vocabulary if tokenizer is None else min(vocabulary, len(tokenizer))
-        special = {
-            *(getattr(tokenizer, "all_special_ids", None) or ()),
-            *getattr(tokenizer, "added_tokens_decoder", ()),
-        }
+        special = special_ids(tokenizer)
         usable = np.array([i for i in range(known) if i not in special])
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randperm(len(usable), generator=generator)[: self.tokens]  # type: ignore[misc]

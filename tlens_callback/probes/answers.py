@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tlens_callback.probes.encoding import (
+    chat_ids,
     chat_text,
     ends_open,
+    has_template,
     inner_ids,
     is_chat,
     text_ids,
@@ -95,11 +97,14 @@ def _continued(
 ) -> tuple[str | None, Callable[[str], list[int]] | None]:
     """Returns the prompt as text, and a function that encodes the prompt with more text behind it.
 
-    Both are None if the prompt's tokens are not those of a text.
+    Both are None if the prompt's tokens are not those of a text, and the text if a chat is not
+    written as one.
     """
     if isinstance(probe.content, str):
         text = probe.content
         return text, lambda more: text_ids(text + more, tokenizer, bos)
+    if is_chat(probe) and not has_template(tokenizer):
+        return None, lambda more: chat_ids(probe, tokenizer, more)
     written = chat_text(probe, tokenizer) if is_chat(probe) else tokenizer.decode(list(prompt))
     if inner_ids(written, tokenizer) != list(prompt):
         return None, None

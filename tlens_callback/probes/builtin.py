@@ -146,6 +146,10 @@ def _begins_chats(bos: int, tokenizer: Any) -> bool:
         return False
 
 
+_TEXT_COLUMNS = ("prompt", "messages", "conversations", "text")
+"""Columns of texts and chats that a trainer encodes itself, as GRPO and GKD do."""
+
+
 def _id_columns(example: Any) -> list[str]:
     """The columns of an example that hold the token ids of a text, best first."""
     return [name for name in ("input_ids", "prompt_ids") if example.get(name) is not None]
@@ -154,8 +158,8 @@ def _id_columns(example: Any) -> list[str]:
 def _row_ids(example: Any, tokenizer: Any) -> list[int]:
     """Gives the token ids of one example, without padding."""
     if not (columns := _id_columns(example)):
-        content = example.get("prompt", example.get("text"))
-        return token_ids(Probe("row", content), tokenizer, vocab_size=0)
+        columns = [name for name in _TEXT_COLUMNS if example.get(name) is not None]
+        return token_ids(Probe("row", example[columns[0]]), tokenizer, vocab_size=0)
     ids = [int(token) for token in example[columns[0]]]
     if (mask := example.get("attention_mask")) is not None:
         return [token for token, real in zip(ids, mask, strict=True) if real]

@@ -14,7 +14,9 @@ def own_tokenizer(tokenizer: Any) -> Any:
 
     Of a multimodal processor it copies the tokenizer inside.
     """
-    own = copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer))
+    # transformers' MistralCommonBackend is a tokenizer, and its member of this name another thing.
+    is_tokenizer = hasattr(tokenizer, "convert_ids_to_tokens")
+    own = copy.deepcopy(tokenizer if is_tokenizer else getattr(tokenizer, "tokenizer", tokenizer))
     if getattr(own, "clean_up_tokenization_spaces", False):
         # It would take spaces out of the text of tokens: " ." would be named like ".".
         own.clean_up_tokenization_spaces = False
@@ -81,20 +83,33 @@ def ends_open(messages: Sequence[Mapping[str, Any]]) -> bool:
     return messages[-1].get("role") == "assistant"
 
 
-def chat_ids(probe: Probe, tokenizer: Any) -> list[int]:
+def chat_ids(probe: Probe, tokenizer: Any, more: str = "") -> list[int]:
     """Encodes a chat, up to where the model answers.
 
+    Args:
+        more: what the answer begins with.
+
     Raises:
-        ValueError: if the tokenizer has no chat template.
+        ValueError: if the tokenizer has no chat template, or if it refuses these messages, or
+            writes their content as the list that it is.
     """
-    return list(_chat(probe, tokenizer, probe.content, tokenize=True)["input_ids"])
+    messages: Any = list(probe.content)
+    in_parts = any(isinstance(one.get("content"), list | tuple) for one in messages)
+    if in_parts and has_template(tokenizer):
+        written = chat_text(probe, tokenizer)
+        if any(str(one["content"]) in written for one in messages if one.get("content")):
+            raise ValueError(f"Probe {probe.name!r}: {_IN_PARTS}")
+    if more:
+        begun = messages.pop() if ends_open(messages) else {"role": "assistant", "content": ""}
+        messages.append({**begun, "content": begun["content"] + more})
+    return list(_chat(probe, tokenizer, messages, tokenize=True)["input_ids"])
 
 
 def chat_text(probe: Probe, tokenizer: Any, answer: str | None = None) -> str:
     """Writes a chat as text, up to where the model answers; with an answer, to its end.
 
     Raises:
-        ValueError: as `chat_ids`.
+        ValueError: if the tokenizer has no chat template, or if it refuses these messages.
     """
     messages: Any = probe.content
     if answer is not None:
@@ -102,23 +117,51 @@ def chat_text(probe: Probe, tokenizer: Any, answer: str | None = None) -> str:
     return _chat(probe, tokenizer, messages, tokenize=False, whole=answer is not None)
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Whether chats are written by a template. transformers' MistralCommonBackend has none, and
+    encodes chats in its own way."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+_IN_PARTS = (
+    "the content of its messages is a list of parts, and this chat template takes text. Give each "
+    "content as one string."
+)
+
+
 def _chat(
     probe: Probe, tokenizer: Any, messages: Any, *, tokenize: bool, whole: bool = False
 ) -> Any:
     """Applies the chat template; `whole` closes the last message and opens no other."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"Probe {probe.name!r} is a chat, but the tokenizer has no chat template. "
-            f"Give the prompt as text."
-        )
     goes_on = ends_open(messages)
-    return tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=tokenize,
-        return_dict=tokenize,
-        add_generation_prompt=not (goes_on or whole),
-        continue_final_message=goes_on and not whole,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=tokenize,
+            return_dict=tokenize,
+            add_generation_prompt=not (goes_on or whole),
+            continue_final_message=goes_on and not whole,
+        )
+    except Exception as error:
+        if not has_template(tokenizer) and "chat_template" in str(error):
+            raise ValueError(
+                f"Probe {probe.name!r} is a chat, but the tokenizer has no chat template. "
+                f"Give the prompt as text."
+            ) from error
+        if any(isinstance(message.get("content"), list | tuple) for message in messages):
+            raise ValueError(f"Probe {probe.name!r}: {_IN_PARTS} ({error})") from error
+        raise ValueError(
+            f"Probe {probe.name!r}: the tokenizer's chat template refuses its messages "
+            f"({type(error).__name__}: {error}). Change them, or give the prompt as text."
+        ) from error
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Returns the ids of a tokenizer that stand for no text: special and added tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", ())
+    # MistralCommonBackend of transformers 5.23 has a method of this name, which raises.
+    added = () if callable(added) else added
+    return {*(getattr(tokenizer, "all_special_ids", None) or ()), *added}
 
 
 def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
@@ -127,11 +170,7 @@ def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
     if start is None:
         start = getattr(tokenizer, "eos_token_id", None)
     start = 0 if start is None else int(start)
-    special = {
-        start,
-        *(getattr(tokenizer, "all_special_ids", None) or ()),
-        *getattr(tokenizer, "added_tokens_decoder", ()),
-    }
+    special = {start, *special_ids(tokenizer)}
     # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
     known = min(vocab_size, len(tokenizer)) if tokenizer is not None else vocab_size
     usable = torch.tensor([i for i in range(known) if i not in special])

@@ -22,10 +22,13 @@ def token_name(tokenizer: Any, token: int) -> str:
     text, name = _decoded(tokenizer, token), _in_vocabulary(tokenizer, token)
     if not text and name is None:
         return f"<unused {token}>"
-    if name is None or text == name:
+    if name is None:
         return text
-    if (data := _bytes(name, text)) is not None:
+    if (data := _bytes(tokenizer, token, name, text)) is not None:
         return data
+    if text == name:
+        # MistralCommonBackend writes the spaces of a text as SentencePiece does.
+        return text.replace("\u2581", " ")
     if _UNREADABLE in text:
         return name
     return _with_its_space(tokenizer, token, text) or name
@@ -60,23 +63,34 @@ def _with_its_space(tokenizer: Any, token: int, text: str) -> str:
     return behind if same else text
 
 
-def _bytes(name: str, text: str) -> str | None:
-    """Writes a token that is bytes, and not whole characters that can be printed, byte by byte.
+def _bytes(tokenizer: Any, token: int, name: str, text: str) -> str | None:
+    """Writes a token that is bytes, and not whole characters, byte by byte.
 
-    None for every other token.
+    None for every other token, and where the bytes are not known.
     """
     if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", name):
         # Beside the byte of a letter there is often a token that is the letter.
         return None if text.isspace() else f"<0x{byte[1].upper()}>"
-    if _UNREADABLE not in text or not set(name) <= _byte_of().keys():
+    if _UNREADABLE not in text:
         return None
-    data = bytes(_byte_of()[char] for char in name)
+    if set(name) <= _byte_of().keys():
+        data = bytes(_byte_of()[char] for char in name)
+    else:
+        data = _mistral_bytes(tokenizer, token)
     if data.decode(errors="replace").replace(_UNREADABLE, "") != text.replace(_UNREADABLE, ""):
         return None
     return "".join(
         f"<0x{ord(char) - 0xDC00:02X}>" if "\udc80" <= char <= "\udcff" else char
         for char in data.decode(errors="surrogateescape")
     )
+
+
+def _mistral_bytes(tokenizer: Any, token: int) -> bytes:
+    """Returns the bytes of a token of MistralCommonBackend; none for another tokenizer."""
+    try:
+        return tokenizer.tokenizer.instruct_tokenizer.tokenizer.id_to_byte_piece(token)
+    except AttributeError:
+        return b""
 
 
 @lru_cache
