@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.byte_names import CASES
 from tlens_callback import Reading
+from tlens_callback.reading import legible
 
 
 def test_key_parts_and_values():
@@ -103,3 +105,10 @@ def test_a_reading_loads_no_plotting_package():
         "assert 'plotly' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neighbouring_bytes_are_joined_for_reading(case):
+    tokens, words = CASES[case]
+    assert legible(tokens) == words
+    assert "".join(words).encode() == "".join(legible(["".join(tokens)])).encode()
