@@ -96,7 +96,7 @@ def byte_level() -> PreTrainedTokenizerFast:
             if word[: i + 1] not in names:
                 names.append(word[: i + 1])
                 merges.append((word[:i], word[i]))
-    for word in WORDS:
+    for word in (*WORDS, own[1][:2]):
         names.append(f"\u0120{word}")
         merges.append(("\u0120", word))
     assert len(names) < VOCAB

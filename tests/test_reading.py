@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.byte_names import CASES
 from tlens_callback import Reading
+from tlens_callback.reading import legible
 
 
 def test_key_parts_and_values():
@@ -130,3 +132,10 @@ def test_values_are_copied_unless_nobody_else_may_write_them():
     sealed = np.zeros(3, np.float32)
     sealed.setflags(write=False)
     assert Reading(key="a/b", values=sealed, axes=("x",), unit="1").values is sealed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neighbouring_bytes_are_joined_for_reading(case):
+    tokens, words = CASES[case]
+    assert legible(tokens) == words
+    assert "".join(words).encode() == "".join(legible(["".join(tokens)])).encode()

@@ -1,5 +1,7 @@
 """`Reading`: one measured quantity. Instruments give readings to sinks, and nothing else."""
 
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -190,6 +192,52 @@ def _cut_rounding(values: np.ndarray, low: float, high: float) -> np.ndarray:
         near = np.abs(here.astype(np.float64) - float(limit)) <= slack
         values[beyond] = np.where(near, limit, here)
     return values
+
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def legible(tokens: Sequence[str]) -> list[str]:
+    """Returns what to write at each token, so that all of them read as a text.
+
+    A character whose bytes are in several tokens, named `<0xE4>`, stands at the first of them, with
+    the marks that are drawn on it; the others have "".
+    """
+    words, first = list(tokens), 0
+    while first < len(tokens):
+        end = first
+        while end < len(tokens) and _BYTE.search(tokens[end]):
+            end += 1
+        for i, word in enumerate(_spread(tokens[first:end]), start=first):
+            words[i] = word
+        first = end + 1
+    return words
+
+
+def _spread(tokens: Sequence[str]) -> list[str]:
+    """Returns the characters of neighbouring tokens with bytes, each at the token it begins in."""
+    parts = [
+        b"".join(
+            bytes.fromhex(part) if i % 2 else part.encode()
+            for i, part in enumerate(_BYTE.split(of))
+        )
+        for of in tokens
+    ]
+    owners = [i for i, part in enumerate(parts) for _ in part]
+    words, owner, at, last = ["" for _ in tokens], None, 0, ""
+    for char in b"".join(parts).decode(errors="surrogateescape"):
+        whole = not "\udc80" <= char <= "\udcff"
+        text = char if whole else f"<0x{ord(char) - 0xDC00:02X}>"
+        drawn_on = unicodedata.category(char)[0] == "M" or char in _JOINED or last == _JOINER
+        owner = owners[at] if owner is None or not drawn_on else owner
+        words[owner] += text
+        at, last = at + (len(char.encode()) if whole else 1), char
+    return words
+
+
+_JOINER = "\N{ZERO WIDTH JOINER}"
+_JOINED = {_JOINER, *map(chr, range(0x1F3FB, 0x1F400))}
+"""Characters that make one emoji with that before them: the joiner, and colours of skin."""
 
 
 def _encodable(text: str) -> str:

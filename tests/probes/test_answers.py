@@ -134,6 +134,10 @@ def test_a_target_behind_a_line_or_a_letter_of_another_script_needs_no_space(cap
     target(tokenizer, CAPITAL + "\n", "Paris")
     target(tokenizer, "\u4e01\u4e02", "\u4e2d")
     assert caplog.text == ""
+    # Of as many tokens with a space as without one.
+    assert len(tokenizer.tokenize("\u4e01")) == len(tokenizer.tokenize(" \u4e01")) == 2
+    target(tokenizer, "\u4e02", "\u4e01")
+    assert "space" not in caplog.text and "is 2 tokens" in caplog.text
 
 
 def test_a_word_that_is_one_token_only_with_its_space_is_told_so(caplog):

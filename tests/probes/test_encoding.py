@@ -110,3 +110,11 @@ def test_the_first_lines_of_a_run_show_each_probe_as_it_was_encoded(tmp_path, ca
     watched(tmp_path, tokenizer, probes[:1], [{"input_ids": ids, "labels": ids}] * 8)
     said = capsys.readouterr().out
     assert "capital is 6 tokens, '<s>' ' The'" in said and "training rows" not in said
+    adds_none = pieces.sentencepiece(begins="")
+    adds_none.chat_template = None
+    many = [Probe(f"p{i}", CAPITAL, target=" Paris") for i in range(10)]
+    watched(tmp_path, adds_none, many, [{"input_ids": ids, "labels": ids}] * 8)
+    said = capsys.readouterr().out
+    assert "p7 is 6 tokens, '<s>' ' The'" in said and "p8 is" not in said
+    assert "tlens: and 2 more probes\n" in said
+    assert "the training rows begin with '<s>', so the texts do too" in said

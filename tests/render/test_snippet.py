@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.browser import needs_browser, opened
+from tests.byte_names import CASES
 from tests.sinks.samples import everything, pattern
 from tlens_callback.palette import NOT_A_NUMBER, ZERO, colour_range, colour_table, colours
 from tlens_callback.reading import Reading
@@ -136,6 +137,22 @@ def test_in_a_browser_nothing_runs(tmp_path):
     file.write_text(f"<!doctype html>{HOSTILE[0]}")
     with opened(file.as_uri()) as (_, faults):
         assert faults == ["dialog: 1"]
+
+
+def test_characters_that_are_cut_into_bytes_are_legible():
+    tokens, words = CASES["two and one"]
+    html = snippet(
+        Reading(
+            key="token_loss/loss/p",
+            values=[1, 2, 3, 4],
+            axes=("token",),
+            unit="nats",
+            labels={"token": tokens},
+        )
+    )
+    shown = re.findall('<bdi[^>]*title="([^"]*)">([^<]*)</bdi>', html)
+    assert [text for _, text in shown] == words
+    assert shown[0][0] == "0: &lt;0xE4&gt;&lt;0xB8&gt;: 1"
 
 
 def test_a_matrix_is_a_table_of_its_values():

@@ -14,7 +14,7 @@ from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.selection import checked_selection, index_or_nan, plain_rows
 from tlens_callback.meaning import Description, Meaning, Quantity
 from tlens_callback.probes import ProbeBatch
-from tlens_callback.reading import Reading
+from tlens_callback.reading import Reading, legible
 from tlens_callback.sae import load_sae
 from tlens_callback.sae.autoencoder import Autoencoder
 from tlens_callback.sae.splice import SpliceResult, counted_tokens, splice
@@ -339,5 +339,6 @@ def scalar(
 
 
 def _in_context(names: Sequence[str], pos: int) -> str:
-    before, after = "".join(names[max(0, pos - 2) : pos]), "".join(names[pos + 1 : pos + 3])
+    words = legible(names)
+    before, after = "".join(words[max(0, pos - 2) : pos]), "".join(words[pos + 1 : pos + 3])
     return f"{before}[[{names[pos]}]]{after}"

@@ -13,8 +13,8 @@ from tlens_callback.palette import page_colours
 _SCRIPTS = [
     f"{name}.js"
     for name in (
-        "codes data names colour state draw time curves scores matrix heatmap pattern tokens lens "
-        "charts tables panels live main"
+        "codes data names colour state draw time curves scores matrix heatmap pattern words tokens "
+        "lens charts tables panels live main"
     ).split()
 ]
 

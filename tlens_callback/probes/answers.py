@@ -2,6 +2,7 @@
 
 import logging
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ from tlens_callback.probes.names import token_name
 from tlens_callback.probes.probe import Probe
 
 logger = logging.getLogger("tlens_callback")
+
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
+)
+"""Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 
 def answer_tokens(
@@ -145,7 +151,7 @@ def _with_its_space(
         open_text = not content[-1:].isspace()
     else:
         open_text = is_chat(probe) and ends_open(content) and not (text or " ")[-1:].isspace()
-    if not open_text or not given[:1].isalnum():
+    if not open_text or not given[:1].isalnum() or _WITHOUT_SPACES.match(given):
         return None
     return _behind(" " + given, tokenizer, prompt, encode)[0]
 

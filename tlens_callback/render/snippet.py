@@ -18,7 +18,7 @@ from tlens_callback.palette import (
     is_diverging,
     on_root_scale,
 )
-from tlens_callback.reading import TOKEN_AXES, Reading
+from tlens_callback.reading import TOKEN_AXES, Reading, legible
 from tlens_callback.render.bitmap import attention, picture
 from tlens_callback.render.markup import decimal, index_name, more, text
 from tlens_callback.render.plain import cut
@@ -156,15 +156,21 @@ def _tokens(reading: Reading) -> str:
     (axis,) = reading.axes
     ends = colour_range(reading)
     labels = reading.labels[axis][:_TOKENS]
+    words = [text(word) for word in legible(labels)]
     rgb = colours(reading, ends)
     shown = [
         f'<bdi style="{_ink(rgb[i])};padding:1px 2px;margin:1px;display:inline-block;'
-        f'white-space:pre" title="{i}: {decimal(reading.values[i], 7)}">'
-        f"{text(label) or '&nbsp;'}</bdi>"
+        f'white-space:pre" title="{i}: {_about(label, words[i])}{decimal(reading.values[i], 7)}">'
+        f"{words[i] or ('' if label else '&nbsp;')}</bdi>"
         for i, label in enumerate(labels)
     ]
     left = more(reading.values.size - len(shown), axis)
     return f'<div style="max-width:760px">{"".join(shown)}</div>{left}{_legend(reading, ends)}'
+
+
+def _about(label: str, word: str) -> str:
+    """Writes the bytes of a token that is a part of a character."""
+    return "" if text(label) == word else f"{text(label)}: "
 
 
 def _list(reading: Reading) -> str:

@@ -38,9 +38,11 @@ function fmt(value) {
   return text.replaceAll("-", "−");
 }
 
-// A text as it can be seen: what has no shape, or turns the text around it, as its escape.
+// A text as it can be seen: what has no shape, or turns the text around it, as its escape. A joiner
+// between two emoji makes one of them.
 function visible(text) {
-  return text.replace(/(?! )[\p{C}\p{Z}]/gu, (c) =>
+  const joiner = /(?<=\p{Extended_Pictographic}\p{M}?)\u200d(?=\p{Extended_Pictographic})/u.source;
+  return text.replace(new RegExp(`(?! |${joiner})[\\p{C}\\p{Z}]`, "gu"), (c) =>
     `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
 }
 

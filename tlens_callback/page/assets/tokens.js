@@ -14,7 +14,7 @@ function tokensView(root) {
   heading.append(probe, choose, leads);
   body.append(none, row);
   root.append(box);
-  let tint = null, keys = [], tokens = [], readings = [], source = null, listed = [], turn = 0;
+  let tint = null, keys = [], tokens = [], words = [], readings = [], source = null, listed = [], turn = 0;
   let hovered = null, pointer = null, tabbed = 0, signature = null;
   const place = { layer: null }; // axis before the tokens -> index that is shown
 
@@ -59,9 +59,12 @@ function tokensView(root) {
     const values = Object.values(options).flat().map(([value]) => value);
     if (!values.includes(tint)) tint = values[0] ?? null;
     strip.setAttribute("aria-label", `tokens of ${token(state.probe)}; Enter makes one the query`);
+    words = joinedBytes(tokens);
     strip.replaceChildren(...tokens.flatMap((text, i) => {
-      const one = el("span", { class: "token", role: "option", tabindex: i === tabbed ? 0 : -1, "data-i": i },
-        text === null ? "(first token)" : cut(token(text), 40));
+      const later = words[i] === "" && text !== ""; // its character stands at an earlier token
+      const about = { role: "option", tabindex: i === tabbed ? 0 : -1, "data-i": i };
+      const one = el("span", later ? { class: "token later", ...about, "aria-label": token(text) } : { class: "token", ...about },
+        text === null ? "(first token)" : later ? "" : cut(token(words[i]), 40));
       return text?.includes("\n") ? [one, el("br")] : [one];
     }));
     panel.replaceChildren(which);
@@ -178,7 +181,11 @@ function tokensView(root) {
     return [`${i} ${nameAt(i)}`, source.masked(i) ? "masked: after the query"
       : Number.isNaN(value) ? "no value" : `${fmt(value)} ${source.unit}`];
   }
-  const nameAt = (i) => (tokens[i] === null ? "(first token)" : token(tokens[i]));
+  function nameAt(i) {
+    if (tokens[i] === null) return "(first token)";
+    const of = words[i] === tokens[i] ? null : words.slice(0, i + 1).findLast((word) => word !== "");
+    return of ? `${token(tokens[i])} of ${token(of)}` : token(tokens[i]);
+  }
 
   // The panel: of the token under the mouse or the focus, or else of the query.
   function show(i = hovered ?? query()) {
@@ -304,20 +311,6 @@ function nextLine(all, i, down) {
     if (best === i || far(box) < far(all[best].getBoundingClientRect())) best = j;
   }
   return best;
-}
-
-// The texts of a probe's tokens, from whatever was measured at them; null: a token not named.
-function tokensOf(keys) {
-  const found = (axis) => keys.map((key) => data.entry(key, data.first(key)))
-    .find((entry) => entry.axes.at(-1) === axis);
-  const whole = found("key") ?? found("pos");
-  if (whole) {
-    return whole.labels[whole.axes.at(-1)] ?? Array.from({ length: whole.shape.at(-1) }, (_, i) => String(i));
-  }
-  const entry = found("token");
-  const labels = entry?.labels.token ?? [], { measure } = parts(entry?.key ?? "");
-  // The loss of a token is that of predicting it, so the first has none and is not named.
-  return entry?.unit === "nats" && ["loss", "change"].includes(measure) ? [null, ...labels] : labels;
 }
 
 // Whether a reading has a number for each token, behind at most two other axes.
