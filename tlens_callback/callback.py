@@ -67,7 +67,7 @@ class TLensCallback(TrainerCallback):
         self.sinks: list[Sink] = self.settings.sinks_with(list)
         self.observer: Observer | None = None
         self._batch_size = 0
-        self._run = ""
+        self._run, self._joins_wandb = "", False
 
     def on_train_begin(
         self,
@@ -97,6 +97,7 @@ class TLensCallback(TrainerCallback):
             self.observer = None
         if self.observer is None:
             self.sinks = self.settings.sinks_with(lambda: default_sinks(args, self.name))
+            self._joins_wandb = self.settings.has_default_sinks
             self.observer = Observer(self.settings, self.sinks)
         self._join_wandb()
 
@@ -151,7 +152,7 @@ class TLensCallback(TrainerCallback):
         except Exception as error:  # the other sinks go on
             if self.settings.on_error == "raise":
                 raise
-            self._given_sinks = True
+            self._joins_wandb = False
             report("the active W&B run", error)
         step = state.global_step
         last = control.should_training_stop or step >= state.max_steps
@@ -235,7 +236,7 @@ class TLensCallback(TrainerCallback):
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may start after this callback."""
-        if not self.settings.has_default_sinks or self.observer is None:
+        if not self._joins_wandb or self.observer is None:
             return
         if (sink := active_wandb(self.sinks, self.name)) is not None:
             self.sinks.append(sink)

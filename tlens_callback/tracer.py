@@ -120,6 +120,7 @@ class Tracer:
                 "not the loader."
             )
         self.sinks: list[Sink] = self.settings.sinks_with(list)
+        self._joins_wandb = self.settings.has_default_sinks
         self.observer: Observer | None = None
         self._model = model
         self._tokenizer = tokenizer
@@ -205,7 +206,7 @@ class Tracer:
         except Exception as error:  # the other sinks go on
             if self.settings.on_error == "raise":
                 raise
-            self._given_sinks = True
+            self._joins_wandb = False
             report("the active W&B run", error)
         with _full_precision(self._model):
             due = self._step % self.settings.every_n_steps == 0
@@ -284,7 +285,7 @@ class Tracer:
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks; it may start inside the block."""
-        if not self.settings.has_default_sinks or self.observer is None:
+        if not self._joins_wandb or self.observer is None:
             return
         if (sink := active_wandb(self.sinks, self.settings.name)) is not None:
             self.sinks.append(sink)

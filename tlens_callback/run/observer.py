@@ -14,6 +14,7 @@ from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run import baselines
+from tlens_callback.run.claims import claim
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.observe import observe
@@ -126,6 +127,7 @@ class Observer:
             RuntimeError: if the device has no room for the shadow.
         """
         with self._closing_on_error(), self.cost.spending():
+            claim(self, self.instruments)
             self.writer.release()  # an observation of the previous try, with its logs
             self._run = "" if about is None else str(about["run"])
             if about is not None:
