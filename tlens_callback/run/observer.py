@@ -137,7 +137,7 @@ class Observer:
             else:
                 self.cost.begin()
                 self.shadow = Shadow(model, device=self.settings.device, dtype=self.settings.dtype)
-                self.model, self._model_shape = model, _model_shape(self.shadow)
+                self.model, self._model_shape = model, self.shadow.sizes
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
                     tokenizer,
@@ -263,10 +263,10 @@ class Observer:
         self.shadow = self.model = None
         model = load()
         shadow = Shadow(model, device=self.settings.device, dtype=self.settings.dtype)
-        if _model_shape(shadow) != self._model_shape:
+        if shadow.sizes != self._model_shape:
             raise ValueError(
                 f"The models have different shapes and cannot be compared head by head: (layers, "
-                f"heads, d_model, tokens) are {self._model_shape} and {_model_shape(shadow)}."
+                f"heads, d_model, tokens) are {self._model_shape} and {shadow.sizes}."
             )
         self.model, self.shadow = model, shadow
 
@@ -322,9 +322,8 @@ class Observer:
         readings += self.cost.readings()
         if self.writer.writing == "drop_old":
             readings.append(cost_reading("dropped", self.writer.dropped, "count"))
-        readings += self._watch_events(
-            readings, step, strict=self.settings.on_error == "raise" or first
-        )
+        strict = self.settings.on_error == "raise" or first
+        readings += self._watch_events(readings, step, strict=strict)
         for reading in readings if not self.steps else ():
             self.first_bytes[reading.instrument] += reading.values.nbytes
         if step not in self.steps:
@@ -352,7 +351,3 @@ class Observer:
             if reading.texts is not None:
                 print_lines([f"tlens: step {step}: {event}" for event in reading.texts.tolist()])
         return found
-
-
-def _model_shape(shadow: Shadow) -> tuple[int, ...]:
-    return shadow.n_layers, shadow.n_heads, shadow.d_model, shadow.vocab_size

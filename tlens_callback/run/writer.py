@@ -91,18 +91,14 @@ class Writer:
             self.sinks.append(sink)
         if (before_finish := getattr(sink, "before_finish", None)) is not None:
             before_finish(self._wait_until_written)
-        self._tell(sink)
+        if self._about is not None:
+            _tell(sink, self._about)
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Tells the sinks, and those that are added later, about the run whose observations come
-        next."""
+        """Tells all sinks, also later ones, about the run whose observations come next."""
         self._about = about
         for sink in list(self.sinks):
-            self._tell(sink)
-
-    def _tell(self, sink: Sink) -> None:
-        if self._about is not None and (begin := getattr(sink, "begin", None)) is not None:
-            begin(self._about)
+            _tell(sink, about)
 
     def put(self, readings: Sequence[Reading], *, step: int) -> None:
         """Hands over one observation to be written."""
@@ -353,3 +349,8 @@ class Writer:
             )
         self.on_error = "warn"
         self._report()
+
+
+def _tell(sink: Sink, about: Mapping[str, Any]) -> None:
+    if (begin := getattr(sink, "begin", None)) is not None:
+        begin(about)

@@ -127,6 +127,11 @@ class Shadow:
         return self.mirror.n_owned
 
     @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Numbers of layers, heads, entries of the residual stream and tokens."""
+        return self.n_layers, self.n_heads, self.d_model, self.vocab_size
+
+    @property
     def attention_layers(self) -> list[int]:
         """The layers whose attention patterns have a hook point; in a hybrid model not all have."""
         return [i for i in range(self.n_layers) if f"blocks.{i}.attn.hook_pattern" in self.hooks]

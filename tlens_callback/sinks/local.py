@@ -7,12 +7,10 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,8 +34,9 @@ from tlens_callback.store.format import (
     steps_in,
 )
 from tlens_callback.store.numbered import newest, of_run, unused
+from tlens_callback.store.parquet import arrow, parquet
 from tlens_callback.store.store import read_store
-from tlens_callback.store.tables import NAMES, TEXT, long_frame
+from tlens_callback.store.tables import long_frame
 
 logger = logging.getLogger("tlens_callback")
 
@@ -277,10 +276,10 @@ class LocalSink:
             if not set(wanted) <= set(known):
                 table = pq.read_table(first)
                 columns = {name: table[name] for name in table.column_names}
-                write_whole(first, _parquet(columns, [*known, *wanted]))
+                write_whole(first, parquet(columns, [*known, *wanted]))
             break
-        columns = {str(name): _arrow(column) for name, column in frame.items()}
-        write_whole(scores_file(self.path, step), _parquet(columns, wanted))
+        columns = {str(name): arrow(column) for name, column in frame.items()}
+        write_whole(scores_file(self.path, step), parquet(columns, wanted))
 
 
 def _run_in(path: Path) -> str | None:
@@ -301,53 +300,6 @@ def _is_packed(path: Path) -> bool:
         return (path / PAGE).stat().st_mtime_ns > (path / "scores").stat().st_mtime_ns
     except OSError:
         return False
-
-
-_NOT_AXES = {"step", *NAMES, "value", "text"}
-
-
-def _arrow(column: pd.Series) -> pa.Array:
-    if not isinstance(column.array, pd.Categorical):
-        return pa.array(column.array)
-    codes = column.array.codes
-    names = pa.array(list(column.array.categories), pa.large_string())
-    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), names)
-
-
-def _parquet(columns: Mapping[str, Any], names: Sequence[str]) -> bytes:
-    """Makes a parquet file of these columns and the axes among `names`; a column that is not given
-    is empty."""
-    schema = _schema(tuple(dict.fromkeys(name for name in names if name not in _NOT_AXES)))
-    length = len(columns["value"])
-    arrays = [
-        columns[field.name].cast(field.type)
-        if field.name in columns
-        else pa.nulls(length, field.type)
-        for field in schema
-    ]
-    out = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), out)
-    return out.getvalue().to_pybytes()
-
-
-@lru_cache
-def _schema(axes: tuple[str, ...]) -> pa.Schema:
-    """Returns the column types, with pandas's own metadata, so that it reads axes as whole
-    numbers."""
-    types = {
-        "step": "int64",
-        **dict.fromkeys(NAMES, TEXT),
-        **dict.fromkeys(axes, "Int32"),
-        "value": "float32",
-        "text": TEXT,
-    }
-    empty = pd.DataFrame({name: pd.array([], dtype=type_) for name, type_ in types.items()})
-    schema = pa.Schema.from_pandas(empty, preserve_index=False)
-    # The texts of an empty pandas 2 column are objects of no type; all texts would become null.
-    for i, field in enumerate(schema):
-        if pa.types.is_null(field.type):
-            schema = schema.set(i, field.with_type(pa.large_string()))
-    return schema
 
 
 def _version(package: str) -> str | None:
