@@ -9,10 +9,10 @@ import torch
 
 import tlens_callback
 from tests import tiny
-from tests.instruments.devices_script import batch_on, moved
+from tests.instruments.common import encoded
 from tests.shadow.test_shadow import lora
 from tests.test_no_trace_instruments import every_instrument
-from tlens_callback import Shadow, observe
+from tlens_callback import ProbeBatch, Shadow, observe
 
 
 @pytest.fixture
@@ -22,11 +22,26 @@ def default():
     torch.set_default_dtype(before)
 
 
+ROWS = [[1, *((7 * row + i) % 80 + 10 for i in range(20))] for row in range(8)]
+
+
 def looks(model):
     """The readings of every instrument by key, at first and after the adapters moved."""
-    shadow, batch, instruments = Shadow.of(model), batch_on("cpu"), every_instrument()
-    for now in (shadow, None):
-        readings = observe(now or moved(shadow, model), batch, instruments)
+    shadow, instruments, plain = Shadow.of(model), every_instrument(), encoded()
+    batch = ProbeBatch.encode(
+        plain.probes,
+        plain.tokenizer,
+        vocab_size=tiny.VOCAB,
+        context=tiny.CONTEXT,
+        training=lambda n: ROWS[:n],
+    )
+    for factor in (1.0, 1.5):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(factor)
+        shadow.sync()
+        readings = observe(shadow, batch, instruments)
         yield {reading.key: reading for reading in readings}
     assert {one.name for one in instruments} == {reading.instrument for reading in readings}
 
