@@ -212,24 +212,10 @@ def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, unwat
     assert differences(without, watched) == []
 
 
-ROPE = {"rope_theta": 10000.0, "factor": 4.0}
-LONG = ROPE | {
-    "rope_type": "longrope",
-    "original_max_position_embeddings": 8,
-    "short_factor": [1.0, 1.5, 2.0, 3.0],
-    "long_factor": [2.0, 4.0, 8.0, 16.0],
-}
-REMEMBERS = {
-    "dynamic": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),
-    "longrope": ("phi3", {"rope_parameters": LONG}),
-}
-
-
-@pytest.mark.parametrize("rope", REMEMBERS)
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_frequencies_that_depend_on_the_rows_before_leave_no_trace(tmp_path, unwatched, rope):
     """Rows are longer than the original context, probes are shorter; evaluation in between."""
-    family, config = REMEMBERS[rope]
-    config = config | {"max_position_embeddings": 8 if rope == "dynamic" else 32}
+    family, config = tiny.remembers(rope, context=8)
     # The later ones are shorter than the first, which decides about their frequencies too.
     rows = [" ".join(SENTENCES[:n]) for n in (4, 3, 3, 2, 2)]
     args = dict(config=config, texts=rows, eval_on_start=True, eval_steps=4)

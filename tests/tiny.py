@@ -124,6 +124,24 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def remembers(rope: str, *, context: int) -> tuple[str, dict[str, Any]]:
+    """Family and configuration of a model whose rotary frequencies depend on what ran before.
+
+    Args:
+        rope: "dynamic" or "longrope".
+        context: tokens from which on the frequencies change.
+    """
+    parameters: dict[str, Any] = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0}
+    if rope == "dynamic":
+        return "llama", {"rope_parameters": parameters, "max_position_embeddings": context}
+    parameters |= {
+        "original_max_position_embeddings": context,
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 4.0, 8.0, 16.0],
+    }
+    return "phi3", {"rope_parameters": parameters, "max_position_embeddings": 4 * context}
+
+
 def model(family: str, *, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     """A causal language model of two layers in eval mode; the same weights for the same seed.
 

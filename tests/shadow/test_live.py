@@ -135,20 +135,10 @@ def test_attention_of_transformers_is_not_foreign():
 
 # --- rotary frequencies that depend on the inputs before ---
 
-ROPE = {"rope_theta": 10000.0, "factor": 4.0}
-LONG = ROPE | {
-    "rope_type": "longrope",
-    "original_max_position_embeddings": 12,
-    "short_factor": [1.0, 1.5, 2.0, 3.0],
-    "long_factor": [2.0, 4.0, 8.0, 16.0],
-}
-
 
 def remembers(rope: str):
-    if rope == "longrope":
-        return tiny.model("phi3", rope_parameters=LONG, max_position_embeddings=48)
-    rotary = ROPE | {"rope_type": "dynamic"}
-    return tiny.model("llama", rope_parameters=rotary, max_position_embeddings=16)
+    family, config = tiny.remembers(rope, context={"dynamic": 16, "longrope": 12}[rope])
+    return tiny.model(family, **config)
 
 
 @torch.no_grad()
