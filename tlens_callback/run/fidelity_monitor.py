@@ -81,7 +81,8 @@ class FidelityMonitor:
         if not math.isfinite(fidelity.scale):
             warn("tlens: the live model's logits are not finite at step %d.", step)
             return None
-        if fidelity.moved == 0 and not told and step - self._first_step >= _STILL:
+        still = fidelity.moved == 0 and step - self._first_step >= _STILL
+        if still and self._next is not None and not self._said_still:
             self._say_still(step)
         self.checks[step] = fidelity
         if not fidelity.close or fidelity.stale(self._first):
@@ -92,8 +93,6 @@ class FidelityMonitor:
         return fidelity
 
     def _say_still(self, step: int) -> None:
-        if self._said_still or self._next is None:
-            return
         self._said_still = True
         warn(
             "tlens: at step %d the model's answers to the probes are still, to the last bit, those "

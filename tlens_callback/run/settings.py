@@ -134,8 +134,7 @@ class Settings:
         if watch is not False and not isinstance(watch, Watch):
             raise ValueError(f"watch must be a Watch, False or None, got {watch!r}.")
         instruments = fast() if self.instruments is None else list(self.instruments)
-        given_sinks = [sink for sink in self.sinks or () if sink is not ...]
-        _check_parts(instruments, given_sinks, watch or None)
+        _check_parts(instruments, self.sinks_with(list), watch or None)
         device: Any = self.device
         if device is not None:
             try:

@@ -48,17 +48,12 @@ def as_inference(
             vars(config)[_IMPLEMENTATION] = name
 
 
-def eager_stands_in(model: nn.Module) -> bool:
-    """Whether eager attention computes what this model's own attention does, up to rounding.
-
-    It does where the implementation is one of transformers' own (sdpa, flash, flex). Under another
-    name, or under one of these names, a user may have registered any function.
-    """
-    return not foreign_attention(model)
-
-
 def foreign_attention(model: nn.Module) -> list[str]:
-    """The names of the model's attention implementations that are not transformers' own."""
+    """The names of the model's attention implementations that are not transformers' own.
+
+    Eager attention computes what one of transformers' own (sdpa, flash, flex) does, up to rounding.
+    Under another name, or under one of these names, a user may have registered any function.
+    """
     names = {vars(config).get(_IMPLEMENTATION) for config in _configs(model)}
     registered = ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
     return sorted(

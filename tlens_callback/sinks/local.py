@@ -188,18 +188,11 @@ class LocalSink:
     def _open_run(self, step: int) -> None:
         """Chooses the directory, clears what an interrupted run left, and writes the manifest."""
         self._has_path = True
-        number, self.path = newest(self._base, is_store)
         if step > 0:
-            run = self._about.get("run")
-            self.path = of_run(self._base, is_store, _run_in, run)
-        elif steps_in(self.path / "scores"):
-            self.path = unused(self._base, number)
-        while not self._claim() and step == 0:
-            if not _begins_elsewhere(self.path):
-                # A run that ended before its first step has left it.
-                write_whole(self.path / MANIFEST, self._manifest())
-                break
-            self.path = unused(self._base, number)
+            self.path = of_run(self._base, is_store, _run_in, self._about.get("run"))
+            self._claim()
+        else:
+            self._begin_store()
         folders = [self.path / name for name in ("arrays", "scores")]
         for folder in folders:
             folder.mkdir(exist_ok=True)
@@ -208,6 +201,18 @@ class LocalSink:
         self._folder = PageFolder(self.path / "page") if self._with_page else None
         self._remove_from(step)
         self._update_page(self._catch_up)
+
+    def _begin_store(self) -> None:
+        """Chooses a directory in which no other run has begun, and writes its manifest."""
+        number, self.path = newest(self._base, is_store)
+        if steps_in(self.path / "scores"):
+            self.path = unused(self._base, number)
+        while not self._claim():
+            if not _begins_elsewhere(self.path):
+                # A run that ended before its first step has left it.
+                write_whole(self.path / MANIFEST, self._manifest())
+                break
+            self.path = unused(self._base, number)
 
     def _claim(self) -> bool:
         """Writes the manifest of a new store; returns whether this call has made it one."""

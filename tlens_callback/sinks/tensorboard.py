@@ -141,11 +141,12 @@ class TensorBoardSink:
 
     def _choose_folder(self, step: int) -> bool:
         """Chooses the directory, and says whether it holds a run."""
-        number, self.path = newest(self._base, _holds_run)
         if step > 0:
             self.path = of_run(self._base, _holds_run, _run_in, self._run)
-        elif _holds_run(self.path):
-            self.path = unused(self._base, number)
+        else:
+            number, self.path = newest(self._base, _holds_run)
+            if _holds_run(self.path):
+                self.path = unused(self._base, number)
         again = _holds_run(self.path)
         if self._run is not None and not again:
             self.path.mkdir(parents=True, exist_ok=True)
