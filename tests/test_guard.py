@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import tlens_callback.callback as callback_module
 import tlens_callback.tracer as tracer_module
+import tlens_callback.watcher as watcher_module
 from tests import tiny
 from tests.own_loop import Loop, tracer
 from tests.training import CAPITAL, Constant, trainer
@@ -22,6 +23,7 @@ from tlens_callback.run.trainer_logs import TrainerLogs
 from tlens_callback.run.writer import Writer
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.mirror import Mirror
+from tlens_callback.watcher import Watcher
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -88,7 +90,7 @@ class Driven:
         self.handler.on_train_end(self.args, self.state, self.control)
 
 
-@pytest.mark.parametrize("owner", [TLensCallback, callback_module, *OURS])
+@pytest.mark.parametrize("owner", [TLensCallback, callback_module, Watcher, watcher_module, *OURS])
 def test_every_event_passes_with_every_part_of_ours_failing(tmp_path, monkeypatch, owner):
     names = [name for name in functions(owner) if not name.startswith("on_")]
     assert names
@@ -102,7 +104,7 @@ def test_every_event_passes_with_every_part_of_ours_failing(tmp_path, monkeypatc
             run.callback.observer.close()
 
 
-@pytest.mark.parametrize("owner", [Tracer, tracer_module, *OURS])
+@pytest.mark.parametrize("owner", [Tracer, tracer_module, Watcher, watcher_module, *OURS])
 def test_a_tracer_s_loop_passes_with_every_part_of_ours_failing(tmp_path, monkeypatch, owner):
     loop = Loop(tiny.model("llama", num_hidden_layers=1))
     # What checks the loop's own arguments is to raise, and replaced here it has lost its guard.
@@ -163,7 +165,7 @@ def test_what_was_observed_is_written_and_the_end_of_watching_is_said_once(
 
 def test_a_wandb_run_that_cannot_be_joined_leaves_the_other_sinks(tmp_path, monkeypatch, caplog):
     run = Driven(tmp_path, sinks=None)
-    fail(monkeypatch, callback_module, "active_wandb")
+    fail(monkeypatch, watcher_module, "active_wandb")
     with caplog.at_level(logging.WARNING, "tlens_callback"):
         run.go_on()
     assert read_store(tmp_path / "tlens").steps == (0, 1, 2, 3)

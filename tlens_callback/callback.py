@@ -11,21 +11,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tlens_callback.interfaces import Sink
 from tlens_callback.probes import Probe
-from tlens_callback.probes.builtin import first_rows, training_rows
-from tlens_callback.run.baselines import run_of
+from tlens_callback.probes.builtin import training_rows
 from tlens_callback.run.guard import guarded
-from tlens_callback.run.observer import Observer
-from tlens_callback.run.printing import print_lines, report, warn
+from tlens_callback.run.printing import print_lines
 from tlens_callback.run.settings import Options, Settings
-from tlens_callback.run.terminal import opening, summary
+from tlens_callback.run.terminal import summary
 from tlens_callback.run.trainer_logs import is_summary
 from tlens_callback.shadow import Shadow
-from tlens_callback.sinks.default import active_wandb, default_sinks, outgoing_lines
+from tlens_callback.sinks.default import default_sinks
+from tlens_callback.watcher import Watcher
 
 
-class TLensCallback(TrainerCallback):
+class TLensCallback(TrainerCallback, Watcher):
     """Looks inside a model while a Hugging Face trainer trains it, without changing the training.
 
     It observes at step 0, every `every_n_steps` steps and at the last step. An observation copies
@@ -62,12 +60,9 @@ class TLensCallback(TrainerCallback):
         probes: Sequence[Probe] | str | os.PathLike[str] | None = None,
         **settings: Unpack[Options],
     ) -> None:
-        self.settings = Settings(probes, **settings)
+        Watcher.__init__(self, Settings(probes, **settings))
         self.name = self.settings.name
-        self.sinks: list[Sink] = self.settings.sinks_with(list)
-        self.observer: Observer | None = None
         self._batch_size = 0
-        self._run, self._joins_wandb = "", False
 
     def on_train_begin(
         self,
@@ -95,26 +90,16 @@ class TLensCallback(TrainerCallback):
         if self.observer and not (retry and self.observer.model is model):
             self.observer.close()
             self.observer = None
-        if self.observer is None:
-            self.sinks = self.settings.sinks_with(lambda: default_sinks(args, self.name))
-            self._joins_wandb = self.settings.has_default_sinks
-            self.observer = Observer(self.settings, self.sinks)
+        observer = self.observer or self._new_observer(lambda: default_sinks(args, self.name))
         self._join_wandb()
 
         def probes(shadow: Shadow) -> list[Probe]:
-            given = self.settings.prompts
-            if given is None:
-                given = first_rows(train_dataloader, processing_class, context=shadow.context)
-                if not given:
-                    warn(
-                        "tlens: no probe texts were found in the training data, so only repeated "
-                        "blocks are run; pass probes=[...]."
-                    )
-            return self.settings.completed(given, shadow)
+            none = (
+                "tlens: no probe texts were found in the training data, so only repeated blocks "
+                "are run; pass probes=[...]."
+            )
+            return self._probes_for(shadow, train_dataloader, processing_class, none=none)
 
-        observer = self.observer
-        if not retry:
-            self._run = run_of(self._resumed_baselines_file(args, state))
         if not observer.watching:
             print_lines([f"tlens: building a shadow of the {type(model).__name__}"])
         try:
@@ -125,7 +110,7 @@ class TLensCallback(TrainerCallback):
                 step=state.global_step,
                 baselines_file=self._resumed_baselines_file(args, state),
                 run=_run_identity(state),
-                about={"run": self._run, **_trial(state)},
+                about=_trial(state),
                 training=training_rows(train_dataloader, processing_class),
                 logged=state.log_history,
             )
@@ -135,25 +120,12 @@ class TLensCallback(TrainerCallback):
         self._greet(args)
 
     @guarded
-    def _greet(self, args: TrainingArguments) -> None:
-        observer = self.observer
-        assert observer is not None and observer.batch is not None
-        rows = observer.batch.n_plain if self.settings.prompts is None else 0
-        print_lines([*opening(observer), *outgoing_lines(observer.sinks, rows=rows, args=args)])
-
-    @guarded
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.observer is None or not self.observer.watching:
             return
-        try:
-            self._join_wandb()
-        except Exception as error:  # the other sinks go on
-            if self.settings.on_error == "raise":
-                raise
-            self._joins_wandb = False
-            report("the active W&B run", error)
+        self._join_later_wandb()
         step = state.global_step
         last = control.should_training_stop or step >= state.max_steps
         by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)
@@ -233,14 +205,6 @@ class TLensCallback(TrainerCallback):
             observer.close()
         finally:
             print_lines(summary(observer))
-
-    def _join_wandb(self) -> None:
-        """Adds the active W&B run to the default sinks; it may start after this callback."""
-        if not self._joins_wandb or self.observer is None:
-            return
-        if (sink := active_wandb(self.sinks, self.name)) is not None:
-            self.sinks.append(sink)
-            self.observer.writer.add(sink)
 
     def _baselines_file(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The file in the checkpoint of this step that holds what instruments keep."""

@@ -12,23 +12,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tlens_callback.interfaces import Sink
 from tlens_callback.probes import Probe
-from tlens_callback.probes.builtin import first_rows, training_rows
-from tlens_callback.run.baselines import run_of
+from tlens_callback.probes.builtin import training_rows
 from tlens_callback.run.guard import guarded
-from tlens_callback.run.observer import Observer
-from tlens_callback.run.printing import print_lines, report, warn
+from tlens_callback.run.printing import print_lines, warn
 from tlens_callback.run.settings import Options, Settings
-from tlens_callback.run.terminal import opening, summary
+from tlens_callback.run.terminal import summary
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.weights import unwrap
 from tlens_callback.sinks import LocalSink
-from tlens_callback.sinks.default import active_wandb, outgoing_lines
 from tlens_callback.store.atomic import write_whole
+from tlens_callback.watcher import Watcher
 
 
-class Tracer:
+class Tracer(Watcher):
     """Looks inside a model while a plain PyTorch or accelerate loop trains it, without changing
     the training.
 
@@ -98,7 +95,7 @@ class Tracer:
         train_dataset: Any = None,
         **settings: Unpack[Options],
     ) -> None:
-        self.settings = Settings(probes, **settings)
+        super().__init__(Settings(probes, **settings))
         if not isinstance(model, nn.Module):
             raise ValueError(
                 f"model must be the torch module that is trained, got {type(model).__name__}."
@@ -119,9 +116,6 @@ class Tracer:
                 "train_dataset must be a dataset that can be read by index; give loader.dataset, "
                 "not the loader."
             )
-        self.sinks: list[Sink] = self.settings.sinks_with(list)
-        self._joins_wandb = self.settings.has_default_sinks
-        self.observer: Observer | None = None
         self._model = model
         self._tokenizer = tokenizer
         self._folder = Path(output_dir)
@@ -144,8 +138,7 @@ class Tracer:
             return self
         baselines_file = self._read_saved()
         store = self._folder / self.settings.name
-        self.sinks = self.settings.sinks_with(lambda: [LocalSink(store)])
-        self.observer = observer = Observer(self.settings, self.sinks)
+        observer = self._new_observer(lambda: [LocalSink(store)])
         print_lines([f"tlens: building a shadow of the {type(unwrap(self._model)).__name__}"])
         try:
             self._join_wandb()
@@ -157,7 +150,7 @@ class Tracer:
                     step=self._begin,
                     baselines_file=baselines_file,
                     run=self._run_identity,
-                    about={"run": run_of(baselines_file)},
+                    about={},
                     training=training_rows(self._data, self._tokenizer),
                     logged=self._log,
                 )
@@ -167,12 +160,6 @@ class Tracer:
         self._entered = True
         self._greet()
         return self
-
-    @guarded
-    def _greet(self) -> None:
-        assert self.observer is not None and self.observer.batch is not None
-        rows = self.observer.batch.n_plain if self.settings.prompts is None else 0
-        print_lines([*opening(self.observer), *outgoing_lines(self.observer.sinks, rows=rows)])
 
     def step(self, **logged: float) -> None:
         """Counts a step of the optimizer and observes when it is time; call it on every process.
@@ -201,13 +188,7 @@ class Tracer:
             return
         if row:
             self._log.append({**row, "step": self._step})
-        try:
-            self._join_wandb()
-        except Exception as error:  # the other sinks go on
-            if self.settings.on_error == "raise":
-                raise
-            self._joins_wandb = False
-            report("the active W&B run", error)
+        self._join_later_wandb()
         with _full_precision(self._model):
             due = self._step % self.settings.every_n_steps == 0
             last = self._step == self._end
@@ -273,23 +254,11 @@ class Tracer:
                 print_lines(summary(observer))
 
     def _probes(self, shadow: Shadow) -> list[Probe]:
-        given = self.settings.prompts
-        if given is None:
-            given = first_rows(self._data, self._tokenizer, context=shadow.context)
-            if not given:
-                warn(
-                    "tlens: no probe texts were given, so only repeated blocks are run; pass "
-                    "probes=[...] or train_dataset=."
-                )
-        return self.settings.completed(given, shadow)
-
-    def _join_wandb(self) -> None:
-        """Adds the active W&B run to the default sinks; it may start inside the block."""
-        if not self._joins_wandb or self.observer is None:
-            return
-        if (sink := active_wandb(self.sinks, self.settings.name)) is not None:
-            self.sinks.append(sink)
-            self.observer.writer.add(sink)
+        none = (
+            "tlens: no probe texts were given, so only repeated blocks are run; pass probes=[...] "
+            "or train_dataset=."
+        )
+        return self._probes_for(shadow, self._data, self._tokenizer, none=none)
 
     def _read_saved(self) -> Path | None:
         """Reads the log that `save` wrote, and returns the path of the other file it wrote."""

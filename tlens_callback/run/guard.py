@@ -12,7 +12,7 @@ from tlens_callback.run.settings import Settings
 P = ParamSpec("P")
 
 
-class Watcher(Protocol):
+class _Watcher(Protocol):
     """A callback or a tracer: it has an observer while it watches a run."""
 
     settings: Settings
@@ -29,7 +29,7 @@ def guarded(
     """
 
     @wraps(event)
-    def call(self: Watcher, *args: P.args, **kwargs: P.kwargs) -> None:
+    def call(self: _Watcher, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             event(self, *args, **kwargs)
         except Exception as error:
@@ -40,7 +40,7 @@ def guarded(
     return call
 
 
-def end_watching(watcher: Watcher, error: Exception) -> None:
+def end_watching(watcher: _Watcher, error: Exception) -> None:
     """Ends watching after an error that nothing else has handled; it never raises."""
     observer, watcher.observer = watcher.observer, None
     warn(

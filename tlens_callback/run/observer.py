@@ -115,7 +115,8 @@ class Observer:
         Args:
             baselines_file, run: for a resumed run, a file that `remember` wrote, and the `run` that
                 `remember` was given. None for a new run.
-            about: what the sinks are told of the run; see `Sink`. None: nothing.
+            about: what the sinks are told of the run beside its identity; see `Sink`. None: they
+                are told nothing.
             training: see `ProbeBatch`.
             logged: what the trainer logs, a list that grows.
             earlier: everything logged up to now belongs to this observation, whatever its step.
@@ -129,9 +130,9 @@ class Observer:
         with self._closing_on_error(), self.cost.spending():
             claim(self, self.instruments)
             self.writer.release()  # an observation of the previous try, with its logs
-            self._run = "" if about is None else str(about["run"])
             if about is not None:
-                self.writer.begin(about)
+                self._run = self._run or baselines.run_of(baselines_file)
+                self.writer.begin({"run": self._run, **about})
             if self.shadow is not None and self.model is model:
                 self.shadow.sync()
             else:

@@ -1,0 +1,80 @@
+"""`Watcher`: what the callback and the tracer have in common."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainingArguments
+
+from tlens_callback.interfaces import Sink
+from tlens_callback.probes import Probe
+from tlens_callback.probes.builtin import first_rows
+from tlens_callback.run.guard import guarded
+from tlens_callback.run.observer import Observer
+from tlens_callback.run.printing import print_lines, report, warn
+from tlens_callback.run.settings import Settings
+from tlens_callback.run.terminal import opening
+from tlens_callback.shadow import Shadow
+from tlens_callback.sinks.default import active_wandb, outgoing_lines
+
+
+class Watcher:
+    """Has an observer while it watches a run, and chooses the sinks and probes of the run.
+
+    Attributes:
+        settings: what is watched and how.
+        sinks: where the readings go, including sinks that failed and were set aside.
+        observer: None where nothing is watched.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.sinks: list[Sink] = settings.sinks_with(list)
+        self.observer: Observer | None = None
+        self._joins_wandb = False
+
+    def _new_observer(self, default: Callable[[], Sequence[Sink]]) -> Observer:
+        """Makes the observer of a run; `default` gives the default sinks, where they are wanted."""
+        self.sinks = self.settings.sinks_with(default)
+        self._joins_wandb = self.settings.has_default_sinks
+        self.observer = Observer(self.settings, self.sinks)
+        return self.observer
+
+    def _join_wandb(self) -> None:
+        """Adds the active W&B run to the default sinks."""
+        if not self._joins_wandb or self.observer is None:
+            return
+        if (sink := active_wandb(self.sinks, self.settings.name)) is not None:
+            self.sinks.append(sink)
+            self.observer.writer.add(sink)
+
+    def _join_later_wandb(self) -> None:
+        """Does the same for a W&B run that began after the watching; if that fails, the other sinks
+        go on."""
+        try:
+            self._join_wandb()
+        except Exception as error:
+            if self.settings.on_error == "raise":
+                raise
+            self._joins_wandb = False
+            report("the active W&B run", error)
+
+    def _probes_for(self, shadow: Shadow, data: Any, tokenizer: Any, *, none: str) -> list[Probe]:
+        """Returns the probes that were given, or else the first rows of the training data.
+
+        Args:
+            none: a warning for where there are neither.
+        """
+        given = self.settings.prompts
+        if given is None:
+            given = first_rows(data, tokenizer, context=shadow.context)
+            if not given:
+                warn(none)
+        return self.settings.completed(given, shadow)
+
+    @guarded
+    def _greet(self, args: TrainingArguments | None = None) -> None:
+        """Prints the lines with which a run begins; `args` are the trainer's, if there is one."""
+        observer = self.observer
+        assert observer is not None and observer.batch is not None
+        rows = observer.batch.n_plain if self.settings.prompts is None else 0
+        print_lines([*opening(observer), *outgoing_lines(observer.sinks, rows=rows, args=args)])
