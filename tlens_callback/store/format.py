@@ -1,6 +1,6 @@
 """Defines the local store on disk: its files, and how readings are packed in them.
 
-    manifest.json                    format, creation time, package versions, the first process
+    manifest.json                    format, creation time, package versions, process, run, trial
     arrays/step-00000100.safetensors every reading of the step, a tensor per key
     scores/step-00000100.parquet     its small readings as a long table, for pandas
     page/index.html, page.html       the page, live and in one file; reading a store needs neither
