@@ -99,9 +99,9 @@ class AttentionPatterns:
             n = batch.lengths[row]
             size = shadow.n_heads * n * n
             # One probe after another, and read-only, which spares two copies of all patterns.
-            values = np.stack([part[start : start + size].numpy() for part in flat])
+            shape = shadow.n_heads, n, n
+            values = np.stack([part[start : start + size].view(shape).numpy() for part in flat])
             values.setflags(write=False)
-            values.shape = len(layers), shadow.n_heads, n, n
             start += size
             yield Reading(
                 key=f"{self.name}/pattern/{batch.probes[row].name}",

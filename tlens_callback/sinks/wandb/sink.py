@@ -19,7 +19,7 @@ from tlens_callback.sinks.shown import (
     without_trainer_logs,
 )
 from tlens_callback.sinks.wandb.file_budget import FileBudget
-from tlens_callback.sinks.wandb.finish import BeforeFinish
+from tlens_callback.sinks.wandb.row_log import RowLog
 from tlens_callback.sinks.wandb.rows import (
     MOST_NUMBERS,
     Medium,
@@ -43,7 +43,9 @@ class WandbSink:
     """Logs each observation as one row of a W&B run, beside the trainer's own rows.
 
     Each row has its own `train/global_step` and is never merged with another row, so that it is
-    shown at its step, whatever the order and the thread in which rows are logged.
+    shown at its step, whatever the order and the thread in which rows are logged. The first rows
+    wait until it is clear that nobody logs to the run with `step=`; if somebody does, rows wait as
+    long as theirs would be lost otherwise, the last ones until the run is finished.
 
     W&B's run page shows an overview: the readings that an instrument's `description` marks as
     headlines: for the default instruments about 17 numbers, and five more per probe. The store and
@@ -140,7 +142,7 @@ class WandbSink:
         self._first: dict[str, tuple[int, list[Reading]]] = {}
         self._place = "W&B, no run yet"
         self._wait: Callable[[], None] = lambda: None
-        self._hook: BeforeFinish | None = None
+        self._rows: RowLog | None = None
         self._files = FileBudget(most_files, page=int(store is not None))
         self._files_run_id: str | None = None
         self._defined: set[str] = set()
@@ -180,7 +182,7 @@ class WandbSink:
         self._wait = wait
         run = self._wandb.run if self._given is None else self._given
         if run is not None:
-            self._watch_finish(run)
+            self._join(run)
 
     def close(self) -> None:
         """Logs the page, and finishes the run if this sink started it; the next `write` looks for a
@@ -189,9 +191,9 @@ class WandbSink:
         try:
             self._log_rest()
         finally:
-            if self._hook is not None:
-                self._hook.remove()
-            self._hook = self._run = None
+            if self._rows is not None and self._rows.leave(now=started_here):
+                self._rows = None
+            self._run = None
             self._started_here = False
             self._first.clear()
             if started_here:
@@ -215,28 +217,24 @@ class WandbSink:
             run.define_metric(f"{self._name}/*", step_metric=STEP)
         except self._wandb.errors.UsageError as error:
             raise RuntimeError(_finished_text(run)) from error
-        self._watch_finish(run)
+        self._join(run)
         if run.id != self._files_run_id:
             self._files_run_id = run.id
             self._files = FileBudget(self._most_files, page=self._files.page)
             self._defined.clear()
         return run
 
-    def _watch_finish(self, run: Any) -> None:
+    def _join(self, run: Any) -> None:
         """Makes the run wait for what is not written yet when somebody finishes it."""
-        if self._hook is not None and self._hook.run is not run:
-            self._hook.remove()
-            self._hook = None
-        if self._hook is None:
-            self._hook = BeforeFinish(run, self._on_run_finish)
+        if self._rows is not None and self._rows.run is not run:
+            self._rows.leave(now=True)
+            self._rows = None
+        if self._rows is None:
+            self._rows = RowLog(run, self._before_run_finish, at_once=self._started_here)
 
-    def _on_run_finish(self) -> None:
-        try:
-            self._wait()
-            self._log_rest()
-        except Exception as error:
-            # Logged and not raised: it must not disturb whoever finishes the run.
-            logger.warning("tlens: not everything was logged to W&B: %s", error, exc_info=error)
+    def _before_run_finish(self) -> None:
+        self._wait()
+        self._log_rest()
 
     def _log_rest(self) -> None:
         """Logs the files of the last observation if they were held back, and the page."""
@@ -253,15 +251,22 @@ class WandbSink:
             self._log(self._run, {self._keys("page"): page}, [], step)
 
     def _log(self, run: Any, row: dict[str, Any], files: Sequence[Medium], step: int) -> None:
-        with tempfile.TemporaryDirectory(prefix="tlens-", ignore_cleanup_errors=True) as folder:
-            for i, file in enumerate(files):
-                row[self._keys(file.name)] = to_wandb(self._wandb, file, Path(folder) / f"{i}.png")
-            if not row:
-                return
-            try:
-                run.log({**row, STEP: step})
-            except self._wandb.errors.UsageError as error:
-                raise RuntimeError(_finished_text(run)) from error
+        assert self._rows is not None, "a run that is logged to is watched"
+        folder = tempfile.TemporaryDirectory(prefix="tlens-", ignore_cleanup_errors=True)
+        try:
+            made = {
+                self._keys(file.name): to_wandb(self._wandb, file, Path(folder.name) / f"{i}.png")
+                for i, file in enumerate(files)
+            }
+            if row or made:
+                self._rows.log({**row, STEP: step}, made, folder)
+            else:
+                folder.cleanup()
+        except self._wandb.errors.UsageError as error:
+            raise RuntimeError(_finished_text(run)) from error
+        except BaseException:
+            folder.cleanup()
+            raise
 
     def _head_row(self, run: Any, readings: Sequence[Reading]) -> dict[str, float]:
         row = {self._keys(k): v for k, v in head_numbers(readings, self._heads).items()}
