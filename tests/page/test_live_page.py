@@ -152,6 +152,25 @@ def test_written_anew_and_dropped(tab, folder):
     assert faults == []
 
 
+def test_a_step_that_is_dropped_while_it_is_decoded(tab, folder):
+    """What waits for the step finds it gone, before the next frame draws what is left."""
+    page, faults = tab
+    until(page, STEP, "step 10")
+    page.evaluate("""() => {
+      const { data } = tlens, { decode } = data;
+      data.decoded.clear();
+      data.decode = async (entry) => {
+        data.decode = decode;
+        await data.decode(entry);
+        data.drop(entry.step);
+      };
+    }""")
+    page.keyboard.press("ArrowLeft")
+    until(page, "tlens.data.steps.length", 1)
+    page.wait_for_timeout(100)
+    assert faults == []
+
+
 def test_missing_files_are_asked_for_again(tab, folder):
     page, faults = tab
     until(page, STEP, "step 10")

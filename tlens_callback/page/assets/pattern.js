@@ -39,8 +39,10 @@ function patternView(root) {
       .map((step) => (key ? data.latest(key, step) : null));
     const missing = steps.filter((step) => step !== null && !data.codes(key, step));
     if (!missing.length) return show(key, steps);
+    const { version } = data;
     Promise.all(missing.map((step) => data.ready(key, step))).then(() => {
-      if (mine === turn) show(key, steps); // else a later step was asked for meanwhile
+      // Else another drawing comes: a later step was asked for meanwhile, or this one was dropped.
+      if (mine === turn && version === data.version) show(key, steps);
     });
   }
 

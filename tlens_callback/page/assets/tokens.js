@@ -28,9 +28,10 @@ function tokensView(root) {
     write(none, state.probe === null ? "No probe has readings in this run."
       : "This probe has no readings for its tokens: no attention, neurons, features or losses.");
     if (!tokens.length) return;
-    const now = ++turn;
-    await prepare();
-    if (now !== turn) return; // a later step was asked for meanwhile
+    const now = ++turn, { version } = data;
+    const late = () => now !== turn || version !== data.version; // another drawing comes
+    await prepare(late);
+    if (late()) return;
     source = sourceOf();
     colour();
     show();
@@ -82,7 +83,7 @@ function tokensView(root) {
   const spans = () => strip.querySelectorAll(".token");
 
   // Decodes what is shown now; and every step of the chosen reading once, for limits that stay.
-  async function prepare() {
+  async function prepare(late) {
     const key = chosen();
     choose.value = tint;
     if (key) {
@@ -91,6 +92,7 @@ function tokensView(root) {
       for (const step of data.stepsOf(key)) {
         if (spanOf(key, step, lead)) continue;
         await data.ready(key, step);
+        if (late()) return;
         spanOf(key, step, lead);
       }
     } else leads.replaceChildren();
