@@ -107,6 +107,8 @@ def offline(tmp_path, monkeypatch):
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     yield tmp_path
+    # A run that is not finished keeps hold of stdout, and fails at every print after the teardown.
+    wandb.finish()
     wandb.teardown()
 
 

@@ -344,7 +344,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_last_logits_take_one_row_of_the_vocabulary_per_probe(family):
-    """However many lengths the probes have; and they are the same, bit for bit, as those of all."""
+    """However many lengths the probes have; and they are the same as those of all, but for the
+    rounding of a product, which depends on its number of rows."""
     vocab = 20_000
     shadow = Shadow.of(tiny.model(family, vocab_size=vocab))
     probes = [Probe(f"p{n}", [(7 * n + i) % 90 + 3 for i in range(n)]) for n in range(3, 35)]
@@ -353,6 +354,8 @@ def test_last_logits_take_one_row_of_the_vocabulary_per_probe(family):
         last = shadow.run(batch, [{"last_logits": lambda t: t}])[0]["last_logits"]
     with Largest() as every:
         logits = shadow.run(batch, [{"logits": lambda t: t}])[0]["logits"]
-    assert torch.equal(last, logits[torch.arange(len(probes)), batch.last])
+    torch.testing.assert_close(
+        last, logits[torch.arange(len(probes)), batch.last], atol=1e-5, rtol=1e-5
+    )
     assert only_last.most <= len(probes) * vocab
     assert every.most >= len(probes) * vocab * 34, "the control: all logits are seen"
