@@ -44,6 +44,15 @@ SEED = int(os.environ.get("TLENS_TEST_SEED", "0"))
 """Another seed makes other models and adapters: no test may rest on the luck of one of them."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def streamed():
+    """With TLENS_TEST_WEIGHTS=streamed, the whole suite runs with weights that are streamed."""
+    if os.environ.get("TLENS_TEST_WEIGHTS") == "streamed":
+        from tlens_callback.shadow import memory
+
+        memory.SHARE = 0
+
+
 # What the packages are made of is left alone by the garbage collection, which would take a fifth of
 # their import, and which accelerate asks for at the end of every training: 0.6 s each time.
 gc.disable()

@@ -33,8 +33,8 @@ class TLensCallback(TrainerCallback, Watcher):
     Args:
         probes: the texts to run, or the path of a file that `read_probes` reads. None: the first
             rows of the training data.
-        settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, on_error,
-            writing and name, as `tlens_callback.run.settings.Settings` explains them.
+        settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, weights,
+            on_error, writing and name, as `tlens_callback.run.settings.Settings` explains them.
 
     Raises:
         ValueError: here or when training begins, if something cannot work; the text says what to

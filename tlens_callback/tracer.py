@@ -63,11 +63,11 @@ class Tracer(Watcher):
         train_dataset: rows that the model is trained on, by index, each a dict with `input_ids`,
             `text` or `prompt`. Instruments that learn from training rows read it, and so does
             `probes=None`. This does not change the order of the loop's own loader.
-        settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, on_error,
-            writing and name, as `tlens_callback.run.settings.Settings` explains them. The default
-            sinks are the local store and the active W&B run. If the loop logs to that run too, it
-            should log `{..., "train/global_step": step}` and give no `step=`: W&B's own step counts
-            rows, the tracer's included, and W&B drops a row for an earlier step.
+        settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, weights,
+            on_error, writing and name, as `tlens_callback.run.settings.Settings` explains them.
+            The default sinks are the local store and the active W&B run. If the loop logs to that
+            run too, it should log `{..., "train/global_step": step}` and give no `step=`: W&B's own
+            step counts rows, the tracer's included, and W&B drops a row for an earlier step.
 
     Raises:
         ValueError: here or on entering, if something cannot work; the text says what to do.

@@ -94,7 +94,9 @@ def _no_post_norm(monkeypatch):
 
 def _no_output_bias(monkeypatch):
     heads = attribution.head_writes
-    monkeypatch.setattr(attribution, "head_writes", lambda *args: heads(*args[:3], None, args[4]))
+    monkeypatch.setattr(
+        attribution, "head_writes", lambda *args: heads(*args[:3], lambda: None, args[4])
+    )
 
 
 def _no_constant(monkeypatch):
@@ -107,7 +109,7 @@ def _every_head_the_first(monkeypatch):
     monkeypatch.setattr(
         attribution,
         "head_writes",
-        lambda a, b, w, *rest: heads(a, b, w[:1].expand(4, -1, -1), *rest),
+        lambda a, b, w, *rest: heads(a, b, lambda: w()[:1].expand(4, -1, -1), *rest),
     )
 
 

@@ -14,7 +14,7 @@ from tlens_callback import Reading, Shadow, observe
 from tlens_callback.instruments.frozen import FrozenWeights, checksum
 from tlens_callback.instruments.parts.module_grid import ModuleGrid
 from tlens_callback.instruments.sparsity import UpdateSparsity, _entries
-from tlens_callback.shadow.mirror import Weight
+from tlens_callback.shadow.sources import Weight
 
 
 def look(instrument: Any, shadow: Shadow) -> dict[str, Reading]:
@@ -102,7 +102,11 @@ def test_the_tolerance_decides():
 def test_under_an_adapter_the_merged_weights_count(dtype):
     model = lora().to(dtype)
     shadow, instrument = Shadow.of(model), UpdateSparsity(sample=None)
-    first = {w.name: w.value.clone() for w in shadow.mirror.weights() if w.trained}
+    first = {}
+    for weight in shadow.mirror.weights():
+        if weight.trained:
+            with shadow.layer(weight.layer):
+                first[weight.name] = weight.value.clone()
     assert {short(n) for n in first} == {"0.q_proj", "1.q_proj", "0.down_proj", "1.down_proj"}
     look(instrument, shadow)
     train(model, batch_for(shadow), steps=1, lr=2e-4 if dtype == torch.float32 else 2e-2)
@@ -181,7 +185,7 @@ def test_a_weight_that_is_a_single_number(monkeypatch):
     """Some models scale a branch by one."""
     of = Shadow.of(tiny.model("llama"))
     number = torch.nn.Parameter(torch.tensor(1.0))
-    scale = Weight("model.layers.0.scale", number.detach(), number, True)
+    scale = Weight("model.layers.0.scale", number, number, trained=True, layer=0)
     monkeypatch.setattr(of.mirror, "weights", lambda: [scale])
     for sample in (None, 50):
         instrument = UpdateSparsity(sample=sample)

@@ -21,7 +21,8 @@ class Watched:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.loop = Loop(adapted(lora_dropout=0.0).to(dtype))
-        self.shadow = Shadow(self.loop.model)
+        # A shadow that misses an update: a streamed one reads the live weights in each pass.
+        self.shadow = Shadow(self.loop.model, weights="resident")
         self.batch = ProbeBatch.encode([CAPITAL], tiny.tokenizer(), vocab_size=tiny.VOCAB)
         self.monitor, self.step = FidelityMonitor(), 0
         self.monitor.start(self.loop.model, self.shadow, self.batch, step=0)

@@ -61,7 +61,7 @@ def test_rows_in_chunks_give_the_same_figures(monkeypatch):
 
 def test_a_missed_update_is_stale_and_a_followed_one_is_not():
     model = lora(tiny.model("llama"))
-    shadow = Shadow.of(model)
+    shadow = Shadow.of(model, weights="resident")
     batch = batch_for(shadow)
     first, reference = compare(model, shadow, batch)
     train(model, batch, steps=1, lr=1e-5)
@@ -116,7 +116,7 @@ def test_rounding_is_not_taken_for_a_missed_update(dtype, lr):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_another_model_is_not_close_in_half_precision_either(dtype):
     model = lora(tiny.model("llama").to(dtype))
-    shadow = Shadow.of(model)
+    shadow = Shadow.of(model, weights="resident")
     batch = batch_for(shadow)
     assert compare(model, shadow, batch)[0].close
     train(model, batch, steps=5, lr=1e-2)

@@ -65,7 +65,7 @@ def test_adapters_on_them_are_merged(kind, adapter):
         config = LoraConfig(r=4, target_modules=targets, use_dora=adapter == "DoRA")
     model = get_peft_model(model, config)
     randomise(model, only_trainable=True)
-    shadow = Shadow.of(model)
+    shadow = Shadow.of(model, weights="resident")
     batch = batch_for(shadow)
     with model.disable_adapter():
         assert gap(model, shadow, batch) > 1e-2, "the control: the adapter does something"

@@ -80,7 +80,7 @@ def gap(model: nn.Module, shadow: Shadow, batch: ProbeBatch) -> float:
 def test_shadow_equals_live_after_real_steps_with_lora(family):
     dropout = 0.0 if family in ("qwen3_moe", "mixtral") else 0.2  # PEFT: none on experts
     model = lora(tiny.model(family), lora_dropout=dropout)
-    shadow = Shadow.of(model)
+    shadow = Shadow.of(model, weights="resident")
     batch = batch_for(shadow)
     before = gap(model, shadow, batch)
     start = hugging_face_logits(model, batch)
@@ -126,7 +126,7 @@ def test_half_precision_runs_and_is_the_live_model(family):
 
 def test_extra_bytes_are_those_of_the_adapted_weights():
     model = lora(tiny.model("llama"), target_modules=["q_proj", "down_proj"])
-    shadow = Shadow.of(model)
+    shadow = Shadow.of(model, weights="resident")
     adapted = [m.base_layer.weight for m in model.modules() if hasattr(m, "lora_A")]
     assert shadow.extra_bytes == sum(w.numel() * w.element_size() for w in adapted)
     live = {p.data_ptr() for p in model.parameters()}
@@ -227,7 +227,7 @@ def test_copies_of_layers_with_biases_follow_too(family):
 def test_a_copy_of_a_layer_that_is_unfrozen_later_follows():
     model = tiny.model("llama")
     model.requires_grad_(False)
-    shadow = Shadow.of(model, dtype=torch.float64)
+    shadow = Shadow.of(model, dtype=torch.float64, weights="resident")
     batch = batch_for(shadow)
     model.model.layers[1].requires_grad_(True)
     train(model, batch)
@@ -266,7 +266,7 @@ def test_release_frees_what_the_shadow_holds_without_a_collection():
     gc.collect()
     gc.disable()
     try:
-        shadow = Shadow.of(model)
+        shadow = Shadow.of(model, weights="resident")
         held = [weakref.ref(own) for own in shadow.mirror._held]
         shadow.release()
         assert held and all(own() is None for own in held)

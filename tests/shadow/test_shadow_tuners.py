@@ -35,7 +35,7 @@ def test_the_shadow_follows_every_tuner(name):
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "oft", "trainable_tokens"])
 def test_without_the_sync_the_check_fails(name):
     model = build(name)
-    shadow = Shadow.of(model)
+    shadow = Shadow.of(model, weights="resident")
     batch = batch_for(shadow)
     scale = float(shadow.logits(batch.tokens)[batch.mask].abs().max())
     train(model, batch, steps=3, lr=5e-3)

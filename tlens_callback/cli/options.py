@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tlens_callback.interfaces import Instrument
     from tlens_callback.probes import Probe
     from tlens_callback.run.settings import Settings
+    from tlens_callback.shadow.memory import Holding
 
 _LONGEST = 10_000
 """Letters of an instrument with its arguments; a deeper expression could not be parsed."""
@@ -56,6 +57,13 @@ _MODEL_OPTIONS = (
         type=click.Choice(DTYPES),
         help="Precision to compute in. The default is the precision of the saved weights.",
     ),
+    click.option(
+        "--weights",
+        type=click.Choice(["auto", "resident", "streamed"]),
+        default="auto",
+        help="How merged weights are held: all at once, or one layer at a time, which is slower. "
+        "The default holds all if they take at most a quarter of the free memory.",
+    ),
 )
 
 
@@ -77,6 +85,7 @@ def settings_and_loader(
     no_repeats: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    weights: "Holding" = "auto",
 ) -> "tuple[Settings, Loader]":
     """Turns the values of `model_options` into settings of the observer and a loader.
 
@@ -103,6 +112,7 @@ def settings_and_loader(
         instruments=parse_instruments(instruments) if instruments else None,
         every_n_steps=1,
         repeats=not no_repeats,
+        weights=weights,
         on_error="raise",
         writing="inline",
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from tlens_callback.instruments.parts.direct import (
     mlp_hook,
     neuron_writes,
     soft_cap,
+    through_norm,
     uncapped,
     unembedding_directions,
 )
@@ -203,25 +205,26 @@ class LogitAttribution:
 
         taps: dict[str, Reduce] = {EMBED: part}
         for i in range(shadow.n_layers):
-            block = bridge.blocks[i]
-            through = direction
+            block, norm = bridge.blocks[i], None
             if _attn_norm_hook(i) in shadow.hooks:
-                through = before_norm(block.ln1_post, direction)
+                norm = block.ln1_post
                 taps[_attn_norm_hook(i)] = scale
-            bias = getattr(block.attn, "b_O", None)
-            taps[z_hook(i)] = head_writes(row, last, block.attn.W_O, bias, through)
+            w_o = partial(getattr, block.attn, "W_O")
+            b_o = partial(getattr, block.attn, "b_O", None)
+            taps[z_hook(i)] = head_writes(row, last, w_o, b_o, through_norm(norm, direction))
             taps[mlp_hook(i)] = part
         taps[FINAL] = scale_and_constant
         taps[LAST_LOGITS] = lead
         for i in neuron_layers(shadow) if self.neurons else []:
-            w_out, through = bridge.blocks[i].mlp.W_out, direction
-            if self.neurons > len(w_out):
+            block, norm = bridge.blocks[i], None
+            if self.neurons > (there := len(block.mlp.W_out)):
                 raise ValueError(
-                    f"LogitAttribution(neurons={self.neurons}): layer {i} has {len(w_out)} neurons."
+                    f"LogitAttribution(neurons={self.neurons}): layer {i} has {there} neurons."
                 )
             if mlp_norm_hook(i) in shadow.hooks:
-                through = before_norm(bridge.blocks[i].ln2_post, direction)
+                norm = block.ln2_post
                 taps[mlp_norm_hook(i)] = scale
+            w_out, through = partial(getattr, block.mlp, "W_out"), through_norm(norm, direction)
             taps[neuron_hook(i)] = neuron_writes(self.neurons, row, last, w_out, through)
         return taps
 

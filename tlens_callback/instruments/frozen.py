@@ -15,7 +15,7 @@ from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
-from tlens_callback.shadow.mirror import Weight
+from tlens_callback.shadow.sources import Weight
 
 _STEP = -7046029254386353131
 """The odd number nearest to 2^64 divided by the golden ratio, as a signed number."""

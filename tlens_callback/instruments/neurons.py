@@ -1,7 +1,8 @@
 """Reads which neurons fire most, on which tokens, and what they add to the answer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tlens_callback.demands import demand_numbers
-from tlens_callback.instruments.parts.direct import answer_directions, before_norm, has_direct_path
+from tlens_callback.instruments.parts.direct import (
+    answer_directions,
+    has_direct_path,
+    through_norm,
+)
 from tlens_callback.instruments.parts.experts import expert_taps, routed_hook, router_hook
 from tlens_callback.instruments.parts.selection import (
     checked_selection,
@@ -139,11 +144,13 @@ class TopNeurons:
                 raise ValueError(
                     f"TopNeurons(k={self.k}): layer {i} has {mlp.W_out.shape[0]} neurons."
                 )
-            through = direction
+            norm = None
             if direction is not None and mlp_norm_hook(i) in shadow.hooks:
-                through = before_norm(shadow.bridge.blocks[i].ln2_post, direction)
+                norm = shadow.bridge.blocks[i].ln2_post
                 taps[mlp_norm_hook(i)] = at_last
-            taps[neuron_hook(i)] = _top_neurons(self.k, row, last, counted, mlp.W_out, through)
+            w_out = partial(getattr, mlp, "W_out")
+            through = None if direction is None else through_norm(norm, direction)
+            taps[neuron_hook(i)] = _top_neurons(self.k, row, last, counted, w_out, through)
         if direction is not None and taps:
             taps[FINAL] = at_last
         return taps | expert_taps(shadow, _expert_layers(shadow), row, counted)
@@ -254,8 +261,8 @@ def _top_neurons(
     row: Int[Tensor, " row"],
     last: Int[Tensor, " row"],
     counted: Bool[Tensor, "row pos"],
-    w_out: Float[Tensor, "neuron d_model"],
-    direction: Float[Tensor, "row d_model"] | None,
+    w_out: Callable[[], Float[Tensor, "neuron d_model"]],
+    direction: Callable[[], Float[Tensor, "row d_model"]] | None,
 ) -> Reduce:
     """Reduces to each row's top k neurons, activations, and writes before the norms divide."""
 
@@ -268,7 +275,7 @@ def _top_neurons(
             return index, fired
         at_last = fired[torch.arange(len(last), device=last.device), :, last]
         # Product and sum, not a matmul: a trainer may have switched those to TF32.
-        return index, fired, at_last * (w_out[index].float() * direction[:, None]).sum(2)
+        return index, fired, at_last * (w_out()[index].float() * direction()[:, None]).sum(2)
 
     return top
 

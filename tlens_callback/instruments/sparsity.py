@@ -1,5 +1,6 @@
 """Measures how many entries of each weight training has moved."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,7 +16,7 @@ from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
-from tlens_callback.shadow.mirror import Weight
+from tlens_callback.shadow.sources import Weight
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ class UpdateSparsity:
         weights = shadow.mirror.weights()
         followed = [i for i, weight in enumerate(weights) if weight.trained]
         if self.sample is None:
-            shares = torch.stack([self._share_of_all(weights[i]) for i in followed])
+            shares = torch.stack([self._share_of_all(shadow, weights[i]) for i in followed])
         else:
-            shares = self._shares_of_samples(weights, self.sample)[followed]
+            shares = self._shares_of_samples(shadow, weights, self.sample)[followed]
         share = shares.double().cpu().numpy()
         # A module's weight is called by the module's own name.
         grid = ModuleGrid.of([weights[i].name.removesuffix(".weight") for i in followed])
@@ -136,7 +137,11 @@ class UpdateSparsity:
         total = np.average(share, weights=sizes)
         yield Reading(key=f"{self.name}/all", values=total, unit=unit, limits=limits)
 
-    def _share_of_all(self, weight: Weight) -> Float[Tensor, ""]:
+    def _share_of_all(self, shadow: Shadow, weight: Weight) -> Float[Tensor, ""]:
+        with shadow.layer(weight.layer):
+            return self._share(weight)
+
+    def _share(self, weight: Weight) -> Float[Tensor, ""]:
         now, key = weight.value, f"first/{weight.name}"
         if key not in self.baseline:
             self.baseline[key] = now.clone()
@@ -148,7 +153,9 @@ class UpdateSparsity:
         still = [((a.float() - b.float()).abs() < self.tolerance).sum() for a, b in pieces]
         return torch.stack(still).sum().float() / now.numel()
 
-    def _shares_of_samples(self, weights: list[Weight], sample: int) -> Float[Tensor, " weight"]:
+    def _shares_of_samples(
+        self, shadow: Shadow, weights: list[Weight], sample: int
+    ) -> Float[Tensor, " weight"]:
         # From every weight, so that the sample does not depend on which ones are trained.
         sizes = [weight.value.numel() for weight in weights]
         device = weights[0].value.device
@@ -156,14 +163,15 @@ class UpdateSparsity:
         if about not in self._drawn:
             self._drawn.clear()
             self._drawn[about] = _draw_entries(sizes, sample).to(device)
-        now = torch.cat(
-            [
-                (
-                    weight.value.flatten() if size <= sample else _entries(weight.value, drawn)
-                ).float()
-                for weight, size, drawn in zip(weights, sizes, self._drawn[about], strict=True)
-            ]
-        )
+        entries = []
+        of_weights = zip(weights, sizes, self._drawn[about], strict=True)
+        for layer, of_layer in itertools.groupby(of_weights, lambda of: of[0].layer):
+            with shadow.layer(layer):
+                for weight, size, drawn in of_layer:
+                    value = weight.value
+                    some = value.flatten() if size <= sample else _entries(value, drawn)
+                    entries.append(some.to(torch.float32, copy=True))
+        now = torch.cat(entries)
         if "first" not in self.baseline:
             self.baseline["first"] = now
         first = self.baseline["first"]

@@ -137,7 +137,7 @@ class Observer:
                 self.shadow.sync()
             else:
                 self.cost.begin()
-                self.shadow = Shadow(model, device=self.settings.device, dtype=self.settings.dtype)
+                self.shadow = self._shadow_of(model)
                 self.model, self._model_shape = model, self.shadow.sizes
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
@@ -263,7 +263,7 @@ class Observer:
             self.shadow.release()
         self.shadow = self.model = None
         model = load()
-        shadow = Shadow(model, device=self.settings.device, dtype=self.settings.dtype)
+        shadow = self._shadow_of(model)
         if shadow.sizes != self._model_shape:
             raise ValueError(
                 f"The models have different shapes and cannot be compared head by head: (layers, "
@@ -287,6 +287,10 @@ class Observer:
             self.finish()
         finally:
             self._release_shadow()
+
+    def _shadow_of(self, model: nn.Module) -> Shadow:
+        of = self.settings
+        return Shadow(model, device=of.device, dtype=of.dtype, weights=of.weights)
 
     def _release_shadow(self) -> None:
         if self.shadow is not None:

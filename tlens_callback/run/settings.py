@@ -24,6 +24,7 @@ from tlens_callback.run.baselines import BASELINE
 from tlens_callback.run.printing import warn
 from tlens_callback.run.writer import OnError, Writing
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.memory import Holding, demand_holding
 
 MANY = 256
 """A warning is logged for more probes than this."""
@@ -39,6 +40,7 @@ class Options(TypedDict, total=False):
     repeats: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
+    weights: Holding
     on_error: OnError
     writing: Writing
     name: str
@@ -67,6 +69,10 @@ class Settings:
             that no adapter changes. On another device it is a full copy.
         dtype: precision of the shadow; None: the model's. `torch.float32` for a bfloat16 model
             shows changes below bfloat16's rounding, and takes 4 bytes for every parameter.
+        weights: how the shadow holds weights that it cannot share with the model, such as those
+            with adapters. "resident": all of them. "streamed": one decoder layer at a time, merged
+            anew in each forward pass. "auto": resident, unless they would take more than a quarter
+            of the free memory.
         on_error: "warn": an instrument or sink that fails during training is reported once and not
             used any more. "raise": its error is raised.
         writing: "wait": the sinks write on a thread of their own, and training waits for them only
@@ -89,6 +95,7 @@ class Settings:
     repeats: bool = True
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
+    weights: Holding = "auto"
     on_error: OnError = "warn"
     writing: Writing = "wait"
     name: str = "tlens"
@@ -98,6 +105,7 @@ class Settings:
             raise ValueError(
                 f"every_n_steps must be a whole number, 1 or more, got {self.every_n_steps!r}."
             )
+        demand_holding(self.weights)
         if self.on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', got {self.on_error!r}.")
         if self.writing not in ("wait", "drop_old", "inline"):

@@ -19,6 +19,8 @@ def opening(observer: Observer) -> list[str]:
     shadow, fidelity = observer.shadow, observer.checks[min(observer.checks)]
     assert shadow is not None and observer.batch is not None
     held = f"the shadow takes {shadow.extra_bytes / 2**20:.1f} MiB more than the model"
+    if shadow.streamed:
+        held += ", for one layer at a time (weights='streamed')"
     if shadow.n_owned:
         held = f"{shadow.n_owned} weights have adapters, {held}"
     elif not shadow.extra_bytes:

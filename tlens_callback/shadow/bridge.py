@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -26,8 +27,14 @@ finally:
 
 __all__ = ["SplitCopy", "TransformerBridge", "build", "round_rotated", "split_copies"]
 
-SplitCopy = tuple[Tensor, Tensor, Tensor]
-"""(copy, source, rows): `copy` holds `source[rows]` and must be refreshed when `source` changes."""
+
+class SplitCopy(NamedTuple):
+    """`copy` holds `source[rows]`, both of one layer, and must follow when `source` changes."""
+
+    layer: int
+    copy: Tensor
+    source: Tensor
+    rows: Tensor
 
 
 def build(skeleton: nn.Module, device: torch.device) -> TransformerBridge:
@@ -61,7 +68,7 @@ def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:
     row order is learned by splitting a layer whose rows are numbered.
     """
     copies: list[SplitCopy] = []
-    for _, block in bridge.blocks_with("attn"):
+    for layer, block in bridge.blocks_with("attn"):
         attn = block.attn
         if not hasattr(attn, "split_qkv_matrix"):
             continue
@@ -76,16 +83,16 @@ def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:
             numbered = attn.split_qkv_matrix(_parent_of(attn.qkv.name, _row_numbers(fused)))
         for part, numbers in zip(split, numbered, strict=True):
             rows = numbers.weight[:, 0].round().long().to(fused.weight.device)
-            copies.append((part.weight.data, fused.weight.data, rows))
+            copies.append(SplitCopy(layer, part.weight, fused.weight, rows))
             if part.bias is not None:
-                copies.append((part.bias.data, fused.bias.data, rows))
+                copies.append(SplitCopy(layer, part.bias, fused.bias, rows))
     return copies
 
 
 def refresh(copies: Iterable[SplitCopy]) -> None:
     """Brings every split copy up to date, with one gather each and no allocation."""
-    for own, source, rows in copies:
-        torch.index_select(source, 0, rows, out=own)
+    for _, own, source, rows in copies:
+        torch.index_select(source.detach(), 0, rows, out=own.detach())
 
 
 def _row_numbers(fused: nn.Module) -> nn.Module:

@@ -84,12 +84,17 @@ def starting_at(
             _IN_TUPLES[blocks[0]] = isinstance(run(hidden, *args, **kwargs), tuple)
         return (hidden,) if _IN_TUPLES[blocks[0]] else hidden
 
+    layers = shadow.mirror.layers
     try:
+        if layers is not None and blocks[0] in _IN_TUPLES:
+            layers.first = layer
         for block in before:
             vars(block)["forward"] = skipping
         vars(first)["forward"] = entering
         yield
     finally:
+        if layers is not None:
+            layers.first = 0
         for block in blocks:
             vars(block).pop("forward", None)
 

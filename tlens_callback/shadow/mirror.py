@@ -3,7 +3,6 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,52 +10,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlens_callback.shadow.bar import with_bar
+from tlens_callback.shadow.layers import LayerWeights, Slot, layer_of, layer_paths
+from tlens_callback.shadow.memory import Holding, share_of_free_memory
 from tlens_callback.shadow.parametrized import original
+from tlens_callback.shadow.sources import Source, Stored, Weight
 from tlens_callback.shadow.state import ModuleState
 from tlens_callback.shadow.weights import adapted_leaves, fill, innermost, live_leaves, resolve
 
 
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """One parameter of the model, with the value that the model computes with.
-
-    Attributes:
-        name: name of the parameter in a plain model of the live model's class.
-        value: the effective value, on the mirror's device and in its dtype: with adapters merged.
-        live: the live model's parameter, without adapters.
-        trained: whether training changes the effective value, because the live parameter or an
-            adapter on it is trained.
-    """
-
-    name: str
-    value: Tensor
-    live: nn.Parameter
-    trained: bool
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The source of the parameters of one module; each name is in one mapping, or is tied."""
-
-    path: str
-    live: nn.Module
-    adapted: frozenset[str]
-    own: dict[str, Tensor] = field(default_factory=dict)
-    """Parameters that an adapter changes: the mirror's own storage for the merged weight."""
-    aliased: dict[str, int] = field(default_factory=dict)
-    """Parameters that are the live tensor itself: the address of its data when it was borrowed."""
-    copied: dict[str, Tensor] = field(default_factory=dict)
-    """Parameters that copy the live tensor to another device or another dtype."""
-    stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The address of each copied live tensor's data, and how often it had been written."""
-
-
 class Mirror:
-    """An empty model of the live model's class, filled with aliased, owned and copied tensors.
+    """An empty model of the live model's class, filled with aliased and stored tensors.
 
     Args:
         base: the live model, as `weights.unwrap` returns it.
         device, dtype: device and dtype of the mirror; None: those of the live model.
+        weights: "resident": what cannot be borrowed is stored. "streamed": of the decoder layers,
+            it is stored only while a layer is entered; see `LayerWeights`. "auto": streamed if
+            stored weights would take more than a quarter of the free memory.
 
     Attributes:
         module: the module tree.
@@ -69,7 +39,12 @@ class Mirror:
 
     @torch.no_grad()
     def __init__(
-        self, base: PreTrainedModel, *, device: torch.device | None, dtype: torch.dtype | None
+        self,
+        base: PreTrainedModel,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        weights: Holding = "auto",
     ) -> None:
         self.module = _skeleton(base)
         self.device = device or next(base.parameters()).device
@@ -88,9 +63,10 @@ class Mirror:
         self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
         self.dtype = dtype or sizes.most_common(1)[0][0]
         self._held: list[Tensor] = []
-        self._sources: list[_Source] = []
+        self._sources: list[Source] = []
         self._states: list[ModuleState] = []
-        tied: dict[tuple[int, ...], nn.Parameter] = {}
+        self._layers = layer_paths(self.module)
+        tied: dict[tuple[int, ...], nn.Parameter | Stored] = {}
         for path, module in self.module.named_modules(remove_duplicate=False):
             state = ModuleState.of(module, innermost(live[path]), self.device)
             if state is not None:
@@ -101,51 +77,77 @@ class Mirror:
                 continue
             leaves = live_leaves(live[path])
             _check_parameters(path, innermost(live[path]), leaves, module)
-            source = _Source(path, live[path], adapted_leaves(live[path]))
+            layer = layer_of(path, self._layers)
+            source = Source(path, module, live[path], adapted_leaves(live[path]), layer)
             kept = dtype is None and by_design.intersection(path.split("."))
             for name in names:
                 origin = leaves[name]
                 wanted = origin.dtype if kept else self.dtype
                 # Tied weights stay one parameter, unless an adapter changes one of them.
                 key = (origin.data_ptr(), *origin.shape)
-                if name in source.adapted:
-                    parameter = self._own(source, name, origin, wanted)
-                elif key in tied:
-                    parameter = tied[key]
+                found = None if name in source.adapted else tied.get(key)
+                if found is None:
+                    merged = name in source.adapted
+                    if merged or origin.device != self.device or origin.dtype != wanted:
+                        found = Stored(origin.to("meta"), wanted, merged, [], set())
+                        source.stored[name] = found
+                    else:
+                        source.aliased[name] = origin.data_ptr()
+                        found = nn.Parameter(origin, requires_grad=False)
+                    if not merged:
+                        tied[key] = found
+                if isinstance(found, Stored):
+                    found.users.append((module, name))
+                    found.layers.add(layer)
                 else:
-                    parameter = tied[key] = self._share(source, name, origin, wanted)
-                module._parameters[name] = parameter
+                    module._parameters[name] = found
             self._sources.append(source)
+        self.layers = LayerWeights(self._write_layer) if self._streams(weights) else None
+        self._store()
         tensors = (*self.module.named_parameters(), *self.module.named_buffers())
         left = [name for name, tensor in tensors if tensor.is_meta]
         assert not left, f"no source for {left}"
 
-    def _own(self, source: _Source, name: str, origin: Tensor, dtype: torch.dtype) -> nn.Parameter:
-        own = torch.empty_like(origin, dtype=dtype, device=self.device)
-        source.own[name] = own
-        self._held.append(own)
-        return nn.Parameter(own, requires_grad=False)
+    def _streams(self, weights: Holding) -> bool:
+        """Whether the stored weights of decoder layers are held one layer at a time."""
+        if weights == "streamed" and not self._layers:
+            raise ValueError(
+                f"weights='streamed' needs a model with a list of decoder layers, which "
+                f"{type(self.module).__name__} does not have. Use weights='resident'."
+            )
+        if weights != "auto":
+            return weights == "streamed"
+        stored = [s for source in self._sources for s in source.stored.values()]
+        would_take = sum(s.bytes for s in stored if s.layers != {None})
+        return bool(self._layers) and would_take > share_of_free_memory(self.device)
 
-    def _share(
-        self, source: _Source, name: str, origin: Tensor, dtype: torch.dtype
-    ) -> nn.Parameter:
-        if origin.device == self.device and origin.dtype == dtype:
-            source.aliased[name] = origin.data_ptr()
-            return nn.Parameter(origin, requires_grad=False)
-        copied = torch.empty_like(origin, dtype=dtype, device=self.device)
-        source.copied[name] = copied
-        self._held.append(copied)
-        return nn.Parameter(copied, requires_grad=False)
+    def _store(self) -> None:
+        """Makes the parameters that the mirror stores."""
+        for source in self._sources:
+            for name, stored in source.stored.items():
+                if self.layers is not None and source.layer is not None and len(stored.layers) == 1:
+                    within = source.path.removeprefix(self._layers[source.layer])
+                    tensor = self.layers.template(
+                        source.layer, (within, name), stored.like, stored.dtype, self.device
+                    )
+                else:
+                    stored.layers.add(None)
+                    tensor = torch.empty_like(stored.like, dtype=stored.dtype, device=self.device)
+                    self._held.append(tensor)
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                for module, own in stored.users:
+                    module._parameters[own] = parameter
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes held beyond the live model's own."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._held)
+        """Bytes held beyond the live model's own; of streamed layers, those of one layer."""
+        held = sum(tensor.numel() * tensor.element_size() for tensor in self._held)
+        return held + (0 if self.layers is None else self.layers.layer_bytes)
 
     @property
     def n_owned(self) -> int:
         """Number of parameters that hold a merged weight."""
-        return sum(len(source.own) for source in self._sources)
+        return sum(s.merged for source in self._sources for s in source.stored.values())
 
     def weights(self) -> list[Weight]:
         """Every parameter, in the order of the modules; tied parameters are listed once."""
@@ -154,16 +156,17 @@ class Mirror:
             module = innermost(source.live)
             for name in live_leaves(source.live):
                 live = original(module, name)
-                if name in source.own:
-                    value = source.own[name]
+                stored = source.stored.get(name)
+                if stored is None and name not in source.aliased:
+                    continue  # tied to one before it
+                trained = live.requires_grad
+                if stored is not None and stored.merged:
                     trained = any(p.requires_grad for p in source.live.parameters())
-                elif name in source.aliased or name in source.copied:
-                    value = source.copied.get(name, live.detach())
-                    trained = live.requires_grad
-                else:  # tied to one before it
-                    continue
+                # An aliased tensor may have moved to other storage since.
+                own = live if stored is None else source.module._parameters[name]
+                assert own is not None
                 path = f"{source.path}.{name}" if source.path else name
-                found.append(Weight(path, value, live, trained))
+                found.append(Weight(path, own, live, trained, source.layer))
         return found
 
     def live_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -186,19 +189,40 @@ class Mirror:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Brings owned and copied tensors up to the live model's current values."""
+        """Brings all that is stored now up to the live model's current values."""
         # The bar shows only where filling takes long: a large model, or a costly kind of adapter.
         for source in with_bar(self._sources, desc="tlens: weights", delay=5.0, leave=False):
-            if source.own:
-                self._merge(source)
-            for name, own in source.copied.items():
-                origin = innermost(source.live)._parameters[name]
-                assert origin is not None
-                stamp = origin.data_ptr(), origin._version
-                # Some optimizers write through `.data`, which the version does not count.
-                if origin.requires_grad or source.stamps.get(name) != stamp:
-                    own.copy_(origin)
-                    source.stamps[name] = stamp
+            into = {}
+            for name, stored in source.stored.items():
+                if None in stored.layers:
+                    parameter = source.module._parameters[name]
+                    assert parameter is not None
+                    into[name] = parameter.detach()
+            self._write(source, into)
+
+    def _write_layer(self, layer: int, slots: Mapping[Slot, Tensor]) -> None:
+        """Writes the current values of a streamed layer."""
+        for source in self._sources:
+            if source.layer == layer:
+                within = source.path.removeprefix(self._layers[layer])
+                names = [name for name in source.stored if (within, name) in slots]
+                for name in names:
+                    source.stored[name].stamp = None
+                self._write(source, {name: slots[within, name] for name in names})
+
+    def _write(self, source: Source, into: Mapping[str, Tensor]) -> None:
+        """Writes the current values of stored parameters of one module."""
+        merged = {name: own for name, own in into.items() if source.stored[name].merged}
+        if merged:
+            self._merge(source, merged)
+        for name in into.keys() - merged.keys():
+            origin, stored = innermost(source.live)._parameters[name], source.stored[name]
+            assert origin is not None
+            stamp = origin.data_ptr(), origin._version
+            # Some optimizers write through `.data`, which the version does not count.
+            if origin.requires_grad or stored.stamp != stamp:
+                into[name].copy_(origin)
+                stored.stamp = stamp
 
     def follow_state(self) -> None:
         """Takes over what modules hold beside parameters: buffers, and lengths that they have seen.
@@ -208,15 +232,15 @@ class Mirror:
         for state in self._states:
             state.follow()
 
-    def _merge(self, source: _Source) -> None:
+    def _merge(self, source: Source, into: Mapping[str, Tensor]) -> None:
         """Merges on the devices of the live tensors, since a live model may be on several."""
         devices = {name: leaf.device for name, leaf in live_leaves(source.live).items()}
         if set(devices.values()) == {self.device}:
-            fill(source.live, source.own)
+            fill(source.live, into)
             return
-        merged = {n: torch.empty_like(own, device=devices[n]) for n, own in source.own.items()}
+        merged = {n: torch.empty_like(own, device=devices[n]) for n, own in into.items()}
         fill(source.live, merged)
-        for name, own in source.own.items():
+        for name, own in into.items():
             own.copy_(merged[name])
 
     def release(self) -> None:
@@ -227,6 +251,8 @@ class Mirror:
         self._sources.clear()
         self._states.clear()
         self._held.clear()
+        if self.layers is not None:
+            self.layers.release()
 
 
 def _skeleton(base: PreTrainedModel) -> PreTrainedModel:

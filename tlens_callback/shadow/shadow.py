@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import bridge
+from tlens_callback.shadow.memory import Holding, demand_holding
 from tlens_callback.shadow.mirror import Mirror
 from tlens_callback.shadow.refusals import refuse
 from tlens_callback.shadow.weights import unwrap
@@ -57,8 +59,11 @@ class Shadow:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        weights: Holding = "auto",
     ) -> None:
+        demand_holding(weights)
         self._model = model
+        self._holding: Holding = weights
         # A tensor's device has an index where "cuda" has none, and the two are not equal.
         self._device = (
             None if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
@@ -74,6 +79,7 @@ class Shadow:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        weights: Holding = "auto",
     ) -> "Shadow":
         """Makes the shadow of a `PreTrainedModel`, plain or wrapped by PEFT, DDP or compile.
 
@@ -82,18 +88,24 @@ class Shadow:
                 full copy of the weights there, and each sync moves what training changes.
             dtype: precision of the shadow. Default: that of most live parameters. Another dtype
                 needs a full copy of the weights in it: 4 bytes a parameter for float32.
+            weights: how weights are held that cannot be borrowed. "resident": all of them, brought
+                up to date by `sync`. "streamed": of the decoder layers, one at a time; each forward
+                pass merges a layer's weights when it enters the layer. It takes the memory of one
+                layer, and the time of a sync for each pass. "auto": resident, unless that would
+                take more than a quarter of the free memory.
 
         Raises:
             ValueError: if the model is no causal language model, is not supported by
                 TransformerLens's bridge, has no single merged weight, or cannot be read in place
-                (quantised, sharded, offloaded ...); the text gives name and reason.
+                (quantised, sharded, offloaded ...); the text gives name and reason. Or if `weights`
+                is none of the three.
         """
-        return cls(model, device=device, dtype=dtype)
+        return cls(model, device=device, dtype=dtype, weights=weights)
 
     def _build(self) -> None:
         refuse(self._model, device=self._device)
         base = _language_model(self._model)
-        self.mirror = Mirror(base, device=self._device, dtype=self._dtype)
+        self.mirror = Mirror(base, device=self._device, dtype=self._dtype, weights=self._holding)
         self.device, self.dtype = self.mirror.device, self.mirror.dtype
         text = base.config.get_text_config()
         embeddings: Any = self.mirror.module.get_input_embeddings()
@@ -109,6 +121,9 @@ class Shadow:
                 f"TransformerLens's bridge cannot take a {type(base).__name__}: {error} "
                 f"A later version of transformer-lens may be able to."
             ) from error
+        if self.mirror.layers is not None:
+            self.mirror.layers.bind(self.bridge.blocks, self._split)
+            self._split.clear()
         cfg = self.bridge.cfg
         self.n_layers, self.n_heads, self.d_model = cfg.n_layers, cfg.n_heads, cfg.d_model
         self.hooks: Mapping[str, nn.Module] = dict(self.bridge.hook_dict)
@@ -118,7 +133,7 @@ class Shadow:
     @property
     def extra_bytes(self) -> int:
         """Bytes that the shadow holds beyond the live model's own."""
-        split = sum(own.numel() * own.element_size() for own, _, _ in self._split)
+        split = sum(part.copy.numel() * part.copy.element_size() for part in self._split)
         return self.mirror.extra_bytes + split
 
     @property
@@ -136,6 +151,25 @@ class Shadow:
         """The layers whose attention patterns have a hook point; in a hybrid model not all have."""
         return [i for i in range(self.n_layers) if f"blocks.{i}.attn.hook_pattern" in self.hooks]
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the decoder layers have their weights only while they are entered."""
+        return self.mirror.layers is not None
+
+    @contextmanager
+    def layer(self, layer: int | None) -> Iterator[Any]:
+        """Gives the bridge's block of a layer its weights, for as long as the `with` block lasts.
+
+        Inside a forward pass, a reduction can read the weights of the layer that its hook is in
+        without it. Weights of a streamed layer that are read elsewhere are NaN.
+
+        Args:
+            layer: number of the layer; None stands for what is in no layer, and gives None.
+        """
+        layers = self.mirror.layers
+        with nullcontext() if layers is None or layer is None else layers.entered(layer):
+            yield None if layer is None else self.bridge.blocks[layer]  # type: ignore[index]
+
     @torch.no_grad()
     def sync(self) -> None:
         """Brings the shadow up to the live model's current weights; reads it, never writes it.
@@ -151,6 +185,8 @@ class Shadow:
             self._build()
 
     def _fill(self) -> None:
+        if self.mirror.layers is not None:
+            self.mirror.layers.end_backward()
         self.mirror.fill()
         bridge.refresh(self._split)
 
@@ -289,7 +325,9 @@ class Shadow:
         kwargs: dict[str, Any] = {}
         if positions is not None and self._keeps_logits:
             kwargs["logits_to_keep"] = positions
-        with torch.set_grad_enabled(grad), torch.autocast(self.device.type, enabled=False):
+        layers = self.mirror.layers
+        keep = layers.for_backward() if grad and layers is not None else nullcontext()
+        with keep, torch.set_grad_enabled(grad), torch.autocast(self.device.type, enabled=False):
             logits = self.bridge.original_model(tokens, use_cache=False, **kwargs).logits
         return logits if positions is None or kwargs else logits[:, positions]
 

@@ -41,17 +41,18 @@ class Circuits:
 
 def circuits(shadow: Shadow, layer: int) -> Circuits:
     """Returns the circuits of one layer from the shadow's current weights."""
-    attn, norms = _attention_and_norms(shadow, layer)
-    q, k, v, o = (high_precision(getattr(attn, name).detach()) for name in WEIGHTS)
-    if "ln1" in norms:
-        q, k, v = (before_norm(norms["ln1"], w.mT).mT for w in (q, k, v))
-    if "q_norm" in norms:
-        q = _after_norm(norms["q_norm"], q)
-    if "k_norm" in norms:
-        k = _after_norm(norms["k_norm"], k)
-    if "ln1_post" in norms:
-        o = _after_norm(norms["ln1_post"], o)
-    return Circuits(q, k, v, o)
+    with shadow.layer(layer):
+        attn, norms = _attention_and_norms(shadow, layer)
+        q, k, v, o = (high_precision(getattr(attn, name).detach()) for name in WEIGHTS)
+        if "ln1" in norms:
+            q, k, v = (before_norm(norms["ln1"], w.mT).mT for w in (q, k, v))
+        if "q_norm" in norms:
+            q = _after_norm(norms["q_norm"], q)
+        if "k_norm" in norms:
+            k = _after_norm(norms["k_norm"], k)
+        if "ln1_post" in norms:
+            o = _after_norm(norms["ln1_post"], o)
+        return Circuits(q, k, v, o)
 
 
 def demand_circuits(shadow: Shadow, layers: Iterable[int], name: str) -> None:

@@ -1,6 +1,6 @@
 """Computes what a write to the residual stream adds directly to the logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,13 @@ def before_norm(
     if weight is not None:
         direction = direction * (weight.float() + 1 if norm.uses_weight_offset else weight.float())
     return direction if norm.uses_rms_norm else direction - direction.mean(-1, keepdim=True)
+
+
+def through_norm(
+    norm: Any | None, direction: Float[Tensor, "*batch d_model"]
+) -> Callable[[], Float[Tensor, "*batch d_model"]]:
+    """Returns a function that computes `before_norm` when it is called; without a norm, nothing."""
+    return lambda: direction if norm is None else before_norm(norm, direction)
 
 
 def answer_directions(
@@ -167,18 +174,20 @@ def text_config(shadow: Shadow) -> Any:
 def head_writes(
     row: Int[Tensor, " row"],
     last: Int[Tensor, " row"],
-    w_o: Float[Tensor, "head d_head d_model"],
-    b_o: Float[Tensor, " d_model"] | None,
-    direction: Float[Tensor, "row d_model"],
+    w_o: Callable[[], Float[Tensor, "head d_head d_model"]],
+    b_o: Callable[[], Float[Tensor, " d_model"] | None],
+    direction: Callable[[], Float[Tensor, "row d_model"]],
 ) -> Reduce:
     """Reduces z to what each head writes, and the output bias, before the norms divide.
 
-    The direction is multiplied with W_O first, so that no head's output is ever computed.
+    The direction is multiplied with W_O first, so that no head's output is ever computed. Weights
+    are read in the pass, where a streamed layer has them.
     """
 
     def heads(z: Float[Tensor, "probe pos head d_head"]) -> tuple[Tensor, Tensor]:
-        each = (high_precision(z[row, last]) * dots(w_o, direction)).sum(2)
-        return each, each.new_zeros(len(row)) if b_o is None else dots(b_o[None], direction)[:, 0]
+        to, bias = direction(), b_o()
+        each = (high_precision(z[row, last]) * dots(w_o(), to)).sum(2)
+        return each, each.new_zeros(len(row)) if bias is None else dots(bias[None], to)[:, 0]
 
     return heads
 
@@ -187,13 +196,13 @@ def neuron_writes(
     k: int,
     row: Int[Tensor, " row"],
     last: Int[Tensor, " row"],
-    w_out: Float[Tensor, "neuron d_model"],
-    direction: Float[Tensor, "row d_model"],
+    w_out: Callable[[], Float[Tensor, "neuron d_model"]],
+    direction: Callable[[], Float[Tensor, "row d_model"]],
 ) -> Reduce:
     """Reduces to the k neurons that write most, and what they write before the norms divide."""
 
     def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, Tensor]:
-        write = high_precision(post[row, last]) * dots(w_out, direction)
+        write = high_precision(post[row, last]) * dots(w_out(), direction())
         index = write.abs().topk(k, dim=1).indices
         return index, write.gather(1, index)
 
