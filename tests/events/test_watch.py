@@ -317,9 +317,10 @@ def test_features_that_are_chosen_anew_leave_nothing_behind():
 
 def test_a_changed_frozen_weight():
     watch = Watch()
-    assert sentences(watch, [number("frozen_weights/changed", 0)]) == []
-    (said,) = sentences(watch, [number("frozen_weights/changed", 2)])
+    assert sentences(watch, [number("frozen_weights/written", 0)]) == []
+    (said,) = sentences(watch, [number("frozen_weights/written", 2)])
     assert said.startswith("2 frozen weights")
+    assert sentences(watch, [number("frozen_weights/changed", 2)]) == [], "rounding counts here too"
 
 
 def test_memory_goes_on_where_another_watch_stopped():

@@ -32,7 +32,7 @@ NUMBERS = {
     "cost/share",
     "watch/count",
 }
-SOMETIMES = {"fidelity/kl", "frozen_weights/changed"}
+SOMETIMES = {"fidelity/kl", "frozen_weights/changed", "frozen_weights/largest_change"}
 FILES = {
     "attention_patterns/pattern/capital": "image-file",
     "attention_patterns/pattern/repeat-24-0": "image-file",
