@@ -132,6 +132,12 @@ class Shadow:
         return self.n_layers, self.n_heads, self.d_model, self.vocab_size
 
     @property
+    def layers_path(self) -> str:
+        """Path of the language model's layers in a plain model: "model.layers" in a Llama."""
+        mapping: Any = self.bridge.adapter.component_mapping
+        return mapping["blocks"].name
+
+    @property
     def attention_layers(self) -> list[int]:
         """The layers whose attention patterns have a hook point; in a hybrid model not all have."""
         return [i for i in range(self.n_layers) if f"blocks.{i}.attn.hook_pattern" in self.hooks]
@@ -310,13 +316,24 @@ class Shadow:
 
 
 def _language_model(model: nn.Module) -> PreTrainedModel:
+    """The model inside all wrappers, if text alone runs through it from left to right.
+
+    A model that also reads images or sounds writes text as a causal language model does, so it is
+    one that can generate. Whether a token sees those behind it, the first comparison with the live
+    model measures.
+    """
     base = unwrap(model)
     name = type(base).__name__
     causal = name.endswith(("ForCausalLM", "LMHeadModel")) or name in _CAUSAL.values()
-    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder or not causal:
+    if (
+        not isinstance(base, PreTrainedModel)
+        or base.config.is_encoder_decoder
+        or not (causal or base.can_generate())
+    ):
         raise ValueError(
             f"A {name} is no causal language model of transformers. Probes run from left to right "
-            f"without a mask, which other models need. Only a ...ForCausalLM can be watched."
+            f"without a mask, which other models need. Only a model that continues a text, such as "
+            f"a ...ForCausalLM, can be watched."
         )
     return base
 
