@@ -23,6 +23,8 @@ from tlens_callback.shadow.weights import unwrap
 LOGITS = "logits"
 LAST_LOGITS = "last_logits"
 _OUTPUTS = (LOGITS, LAST_LOGITS)
+_ID = ("id", "index")
+"""Endings of a config's fields that hold the id of a token."""
 
 Taken = Tensor | tuple[Tensor, ...]
 """The result of one reduction, on the CPU, with floating point numbers as float32."""
@@ -130,6 +132,14 @@ class Shadow:
     def sizes(self) -> tuple[int, int, int, int]:
         """Numbers of layers, heads, entries of the residual stream and tokens."""
         return self.n_layers, self.n_heads, self.d_model, self.vocab_size
+
+    @property
+    def placeholders(self) -> frozenset[int]:
+        """Ids of the tokens that stand for an image, a video or a sound in the text."""
+        config: Any = self.bridge.original_model.config
+        kinds = [f"{kind}_token" for kind in ("image", "video", "audio")]
+        ids = [getattr(config, f"{kind}_{what}", None) for kind in kinds for what in _ID]
+        return frozenset(one for one in ids if isinstance(one, int))
 
     @property
     def layers_path(self) -> str:
