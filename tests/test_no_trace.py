@@ -41,6 +41,7 @@ def fingerprint(value: Any) -> Any:
 def state_of(trainer: Any) -> dict[str, Any]:
     """Everything of a finished run that a callback could have changed."""
     model, tokenizer = trainer.model, trainer.processing_class
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     timing = ("runtime", "per_second", "step_time")
     return {

@@ -66,7 +66,8 @@ class Watcher:
         """
         given = self.settings.prompts
         if given is None:
-            given = first_rows(data, tokenizer, context=shadow.context)
+            rows = first_rows(data, tokenizer, context=shadow.context)
+            given = [row for row in rows if shadow.placeholders.isdisjoint(row.content)]
             if not given:
                 warn(none)
         return self.settings.completed(given, shadow)

@@ -211,13 +211,13 @@ def test_arguments_are_checked(arguments):
 
 def test_places():
     names = ["embed", "h.0.attn.c_proj", "h.0.mlp.c_proj", "h.2.attn.c_proj", "h.2.mlp.c_proj"]
-    grid = ModuleGrid.of([*names, "h.2.mlp.up", "vision.0.mlp.up", "norm"])
+    grid = ModuleGrid.of([*names, "h.2.mlp.up", "vision.0.mlp.up", "norm"], "h")
     assert grid.layers == (0, 2) and grid.modules == ("attn.c_proj", "mlp.c_proj")
     np.testing.assert_array_equal(grid.grid, [[1, 2], [3, 4]])
     assert grid.outside == (0, 5, 6, 7)
-    alone = ModuleGrid.of(["embed"])
+    alone = ModuleGrid.of(["embed"], "h")
     assert alone.layers == () and alone.grid.size == 0 and alone.outside == (0,)
-    apart = ModuleGrid.of(["h.0.up", "h.1.down"])
+    apart = ModuleGrid.of(["h.0.up", "h.1.down"], "h")
     assert apart.layers == () and apart.outside == (0, 1)
 
 

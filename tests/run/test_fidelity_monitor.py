@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tests.own_loop import Loop, adapted
 from tests.training import CAPITAL
-from tlens_callback import FidelityError, Shadow
+from tlens_callback import FidelityError, Probe, Shadow
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 
@@ -94,3 +94,19 @@ def test_that_nothing_is_trained_is_said_once(lr, caplog):
     assert len(said) == (lr == 0)
     if said:
         assert "at step 4 the model's answers" in said[0] and "of step 0" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_tokens_see_those_behind_them_is_refused(dtype):
+    """Live model and shadow see the same padding, so the comparison of both finds nothing."""
+
+    def start(**config):
+        model = tiny.model("gemma3_text", **config).to(dtype)
+        shadow = Shadow(model)
+        probes = [CAPITAL, Probe("longer", "the capital of Italy is Rome and")]
+        batch = ProbeBatch.encode(probes, tiny.tokenizer(), vocab_size=tiny.VOCAB)
+        return FidelityMonitor().start(model, shadow, batch, step=0)
+
+    assert start().close
+    with pytest.raises(ValueError, match=r"Gemma3ForCausalLM sees the tokens behind it"):
+        start(use_bidirectional_attention=True)

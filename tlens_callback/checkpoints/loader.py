@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CAUSAL,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as _IMAGES,
+)
 from transformers.utils import logging as transformers_logging
 
 from tlens_callback.checkpoints.adapters import (
@@ -80,7 +91,7 @@ class Loader:
 
         Raises:
             ValueError: if the model cannot be loaded completely: weights are missing, an adapter
-                belongs to another base, or it is no causal language model; and as `untrained`.
+                belongs to another base, or it is no language model; and as `untrained`.
         """
         fitting = self.fits(checkpoint)
         if fitting and not checkpoint.trained:
@@ -174,7 +185,7 @@ class Loader:
         name, revision = repository(place)
         with _quiet_bars():
             try:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = _class_for(name, revision).from_pretrained(
                     name,
                     revision=revision or "main",
                     dtype=self.dtype or "auto",
@@ -194,6 +205,14 @@ class Loader:
                 f"{', '.join(lacking[:3])}. They would be random. Was the model saved completely?"
             )
         return model.eval()
+
+
+def _class_for(name: str, revision: str | None) -> Any:
+    """The class that loads this model: the language model alone is only a part of some."""
+    config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    kind = config.model_type
+    reads_images = kind in _IMAGES and kind not in _CAUSAL
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 @contextmanager

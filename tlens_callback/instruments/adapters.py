@@ -156,7 +156,7 @@ class AdapterSpectrum:
         self.baseline.update(kept)
         widest = max(min(*shape) for shape in by_shape)
         sigmas = sigmas[:, : min(self.k, widest)]
-        grid = ModuleGrid.of([update.name for update in updates])
+        grid = ModuleGrid.of([update.name for update in updates], shadow.layers_path)
         for column, (measure, unit) in enumerate(_UNITS.items()):
             yield from grid.readings(
                 f"{self.name}/{measure}",

@@ -130,7 +130,8 @@ class UpdateSparsity:
             shares = self._shares_of_samples(shadow, weights, self.sample)[followed]
         share = shares.double().cpu().numpy()
         # A module's weight is called by the module's own name.
-        grid = ModuleGrid.of([weights[i].name.removesuffix(".weight") for i in followed])
+        names = [weights[i].name.removesuffix(".weight") for i in followed]
+        grid = ModuleGrid.of(names, shadow.layers_path)
         unit, limits = "fraction", (0.0, 1.0)
         yield from grid.readings(f"{self.name}/share", share, shadow, unit=unit, limits=limits)
         sizes = [weights[i].value.numel() for i in followed]

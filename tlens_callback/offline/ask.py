@@ -223,6 +223,7 @@ class Asker:
             vocab_size=self.shadow.vocab_size,
             context=self.shadow.context,
             device=self.shadow.device,
+            placeholders=self.shadow.placeholders,
         )
 
 

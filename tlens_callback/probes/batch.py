@@ -34,6 +34,8 @@ class ProbeBatch:
             where these cannot be read.
         bos: whether texts begin with the BOS token, as the rows of the training data do; None: as
             the tokenizer does it.
+        placeholders: ids of tokens in the place of which the model reads an image, a video or a
+            sound.
     """
 
     probes: tuple[Probe, ...]
@@ -47,6 +49,7 @@ class ProbeBatch:
     tokenizer: Any = field(default=None, repr=False)
     training: Callable[[int], list[list[int]]] | None = field(default=None, repr=False)
     bos: bool | None = None
+    placeholders: frozenset[int] = frozenset()
 
     @property
     def targets(self) -> tuple[int | None, ...]:
@@ -83,6 +86,7 @@ class ProbeBatch:
         context: int | None = None,
         device: torch.device | str = "cpu",
         training: Callable[[int], list[list[int]]] | None = None,
+        placeholders: frozenset[int] = frozenset(),
     ) -> "ProbeBatch":
         """Tokenises the probes, with a copy of the tokenizer, so that the trainer's stays as it is.
 
@@ -93,15 +97,17 @@ class ProbeBatch:
             context: longest input that the model takes, in tokens.
             training: see the attribute. If it has an attribute `bos`, this becomes that of the
                 batch.
+            placeholders: see the attribute. No repeated block has them.
 
         Raises:
             ValueError: no probes, two of one name, a text without a tokenizer, chat without a
                 chat template, more tokens than `context` (with those of a target), ids outside the
-                vocabulary, or a target that is empty.
+                vocabulary or among `placeholders`, or a target that is empty.
         """
         own = own_tokenizer(tokenizer)
         bos = getattr(training, "bos", None)
-        return cls._encode(probes, own, vocab_size, context, device, training, bos)
+        about = vocab_size, context, device, placeholders
+        return cls._encode(probes, own, *about, training=training, bos=bos)
 
     @classmethod
     def _encode(
@@ -111,6 +117,8 @@ class ProbeBatch:
         vocab_size: int,
         context: int | None,
         device: torch.device | str,
+        placeholders: frozenset[int],
+        *,
         training: Callable[[int], list[list[int]]] | None = None,
         bos: bool | None = None,
     ) -> "ProbeBatch":
@@ -123,9 +131,18 @@ class ProbeBatch:
                 f"Two probes are named {twice[0]!r}. Names are parts of keys, so each needs "
                 f"its own."
             )
-        rows = [token_ids(probe, tokenizer, vocab_size, bos=bos) for probe in probes]
+        rows = [
+            token_ids(probe, tokenizer, vocab_size, bos=bos, without=placeholders)
+            for probe in probes
+        ]
         for probe, row in zip(probes, rows, strict=True):
             _check_row(probe, row, vocab_size, context)
+            if at := placeholders.intersection(row):
+                raise ValueError(
+                    f"Probe {probe.name!r} has the token {token_name(tokenizer, min(at))!r}, in "
+                    f"the place of which the model reads an image, a video or a sound. A probe is "
+                    f"text alone. Leave the token out."
+                )
         targets, foils = (
             tuple(
                 answer_tokens(probe, role, tokenizer, row, vocab_size, bos=bos)
@@ -161,6 +178,7 @@ class ProbeBatch:
             tokenizer=tokenizer,
             training=training,
             bos=bos,
+            placeholders=placeholders,
         )
 
     def beside(self, probes: Sequence[Probe]) -> "ProbeBatch":
@@ -169,7 +187,7 @@ class ProbeBatch:
         Raises:
             ValueError: as `encode`.
         """
-        about = self.vocab_size, self.context, self.tokens.device
+        about = self.vocab_size, self.context, self.tokens.device, self.placeholders
         return ProbeBatch._encode(probes, self.tokenizer, *about, bos=self.bos)
 
     def token_text(self, token: int) -> str:

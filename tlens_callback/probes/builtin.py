@@ -155,8 +155,19 @@ def _id_columns(example: Any) -> list[str]:
     return [name for name in ("input_ids", "prompt_ids") if example.get(name) is not None]
 
 
+_NOT_TEXT = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
+"""Columns of what a model reads beside text."""
+
+
 def _row_ids(example: Any, tokenizer: Any) -> list[int]:
-    """Gives the token ids of one example, without padding."""
+    """Gives the token ids of one example, without padding.
+
+    Raises:
+        ValueError: for an example with an image; without it, its text would be another example.
+    """
+    held = {name: example.get(name) for name in _NOT_TEXT}
+    if beside := [n for n, one in held.items() if one is not None and not _is_empty(one)]:
+        raise ValueError(f"the row has {beside[0]!r} beside its text")
     if not (columns := _id_columns(example)):
         columns = [name for name in _TEXT_COLUMNS if example.get(name) is not None]
         return token_ids(Probe("row", example[columns[0]]), tokenizer, vocab_size=0)
@@ -172,6 +183,10 @@ def _row_ids(example: Any, tokenizer: Any) -> list[int]:
     while ids[:1] == [pad] and ids[: 1 + spare] == [pad] * (1 + spare):
         ids.pop(0)
     return ids
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 0
 
 
 @contextmanager

@@ -12,11 +12,14 @@ from tlens_callback.probes.probe import Probe
 def own_tokenizer(tokenizer: Any) -> Any:
     """Copies the tokenizer, since calls change its settings of padding and truncation.
 
-    Of a multimodal processor it copies the tokenizer inside.
+    Of a processor of images and texts it copies the tokenizer inside, with the processor's chat
+    template, which is the one that trainers apply.
     """
     # transformers' MistralCommonBackend is a tokenizer, and its member of this name another thing.
     is_tokenizer = hasattr(tokenizer, "convert_ids_to_tokens")
     own = copy.deepcopy(tokenizer if is_tokenizer else getattr(tokenizer, "tokenizer", tokenizer))
+    if not is_tokenizer and getattr(tokenizer, "chat_template", None):
+        own.chat_template = tokenizer.chat_template
     if getattr(own, "clean_up_tokenization_spaces", False):
         # It would take spaces out of the text of tokens: " ." would be named like ".".
         own.clean_up_tokenization_spaces = False
@@ -24,12 +27,18 @@ def own_tokenizer(tokenizer: Any) -> Any:
 
 
 def token_ids(
-    probe: Probe, tokenizer: Any, vocab_size: int, *, bos: bool | None = None
+    probe: Probe,
+    tokenizer: Any,
+    vocab_size: int,
+    *,
+    bos: bool | None = None,
+    without: frozenset[int] = frozenset(),
 ) -> list[int]:
     """Encodes a probe as token ids; the tokenizer is a copy made by `own_tokenizer`.
 
     Args:
         bos: whether a text begins with the BOS token; None: as the tokenizer does it.
+        without: ids that are not for a random block.
 
     Raises:
         ValueError: a text without a tokenizer, chat without a chat template, or a vocabulary too
@@ -37,7 +46,7 @@ def token_ids(
     """
     content: Any = probe.content
     if probe.block is not None:
-        return _repeated_ids(probe, tokenizer, vocab_size)
+        return _repeated_ids(probe, tokenizer, vocab_size, without)
     if not isinstance(content, str) and isinstance(content[0], int):
         return [int(i) for i in content]
     if tokenizer is None:
@@ -134,13 +143,16 @@ def _chat(
 ) -> Any:
     """Applies the chat template; `whole` closes the last message and opens no other."""
     goes_on = ends_open(messages)
+    ends = {
+        "add_generation_prompt": not (goes_on or whole),
+        "continue_final_message": goes_on and not whole,
+    }
     try:
         return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            _as_it_takes_them(messages, tokenizer, ends),
             tokenize=tokenize,
             return_dict=tokenize,
-            add_generation_prompt=not (goes_on or whole),
-            continue_final_message=goes_on and not whole,
+            **ends,
         )
     except Exception as error:
         if not has_template(tokenizer) and "chat_template" in str(error):
@@ -156,6 +168,35 @@ def _chat(
         ) from error
 
 
+def _as_it_takes_them(messages: Any, tokenizer: Any, ends: Mapping[str, bool]) -> list[Any]:
+    """The messages, with texts as lists of one part where the chat template takes nothing else.
+
+    Some templates of models for images and text take each content as a list of parts. Of a string
+    they write nothing, or they fail. Trainers give them parts.
+    """
+    given = [dict(message) for message in messages]
+    texts = [message["content"] for message in given if isinstance(message.get("content"), str)]
+    if not has_template(tokenizer):
+        return given
+
+    def writes_all(messages: list[Any]) -> bool:
+        try:
+            written = tokenizer.apply_chat_template(messages, tokenize=False, **ends)
+        except Exception:
+            return False
+        return all(text.strip() in written for text in texts)
+
+    if writes_all(given):
+        return given
+    in_parts = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in given
+    ]
+    return in_parts if writes_all(in_parts) else given
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """Returns the ids of a tokenizer that stand for no text: special and added tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", ())
@@ -164,13 +205,15 @@ def special_ids(tokenizer: Any) -> set[int]:
     return {*(getattr(tokenizer, "all_special_ids", None) or ()), *added}
 
 
-def _repeated_ids(probe: Probe, tokenizer: Any, vocab_size: int) -> list[int]:
+def _repeated_ids(
+    probe: Probe, tokenizer: Any, vocab_size: int, without: frozenset[int]
+) -> list[int]:
     assert probe.block is not None
     start = getattr(tokenizer, "bos_token_id", None)
     if start is None:
         start = getattr(tokenizer, "eos_token_id", None)
     start = 0 if start is None else int(start)
-    special = {start, *special_ids(tokenizer)}
+    special = {start, *special_ids(tokenizer), *without}
     # Rows of the embedding beyond the tokenizer's vocabulary are never trained.
     known = min(vocab_size, len(tokenizer)) if tokenizer is not None else vocab_size
     ordinary = torch.ones(known, dtype=torch.bool)

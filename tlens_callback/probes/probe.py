@@ -79,6 +79,7 @@ class Probe:
             content = content.tolist() if hasattr(content, "tolist") else content
             object.__setattr__(self, "content", _checked(self.name, content))
         messages = () if isinstance(content, str) else self.content
+        _check_text_only(self.name, messages)
         said = [part.get("content") for part in messages if isinstance(part, Mapping)]
         for text in (self.content, *said, self.target, self.foil):
             if isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
@@ -101,6 +102,19 @@ class Probe:
         global random state is read or changed.
         """
         return cls(name, block=block, times=times, seed=seed)
+
+
+def _check_text_only(name: str, messages: Any) -> None:
+    """Raises a ValueError for a chat in which a content has another part than text."""
+    for message in messages:
+        parts = message.get("content") if isinstance(message, Mapping) else None
+        for part in parts if isinstance(parts, list | tuple) else ():
+            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+            if kind != "text":
+                raise ValueError(
+                    f"Probe {name!r} has a part of type {kind!r} in its messages. A probe is text "
+                    f"alone, also for a model that reads images. Leave this part out."
+                )
 
 
 def _checked(name: str, content: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.run.printing import warn
 from tlens_callback.shadow import Shadow
-from tlens_callback.shadow.fidelity import Fidelity, FidelityError, compare, mismatch
+from tlens_callback.shadow.fidelity import Fidelity, FidelityError, compare, mismatch, sees_ahead
 
 _STILL = 4
 """Steps after which an update has been due even where a warm-up begins with a rate of 0."""
@@ -37,11 +37,13 @@ class FidelityMonitor:
         """Makes the first comparison of a run.
 
         Raises:
-            ValueError: if the probes do not run through both models, or logits are not finite.
+            ValueError: if the probes do not run through both models, logits are not finite, or the
+                model is not causal.
             FidelityError: if the shadow does not compute what the model does.
         """
         try:
             fidelity, self._reference = compare(model, shadow, batch)
+            ahead = sees_ahead(shadow, batch)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -56,6 +58,12 @@ class FidelityMonitor:
             )
         if not fidelity.close:
             raise FidelityError(mismatch(model, fidelity))
+        if ahead:
+            raise ValueError(
+                f"A token of this {type(model).__name__} sees the tokens behind it. Probes run "
+                f"from left to right, padded at their end, so their readings would depend on the "
+                f"other probes. Only a causal model can be watched."
+            )
         self._first, self._first_step, self._next = fidelity, step, step + 1
         self.checks[step] = fidelity
         return fidelity

@@ -146,6 +146,7 @@ class Observer:
                     context=self.shadow.context,
                     device=self.shadow.device,
                     training=training,
+                    placeholders=self.shadow.placeholders,
                 )
             assert self.batch is not None
             held = baselines.of([*self.instruments, self.watch])

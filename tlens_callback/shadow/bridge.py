@@ -3,8 +3,9 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ _level = logging.getLogger("transformers").level
 _filters = list(warnings.filters)
 try:
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 finally:
     logging.getLogger("transformers").setLevel(_level)
@@ -41,11 +43,20 @@ def build(skeleton: nn.Module, device: torch.device) -> TransformerBridge:
     """Builds a raw bridge over `skeleton`, and leaves the random states as they were.
 
     Splitting a fused QKV constructs linear layers, which draw from the global generators.
+
+    Raises:
+        ValueError: if the bridge has no adapter for the class of the skeleton.
     """
-    with _random_state_kept(device):
-        return build_bridge_from_module(
-            skeleton, type(skeleton).__name__, hf_config=skeleton.config
-        )
+    with _random_state_kept(device), _no_library_demanded():
+        name = type(skeleton).__name__
+        try:
+            return build_bridge_from_module(skeleton, name, hf_config=skeleton.config)
+        except ValueError as error:
+            if "Unsupported architecture" not in str(error):
+                raise
+            raise ValueError(
+                f"transformer-lens {version('transformer-lens')} has no adapter for this class."
+            ) from error
 
 
 def round_rotated(bridge: TransformerBridge, dtype: torch.dtype) -> None:
@@ -93,6 +104,25 @@ def refresh(copies: Iterable[SplitCopy]) -> None:
     """Brings every split copy up to date, with one gather each and no allocation."""
     for _, own, source, rows in copies:
         torch.index_select(source.detach(), 0, rows, out=own.detach())
+
+
+@contextmanager
+def _no_library_demanded() -> Iterator[None]:
+    """Puts aside that adapters for images and text demand libraries that load images.
+
+    The adapters of Qwen's models want torchvision (transformer-lens 4.3.0), which neither the live
+    model nor a text needs.
+    """
+    name = "_check_required_libraries"
+    demand = vars(ArchitectureAdapter).get(name)
+    if demand is None:
+        yield
+        return
+    setattr(ArchitectureAdapter, name, lambda self: None)
+    try:
+        yield
+    finally:
+        setattr(ArchitectureAdapter, name, demand)
 
 
 def _row_numbers(fused: nn.Module) -> nn.Module:

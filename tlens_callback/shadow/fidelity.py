@@ -206,6 +206,28 @@ def compare(
     ), ends
 
 
+@torch.no_grad()
+def sees_ahead(shadow: Shadow, batch: ProbeBatch) -> bool:
+    """Whether a token's logits depend on tokens behind it.
+
+    In such a model the padding behind a probe would change its readings, and the comparison with
+    the live model, which gets the same padding, would not show it. One pass over a few tokens of
+    the longest probe, twice: the second time with another token at the end. In a causal model the
+    logits before it are the same, in half precision too, for both go through the same kernels.
+    """
+    row = max(range(len(batch.lengths)), key=batch.lengths.__getitem__)
+    pair = batch.tokens[row, : min(batch.lengths[row], 8)].repeat(2, 1)
+    known = batch.tokens[batch.mask]
+    others = known[known != pair[0, -1]]
+    if len(others) == 0 or pair.shape[1] < 2:
+        return False
+    pair[1, -1] = others[0]
+    one, other = shadow.logits(pair)[:, :-1]
+    differences = _Differences()
+    differences.add(one, other)
+    return differences.worst > 0.01 * differences.scale
+
+
 class _Differences:
     """Sums over tokens of how far some logits are from those that they should be."""
 

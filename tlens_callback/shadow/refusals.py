@@ -9,6 +9,11 @@ from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CAUSAL,
+)
+
+from tlens_callback.shadow.weights import unwrap
 
 _PROMPTS = "puts learned vectors in front of the input (or of every layer's keys and values)"
 
@@ -58,6 +63,32 @@ def refuse(model: nn.Module, *, device: torch.device | str | None = None) -> Non
         )
     for reason in (*_sharded(model), *_quantised(model), *_placed(model, device), *_adapted(model)):
         raise ValueError(reason)
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The model inside all wrappers, if text alone runs through it from left to right.
+
+    A model that also reads images or sounds writes text as a causal language model does, so it is
+    one that can generate. Whether a token sees those behind it, the first comparison with the live
+    model measures.
+
+    Raises:
+        ValueError: for any other model.
+    """
+    base = unwrap(model)
+    name = type(base).__name__
+    causal = name.endswith(("ForCausalLM", "LMHeadModel")) or name in _CAUSAL.values()
+    if (
+        not isinstance(base, PreTrainedModel)
+        or base.config.is_encoder_decoder
+        or not (causal or base.can_generate())
+    ):
+        raise ValueError(
+            f"A {name} is no causal language model of transformers. Probes run from left to right "
+            f"without a mask, which other models need. Only a model that continues a text, such as "
+            f"a ...ForCausalLM, can be watched."
+        )
+    return base
 
 
 def _sharded(model: nn.Module) -> Iterator[str]:

@@ -10,21 +10,19 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CAUSAL,
-)
 
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import bridge
 from tlens_callback.shadow.memory import Holding, demand_holding
 from tlens_callback.shadow.mirror import Mirror
-from tlens_callback.shadow.refusals import refuse
+from tlens_callback.shadow.refusals import language_model, refuse
 from tlens_callback.shadow.weights import unwrap
 
 LOGITS = "logits"
 LAST_LOGITS = "last_logits"
 _OUTPUTS = (LOGITS, LAST_LOGITS)
+_ID = ("id", "index")
+"""Endings of a config's fields that hold the id of a token."""
 
 Taken = Tensor | tuple[Tensor, ...]
 """The result of one reduction, on the CPU, with floating point numbers as float32."""
@@ -104,7 +102,7 @@ class Shadow:
 
     def _build(self) -> None:
         refuse(self._model, device=self._device)
-        base = _language_model(self._model)
+        base = language_model(self._model)
         self.mirror = Mirror(base, device=self._device, dtype=self._dtype, weights=self._holding)
         self.device, self.dtype = self.mirror.device, self.mirror.dtype
         text = base.config.get_text_config()
@@ -145,6 +143,20 @@ class Shadow:
     def sizes(self) -> tuple[int, int, int, int]:
         """Numbers of layers, heads, entries of the residual stream and tokens."""
         return self.n_layers, self.n_heads, self.d_model, self.vocab_size
+
+    @property
+    def placeholders(self) -> frozenset[int]:
+        """Ids of the tokens that stand for an image, a video or a sound in the text."""
+        config: Any = self.bridge.original_model.config
+        kinds = [f"{kind}_token" for kind in ("image", "video", "audio")]
+        ids = [getattr(config, f"{kind}_{what}", None) for kind in kinds for what in _ID]
+        return frozenset(one for one in ids if isinstance(one, int))
+
+    @property
+    def layers_path(self) -> str:
+        """Path of the language model's layers in a plain model: "model.layers" in a Llama."""
+        mapping: Any = self.bridge.adapter.component_mapping
+        return mapping["blocks"].name
 
     @property
     def attention_layers(self) -> list[int]:
@@ -345,18 +357,6 @@ class Shadow:
                 + "To list all hook points: list(Shadow.of(model).hooks)."
             )
         return self.hooks[name]
-
-
-def _language_model(model: nn.Module) -> PreTrainedModel:
-    base = unwrap(model)
-    name = type(base).__name__
-    causal = name.endswith(("ForCausalLM", "LMHeadModel")) or name in _CAUSAL.values()
-    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder or not causal:
-        raise ValueError(
-            f"A {name} is no causal language model of transformers. Probes run from left to right "
-            f"without a mask, which other models need. Only a ...ForCausalLM can be watched."
-        )
-    return base
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

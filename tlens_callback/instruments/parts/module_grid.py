@@ -1,7 +1,6 @@
 """Arranges one number for each weight by layer and module."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,15 +36,18 @@ class ModuleGrid:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> "ModuleGrid":
-        """Arranges the weights with these dotted paths."""
+    def of(cls, names: Sequence[str], stack: str) -> "ModuleGrid":
+        """Arranges the weights with these dotted paths.
+
+        Args:
+            stack: path of the layers. A tower for images has layers of its own, perhaps more of
+                them.
+        """
         matches = [_IN_LAYER.match(name) for name in names]
-        before = Counter(m["before"] for m in matches if m)
-        stack = before.most_common(1)[0][0] if before else None
         at = {
             (int(m["layer"]), m["within"]): i
             for i, m in enumerate(matches)
-            if m and m["before"] == stack
+            if m and m["before"] == f"{stack}."
         }
         layers = sorted({layer for layer, _ in at})
         within = list(dict.fromkeys(path for _, path in at))
