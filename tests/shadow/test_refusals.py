@@ -166,8 +166,8 @@ def test_parameters_on_several_devices_need_a_place_for_the_copy():
 def test_a_quantised_base_is_named_by_its_method():
     base = llama()
     model = get_peft_model(base, lora())
-    base.quantization_method = QuantizationMethod.BITS_AND_BYTES
-    with pytest.raises(ValueError, match=r"quantised \(bitsandbytes\).*Load the base model in"):
+    base.quantization_method = QuantizationMethod.GPTQ
+    with pytest.raises(ValueError, match=r"quantised \(gptq\).*Load the base model in"):
         refuse(model)
 
 

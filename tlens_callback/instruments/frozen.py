@@ -253,7 +253,10 @@ def _in_all_layers(name: str) -> str:
 
 def _look(live: Tensor, device: torch.device) -> tuple[Int[Tensor, "2"], Float[Tensor, " entry"]]:
     """Reads one live weight: its checksum, and a copy of the entries that are kept, on `device`."""
-    live = live.detach().contiguous()  # The live model may be spread over several devices.
+    live = live.detach()
+    if type(live) is not Tensor and hasattr(live, "dequantize"):  # packed by torchao
+        live = live.dequantize()
+    live = live.contiguous()  # The live model may be spread over several devices.
     return checksum(live).to(device), live.view(-1)[places(live)].to(device)
 
 
@@ -266,7 +269,8 @@ def places(weight: Float[Tensor, "..."]) -> Int[Tensor, " entry"]:
 def _distance(now: Float[Tensor, " entry"], first: Float[Tensor, " entry"]) -> Float[Tensor, "2"]:
     """Returns the largest change as a share of the root mean square, and 1 if any entry has moved
     by more than rounding; NaN counts as such."""
-    most = torch.finfo(first.dtype).eps ** 0.5 / 4
+    # Packed numbers are not rounded.
+    most = torch.finfo(first.dtype).eps ** 0.5 / 4 if first.is_floating_point() else 0.0
     wide = torch.promote_types(first.dtype, torch.float32)
     now, first = now.to(wide), first.to(now.device, wide)
     moved, size = (now - first).abs(), first.square().mean().sqrt()

@@ -72,7 +72,7 @@ class Settings:
         weights: how the shadow holds weights that it cannot share with the model, such as those
             with adapters. "resident": all of them. "streamed": one decoder layer at a time, merged
             anew in each forward pass. "auto": resident, unless they would take more than a quarter
-            of the free memory.
+            of the free memory or the base is quantised.
         on_error: "warn": an instrument or sink that fails during training is reported once and not
             used any more. "raise": its error is raised.
         writing: "wait": the sinks write on a thread of their own, and training waits for them only

@@ -156,7 +156,7 @@ def compare(
     """
     base: Any = unwrap(model)
     mirror, device = shadow.mirror, _device(base)
-    coarse = max(shadow.dtype, mirror.coarsest, key=lambda dtype: torch.finfo(dtype).eps)
+    coarse = max(shadow.dtype, mirror.roughest, key=lambda dtype: torch.finfo(dtype).eps)
     half = coarse.itemsize < 4
     rough = half or _tf32(device)
     foreign = foreign_attention(base)

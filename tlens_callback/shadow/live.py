@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tlens_callback.shadow.packed import repacks
+
 _IMPLEMENTATION = "_attn_implementation_internal"
 """The attribute of a config that names the attention implementation."""
 
@@ -35,7 +37,8 @@ def as_inference(
     states = [_State(module) for module in modules]
     try:
         for module in modules:
-            module.training = False
+            # Their flag decides only how they are packed: they have no dropout.
+            module.training = repacks(module)
         for config in configs:
             vars(config)[_IMPLEMENTATION] = "eager"
         kind = next(model.parameters()).device.type

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tlens_callback.shadow.bar import with_bar
 from tlens_callback.shadow.layers import LayerWeights, Slot, layer_of, layer_paths
 from tlens_callback.shadow.memory import Holding, share_of_free_memory
+from tlens_callback.shadow.packed import packed, precisions
 from tlens_callback.shadow.parametrized import original
 from tlens_callback.shadow.sources import Source, Stored, Weight
 from tlens_callback.shadow.state import ModuleState
@@ -26,12 +27,14 @@ class Mirror:
         device, dtype: device and dtype of the mirror; None: those of the live model.
         weights: "resident": what cannot be borrowed is stored. "streamed": of the decoder layers,
             it is stored only while a layer is entered; see `LayerWeights`. "auto": streamed if
-            stored weights would take more than a quarter of the free memory.
+            stored weights would take more than a quarter of the free memory, or are quantised.
 
     Attributes:
         module: the module tree.
         device, dtype: its device, and the dtype of most of its parameters.
         coarsest: the live model's dtype of lowest precision.
+        roughest: the lowest precision of all, adapters and the arithmetic of packed layers
+            included.
         mixed: whether the live model computes with parameters of several dtypes, for which
             trainers use autocast. The mirror copies parameters of other dtypes into the common
             one, except where the model's class keeps a module in float32 by design.
@@ -55,12 +58,17 @@ class Mirror:
         paths = [path for path, _ in self.module.named_modules(remove_duplicate=False)]
         live = {path: resolve(base, path) for path in paths}
         sizes: Counter[torch.dtype] = Counter()
+        rough: set[torch.dtype] = set()
         for path, module in live.items():
             if not by_design.intersection(path.split(".")):
                 for leaf in live_leaves(module).values():
                     sizes[leaf.dtype] += leaf.numel()
+                inner = innermost(module)
+                for dtype_of in (*precisions(inner), *_trained(module)):
+                    rough.add(dtype_of)
         self.mixed = len(sizes) > 1
         self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
+        self.roughest = max(rough | {self.coarsest}, key=lambda dtype: torch.finfo(dtype).eps)
         self.dtype = dtype or sizes.most_common(1)[0][0]
         self._held: list[Tensor] = []
         self._sources: list[Source] = []
@@ -119,7 +127,8 @@ class Mirror:
             return weights == "streamed"
         stored = [s for source in self._sources for s in source.stored.values()]
         would_take = sum(s.bytes for s in stored if s.layers != {None})
-        return bool(self._layers) and would_take > share_of_free_memory(self.device)
+        quantised = any(packed(innermost(source.live)) for source in self._sources)
+        return bool(self._layers) and (quantised or would_take > share_of_free_memory(self.device))
 
     def _store(self) -> None:
         """Makes the parameters that the mirror stores."""
@@ -263,12 +272,18 @@ def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
     """
     config = copy.deepcopy(base.config)
     for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
         part.tie_word_embeddings = False
         part.use_cache = False
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         skeleton = type(base)(config)
     return skeleton.eval()
+
+
+def _trained(module: nn.Module) -> set[torch.dtype]:
+    """The precisions of the parameters that are trained in a module, adapters included."""
+    return {p.dtype for p in module.parameters() if p.requires_grad and p.is_floating_point()}
 
 
 def _check_parameters(

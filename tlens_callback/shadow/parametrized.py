@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tlens_callback.shadow.live import as_inference
+from tlens_callback.shadow.packed import dequantised, packed, plain_linear
 
 
 def parametrized(module: nn.Module) -> frozenset[str]:
@@ -29,11 +30,14 @@ def original(module: nn.Module, name: str) -> nn.Parameter:
 
 @torch.no_grad()
 def effective(module: nn.Module, name: str) -> Tensor:
-    """The value that the module computes with: the live tensor itself if it is a plain parameter.
+    """The value that the module computes with: the live tensor itself if it is a plain parameter,
+    and the dequantised one if it is packed.
 
     A parametrisation is read as in inference and gets its state back: in training spectral
     normalisation changes its vectors at every use.
     """
+    if name in packed(module):
+        return dequantised(module)
     parameter = module._parameters.get(name)
     if parameter is not None:
         return parameter.detach()
@@ -44,6 +48,8 @@ def effective(module: nn.Module, name: str) -> Tensor:
 
 def plain(module: nn.Module) -> nn.Module:
     """A module of the class that was parametrised, with the effective values as parameters."""
+    if packed(module):
+        return plain_linear(module)
     names = parametrized(module)
     if not names:
         return module

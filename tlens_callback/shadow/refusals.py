@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CAUSAL,
 )
 
+from tlens_callback.shadow.packed import packed
 from tlens_callback.shadow.weights import unwrap
 
 _PROMPTS = "puts learned vectors in front of the input (or of every layer's keys and values)"
@@ -43,10 +44,11 @@ _VARIANTS = {
 def refuse(model: nn.Module, *, device: torch.device | str | None = None) -> None:
     """Raises a ValueError for a live model that no plain model with merged weights can represent.
 
-    Refused are: a model that is not a transformers model; quantised parameters; parameters that
-    are sharded (FSDP, tensor parallelism, DeepSpeed ZeRO-3), absent (meta device, offloading) or,
-    unless `device` names the place for a copy, spread over several devices; and adapters whose
-    effect depends on more than the layer's input vector, so that no merged weight has it.
+    Refused are: a model that is not a transformers model; parameters that are quantised in another
+    way than `packed` can read, sharded (FSDP, tensor parallelism, DeepSpeed ZeRO-3), absent (meta
+    device, offloading) or, unless `device` names the place for a copy, spread over several devices;
+    and adapters whose effect depends on more than the layer's input vector, so that no merged
+    weight has it.
 
     Args:
         model: as the trainer hands it over, wrappers included.
@@ -120,22 +122,26 @@ def _shards(how: str) -> str:
 
 def _quantised(model: nn.Module) -> Iterator[str]:
     way_out = "Load the base model in bfloat16 or float32 to look inside."
+    readable = {id(m._parameters[n]) for m in model.modules() for n in packed(m)}
     for module in model.modules():
         quantizer = getattr(module, "hf_quantizer", None)
         if quantizer is not None or getattr(module, "quantization_method", None):
             method = getattr(module, "quantization_method", None) or type(quantizer).__name__
+            if getattr(method, "value", method) in ("bitsandbytes", "torchao"):
+                continue
             yield (
-                f"The base model is quantised ({getattr(method, 'value', method)}). "
-                f"Its packed weights can neither be shared with the shadow nor take a merged "
-                f"adapter without being rounded again. {way_out}"
+                f"The base model is quantised ({getattr(method, 'value', method)}), and its packed "
+                f"weights cannot be read: those of bitsandbytes and of torchao's int8 can. "
+                f"{way_out}"
             )
             return
     for name, parameter in model.named_parameters():
+        if id(parameter) in readable:
+            continue
         if not parameter.is_floating_point() or _kind(parameter) != "Tensor":
             yield (
                 f"Parameter {name!r} is a {_kind(parameter)} of {parameter.dtype}: quantised or "
-                f"packed. It can neither be shared with the shadow nor take a merged adapter. "
-                f"{way_out}"
+                f"packed in a way that cannot be read. {way_out}"
             )
             return
 

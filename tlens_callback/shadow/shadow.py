@@ -90,13 +90,13 @@ class Shadow:
                 up to date by `sync`. "streamed": of the decoder layers, one at a time; each forward
                 pass merges a layer's weights when it enters the layer. It takes the memory of one
                 layer, and the time of a sync for each pass. "auto": resident, unless that would
-                take more than a quarter of the free memory.
+                take more than a quarter of the free memory or the base is quantised.
 
         Raises:
             ValueError: if the model is no causal language model, is not supported by
-                TransformerLens's bridge, has no single merged weight, or cannot be read in place
-                (quantised, sharded, offloaded ...); the text gives name and reason. Or if `weights`
-                is none of the three.
+                TransformerLens's bridge, has no single merged weight, or cannot be read (sharded,
+                offloaded, packed in an unknown way ...); the text gives name and reason. Or if
+                `weights` is none of the three.
         """
         return cls(model, device=device, dtype=dtype, weights=weights)
 

@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tlens_callback.shadow.packed import packed, plain_tuner, stand_in
 from tlens_callback.shadow.parametrized import effective, parametrized, plain
 
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -125,10 +126,12 @@ def innermost(module: nn.Module) -> nn.Module:
 def live_leaves(module: nn.Module) -> dict[str, Tensor]:
     """The parameters of the innermost module by name, detached, without adapters.
 
-    They share the live storage, but for those that are parametrised: these are computed.
+    They share the live storage, but for those that are parametrised: these are computed. Of packed
+    ones there are only shape, dtype and device.
     """
     base = innermost(module)
     found = {name: p.detach() for name, p in base._parameters.items() if p is not None}
+    found |= {name: stand_in(base) for name in packed(base)}
     return found | {name: effective(base, name) for name in parametrized(base)}
 
 
@@ -138,10 +141,11 @@ def adapted_leaves(module: nn.Module) -> frozenset[str]:
     "weight" for a plain LoRA layer, whose bias, if it is trained, is trained in place; the targeted
     parameters where LoRA wraps parameters; "weight" for trained tokens; all that the layer has for
     any other tuner. Does not depend on which adapters are active. Empty for a module without an
-    adapter, and for `modules_to_save`, whose copy is itself live. A parametrised parameter is
-    always among them.
+    adapter, and for `modules_to_save`, whose copy is itself live. Parametrised and packed
+    parameters are always among them.
     """
-    names = set(parametrized(innermost(module)))
+    base = innermost(module)
+    names = set(parametrized(base) | packed(base))
     for layer in _peel(module)[0]:
         name = _plain_target(layer, ever=True)
         if name is None and type(layer) is not TrainableTokensLayer:
@@ -220,7 +224,7 @@ def _plain_target(layer: Any, *, ever: bool = False) -> str | None:
         known = hasattr(layer, "_did_swap_in_out_features")
         factored = known if layer.num_experts > 1 else layer.get_param().ndim == 2
         return layer.parameter_name if factored else None
-    if type(layer) not in (LoraLinear, LoraEmbedding):
+    if plain_tuner(type(layer)) not in (LoraLinear, LoraEmbedding):
         return None
     adapters = layer.scaling if ever else layer.active_adapters
     if any(name in layer.lora_variant or layer.lora_bias.get(name) for name in adapters):
@@ -329,7 +333,7 @@ def _stand_in(module: Any, dtype: torch.dtype) -> Any:
     (VeRA), are the live ones. It is in eval mode: in training VB-LoRA refuses a model that was
     saved with its top vectors alone.
     """
-    twin = object.__new__(type(module))
+    twin = object.__new__(plain_tuner(type(module)))
     for name, value in module.__dict__.items():
         copied = type(value) in (dict, list, set, OrderedDict)
         twin.__dict__[name] = type(value)(value) if copied else value
