@@ -22,11 +22,11 @@ BATCH = encoded()
 DOWN, OUT = "model.layers.0.mlp.down_proj.weight", "blocks.0.attn.hook_z"
 
 
-def both(family="llama", **config):
-    """A model with trained adapters, its resident shadow and its streamed one."""
+def both(family="llama", of=None, **config):
+    """A model with trained adapters, its resident shadow and its streamed one, in this dtype."""
     experts = family in ("qwen3_moe", "mixtral")
     model = lora(tiny.model(family, **config), lora_dropout=0.0 if experts else 0.1)
-    return model, *(Shadow.of(model, weights=how) for how in ("resident", "streamed"))
+    return model, *(Shadow.of(model, weights=how, dtype=of) for how in ("resident", "streamed"))
 
 
 def activations(shadow):
@@ -62,6 +62,7 @@ def test_every_activation_is_that_of_the_resident_shadow(family):
 @pytest.mark.parametrize(
     ("family", "config"),
     [
+        ("llama", {"of": torch.float64}),
         ("llama", {"num_hidden_layers": 4}),
         ("gemma2", {}),
         ("gpt_neox", {}),
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_the_resident_shadow(monkeypatch):
     shadows[1].sync()
     assert layers._entered == {}
     # The control: weights that are kept as they are have been filled with NaN by then.
-    monkeypatch.setattr(LayerWeights, "for_backward", lambda self: nullcontext())
+    monkeypatch.setattr(LayerWeights, "_for_backward", lambda self: nullcontext())
     assert all(gradient.isnan().any() for gradient in gradients(shadows[1])[:3])
 
 
@@ -164,17 +165,54 @@ def test_a_layer_can_be_entered_anywhere():
     assert torch.equal(got[OUT], wanted[1][0].sum()) and torch.equal(got["logits"], logits)
 
 
-def test_a_pass_that_fails_leaves_no_layer_entered():
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_fails_leaves_no_layer_entered(kind):
     _, resident, streamed = both()
 
     def fails(value):
-        raise RuntimeError("in the pass")
+        raise kind("in the pass")
 
-    with pytest.raises(RuntimeError, match="in the pass"), edited(streamed, {OUT: fails}):
+    with pytest.raises(kind, match="in the pass"), edited(streamed, {OUT: fails}):
         streamed.logits(BATCH.tokens)
     assert streamed.mirror.layers._entered == {}
     wanted = resident.logits(BATCH.tokens)
     assert torch.equal(streamed.logits(BATCH.tokens), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_sync_reaches_a_layer_that_is_entered(family):
+    model, resident, streamed = both(family)
+    with streamed.layer(0):
+        before = streamed.logits(BATCH.tokens)
+        train(model, BATCH, steps=1)
+        for shadow in (resident, streamed):
+            shadow.sync()
+        wanted = resident.logits(BATCH.tokens)
+        assert torch.equal(streamed.logits(BATCH.tokens), wanted) and not torch.equal(
+            before, wanted
+        )
+    # A pass that nobody cleaned up after, as of a bridge that is called by itself.
+    streamed.mirror.layers.enter(1)
+    train(model, BATCH, steps=1)
+    for shadow in (resident, streamed):
+        shadow.sync()
+    assert torch.equal(streamed.logits(BATCH.tokens), resident.logits(BATCH.tokens))
+
+
+def test_a_graph_of_weights_that_are_gone_has_no_gradient():
+    model, _, streamed = both()
+    logits, got = captured(streamed, BATCH.tokens[0], [OUT], grad=True)
+    train(model, BATCH, steps=1)
+    streamed.sync()
+    with pytest.raises(RuntimeError, match="brought up to date after this forward pass"):
+        torch.autograd.grad(logits.sum(), [got[OUT]])
+
+
+def test_a_block_without_its_weights_is_not_streamed(monkeypatch):
+    model, *_ = both()
+    monkeypatch.setattr("tlens_callback.shadow.layers._tensors", lambda block: ())
+    with pytest.raises(ValueError, match=r"does not hold .*Use weights='resident'"):
+        Shadow.of(model, weights="streamed")
 
 
 def test_layers_that_are_skipped_are_not_loaded():

@@ -125,7 +125,7 @@ class UpdateSparsity:
         weights = shadow.mirror.weights()
         followed = [i for i, weight in enumerate(weights) if weight.trained]
         if self.sample is None:
-            shares = torch.stack([self._share_of_all(shadow, weights[i]) for i in followed])
+            shares = self._shares_of_all(shadow, [weights[i] for i in followed])
         else:
             shares = self._shares_of_samples(shadow, weights, self.sample)[followed]
         share = shares.double().cpu().numpy()
@@ -138,9 +138,12 @@ class UpdateSparsity:
         total = np.average(share, weights=sizes)
         yield Reading(key=f"{self.name}/all", values=total, unit=unit, limits=limits)
 
-    def _share_of_all(self, shadow: Shadow, weight: Weight) -> Float[Tensor, ""]:
-        with shadow.layer(weight.layer):
-            return self._share(weight)
+    def _shares_of_all(self, shadow: Shadow, weights: list[Weight]) -> Float[Tensor, " weight"]:
+        shares = []
+        for layer, of_layer in itertools.groupby(weights, lambda weight: weight.layer):
+            with shadow.layer(layer):
+                shares += [self._share(weight) for weight in of_layer]
+        return torch.stack(shares)
 
     def _share(self, weight: Weight) -> Float[Tensor, ""]:
         now, key = weight.value, f"first/{weight.name}"

@@ -56,9 +56,14 @@ class _Place:
 class _Entered:
     """The tensors of a layer that somebody uses now."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: dict[Slot, Tensor]) -> None:
         self.users = 0
-        self.tensors: list[Tensor] = []
+        self.slots = slots
+        self.copies: list[tuple[_Place, Tensor]] = []
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.slots.values(), *(copy for _, copy in self.copies)]
 
 
 class LayerWeights:
@@ -82,7 +87,9 @@ class LayerWeights:
         self._layouts: dict[int, dict[Slot, tuple[Any, ...]]] = {}
         self._places: dict[int, list[_Place]] = {}
         self._entered: dict[int, _Entered] = {}
+        self._by_passes: list[int] = []
         self._kept_for_backward: int | None = None
+        self._age = 0
         self.first = 0
         """Layers before this one are not entered by forward passes, since they are skipped."""
         self.loads = 0
@@ -122,6 +129,11 @@ class LayerWeights:
                     places[id(copy.copy)] = _Place(
                         copy.copy, slot, *shape, source=copy.source, rows=copy.rows
                     )
+            if lacking := slots.keys() - {place.slot for place in places.values()}:
+                raise ValueError(
+                    f"Layers cannot be streamed here: the bridge's layer {layer} does not hold "
+                    f"{sorted(lacking)[0]}. Use weights='resident'."
+                )
             if places:
                 self._places[layer] = list(places.values())
                 self._layouts[layer] = {
@@ -174,12 +186,11 @@ class LayerWeights:
             }
             self._write(layer, slots)
             self.loads += 1
-            entered = self._entered[layer] = _Entered()
-            entered.tensors = list(slots.values())
+            entered = self._entered[layer] = _Entered(slots)
             for place in self._places[layer]:
                 shown = place.values(slots)
                 if place.rows is not None:
-                    entered.tensors.append(shown)
+                    entered.copies.append((place, shown))
                 place.tensor.data = shown
         entered.users += 1
 
@@ -196,14 +207,34 @@ class LayerWeights:
             for tensor in entered.tensors:
                 tensor.fill_(torch.nan)
 
-    def for_backward(self) -> AbstractContextManager[Any]:
-        """For a forward pass of which a gradient is wanted: the backward pass enters layers again.
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Brings layers that are entered now up to the live model's current values."""
+        self._age += 1
+        self.end_backward()
+        for layer, entered in self._entered.items():
+            self._write(layer, entered.slots)
+            for place, copy in entered.copies:
+                copy.copy_(place.values(entered.slots))
 
-        Tensors of layers that autograd would keep are kept as their place; `end_backward` leaves
-        the layer that was entered last.
+    @contextmanager
+    def passing(self, *, grad: bool) -> Iterator[None]:
+        """Around a forward pass: what it has entered is left, however it ends.
+
+        Args:
+            grad: a gradient is wanted. What autograd would keep of a layer's tensors is kept as
+                their place, and the backward pass enters the layers again.
         """
-        if not self._layouts:
-            return nullcontext()
+        self.end_backward()
+        before = len(self._by_passes)
+        try:
+            with self._for_backward() if grad else nullcontext():
+                yield
+        finally:
+            while len(self._by_passes) > before:
+                self.leave(self._by_passes.pop())
+
+    def _for_backward(self) -> AbstractContextManager[Any]:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def end_backward(self) -> None:
@@ -215,15 +246,18 @@ class LayerWeights:
     def release(self) -> None:
         """Drops everything."""
         self._entered.clear()
+        self._by_passes.clear()
         for part in (self._templates, self._slots, self._layouts, self._places):
             part.clear()
 
     def _pass_enters(self, layer: int) -> None:
         if layer >= self.first:
             self.enter(layer)
+            self._by_passes.append(layer)
 
     def _pass_leaves(self, layer: int) -> None:
-        if layer >= self.first:
+        if layer in self._by_passes:
+            self._by_passes.remove(layer)
             self.leave(layer)
 
     def _show_nothing(self, layer: int) -> None:
@@ -238,13 +272,16 @@ class LayerWeights:
         for layer, entered in self._entered.items():
             for i, own in enumerate(entered.tensors):
                 if own.untyped_storage().data_ptr() == storage:
-                    return layer, i, tensor.shape, tensor.stride(), tensor.storage_offset()
+                    layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+                    return self._age, layer, i, *layout
         return tensor
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        layer, i, *layout = packed
+        age, layer, i, *layout = packed
+        if age != self._age:
+            raise RuntimeError("The shadow was brought up to date after this forward pass.")
         if self._kept_for_backward != layer:
             self.end_backward()
             self.enter(layer)

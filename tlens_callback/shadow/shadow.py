@@ -37,8 +37,9 @@ class Shadow:
     `TransformerBridge` is TransformerLens 4's successor of `HookedTransformer`: same hook names.
     Its module tree is the shadow's own; the tensors in it are of two kinds. A parameter that no
     adapter changes is *aliased*: it is the live tensor, whatever training does to it. One that an
-    adapter changes has storage of its own, filled in place by `sync`. Full fine-tuning aliases
-    everything and a sync does nothing.
+    adapter changes has storage of its own, filled in place by `sync`, or, if its layer is streamed,
+    when a forward pass enters the layer. Full fine-tuning aliases everything and a sync does
+    nothing.
 
     The bridge is raw (no compatibility mode): weights are not folded or centred, which would
     break the aliases.
@@ -89,8 +90,9 @@ class Shadow:
             weights: how weights are held that cannot be borrowed. "resident": all of them, brought
                 up to date by `sync`. "streamed": of the decoder layers, one at a time; each forward
                 pass merges a layer's weights when it enters the layer. It takes the memory of one
-                layer, and the time of a sync for each pass. "auto": resident, unless that would
-                take more than a quarter of the free memory or the base is quantised.
+                layer, and the time of a sync for each pass. "auto": resident, unless those of
+                the layers would take more than a quarter of the free memory or the base is
+                quantised.
 
         Raises:
             ValueError: if the model is no causal language model, is not supported by
@@ -187,8 +189,8 @@ class Shadow:
         """Brings the shadow up to the live model's current weights; reads it, never writes it.
 
         Cost: for plain LoRA one pass over the adapted weights (read W, A, B; write W + sBA, rounded
-        once); nothing where all is aliased. A live model whose parameters moved to other storage
-        or whose adapters were exchanged is mapped anew.
+        once); nothing where all is aliased or streamed. A live model whose parameters moved to
+        other storage or whose adapters were exchanged is mapped anew.
         """
         if self.mirror.fits(unwrap(self._model)):
             self._fill()
@@ -198,7 +200,7 @@ class Shadow:
 
     def _fill(self) -> None:
         if self.mirror.layers is not None:
-            self.mirror.layers.end_backward()
+            self.mirror.layers.sync()
         self.mirror.fill()
         bridge.refresh(self._split)
 
@@ -338,8 +340,8 @@ class Shadow:
         if positions is not None and self._keeps_logits:
             kwargs["logits_to_keep"] = positions
         layers = self.mirror.layers
-        keep = layers.for_backward() if grad and layers is not None else nullcontext()
-        with keep, torch.set_grad_enabled(grad), torch.autocast(self.device.type, enabled=False):
+        passing = nullcontext() if layers is None else layers.passing(grad=grad)
+        with passing, torch.set_grad_enabled(grad), torch.autocast(self.device.type, enabled=False):
             logits = self.bridge.original_model(tokens, use_cache=False, **kwargs).logits
         return logits if positions is None or kwargs else logits[:, positions]
 

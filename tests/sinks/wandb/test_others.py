@@ -167,6 +167,8 @@ def test_rows_are_logged_where_nobody_else_logs(offline):
         assert run.step == 0
         sink.write([scalar(step)], step=step)
     assert run.step == 10
+    sink.write([scalar(10)], step=10)
+    assert run.step == 11
     sink.close()
     assert "_log" not in vars(run) and run._teardown_hooks == before
 
@@ -194,6 +196,30 @@ if __name__ == "__main__":
     subprocess.run([sys.executable, str(path)], check=True, env=env, timeout=300)
     rows = history(run_file(offline))
     assert [row["mine/logged"] for row in rows if "mine/logged" in row] == [0, 1, 2, 3]
+    assert [row[OURS] for row in rows if OURS in row] == [0, 1, 2]
+
+
+def test_rows_that_wait_are_logged_when_the_script_fails(offline):
+    """Nobody closes the sink then but the writer, at the end of the interpreter."""
+    path = offline / "script.py"
+    path.write_text("""
+import wandb
+from tests.sinks.wandb.test_sink import scalar
+from tlens_callback import WandbSink
+from tlens_callback.run.writer import Writer
+if __name__ == "__main__":
+    run = wandb.init(project="test")
+    writer = Writer([WandbSink()])
+    for step in range(3):
+        run.log({"mine/logged": step}, step=step)
+        writer.put([scalar(step)], step=step)
+    raise RuntimeError("of the script")
+""")
+    env = {"PYTHONPATH": ".", **os.environ}
+    done = subprocess.run([sys.executable, str(path)], env=env, timeout=300, capture_output=True)
+    assert done.returncode == 1 and b"of the script" in done.stderr
+    rows = history(run_file(offline))
+    assert [row["mine/logged"] for row in rows if "mine/logged" in row] == [0, 1, 2]
     assert [row[OURS] for row in rows if OURS in row] == [0, 1, 2]
 
 
@@ -248,7 +274,7 @@ def test_two_sinks_leave_the_run_as_it_was_in_any_order():
     first.leave(now=True)
     run.log({"mine": 2}, step=9)
     second.leave(now=True)
-    assert run.rows[1:] == [{"mine": 2}]
+    assert run.rows[1:] == [{"mine": 2}] and "_log" not in vars(run)
 
 
 def test_a_fault_of_ours_does_not_reach_who_logs(monkeypatch, caplog):

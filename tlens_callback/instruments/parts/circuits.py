@@ -43,7 +43,7 @@ def circuits(shadow: Shadow, layer: int) -> Circuits:
     """Returns the circuits of one layer from the shadow's current weights."""
     with shadow.layer(layer):
         attn, norms = _attention_and_norms(shadow, layer)
-        q, k, v, o = (high_precision(getattr(attn, name).detach()) for name in WEIGHTS)
+        q, k, v, o = (high_precision(getattr(attn, name).detach().clone()) for name in WEIGHTS)
         if "ln1" in norms:
             q, k, v = (before_norm(norms["ln1"], w.mT).mT for w in (q, k, v))
         if "q_norm" in norms:

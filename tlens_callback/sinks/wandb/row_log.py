@@ -38,18 +38,20 @@ class _Count:
 
 
 class RowLog:
-    """Logs rows to a W&B run, each as a row of its own, so that no row of anybody else is lost.
+    """Logs rows to a W&B run in such a way that nobody else's rows are lost.
 
-    A row that is logged without `step=` moves W&B's count by one, and W&B drops every row that is
-    logged with a `step=` behind its count. So somebody who logs with `step=state.global_step` could
-    lose all their rows because of ours. Our rows therefore wait at first:
+    Each is a row of its own, unless somebody has left theirs open with `commit=False`. A row that
+    is logged without `step=` moves W&B's count by one, and W&B drops every row that is logged with
+    a `step=` behind its count. So somebody who logs with `step=state.global_step` could lose all
+    their rows because of ours. Our rows therefore wait at first:
 
     - until the trainer (or anybody else) has logged twice without `step=`, or ten of our rows wait:
       from then on, all our rows are logged at once;
     - if somebody logs with `step=`, until one of these steps leaves room for them, or the run is
       about to be finished. Its x axis is `train/global_step`, so that late rows are at their place.
 
-    `log` may be called on another thread than the others' `run.log`.
+    Somebody who begins with `step=` after that can still lose rows, and is told so once. `log` may
+    be called on another thread than the others' `run.log`.
 
     Args:
         run: a run that `wandb.init()` returned. If wandb's private `Run._log` does not exist or the
@@ -84,6 +86,8 @@ class RowLog:
             run._log = self._watching = self._watch
         self._finishing = finishing
         self._hook = BeforeFinish(run, self._on_finish)
+        # At the end of a script, wandb does not call what `BeforeFinish` hooks on.
+        atexit.register(self._at_exit)
 
     def log(
         self, numbers: dict[str, Any], files: dict[str, Any], folder: TemporaryDirectory[str]
@@ -97,7 +101,9 @@ class RowLog:
         """
         with self._lock:
             self._waiting.append((numbers, files, folder))
-            if self._at_once or (not self._numbered and len(self._waiting) >= _PATIENCE):
+            if not self._numbered and len(self._waiting) >= _PATIENCE:
+                self._at_once = True
+            if self._at_once:
                 self.flush()
                 return
             if self._numbered:
@@ -127,8 +133,6 @@ class RowLog:
                 until the run is finished.
         """
         if self._waiting and self._numbered and not now:
-            # At the end of a script, wandb does not call what `BeforeFinish` hooks on.
-            atexit.register(self._on_finish)
             return False
         try:
             self.flush()
@@ -138,17 +142,28 @@ class RowLog:
         return True
 
     def _unwatch(self) -> None:
-        atexit.unregister(self._on_finish)
+        atexit.unregister(self._at_exit)
         watching, self._watching = self._watching, None
         if watching is not None and vars(self.run).get("_log") is watching:
-            if self._before is None:
+            before = self._before
+            # Somebody who watched the run before may have left it by now.
+            while isinstance(other := getattr(before, "__self__", None), RowLog):
+                if other._watching is not None:
+                    break
+                before = other._before
+            if before is None:
                 del self.run._log
             else:
-                self.run._log = self._before
+                self.run._log = before
         for _, _, folder in self._waiting:
             folder.cleanup()
         self._waiting.clear()
         self._at_once = True
+
+    def _at_exit(self) -> None:
+        with _logged_not_raised():
+            self.flush()
+        self._at_once, self._numbered = True, False
 
     def _on_finish(self) -> None:
         # The hook stays: W&B is going through the list that it is in.
@@ -171,11 +186,11 @@ class RowLog:
             return
         with self._lock:
             with _logged_not_raised():
-                self._make_room(data, step)
+                self._make_room(data, step, commit)
             log(data=data, step=step, commit=commit, **more)
             self._add(step, commit, own)
 
-    def _make_room(self, data: Any, step: int | None) -> None:
+    def _make_room(self, data: Any, step: int | None, commit: bool | None) -> None:
         """Logs rows that wait before somebody's row of this step, as many as leave it its number,
         and learns whether rows are numbered."""
         if step is not None:
@@ -188,7 +203,7 @@ class RowLog:
                     f"rows of tlens in this run. Log without step= and put {STEP!r} into your "
                     f"rows, or start logging before the second row of the trainer."
                 )
-        elif not self._numbered:
+        elif not self._numbered and commit is not False:
             mark = data.get(STEP) if isinstance(data, Mapping) else None
             self._others += 1
             if self._others == 1:
