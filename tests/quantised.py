@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from bitsandbytes import functional
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from tests import tiny
+
+functional = pytest.importorskip("bitsandbytes").functional
+Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
 
 KINDS = ("nf4", "fp4", "int8", "torchao")
 """4 bits of bitsandbytes (nf4 with scales that are quantised too), its 8 bits, and torchao's."""

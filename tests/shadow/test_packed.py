@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from tests import tiny
 from tests.quantised import KINDS, SHAPE, adapted, float_copy, loaded
@@ -147,6 +146,8 @@ def test_a_comparison_packs_nothing_anew(folder, kind):
 
 
 def test_what_quantises_activations_too_is_refused():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
     model = tiny.model("llama")
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     with pytest.raises(ValueError, match=r"Int8Tensor of .*packed in a way that cannot be read"):
