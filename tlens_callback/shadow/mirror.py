@@ -58,14 +58,13 @@ class Mirror:
         paths = [path for path, _ in self.module.named_modules(remove_duplicate=False)]
         live = {path: resolve(base, path) for path in paths}
         sizes: Counter[torch.dtype] = Counter()
-        rough: set[torch.dtype] = set()
+        trained = (p.dtype for p in base.parameters() if p.requires_grad)
+        rough = {dtype for dtype in trained if dtype.is_floating_point}
         for path, module in live.items():
             if not by_design.intersection(path.split(".")):
                 for leaf in live_leaves(module).values():
                     sizes[leaf.dtype] += leaf.numel()
-                inner = innermost(module)
-                for dtype_of in (*precisions(inner), *_trained(module)):
-                    rough.add(dtype_of)
+                rough.update(precisions(innermost(module)))
         self.mixed = len(sizes) > 1
         self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
         self.roughest = max(rough | {self.coarsest}, key=lambda dtype: torch.finfo(dtype).eps)
@@ -279,11 +278,6 @@ def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         skeleton = type(base)(config)
     return skeleton.eval()
-
-
-def _trained(module: nn.Module) -> set[torch.dtype]:
-    """The precisions of the parameters that are trained in a module, adapters included."""
-    return {p.dtype for p in module.parameters() if p.requires_grad and p.is_floating_point()}
 
 
 def _check_parameters(

@@ -23,7 +23,7 @@ def packed(module: nn.Module) -> frozenset[str]:
     return frozenset({"weight"}) if readable and not plain else frozenset()
 
 
-def stand_in(module: Any) -> Tensor:
+def placeholder(module: Any) -> Tensor:
     """A tensor of the shape, dtype and device of the dequantised weight, without its numbers."""
     weight = module.weight
     dtype = weight.dtype

@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlens_callback.shadow.packed import packed, plain_tuner, stand_in
+from tlens_callback.shadow.packed import packed, placeholder, plain_tuner
 from tlens_callback.shadow.parametrized import effective, parametrized, plain
 
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -131,7 +131,7 @@ def live_leaves(module: nn.Module) -> dict[str, Tensor]:
     """
     base = innermost(module)
     found = {name: p.detach() for name, p in base._parameters.items() if p is not None}
-    found |= {name: stand_in(base) for name in packed(base)}
+    found |= {name: placeholder(base) for name in packed(base)}
     return found | {name: effective(base, name) for name in parametrized(base)}
 
 
