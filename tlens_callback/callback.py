@@ -41,7 +41,8 @@ class TLensCallback(TrainerCallback, Watcher):
             do.
         FidelityError: when training begins, if the shadow does not compute what the model does.
 
-    In a run of several processes only rank 0 observes.
+    In a run of several processes every one has the callback, and only rank 0 observes. The others
+    help it where the model is sharded, and wait for it where it is not.
 
     Keys:
         cost/<what>, fidelity/<what>: see `Observer`.
@@ -74,8 +75,27 @@ class TLensCallback(TrainerCallback, Watcher):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        if args.world_size > 1:
+            self._meet(model)
         if not state.is_world_process_zero:
+            if self.ranks is not None:
+                self.ranks.steps.add(state.global_step)
+                self.ranks.serve()
             return
+        with self._leading(fatal=True):
+            self._start(args, state, model, processing_class, train_dataloader)
+
+    def _start(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: Any,
+        processing_class: Any,
+        train_dataloader: Any,
+    ) -> None:
+        """Begins to watch; only rank 0 does."""
+        if self.ranks is not None:
+            self.ranks.steps.add(state.global_step)
         # All callbacks of one trainer share this state. The attribute is not saved with it.
         if vars(state).setdefault(f"_{self.name}_callback", id(self)) != id(self):
             raise ValueError(
@@ -123,18 +143,15 @@ class TLensCallback(TrainerCallback, Watcher):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.observer is None or not self.observer.watching:
-            return
         self._join_later_wandb()
         step = state.global_step
         last = control.should_training_stop or step >= state.max_steps
         by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)
         # The trainer logs this step later; the observation waits for what it logs.
         hold = control.should_log or control.should_evaluate or by_epoch
-        self.observer.after_update(
-            step, observe=step % self.settings.every_n_steps == 0, last=last, hold=hold
-        )
-        if last and not hold:
+        observe = step % self.settings.every_n_steps == 0
+        self._after_update(step, observe=observe, last=last, hold=hold)
+        if self.observer is not None and last and not hold:
             self.observer.finish()
 
     @guarded
@@ -165,9 +182,10 @@ class TLensCallback(TrainerCallback, Watcher):
         # The trainer logs its summary before it calls `on_train_end` and before it loads the best
         # checkpoint's weights.
         over = control.should_training_stop or state.global_step >= state.max_steps
-        if self.observer and over and is_summary(logs or {}):
+        if over and is_summary(logs or {}):
             self._observe_last(state, control)
-            self.observer.finish()
+            if self.observer is not None:
+                self.observer.finish()
 
     @guarded
     def on_save(
@@ -188,9 +206,8 @@ class TLensCallback(TrainerCallback, Watcher):
         Early stopping stops a run during an evaluation. `on_train_end` is too late: by then the
         model may hold the best checkpoint's weights.
         """
-        observer = self.observer
-        if observer and control.should_training_stop and state.global_step not in observer.steps:
-            observer.after_update(state.global_step, observe=True, last=True, hold=True)
+        if control.should_training_stop and self._lacks(state.global_step):
+            self._after_update(state.global_step, observe=True, last=True, hold=True)
 
     @guarded
     def on_train_end(
@@ -198,6 +215,7 @@ class TLensCallback(TrainerCallback, Watcher):
     ) -> None:
         if not args.load_best_model_at_end:
             self._observe_last(state, control)
+        self._part()
         observer, self.observer = self.observer, None
         if observer is None:
             return

@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from tlens_callback.probes import Probe
@@ -19,6 +20,7 @@ from tlens_callback.run.printing import print_lines, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import summary
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.shards import sharded
 from tlens_callback.shadow.weights import unwrap
 from tlens_callback.sinks import LocalSink
 from tlens_callback.store.atomic import write_whole
@@ -43,8 +45,9 @@ class Tracer(Watcher):
     there is no last observation: what was observed is written, and the exception goes on. A tracer
     that is entered again begins a new run.
 
-    With several processes (`torch.distributed`, which `accelerate` uses) all of them call `step`,
-    and only rank 0 observes.
+    With several processes (`torch.distributed`, which `accelerate` uses) all of them enter the
+    block and call `step`, and only rank 0 observes. The others help it where the model is sharded,
+    and wait for it where it is not.
 
     Args:
         model: the model that is trained: a `PreTrainedModel`, plain or wrapped by PEFT, DDP,
@@ -133,9 +136,23 @@ class Tracer(Watcher):
                 "This tracer is inside its block already; a second block needs a second tracer."
             )
         self._step, self._log = self._begin, []
+        if _is_parallel(self._model):
+            self._meet(self._model)
+        if self.ranks is not None:
+            self.ranks.steps.add(self._begin)
         if not _is_first_process():
+            if self.ranks is not None:
+                self.ranks.serve()
             self._entered = True
             return self
+        with self._leading(fatal=True):
+            self._start()
+        self._entered = True
+        self._greet()
+        return self
+
+    def _start(self) -> None:
+        """Begins to watch; only rank 0 does."""
         baselines_file = self._read_saved()
         store = self._folder / self.settings.name
         observer = self._new_observer(lambda: [LocalSink(store)])
@@ -157,9 +174,6 @@ class Tracer(Watcher):
         except BaseException:
             self.observer = None
             raise
-        self._entered = True
-        self._greet()
-        return self
 
     def step(self, **logged: float) -> None:
         """Counts a step of the optimizer and observes when it is time; call it on every process.
@@ -184,15 +198,13 @@ class Tracer(Watcher):
 
     @guarded
     def _observe(self, row: dict[str, float]) -> None:
-        if self.observer is None:
-            return
-        if row:
+        if self.observer is not None and row:
             self._log.append({**row, "step": self._step})
         self._join_later_wandb()
         with _full_precision(self._model):
             due = self._step % self.settings.every_n_steps == 0
             last = self._step == self._end
-            self.observer.after_update(self._step, observe=due, last=last)
+            self._after_update(self._step, observe=due, last=last)
 
     def save(self, folder: str | Path) -> None:
         """Saves in a folder what `resume_from` needs; call it where the loop saves a checkpoint.
@@ -240,18 +252,18 @@ class Tracer(Watcher):
 
     @guarded
     def _leave(self, *, observe: bool) -> None:
-        observer, self.observer = self.observer, None
-        if observer is None:
-            return
         try:
-            if observe and self._step not in observer.steps:
+            if observe and self._lacks(self._step):
                 with _full_precision(self._model):
-                    observer.after_update(self._step, observe=True, last=True)
+                    self._after_update(self._step, observe=True, last=True)
         finally:
-            try:
-                observer.close()
-            finally:
-                print_lines(summary(observer))
+            self._part()
+            observer, self.observer = self.observer, None
+            if observer is not None:
+                try:
+                    observer.close()
+                finally:
+                    print_lines(summary(observer))
 
     def _probes(self, shadow: Shadow) -> list[Probe]:
         none = (
@@ -299,6 +311,12 @@ def _is_first_process() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or (
         distributed.get_rank() == 0
     )
+
+
+def _is_parallel(model: nn.Module) -> bool:
+    """Whether several processes train this model together."""
+    parallel = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    return parallel or sharded(model) is not None
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """`Watcher`: what the callback and the tracer have in common."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
 from tlens_callback.interfaces import Sink
@@ -14,6 +16,7 @@ from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.settings import Settings
 from tlens_callback.run.terminal import opening
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.ranks import Ranks
 from tlens_callback.sinks.default import active_wandb, outgoing_lines
 
 
@@ -23,21 +26,75 @@ class Watcher:
     Attributes:
         settings: what is watched and how.
         sinks: where the readings go, including sinks that failed and were set aside.
-        observer: None where nothing is watched.
+        observer: None where nothing is watched, as in all processes but the first.
+        ranks: the processes of the run; None if this one is alone, or observes alone.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.sinks: list[Sink] = settings.sinks_with(list)
         self.observer: Observer | None = None
+        self.ranks: Ranks | None = None
         self._joins_wandb = False
 
     def _new_observer(self, default: Callable[[], Sequence[Sink]]) -> Observer:
         """Makes the observer of a run; `default` gives the default sinks, where they are wanted."""
         self.sinks = self.settings.sinks_with(default)
         self._joins_wandb = self.settings.has_default_sinks
-        self.observer = Observer(self.settings, self.sinks)
+        self.observer = Observer(self.settings, self.sinks, self.ranks)
         return self.observer
+
+    def _meet(self, model: nn.Module) -> None:
+        """Begins a run of several processes; every one calls it."""
+        self.ranks = self.ranks or Ranks.meet(model, self.settings.name)
+        if self.ranks is not None:
+            self.ranks.begin(model)
+
+    def _part(self) -> None:
+        """Ends it; every process calls it."""
+        ranks, self.ranks = self.ranks, None
+        if ranks is not None:
+            ranks.close()
+
+    @contextmanager
+    def _leading(self, *, fatal: bool) -> Iterator[None]:
+        """In rank 0: the other processes help inside the `with` block, if there are any."""
+        if self.ranks is None:
+            yield
+            return
+        with self.ranks.leading(fatal=fatal):
+            yield
+            self.ranks.watching = self.observer is not None and self.observer.watching
+            self.ranks.next_check = self.observer.next_check if self.observer else None
+
+    def _after_update(
+        self, step: int, *, observe: bool, last: bool = False, hold: bool = False
+    ) -> None:
+        """Observes, if it is time, after a step of the optimizer; every process calls it.
+
+        Args:
+            last, hold: see `Observer.after_update`.
+        """
+        if self.ranks is None:
+            if self.observer is not None:
+                self.observer.after_update(step, observe=observe, last=last, hold=hold)
+            return
+        if not self.ranks.due(step, observe=observe, last=last):
+            return
+        if observe or last:
+            self.ranks.steps.add(step)
+        if not self.ranks.first:
+            self.ranks.serve()
+            return
+        with self._leading(fatal=self.settings.on_error == "raise"):
+            if self.observer is not None:
+                self.observer.after_update(step, observe=observe, last=last, hold=hold)
+
+    def _lacks(self, step: int) -> bool:
+        """Whether this run is watched and this step was not observed."""
+        if self.ranks is not None:
+            return self.ranks.watching and step not in self.ranks.steps
+        return self.observer is not None and step not in self.observer.steps
 
     def _join_wandb(self) -> None:
         """Adds the active W&B run to the default sinks."""

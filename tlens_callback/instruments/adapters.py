@@ -128,7 +128,7 @@ class AdapterSpectrum:
 
     def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
         """Returns no reductions: this instrument reads weights alone."""
-        if next(low_rank_updates(shadow), None) is None:
+        if next(low_rank_updates(shadow, numbers=False), None) is None:
             raise ValueError(
                 f"{type(self).__name__}: no active adapter of this model is plain LoRA on a "
                 f"matrix, so there is no low-rank update to measure. Leave the instrument out; "
@@ -141,15 +141,21 @@ class AdapterSpectrum:
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields one matrix by layer and module for each measure."""
-        updates = list(low_rank_updates(shadow))
+        updates = list(low_rank_updates(shadow, numbers=False))
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, update in enumerate(updates):
             by_shape.setdefault((*update.b.shape, update.a.shape[1]), []).append(i)
+        keys = [_key([updates[i] for i in members]) for members in by_shape.values()]
+        sizes: dict[str, Tensor] = {}
+        if any(f"weight/{key}" not in self.baseline for key in keys) or any(
+            update.trained for update in updates
+        ):
+            sizes = {u.name: _norm(u.weight).to(shadow.device) for u in low_rank_updates(shadow)}
         measures = torch.zeros(len(updates), 6, dtype=torch.float64)
         sigmas = torch.zeros(len(updates), self.k, dtype=torch.float64)
         kept: dict[str, Tensor] = {}
         for members in by_shape.values():
-            measured, sigma = self._measure([updates[i] for i in members], shadow, kept)
+            measured, sigma = self._measure([updates[i] for i in members], sizes, shadow, kept)
             measures[members] = measured.cpu().double()
             sigmas[members, : sigma.shape[1]] = sigma.cpu().double()
         self.baseline.clear()
@@ -169,21 +175,27 @@ class AdapterSpectrum:
         yield from grid.readings(key, sigmas.numpy(), shadow, unit="norm", more=("rank",))
 
     def _measure(
-        self, updates: list[LowRankUpdate], shadow: Shadow, kept: dict[str, Tensor]
+        self,
+        updates: list[LowRankUpdate],
+        sizes_now: Mapping[str, Tensor],
+        shadow: Shadow,
+        kept: dict[str, Tensor],
     ) -> tuple[Float[Tensor, "update measure"], Float[Tensor, "update rank"]]:
         """Returns the measures of updates of one shape, and up to k singular values.
 
         Adds to `kept` what the next observation compares with.
+
+        Args:
+            sizes_now: norms of the weights under the updates; {} for those in the baseline.
         """
         device = shadow.device
         b = torch.stack([u.b.to(device) for u in updates])
         a = torch.stack([u.a.to(device) for u in updates])
-        # Other weights may be adapted later in a run: only updates of the same ones are compared.
-        which = zlib.crc32("\n".join(u.name for u in updates).encode())
-        key = "x".join(map(str, (*b.shape, a.shape[2]))) + f"-{which:08x}"
-        sizes = self.baseline.get(f"weight/{key}")
-        if sizes is None or any(u.weight.requires_grad for u in updates):
-            sizes = torch.stack([_norm(u.weight).to(device) for u in updates])
+        key = _key(updates)
+        if sizes_now:
+            sizes = torch.stack([sizes_now[u.name] for u in updates])
+        else:
+            sizes = self.baseline[f"weight/{key}"]
         last = [self.baseline.get(f"{part}/{key}") for part in ("b", "a")]
         sigma, product = _products_in_pieces(b, a, *last)
         norm = sigma.square().sum(1).sqrt()
@@ -222,6 +234,14 @@ _UNITS = {
     "effective_rank": "rank",
     "rotation": "cosine",
 }
+
+
+def _key(updates: list[LowRankUpdate]) -> str:
+    """Names updates of one shape in the baseline: only those of the same weights are compared, and
+    others may be adapted later in a run."""
+    which = zlib.crc32("\n".join(update.name for update in updates).encode())
+    shape = len(updates), *updates[0].b.shape, updates[0].a.shape[1]
+    return "x".join(map(str, shape)) + f"-{which:08x}"
 
 
 def products(

@@ -216,7 +216,10 @@ class FrozenWeights:
         """Returns what `_distance` says of each of the frozen weights that has changed."""
         if not frozen:
             return {}
-        looks = {i: _look(weight.live, shadow.device) for i, weight in frozen.items()}
+        number = {weight.name: i for i, weight in frozen.items()}
+        values = shadow.mirror.live_values(frozen.values())
+        found = {number[weight.name]: _look(live, shadow.device) for weight, live in values}
+        looks = {i: found[i] for i in frozen}
         for i, (total, entries) in looks.items():
             self.baseline.setdefault(frozen[i].name, total)
             # A checkpoint of an older version has no entries; they begin here.
@@ -291,7 +294,7 @@ def _looks_like_merging(
         changed: those of the weights that have changed.
     """
     names: set[str] = set()
-    for path, module in shadow.mirror.live_modules():
+    for path, module in shadow.mirror.live_modules(trained=True):
         if adapted := adapted_leaves(module):
             names |= {f"{path}.{name}" for name in adapted}
             tuners = (part for part in module.modules() if isinstance(part, BaseTunerLayer))

@@ -23,13 +23,14 @@ class FidelityMonitor:
 
     Attributes:
         checks: step -> fidelity, for the steps where it was computed.
+        next: the step from which on the comparison is to be repeated, or None.
     """
 
     def __init__(self) -> None:
         self.checks: dict[int, Fidelity] = {}
         self._first: Fidelity | None = None
         self._first_step = 0
-        self._next: int | None = None
+        self.next: int | None = None
         self._said_still = False
         self._reference: Tensor | None = None
 
@@ -64,13 +65,13 @@ class FidelityMonitor:
                 f"from left to right, padded at their end, so their readings would depend on the "
                 f"other probes. Only a causal model can be watched."
             )
-        self._first, self._first_step, self._next = fidelity, step, step + 1
+        self._first, self._first_step, self.next = fidelity, step, step + 1
         self.checks[step] = fidelity
         return fidelity
 
     def due(self, step: int) -> bool:
         """Whether it is time to compare again, since no update so far was large enough to show."""
-        return self._next is not None and step >= self._next
+        return self.next is not None and step >= self.next
 
     def check(
         self, model: nn.Module, shadow: Shadow, batch: ProbeBatch, *, step: int
@@ -84,13 +85,13 @@ class FidelityMonitor:
         assert self._first is not None
         fidelity, logits = compare(model, shadow, batch, reference=self._reference)
         told = fidelity.telling(self._first)
-        if self._next is not None:
-            self._next = None if told else step + max(1, step - self._first_step)
+        if self.next is not None:
+            self.next = None if told else step + max(1, step - self._first_step)
         if not math.isfinite(fidelity.scale):
             warn("tlens: the live model's logits are not finite at step %d.", step)
             return None
         still = fidelity.moved == 0 and step - self._first_step >= _STILL
-        if still and self._next is not None and not self._said_still:
+        if still and self.next is not None and not self._said_still:
             self._say_still(step)
         self.checks[step] = fidelity
         if not fidelity.close or fidelity.stale(self._first):

@@ -8,6 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import warn
 from tlens_callback.run.settings import Settings
+from tlens_callback.shadow.ranks import RankError, Ranks
 
 P = ParamSpec("P")
 
@@ -17,6 +18,7 @@ class _Watcher(Protocol):
 
     settings: Settings
     observer: Observer | None
+    ranks: Ranks | None
 
 
 def guarded(
@@ -25,15 +27,18 @@ def guarded(
     """Makes a method of a watcher safe to call from a training run.
 
     If it raises, and `on_error` is not "raise", watching ends: a warning is logged, what was
-    observed is written, and training goes on. Ctrl-C passes.
+    observed is written, and training goes on. Ctrl-C passes, and so does what ends the training in
+    all processes.
     """
 
     @wraps(event)
     def call(self: _Watcher, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             event(self, *args, **kwargs)
+        except RankError:
+            raise
         except Exception as error:
-            if self.settings.on_error == "raise":
+            if self.settings.on_error == "raise" or (self.ranks and self.ranks.broken):
                 raise
             end_watching(self, error)
 

@@ -25,6 +25,7 @@ from tlens_callback.run.trainer_logs import TrainerLogs
 from tlens_callback.run.writer import Writer
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.fidelity import Fidelity, FidelityError
+from tlens_callback.shadow.ranks import Ranks
 
 NO_ROOM_FOR_SHADOW = (
     "tlens: there is no room for the shadow and its probes in the memory of the model's device. "
@@ -43,6 +44,7 @@ class Observer:
     Args:
         settings: what is watched, and how; its probes are ignored, `start` takes them.
         sinks: where the readings go.
+        ranks: the processes of the run, if there are several that help.
 
     Keys:
         fidelity/max_abs_diff, fidelity/kl, fidelity/top1_agreement: at the steps where they were
@@ -62,8 +64,11 @@ class Observer:
         checks: step -> fidelity, for the steps where it was computed.
     """
 
-    def __init__(self, settings: Settings, sinks: Sequence[Sink]) -> None:
+    def __init__(
+        self, settings: Settings, sinks: Sequence[Sink], ranks: Ranks | None = None
+    ) -> None:
         self.settings = settings
+        self.ranks = ranks
         self.instruments = list(settings.instruments or ())
         self.writer = Writer(sinks, writing=settings.writing, on_error=settings.on_error)
         self.logs = TrainerLogs()
@@ -85,6 +90,11 @@ class Observer:
     def watching(self) -> bool:
         """Whether there is a shadow, and watching has not ended."""
         return self.shadow is not None
+
+    @property
+    def next_check(self) -> int | None:
+        """The step from which on shadow and model are to be compared again."""
+        return self._monitor.next
 
     @property
     def sinks(self) -> list[Sink]:
@@ -238,7 +248,8 @@ class Observer:
                 elif fidelity is not None:
                     self.writer.put(fidelity.readings(), step=step)
             except Exception as error:
-                if self.settings.on_error == "raise":
+                # Inside a collective the processes cannot part without harm.
+                if self.settings.on_error == "raise" or (self.ranks and self.ranks.broken):
                     raise
                 if self.watch is not None and isinstance(error, FidelityError):
                     self.writer.put(self.watch.breach(error), step=step)
@@ -291,7 +302,7 @@ class Observer:
 
     def _shadow_of(self, model: nn.Module) -> Shadow:
         of = self.settings
-        return Shadow(model, device=of.device, dtype=of.dtype, weights=of.weights)
+        return Shadow(model, device=of.device, dtype=of.dtype, weights=of.weights, ranks=self.ranks)
 
     def _release_shadow(self) -> None:
         if self.shadow is not None:

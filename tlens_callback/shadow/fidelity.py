@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow.live import as_inference, foreign_attention
+from tlens_callback.shadow.live import foreign_attention, logits_of
 from tlens_callback.shadow.shadow import Shadow
 from tlens_callback.shadow.weights import unwrap
 
@@ -167,10 +167,11 @@ def compare(
 
     def logits(tokens: Tensor, *, eager: bool) -> Tensor:
         autocast = mirror.coarsest if mirror.mixed else None
-        with as_inference(base, eager=eager, autocast=autocast):
-            # The class's forward, not the instance's: trainers patch the latter (autocast, losses).
-            out = type(base).forward(base, input_ids=tokens.to(device), use_cache=False)
-        return out.logits.to(shadow.device)
+        if shadow.ranks is not None and shadow.ranks.sharded:
+            found = shadow.ranks.logits(tokens, eager=eager, autocast=autocast)
+        else:
+            found = logits_of(base, tokens.to(device), eager=eager, autocast=autocast)
+        return found.to(shadow.device)
 
     for at in range(0, len(batch.tokens), rows):
         tokens, mask = batch.tokens[at : at + rows], batch.mask[at : at + rows]

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as _FSDP1
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -34,7 +36,9 @@ def as_inference(
     modules = list(model.modules())
     configs = _configs(model) if eager else []
     kinds = [vars(config).get(_IMPLEMENTATION) for config in configs]
-    states = [_State(module) for module in modules]
+    # FSDP1 sets itself up in the first forward pass, which must not be undone.
+    states = [_State(module) for module in modules if not isinstance(module, _FSDP1)]
+    flags = [(module, module.training) for module in modules]
     try:
         for module in modules:
             # Their flag decides only how they are packed: they have no dropout.
@@ -47,8 +51,37 @@ def as_inference(
     finally:
         for state in states:
             state.restore()
+        for module, training in flags:
+            module.training = training
         for config, name in zip(configs, kinds, strict=True):
             vars(config)[_IMPLEMENTATION] = name
+
+
+def logits_of(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    eager: bool = False,
+    autocast: torch.dtype | None = None,
+    wrapped: bool = False,
+) -> Tensor:
+    """The live model's logits, computed as its class does: trainers patch `forward` on the
+    instance (autocast, losses).
+
+    Args:
+        model: the `PreTrainedModel`; or, if `wrapped`, what its trainer has made of it, whose hooks
+            bring the parameters of a sharded model together.
+        eager, autocast: see `as_inference`.
+    """
+    with as_inference(model, eager=eager, autocast=autocast):
+        if not wrapped:
+            return type(model).forward(model, input_ids=tokens, use_cache=False).logits
+        for module in model.modules():
+            # Given back by `as_inference`.
+            vars(module).pop("forward", None)
+            if isinstance(module, PreTrainedModel):
+                break
+        return model(input_ids=tokens, use_cache=False).logits
 
 
 def foreign_attention(model: nn.Module) -> list[str]:

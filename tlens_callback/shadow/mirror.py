@@ -1,8 +1,8 @@
 """`Mirror`: a module tree of the live model's class that holds its weights, adapters merged."""
 
-import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +14,20 @@ from tlens_callback.shadow.layers import LayerWeights, Slot, layer_of, layer_pat
 from tlens_callback.shadow.memory import Holding, share_of_free_memory
 from tlens_callback.shadow.packed import packed, precisions
 from tlens_callback.shadow.parametrized import original
+from tlens_callback.shadow.ranks import Ranks
+from tlens_callback.shadow.shards import Shards, Share
+from tlens_callback.shadow.skeleton import skeleton
 from tlens_callback.shadow.sources import Source, Stored, Weight
 from tlens_callback.shadow.state import ModuleState
-from tlens_callback.shadow.weights import adapted_leaves, fill, innermost, live_leaves, resolve
+from tlens_callback.shadow.twins import Values, whole_twin
+from tlens_callback.shadow.weights import (
+    adapted_leaves,
+    fill,
+    innermost,
+    live_leaves,
+    parts,
+    resolve,
+)
 
 
 class Mirror:
@@ -48,19 +59,24 @@ class Mirror:
         device: torch.device | None,
         dtype: torch.dtype | None,
         weights: Holding = "auto",
+        ranks: Ranks | None = None,
     ) -> None:
-        self.module = _skeleton(base)
-        self.device = device or next(base.parameters()).device
+        self.module = skeleton(base)
+        self._ranks = ranks if ranks is not None and ranks.sharded else None
+        self.device = device or (
+            next(base.parameters()).device if self._ranks is None else self._shards.device
+        )
         by_design = {
             *(getattr(base, "_keep_in_fp32_modules", None) or ()),
             *(getattr(base, "_keep_in_fp32_modules_strict", None) or ()),
         }
         paths = [path for path, _ in self.module.named_modules(remove_duplicate=False)]
         live = {path: resolve(base, path) for path in paths}
+        outlined = {path: self._outlined(module) for path, module in live.items()}
         sizes: Counter[torch.dtype] = Counter()
         trained = (p.dtype for p in base.parameters() if p.requires_grad)
         rough = {dtype for dtype in trained if dtype.is_floating_point}
-        for path, module in live.items():
+        for path, module in outlined.items():
             if not by_design.intersection(path.split(".")):
                 for leaf in live_leaves(module).values():
                     sizes[leaf.dtype] += leaf.numel()
@@ -82,20 +98,26 @@ class Mirror:
             names = [name for name, p in module._parameters.items() if p is not None]
             if not names:
                 continue
-            leaves = live_leaves(live[path])
-            _check_parameters(path, innermost(live[path]), leaves, module)
+            leaves = live_leaves(outlined[path])
+            _check_parameters(path, innermost(outlined[path]), leaves, module)
             layer = layer_of(path, self._layers)
-            source = Source(path, module, live[path], adapted_leaves(live[path]), layer)
+            source = Source(path, module, live[path], adapted_leaves(outlined[path]), layer)
             kept = dtype is None and by_design.intersection(path.split("."))
             for name in names:
                 origin = leaves[name]
                 wanted = origin.dtype if kept else self.dtype
+                outline = self._outline(live[path], name)
                 # Tied weights stay one parameter, unless an adapter changes one of them.
-                key = (origin.data_ptr(), *origin.shape)
+                key = (origin.data_ptr() if outline is None else id(outline), *origin.shape)
                 found = None if name in source.adapted else tied.get(key)
                 if found is None:
                     merged = name in source.adapted
-                    if merged or origin.device != self.device or origin.dtype != wanted:
+                    if (
+                        outline is not None
+                        or merged
+                        or origin.device != self.device
+                        or origin.dtype != wanted
+                    ):
                         found = Stored(origin.to("meta"), wanted, merged, [], set())
                         source.stored[name] = found
                     else:
@@ -126,8 +148,9 @@ class Mirror:
             return weights == "streamed"
         stored = [s for source in self._sources for s in source.stored.values()]
         would_take = sum(s.bytes for s in stored if s.layers != {None})
-        quantised = any(packed(innermost(source.live)) for source in self._sources)
-        return bool(self._layers) and (quantised or would_take > share_of_free_memory(self.device))
+        lent = self._ranks is None and not any(packed(innermost(s.live)) for s in self._sources)
+        too_much = would_take > share_of_free_memory(self.device)
+        return bool(self._layers) and (too_much or not lent)
 
     def _store(self) -> None:
         """Makes the parameters that the mirror stores."""
@@ -161,26 +184,43 @@ class Mirror:
         """Every parameter, in the order of the modules; tied parameters are listed once."""
         found = []
         for source in self._sources:
-            module = innermost(source.live)
-            for name in live_leaves(source.live):
+            outlined = self._outlined(source.live)
+            module = innermost(outlined)
+            for name in live_leaves(outlined):
                 live = original(module, name)
                 stored = source.stored.get(name)
                 if stored is None and name not in source.aliased:
                     continue  # tied to one before it
                 trained = live.requires_grad
                 if stored is not None and stored.merged:
-                    trained = any(p.requires_grad for p in source.live.parameters())
+                    trained = any(p.requires_grad for p in outlined.parameters())
                 # An aliased tensor may have moved to other storage since.
                 own = live if stored is None else source.module._parameters[name]
                 assert own is not None
-                path = f"{source.path}.{name}" if source.path else name
-                found.append(Weight(path, own, live, trained, source.layer))
+                found.append(Weight(_name(source, name), own, live, trained, source.layer))
         return found
 
-    def live_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Name in a plain model, and live module with its adapters, of all with parameters."""
-        for source in self._sources:
-            yield source.path, source.live
+    def live_modules(self, *, trained: bool = False) -> Iterator[tuple[str, nn.Module]]:
+        """Name in a plain model, and live module with its adapters, of all with parameters.
+
+        Of a sharded model it is a copy with whole parameters, to be used before the next one.
+
+        Args:
+            trained: only the numbers of trained parameters are needed, others have only a shape.
+        """
+        for source, whole in self._wholes(self._sources, trained=trained):
+            yield source.path, whole
+
+    def live_values(self, weights: Iterable[Weight]) -> Iterator[tuple[Weight, nn.Parameter]]:
+        """Those of the weights with their live parameters, whole, to be used before the next."""
+        wanted = {weight.name: weight for weight in weights}
+        leaves = {
+            s.path: [n for n in live_leaves(self._outlined(s.live)) if _name(s, n) in wanted]
+            for s in self._sources
+        }
+        for source, whole in self._wholes([s for s in self._sources if leaves[s.path]]):
+            for name in leaves[source.path]:
+                yield wanted[_name(source, name)], original(innermost(whole), name)
 
     def fits(self, base: nn.Module) -> bool:
         """Whether each module still has the source that it was built on; False after `release`."""
@@ -188,7 +228,7 @@ class Mirror:
             return False
         for source in self._sources:
             live = resolve(base, source.path)
-            if live is not source.live or adapted_leaves(live) != source.adapted:
+            if live is not source.live or adapted_leaves(self._outlined(live)) != source.adapted:
                 return False
             parameters: Any = innermost(live)._parameters
             if any(parameters[name].data_ptr() != at for name, at in source.aliased.items()):
@@ -198,39 +238,100 @@ class Mirror:
     @torch.no_grad()
     def fill(self) -> None:
         """Brings all that is stored now up to the live model's current values."""
-        # The bar shows only where filling takes long: a large model, or a costly kind of adapter.
-        for source in with_bar(self._sources, desc="tlens: weights", delay=5.0, leave=False):
-            into = {}
+        into: dict[int, dict[str, Tensor]] = {}
+        for source in self._sources:
             for name, stored in source.stored.items():
-                if None in stored.layers:
+                if None in stored.layers and not self._is_current(source, name):
                     parameter = source.module._parameters[name]
                     assert parameter is not None
-                    into[name] = parameter.detach()
-            self._write(source, into)
+                    into.setdefault(id(source), {})[name] = parameter.detach()
+        stale = [source for source in self._sources if id(source) in into]
+        # The bar shows only where filling takes long: a large model, or a costly kind of adapter.
+        settings = {"desc": "tlens: weights", "delay": 5.0, "leave": False, "total": len(stale)}
+        for source, whole in with_bar(self._wholes(stale), **settings):
+            self._write(source, whole, into[id(source)])
 
     def _write_layer(self, layer: int, slots: Mapping[Slot, Tensor]) -> None:
         """Writes the current values of a streamed layer."""
-        for source in self._sources:
-            if source.layer == layer:
-                within = source.path.removeprefix(self._layers[layer])
-                names = [name for name in source.stored if (within, name) in slots]
-                for name in names:
-                    source.stored[name].stamp = None
-                self._write(source, {name: slots[within, name] for name in names})
+        with self._reading(layer) as whole:
+            for source in self._sources:
+                if source.layer == layer:
+                    within = source.path.removeprefix(self._layers[layer])
+                    into = {n: slots[within, n] for n in source.stored if (within, n) in slots}
+                    if into:
+                        self._write(source, whole(source.live), into)
 
-    def _write(self, source: Source, into: Mapping[str, Tensor]) -> None:
-        """Writes the current values of stored parameters of one module."""
+    def _write(self, source: Source, live: nn.Module, into: Mapping[str, Tensor]) -> None:
+        """Writes the current values of stored parameters of one module, which `live` holds."""
         merged = {name: own for name, own in into.items() if source.stored[name].merged}
         if merged:
-            self._merge(source, merged)
+            self._merge(live, merged)
         for name in into.keys() - merged.keys():
-            origin, stored = innermost(source.live)._parameters[name], source.stored[name]
+            origin = innermost(live)._parameters[name]
             assert origin is not None
-            stamp = origin.data_ptr(), origin._version
-            # Some optimizers write through `.data`, which the version does not count.
-            if origin.requires_grad or stored.stamp != stamp:
-                into[name].copy_(origin)
-                stored.stamp = stamp
+            into[name].copy_(origin)
+            source.stored[name].stamp = self._stamp(source, name)
+
+    def _is_current(self, source: Source, name: str) -> bool:
+        """Whether what is stored holds the live value already."""
+        stored = source.stored[name]
+        return not stored.merged and stored.stamp == self._stamp(source, name) is not None
+
+    def _stamp(self, source: Source, name: str) -> tuple[int, int] | None:
+        """Where a live parameter's numbers are, and how often they have been written; None if that
+        is not known: some optimizers write through `.data`, which is not counted."""
+        share = self._share(source.live, name)
+        if share is not None:
+            return None if share.trained else share.stamp()
+        origin = innermost(source.live)._parameters[name]
+        assert origin is not None
+        return None if origin.requires_grad else (origin.data_ptr(), origin._version)
+
+    def _wholes(
+        self, sources: list[Source], *, trained: bool = False
+    ) -> Iterator[tuple[Source, nn.Module]]:
+        """Each source with its live module, whole until the next one."""
+        groups: dict[int | None, list[Source]] = {}
+        for source in sources:
+            group = None if self._ranks is None else self._shards.group_of(source.live)
+            groups.setdefault(group, []).append(source)
+        for group, members in groups.items():
+            with self._reading(group, trained=trained) as whole:
+                for source in members:
+                    yield source, whole(source.live)
+
+    @contextmanager
+    def _reading(
+        self, group: int | None, *, trained: bool = False
+    ) -> Iterator[Callable[[nn.Module], nn.Module]]:
+        """Gives what makes a live module whole, for those of one group."""
+        if self._ranks is None or group is None:
+            yield lambda module: module
+            return
+        with self._ranks.gathered(group, trained=trained) as gather:
+            read = self._shards.reader(gather)
+            yield lambda module: self._twin(module, read)
+
+    @property
+    def _shards(self) -> Shards:
+        assert self._ranks is not None and self._ranks.shards is not None
+        return self._ranks.shards
+
+    def _share(self, module: nn.Module, name: str) -> Share | None:
+        """The share that holds a parameter of a live module; None for one that is whole."""
+        return None if self._ranks is None else self._shards.share(innermost(module), name)
+
+    def _outline(self, module: nn.Module, name: str) -> nn.Parameter | None:
+        """What stands for a sharded parameter of a live module, the same for tied ones."""
+        return None if self._ranks is None else self._shards.outline(innermost(module), name)
+
+    def _outlined(self, module: nn.Module) -> nn.Module:
+        """A live module, or where it is sharded a copy that has the shapes of whole parameters."""
+        return module if self._ranks is None else self._twin(module, self._shards.outline)
+
+    def _twin(self, module: nn.Module, values: Values) -> nn.Module:
+        deep = len(parts(module)) > 1
+        return whole_twin(module, values, self._shards.named, deep=deep)
 
     def follow_state(self) -> None:
         """Takes over what modules hold beside parameters: buffers, and lengths that they have seen.
@@ -240,14 +341,14 @@ class Mirror:
         for state in self._states:
             state.follow()
 
-    def _merge(self, source: Source, into: Mapping[str, Tensor]) -> None:
+    def _merge(self, live: nn.Module, into: Mapping[str, Tensor]) -> None:
         """Merges on the devices of the live tensors, since a live model may be on several."""
-        devices = {name: leaf.device for name, leaf in live_leaves(source.live).items()}
+        devices = {name: leaf.device for name, leaf in live_leaves(live).items()}
         if set(devices.values()) == {self.device}:
-            fill(source.live, into)
+            fill(live, into)
             return
         merged = {n: torch.empty_like(own, device=devices[n]) for n, own in into.items()}
-        fill(source.live, merged)
+        fill(live, merged)
         for name, own in into.items():
             own.copy_(merged[name])
 
@@ -263,21 +364,8 @@ class Mirror:
             self.layers.release()
 
 
-def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
-    """Makes an empty model of the live model's class, on the meta device, with its own config.
-
-    Nothing is drawn or allocated. A deep copy of the live model would not work: trainers patch
-    `forward` on the instance, and the patch of a copy would still call the live model.
-    """
-    config = copy.deepcopy(base.config)
-    for part in (config, config.get_text_config()):
-        vars(part).pop("quantization_config", None)
-        part.tie_word_embeddings = False
-        part.use_cache = False
-    config._attn_implementation = "eager"
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        skeleton = type(base)(config)
-    return skeleton.eval()
+def _name(source: Source, leaf: str) -> str:
+    return f"{source.path}.{leaf}" if source.path else leaf
 
 
 def _check_parameters(

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tlens_callback.shadow.packed import packed
+from tlens_callback.shadow.shards import sharded
 from tlens_callback.shadow.weights import unwrap
 
 _PROMPTS = "puts learned vectors in front of the input (or of every layer's keys and values)"
@@ -41,18 +42,22 @@ _VARIANTS = {
 """Variant of LoRA -> why it has no single weight."""
 
 
-def refuse(model: nn.Module, *, device: torch.device | str | None = None) -> None:
+def refuse(
+    model: nn.Module, *, device: torch.device | str | None = None, together: bool = False
+) -> None:
     """Raises a ValueError for a live model that no plain model with merged weights can represent.
 
     Refused are: a model that is not a transformers model; parameters that are quantised in another
-    way than `packed` can read, sharded (FSDP, tensor parallelism, DeepSpeed ZeRO-3), absent (meta
-    device, offloading) or, unless `device` names the place for a copy, spread over several devices;
+    way than `packed` can read, sharded (unless all processes work together), under tensor
+    parallelism, absent (meta device, offloading) or, unless `device` names the place for a copy,
+    spread over several devices;
     and adapters whose effect depends on more than the layer's input vector, so that no merged
     weight has it.
 
     Args:
         model: as the trainer hands it over, wrappers included.
         device: device of the shadow; None: the device of the live model.
+        together: whether all processes take part, so that the parameters can be gathered.
 
     Raises:
         ValueError: one sentence says what is refused, one says why, one says what to try.
@@ -63,7 +68,12 @@ def refuse(model: nn.Module, *, device: torch.device | str | None = None) -> Non
             f"The shadow is rebuilt from a PreTrainedModel's class and config. "
             f"Hand over a PreTrainedModel, plain or wrapped by PEFT, DDP or torch.compile."
         )
-    for reason in (*_sharded(model), *_quantised(model), *_placed(model, device), *_adapted(model)):
+    for reason in (
+        *_sharded(model, together),
+        *_quantised(model),
+        *_placed(model, device),
+        *_adapted(model),
+    ):
         raise ValueError(reason)
 
 
@@ -93,31 +103,21 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _sharded(model: nn.Module) -> Iterator[str]:
-    for module in model.modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in ("FullyShardedDataParallel", "FSDPModule"):
-                name = "FSDP1" if kind.__name__.startswith("Fully") else "FSDP2"
-                yield _shards(f"under {name}")
-                return
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            yield _shards(f"under DeepSpeed ZeRO-3 ({name!r} has a ds_id)")
-            return
-        if _kind(parameter) == "DTensor":
-            yield _shards(f"in shards ({name!r} is a DTensor: FSDP2 or tensor parallelism)")
-            return
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and (getattr(module, "_tp_size", None) or 1) > 1:
-            yield _shards("under tensor parallelism")
-            return
-
-
-def _shards(how: str) -> str:
-    return (
-        f"The model is {how}. No process holds whole weights, and gathering them needs all "
-        f"processes at once. Train with DDP, ZeRO-2 or on one device to look inside."
-    )
+def _sharded(model: nn.Module, together: bool) -> Iterator[str]:
+    how = sharded(model)
+    parallel = (m for m in model.modules() if (getattr(m, "_tp_size", None) or 1) > 1)
+    if how == "DTensor" or any(isinstance(module, PreTrainedModel) for module in parallel):
+        yield (
+            "The model is under tensor parallelism: each process computes with a part of each "
+            "layer. Such parts are not read. Train with FSDP, DeepSpeed, DDP or on one device to "
+            "look inside."
+        )
+    elif how is not None and not together:
+        yield (
+            f"The model is sharded ({how}). No process holds whole weights, and gathering them "
+            f"needs all processes at once. TLensCallback and Tracer do that, where every process "
+            f"has them."
+        )
 
 
 def _quantised(model: nn.Module) -> Iterator[str]:
@@ -138,7 +138,7 @@ def _quantised(model: nn.Module) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         if id(parameter) in readable:
             continue
-        if not parameter.is_floating_point() or _kind(parameter) != "Tensor":
+        if not parameter.is_floating_point() or _kind(parameter) not in ("Tensor", "DTensor"):
             yield (
                 f"Parameter {name!r} is a {_kind(parameter)} of {parameter.dtype}: quantised or "
                 f"packed in a way that cannot be read. {way_out}"

@@ -15,6 +15,7 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.shadow import bridge
 from tlens_callback.shadow.memory import Holding, demand_holding
 from tlens_callback.shadow.mirror import Mirror
+from tlens_callback.shadow.ranks import Ranks
 from tlens_callback.shadow.refusals import language_model, refuse
 from tlens_callback.shadow.weights import unwrap
 
@@ -59,9 +60,11 @@ class Shadow:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         weights: Holding = "auto",
+        ranks: Ranks | None = None,
     ) -> None:
         demand_holding(weights)
         self._model = model
+        self.ranks = ranks
         self._holding: Holding = weights
         # A tensor's device has an index where "cuda" has none, and the two are not equal.
         self._device = (
@@ -103,15 +106,23 @@ class Shadow:
         return cls(model, device=device, dtype=dtype, weights=weights)
 
     def _build(self) -> None:
-        refuse(self._model, device=self._device)
+        refuse(self._model, device=self._device, together=self.ranks is not None)
         base = language_model(self._model)
-        self.mirror = Mirror(base, device=self._device, dtype=self._dtype, weights=self._holding)
+        self.mirror = Mirror(
+            base,
+            device=self._device,
+            dtype=self._dtype,
+            weights=self._holding,
+            ranks=self.ranks,
+        )
         self.device, self.dtype = self.mirror.device, self.mirror.dtype
         text = base.config.get_text_config()
         embeddings: Any = self.mirror.module.get_input_embeddings()
         self.vocab_size = int(embeddings.weight.shape[0])
         self.context: int | None = getattr(text, "max_position_embeddings", None)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+        self._keeps_logits = (
+            "logits_to_keep" in inspect.signature(type(self.mirror.module).forward).parameters
+        )
         try:
             self.bridge = bridge.build(self.mirror.module, self.device)
             self._split = bridge.split_copies(self.bridge)

@@ -7,7 +7,6 @@ base weight back bit for bit, and moves it to other storage for some tuners.
 """
 
 import functools
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlens_callback.shadow.packed import packed, placeholder, plain_tuner
-from tlens_callback.shadow.parametrized import effective, parametrized, plain
-
-_SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
-"""The names under which `torch.compile` and activation checkpointing keep the wrapped module."""
+from tlens_callback.shadow.parametrized import effective, original, parametrized, plain
+from tlens_callback.shadow.twins import SHELLS, plain_class, shallow, unshelled
 
 _SCRATCH = 2**23
 """Most elements of the float32 scratch space for results of lower precision."""
@@ -44,7 +41,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.base_model.model
         else:
             inner = next(
-                (model._modules[s] for s in ("module", *_SHELLS) if s in model._modules), None
+                (model._modules[s] for s in ("module", *SHELLS) if s in model._modules), None
             )
             if inner is None:
                 break
@@ -99,8 +96,8 @@ def _serving(module: Any) -> Any:
                 module = module.original_module
             else:
                 module = module.modules_to_save[active[0]]
-        elif role == "plain" and not module._modules.keys().isdisjoint(_SHELLS):
-            module = next(module._modules[shell] for shell in _SHELLS if shell in module._modules)
+        elif role == "plain" and not module._modules.keys().isdisjoint(SHELLS):
+            module = unshelled(module)
         else:
             return module
 
@@ -116,6 +113,12 @@ def _peel(module: nn.Module) -> tuple[list[Any], Any]:
             layers.append(inner)
             inner = _serving(inner.base_layer)
     return layers, inner
+
+
+def parts(module: nn.Module) -> list[nn.Module]:
+    """The module, and those in it that its effective weights depend on."""
+    plain_module = _role(type(module)) == "plain" and not parametrized(module)
+    return [module] if plain_module else [*module.modules()]
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -148,7 +151,7 @@ def adapted_leaves(module: nn.Module) -> frozenset[str]:
     names = set(parametrized(base) | packed(base))
     for layer in _peel(module)[0]:
         name = _plain_target(layer, ever=True)
-        if name is None and type(layer) is not TrainableTokensLayer:
+        if name is None and plain_class(type(layer)) is not TrainableTokensLayer:
             return frozenset(live_leaves(module))
         names.add(name or "weight")
     return frozenset(names)
@@ -181,7 +184,7 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
                 out.copy_(effective(base, name))
             else:
                 _add_product(effective(base, name), *product, out)
-    elif len(chain) == 1 and type(chain[0]) is TrainableTokensLayer:
+    elif len(chain) == 1 and plain_class(type(chain[0])) is TrainableTokensLayer:
         _replace_rows(effective(base, "weight"), chain[0], own["weight"])
     else:
         merged = _merge_stand_in(base, chain)
@@ -189,15 +192,20 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> None:
             out.copy_(merged[name])
 
 
-def low_rank_update(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, bool] | None:
+def low_rank_update(
+    module: nn.Module, *, numbers: bool = True
+) -> tuple[Tensor, Tensor, Tensor, bool, bool] | None:
     """The update that the active adapters add to a matrix, if it is a product of low rank.
+
+    Args:
+        numbers: whether the numbers of the live matrix are needed, which may be packed.
 
     Returns:
         The live matrix without it; B, [out, rank], with the scaling, in float32 or wider; A,
-        [rank, in], several adapters side by side along the rank; and whether the matrix is kept as
-        [in, out], so that (B A)^T is added to it. None where the adapters do anything else, or
-        nothing: another tuner than plain LoRA, a stack of experts, an adapter that is disabled or
-        merged.
+        [rank, in], several adapters side by side along the rank; whether the matrix is kept as
+        [in, out], so that (B A)^T is added to it; and whether it is trained itself. None where the
+        adapters do anything else, or nothing: another tuner than plain LoRA, a stack of experts, an
+        adapter that is disabled or merged.
     """
     layers, base = _peel(module)
     chain = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
@@ -206,11 +214,12 @@ def low_rank_update(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, bool] | 
     if name is None or product is None or product[0].ndim != 2:
         return None
     left, right, scale = product
-    transposed = bool(chain[0].fan_in_fan_out) or type(chain[0]) is LoraEmbedding
+    transposed = bool(chain[0].fan_in_fan_out) or plain_class(type(chain[0])) is LoraEmbedding
     if transposed:
         left, right = right.mT, left.mT
-    weight = effective(base, name)
-    return weight, left.detach().to(_at_least_float32(left)) * scale, right.detach(), transposed
+    weight = effective(base, name) if numbers else live_leaves(base)[name]
+    left, right = left.detach().to(_at_least_float32(left)) * scale, right.detach()
+    return weight, left, right, transposed, original(base, name).requires_grad
 
 
 def _plain_target(layer: Any, *, ever: bool = False) -> str | None:
@@ -219,12 +228,12 @@ def _plain_target(layer: Any, *, ever: bool = False) -> str | None:
     None for a layer that does anything else. With `ever` all its adapters count, not only the
     active ones.
     """
-    if type(layer) is ParamWrapper:
+    if plain_class(type(layer)) is ParamWrapper:
         # PEFT before 0.19 does not say in which order it keeps the factors of experts.
         known = hasattr(layer, "_did_swap_in_out_features")
         factored = known if layer.num_experts > 1 else layer.get_param().ndim == 2
         return layer.parameter_name if factored else None
-    if plain_tuner(type(layer)) not in (LoraLinear, LoraEmbedding):
+    if plain_tuner(plain_class(type(layer))) not in (LoraLinear, LoraEmbedding):
         return None
     adapters = layer.scaling if ever else layer.active_adapters
     if any(name in layer.lora_variant or layer.lora_bias.get(name) for name in adapters):
@@ -333,10 +342,7 @@ def _stand_in(module: Any, dtype: torch.dtype) -> Any:
     (VeRA), are the live ones. It is in eval mode: in training VB-LoRA refuses a model that was
     saved with its top vectors alone.
     """
-    twin = object.__new__(plain_tuner(type(module)))
-    for name, value in module.__dict__.items():
-        copied = type(value) in (dict, list, set, OrderedDict)
-        twin.__dict__[name] = type(value)(value) if copied else value
+    twin = shallow(module, plain_tuner(type(module)))
     twin.training = False
     for name, parameter in module._parameters.items():
         if parameter is not None:

@@ -1,0 +1,268 @@
+"""`Ranks`: lets rank 0 observe a model that several processes train, while the others serve it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tlens_callback.shadow.layers import layer_of, layer_paths
+from tlens_callback.shadow.live import logits_of
+from tlens_callback.shadow.shards import FSDP1, Gather, Shards, sharded
+from tlens_callback.shadow.skeleton import skeleton
+from tlens_callback.shadow.weights import parts, resolve, unwrap
+
+_END, _GATHER, _RUN = range(3)
+
+_MEET = timedelta(minutes=2)
+"""How long rank 0 waits at the start for the other processes."""
+
+_WAIT = timedelta(days=7)
+"""How long they wait for rank 0: an observation may take minutes. If it dies, they are told."""
+
+_ALONE, _TOGETHER = b"alone", b"together"
+
+
+class RankError(RuntimeError):
+    """Raised in the other processes if rank 0 has stopped."""
+
+
+class Ranks:
+    """What the processes of a run agree on: when rank 0 observes, and what it needs from them.
+
+    Rank 0 has the shadow, the probes, the instruments and the sinks. While it `leads`, the others
+    `serve`: they wait for what it asks, which is a gather of parameters or a forward pass of the
+    live model, and for its end. Nothing that can fail in one process alone happens between two
+    collectives, so none is left waiting: if rank 0 fails, it says so in place of its next wish.
+    Between observations no process waits for another.
+
+    Attributes:
+        sharded: the name of what has spread the parameters over the processes, or None.
+        watching: whether rank 0 wants to observe again.
+        next_check: the step from which on it wants to compare shadow and model again, or None.
+        steps: the steps after which it has observed.
+        gathers: how often it has asked for parameters.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.first = dist.get_rank() == 0
+        self.gathers = 0
+        self.broken = False
+
+    def begin(self, model: nn.Module) -> None:
+        """Begins a run; every process calls it, with what its trainer has made of the model."""
+        while not isinstance(model, FSDP1) and "module" in model._modules:
+            # Around DDP and DeepSpeed's engine, whose hooks are on the modules inside.
+            model = model.get_submodule("module")
+        self.model = model
+        self.sharded = sharded(model)
+        self.watching = True
+        self.next_check: int | None = None
+        self.steps: set[int] = set()
+        self.shards: Shards | None = None
+        self._paths: tuple[list[str], list[str]] | None = None
+
+    @classmethod
+    def meet(cls, model: nn.Module, name: str) -> "Ranks | None":
+        """Finds out which processes watch this run; every one that does calls it.
+
+        Args:
+            name: of the callback or tracer.
+
+        Returns:
+            None if there is one process, or if only rank 0 has come and the model is not sharded.
+
+        Raises:
+            ValueError: if the model is sharded and not all processes have come.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return None
+        rank, world = dist.get_rank(), dist.get_world_size()
+        store = dist.PrefixStore(
+            f"tlens/{name}/{_times(name)}", dist.distributed_c10d._get_default_store()
+        )
+        store.set(str(rank), b"here")
+        if rank == 0:
+            try:
+                store.wait([str(one) for one in range(world)], _MEET)
+                said = _TOGETHER
+            except RuntimeError:
+                said = _ALONE
+            store.set("said", said)
+        else:
+            store.wait(["said"], _WAIT)
+            said = store.get("said")
+        if said == _TOGETHER:
+            group: Any = dist.new_group(backend="gloo", timeout=_WAIT)
+            return cls(group)
+        if how := sharded(model):
+            raise ValueError(_not_all(how))
+        return None
+
+    def due(self, step: int, *, observe: bool, last: bool = False) -> bool:
+        """Whether all processes observe after this step; each of them comes to the same answer."""
+        check = self.next_check is not None and step >= self.next_check
+        return self.watching and (observe or last or check)
+
+    @contextmanager
+    def leading(self, *, fatal: bool) -> Iterator[None]:
+        """In rank 0: the others serve inside the `with` block.
+
+        Args:
+            fatal: whether an error in the block ends the training. They then raise a `RankError`.
+        """
+        try:
+            self._find_shards()
+            yield
+        except BaseException as error:
+            self.watching = False
+            fatal = fatal or not isinstance(error, Exception)
+            if not self.broken:
+                with suppress(Exception):
+                    self._end(f"{type(error).__name__}: {error}" if fatal else "")
+            raise
+        self._end("")
+
+    def serve(self) -> None:
+        """In the other processes: does what rank 0 asks for, until its end.
+
+        Raises:
+            RankError: if rank 0 has failed in a way that ends its training.
+        """
+        self._find_shards()
+        while True:
+            wish = torch.zeros(4, dtype=torch.int64)
+            dist.broadcast(wish, 0, group=self.group)
+            kind, *of = wish.tolist()
+            if kind == _GATHER:
+                self._gather(of[0], bool(of[1])).run()
+            elif kind == _RUN:
+                shape = torch.zeros(2, dtype=torch.int64)
+                dist.broadcast(shape, 0, group=self.group)
+                tokens = torch.zeros(tuple(shape.tolist()), dtype=torch.int64)
+                dist.broadcast(tokens, 0, group=self.group)
+                self._logits(tokens, *of)
+            else:
+                watching, next_check, length = of
+                self.watching = bool(watching)
+                self.next_check = None if next_check < 0 else next_check
+                if length:
+                    text = torch.zeros(length, dtype=torch.uint8)
+                    dist.broadcast(text, 0, group=self.group)
+                    why = bytes(text.tolist()).decode(errors="replace")
+                    raise RankError(f"tlens: rank 0 has stopped ({why}), and so does this process.")
+                return
+
+    @contextmanager
+    def gathered(self, group: int, *, trained: bool = False) -> Iterator[Gather]:
+        """In rank 0, while it leads: the whole parameters of one group of `shards`.
+
+        Args:
+            trained: only of shares that training writes to.
+        """
+        gather = self._gather(group, trained)
+        with self._collective():
+            self._wish(_GATHER, group, int(trained))
+            gather.run()
+        self.gathers += 1
+        yield gather
+
+    def logits(self, tokens: Tensor, *, eager: bool, autocast: torch.dtype | None) -> Tensor:
+        """In rank 0, while it leads: the live model's logits; all processes run it."""
+        kind = -1 if autocast is None else _DTYPES.index(autocast)
+        sent = tokens.cpu()
+        with self._collective():
+            self._wish(_RUN, int(eager), kind)
+            dist.broadcast(torch.tensor(sent.shape), 0, group=self.group)
+            dist.broadcast(sent, 0, group=self.group)
+            return self._logits(sent, int(eager), kind, 0)
+
+    def close(self) -> None:
+        """Frees the connection of the processes; every one calls it."""
+        if not self.broken:
+            with suppress(Exception):
+                dist.destroy_process_group(self.group)
+
+    def _logits(self, tokens: Tensor, eager: int, autocast: int, _: int) -> Tensor:
+        assert self.shards is not None
+        kind = None if autocast < 0 else _DTYPES[autocast]
+        tokens = tokens.to(self.shards.device)
+        logits = logits_of(self.model, tokens, eager=bool(eager), autocast=kind, wrapped=True)
+        # The pass has left some parameters whole.
+        self._find_shards()
+        return logits
+
+    def _gather(self, group: int, trained: bool) -> Gather:
+        assert self.shards is not None
+        return Gather([s for s in self.shards.groups[group] if s.trained or not trained])
+
+    def _find_shards(self) -> None:
+        """Where the shares are now: training may have moved them, or exchanged adapters."""
+        if self.sharded is None:
+            return
+        base: Any = unwrap(self.model)
+        if self._paths is None:
+            empty = skeleton(base)
+            layers = layer_paths(empty)
+            paths = [path for path, module in empty.named_modules() if module._parameters]
+            self._paths = layers, [path for path in paths if layer_of(path, layers) is None]
+        layers, others = ([resolve(base, path) for path in paths] for paths in self._paths)
+        self.shards = Shards(
+            self.model, [[*layer.modules()] for layer in layers], [parts(one) for one in others]
+        )
+
+    def _wish(self, kind: int, *of: int) -> None:
+        wish = torch.tensor([kind, *of, *[0] * (3 - len(of))])
+        dist.broadcast(wish, 0, group=self.group)
+
+    def _end(self, why: str) -> None:
+        text = why.encode()[:1000]
+        next_check = -1 if self.next_check is None else self.next_check
+        with self._collective():
+            self._wish(_END, int(self.watching), next_check, len(text))
+            if text:
+                dist.broadcast(torch.tensor(list(text), dtype=torch.uint8), 0, group=self.group)
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        """Ctrl-C waits until the collective is over, which the others could not leave."""
+        interrupted: list[Any] = []
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGINT) if main else None
+        if main and before is not None:
+            signal.signal(signal.SIGINT, lambda *of: interrupted.append(of))
+        try:
+            yield
+        except BaseException:
+            self.broken = True
+            raise
+        finally:
+            if main and before is not None:
+                signal.signal(signal.SIGINT, before)
+        if interrupted and callable(before):
+            before(*interrupted[0])
+
+
+_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+_met: dict[str, int] = {}
+
+
+def _times(name: str) -> int:
+    """How often processes have met under this name: each run has a place of its own."""
+    _met[name] = _met.get(name, 0) + 1
+    return _met[name]
+
+
+def _not_all(how: str) -> str:
+    return (
+        f"The model is sharded ({how}), and not all processes have begun to watch it within "
+        f"{_MEET.total_seconds():.0f} s. No process holds whole weights, so all have to help rank "
+        f"0 to gather them. Use the callback or tracer in every process, not only in the first."
+    )
