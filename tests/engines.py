@@ -1,14 +1,14 @@
-"""Ways to train in several processes that TRL's trainer knows, made to run on CPUs."""
+"""Ways to train in several processes that accelerate knows, made to run on CPUs."""
 
 import os
 from typing import Any
 
-ENGINES = ("ddp", "fsdp1", "fsdp2", "fsdp2 native", "zero2", "zero3")
+ENGINES = ("one process", "ddp", "zero2", "zero3", "fsdp1", "fsdp2", "fsdp2 native")
 
 
 def prepare(engine: str) -> None:
     """Lets accelerate shard on CPUs, which it does on GPUs alone; before anything is imported."""
-    if engine in ("ddp", "fsdp2 native"):
+    if engine.startswith("fsdp2 native") or not engine.startswith(("fsdp", "zero")):
         return
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     if engine.startswith("fsdp"):
@@ -25,28 +25,33 @@ def prepare(engine: str) -> None:
     state.PartialState._prepare_backend = backend
 
 
-def arguments(engine: str, *, layer: str = "LlamaDecoderLayer", **fsdp: Any) -> dict[str, Any]:
+def arguments(engine: str) -> dict[str, Any]:
     """What TrainingArguments need for it."""
-    if engine in ("ddp", "fsdp2 native"):
+    if engine.startswith("fsdp2 native") or not engine.startswith(("fsdp", "zero")):
         return {"use_cpu": True}
-    if engine.startswith("fsdp"):
-        config = {
-            "fsdp_version": int(engine[4]),
+    name, *how = engine.split()
+    if name.startswith("fsdp"):
+        config: dict[str, Any] = {
+            "fsdp_version": int(name[4]),
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": [layer],
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
             "cpu_ram_efficient_loading": False,
             "state_dict_type": "SHARDED_STATE_DICT",
-            **({"use_orig_params": True, "sync_module_states": False} if engine == "fsdp1" else {}),
-            **fsdp,
         }
+        if name == "fsdp1":
+            config |= {"use_orig_params": True, "sync_module_states": False}
+        if "kept" in how:
+            config["reshard_after_forward"] = False
+        if "one-unit" in how:
+            config["auto_wrap_policy"] = "NO_WRAP"
+            del config["transformer_layer_cls_to_wrap"]
         return {"fsdp": True, "fsdp_config": config, "use_cpu": False}
     return {
         "use_cpu": False,
         "deepspeed": {
             "zero_optimization": {
-                "stage": int(engine[4]),
-                "stage3_param_persistence_threshold": 0,
-                **fsdp,
+                "stage": int(name[4]),
+                "stage3_param_persistence_threshold": 1000 if "kept" in how else 0,
             },
             "zero_allow_untested_optimizer": True,
             "train_micro_batch_size_per_gpu": "auto",

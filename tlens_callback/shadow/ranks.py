@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tlens_callback.shadow.layers import layer_of, layer_paths
 from tlens_callback.shadow.live import logits_of
-from tlens_callback.shadow.shards import FSDP1, Gather, Shards, sharded
+from tlens_callback.shadow.shards import FSDP1, ZERO3, Gather, Shards, sharded
 from tlens_callback.shadow.skeleton import skeleton
 from tlens_callback.shadow.weights import parts, resolve, unwrap
 
@@ -192,8 +192,12 @@ class Ranks:
     def _logits(self, tokens: Tensor, eager: int, autocast: int, _: int) -> Tensor:
         assert self.shards is not None
         kind = None if autocast < 0 else _DTYPES[autocast]
+        # ZeRO-3 learns the order of modules from the first pass that its outermost hook sees, and
+        # would learn that of a pass without gradients.
+        wrapped = self.sharded != ZERO3
+        model = self.model if wrapped else unwrap(self.model)
         tokens = tokens.to(self.shards.device)
-        logits = logits_of(self.model, tokens, eager=bool(eager), autocast=kind, wrapped=True)
+        logits = logits_of(model, tokens, eager=bool(eager), autocast=kind, wrapped=wrapped)
         # The pass has left some parameters whole.
         self._find_shards()
         return logits

@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+ZERO3 = "DeepSpeed ZeRO-3"
+
 Place = tuple[int, str]
 """A parameter of a live module: the module's id and the parameter's name."""
 
@@ -64,7 +66,7 @@ def sharded(model: nn.Module) -> str | None:
             return "FSDP2"
         for parameter in module._parameters.values():
             if hasattr(parameter, "ds_id"):
-                return "DeepSpeed ZeRO-3"
+                return ZERO3
             if parameter is not None and isinstance(parameter.data, DTensor):
                 return "DTensor"
     return None

@@ -1,0 +1,219 @@
+"""Trains in several processes with one engine, each way without and with the callback.
+
+    torchrun ... -m tests.engines_script FOLDER ENGINE TRAINING...
+
+A training is "sft lora", "sft full", "grpo lora", ...; what each process found is written to
+FOLDER/rank-N.json.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests import engines
+
+if __name__ == "__main__":
+    engines.prepare(sys.argv[2])
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from tests import tiny
+from tests.test_no_trace import fingerprint
+from tests.training import CAPITAL, SENTENCES
+from tlens_callback import FrozenWeights, HeadAblation, MemorySink, TLensCallback
+from tlens_callback.instruments import fast
+
+STEPS = 4
+
+
+def adapter(tuner: str) -> LoraConfig | None:
+    if tuner == "full":
+        return None
+    settings = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.3, "target_modules": "all-linear"}
+    return LoraConfig(**settings, use_dora=tuner == "dora")
+
+
+def trainer(
+    engine: str, kind: str, tuner: str, callbacks: list[TrainerCallback], folder: str, **args: Any
+) -> Any:
+    """A trainer of TRL that is about to train a tiny Llama with three layers."""
+    set_seed(7)
+    model: Any = tiny.model("llama", num_hidden_layers=3)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    if engine.startswith("fsdp2 native"):
+        model = natively_sharded(model)
+    settings = dict(
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        disable_tqdm=True,
+        seed=7,
+        **engines.arguments(engine),
+    )
+    if kind == "grpo":
+        settings |= dict(num_generations=4, max_completion_length=6, beta=0.05)
+        return GRPOTrainer(
+            model,
+            args=GRPOConfig(**{**settings, **args}),
+            train_dataset=Dataset.from_dict({"prompt": [s.rsplit(" ", 1)[0] for s in SENTENCES]}),
+            reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+            processing_class=tiny.tokenizer(),
+            peft_config=adapter(tuner),
+            callbacks=callbacks,
+        )
+    data = Dataset.from_dict({"text": SENTENCES})
+    return SFTTrainer(
+        model,
+        args=SFTConfig(**{**settings, **args}),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tiny.tokenizer(),
+        peft_config=adapter(tuner),
+        callbacks=callbacks,
+    )
+
+
+def natively_sharded(model: Any) -> Any:
+    """The same model as transformers' own `DistributedConfig` shards it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    folders = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folders, 0)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folders[0])
+    dist.barrier()
+    config = DistributedConfig(fsdp_size=dist.get_world_size())
+    return AutoModelForCausalLM.from_pretrained(folders[0], distributed_config=config)
+
+
+def share(value: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    if hasattr(value, "ds_tensor"):
+        part: Any = value.ds_tensor  # type: ignore[attr-defined]
+        left = value.ds_numel - dist.get_rank() * part.numel()  # type: ignore[attr-defined]
+        return part[: max(0, left)]  # what follows is padding, which nothing writes
+    return value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(repr(fingerprint(value)).encode()).hexdigest()[:16]
+
+
+def traces(trained: Any) -> dict[str, Any]:
+    """All that a callback could have changed, of this process' share."""
+    optimizer = trained.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    states = [
+        {k: share(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+        for state in optimizer.state.values()
+    ]
+    logged = ("loss", "grad_norm", "reward", "kl", "entropy", "eval_loss")
+    return {
+        "weights": digest({n: share(p) for n, p in trained.model.named_parameters()}),
+        "optimizer": digest(states),
+        "random": digest(torch.get_rng_state()),
+        "history": [{k: row[k] for k in logged if k in row} for row in trained.state.log_history],
+        "training": digest([m.training for m in trained.model.modules()]),
+    }
+
+
+def watched(engine: str, kind: str, tuner: str, holding: Any, **args: Any) -> dict[str, Any]:
+    """Trains with every fast instrument and a slow one at every step."""
+    sink = MemorySink()
+    instruments = [*fast(), HeadAblation(every=1), FrozenWeights(every=1)]
+    if tuner == "full":
+        instruments = [one for one in instruments if one.name != "adapter_spectrum"]
+    instruments = list({one.name: one for one in instruments}.values())
+    look = TLensCallback(
+        [CAPITAL], instruments=instruments, every_n_steps=1, sinks=[sink], on_error="raise",
+        weights=holding,
+    )  # fmt: skip
+    asked: list[int] = []
+    extra: list[int] = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if look.ranks is not None:
+                asked.append(look.ranks.gathers)
+            if look.observer is not None and look.observer.shadow is not None:
+                extra.append(look.observer.shadow.extra_bytes)
+
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        done = trainer(engine, kind, tuner, [look, Counts()], folder, **args)
+        done.train()
+    of = {**traces(done), "seconds": time.perf_counter() - began, "steps": list(sink.steps)}
+    KEPT.append(done)
+    if sink.steps:
+        curve = sink.curve
+        of["fidelity"] = float(max(curve("fidelity/max_abs_diff")[1]))
+        of["kl"] = float(max(curve("fidelity/kl")[1]))
+        of["written"] = float(max(curve("frozen_weights/changed")[1]))
+        of["extra bytes"] = extra[-1]
+        of["gathers"] = asked[-1] - asked[-2] if asked else 0
+        of["readings"] = {
+            key: fingerprint(torch.as_tensor(sink.readings[key][sink.steps[-1]].values))
+            for key in sorted(sink.readings)
+            if not key.startswith(("cost/", "trainer/"))
+            and sink.steps[-1] in sink.readings[key]
+        }
+    return of
+
+
+def unwatched(engine: str, kind: str, tuner: str, **args: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        done = trainer(engine, kind, tuner, [], folder, **args)
+        done.train()
+    KEPT.append(done)
+    return traces(done)
+
+
+KEPT: list[Any] = []
+"""Models are not freed: torch 2.13 may wait for ever where DDP's reducer is (see test_distributed)."""
+
+
+def main(to: str, engine: str, *trainings: str) -> None:
+    found: dict[str, Any] = {}
+    for training in trainings:
+        kind, tuner, *holdings = training.split()
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            of = found[training] = {"without": unwatched(engine, kind, tuner)}
+            for holding in holdings or ["auto"]:
+                of[holding] = watched(engine, kind, tuner, holding)
+        of["said"] = [line for line in said.getvalue().splitlines() if line.startswith("tlens")]
+    rank = int(os.environ.get("RANK", 0))
+    (Path(to) / f"rank-{rank}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    # A process that ends with gloo's threads at work may be aborted.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
