@@ -178,8 +178,7 @@ def watched(engine: str, kind: str, tuner: str, holding: Any, **args: Any) -> di
         of["readings"] = {
             key: fingerprint(torch.as_tensor(sink.readings[key][sink.steps[-1]].values))
             for key in sorted(sink.readings)
-            if not key.startswith(("cost/", "trainer/"))
-            and sink.steps[-1] in sink.readings[key]
+            if not key.startswith(("cost/", "trainer/")) and sink.steps[-1] in sink.readings[key]
         }
     return of
 
@@ -193,7 +192,7 @@ def unwatched(engine: str, kind: str, tuner: str, **args: Any) -> dict[str, Any]
 
 
 KEPT: list[Any] = []
-"""Models are not freed: torch 2.13 may wait for ever where DDP's reducer is (see test_distributed)."""
+"""Models are not freed: torch 2.13 may wait for ever where DDP's reducer is."""
 
 
 def main(to: str, engine: str, *trainings: str) -> None:

@@ -75,8 +75,7 @@ class TLensCallback(TrainerCallback, Watcher):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        if args.world_size > 1:
-            self._meet(model)
+        self._meet(model)
         if not state.is_world_process_zero:
             if self.ranks is not None:
                 self.ranks.steps.add(state.global_step)

@@ -84,8 +84,9 @@ def test_fsdp2(process_group):
     model = llama()
     for layer in model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match=r"under FSDP2\. .*Train with DDP"):
+    with pytest.raises(ValueError, match=r"sharded \(FSDP2\)\. .*TLensCallback and Tracer"):
         refuse(model)
+    refuse(model, together=True)
 
 
 def test_sharded_parameters_without_a_wrapper(process_group):
@@ -93,21 +94,22 @@ def test_sharded_parameters_without_a_wrapper(process_group):
     mesh = init_device_mesh("cpu", (1,))
     weight = distribute_tensor(model.lm_head.weight.data, mesh)
     model.lm_head.weight = nn.Parameter(weight)
-    with pytest.raises(ValueError, match=r"'lm_head.weight' is a DTensor"):
-        refuse(model)
+    with pytest.raises(ValueError, match=r"tensor parallelism: .*Train with FSDP"):
+        refuse(model, together=True)
 
 
 def test_fsdp1(process_group):
     model = get_peft_model(llama(), lora())
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match="under FSDP1"):
+    with pytest.raises(ValueError, match=r"sharded \(FSDP1\)"):
         refuse(wrapped)
+    refuse(wrapped, together=True)
 
 
 def test_deepspeed_zero_3():
     model = llama()
     model.lm_head.weight.ds_id = 7  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO-3 \('lm_head.weight' has a ds_id\)"):
+    with pytest.raises(ValueError, match=r"sharded \(DeepSpeed ZeRO-3\)"):
         refuse(model)
 
 
@@ -115,7 +117,7 @@ def test_tensor_parallelism():
     model = llama()
     model._tp_size = 2
     with pytest.raises(ValueError, match="under tensor parallelism"):
-        refuse(model)
+        refuse(model, together=True)
 
 
 def test_parameters_that_are_not_there():

@@ -15,7 +15,7 @@ from tlens_callback.shadow.memory import Holding, share_of_free_memory
 from tlens_callback.shadow.packed import packed, precisions
 from tlens_callback.shadow.parametrized import original
 from tlens_callback.shadow.ranks import Ranks
-from tlens_callback.shadow.shards import Shards, Share
+from tlens_callback.shadow.shards import Shards, Share, compute_dtypes
 from tlens_callback.shadow.skeleton import skeleton
 from tlens_callback.shadow.sources import Source, Stored, Weight
 from tlens_callback.shadow.state import ModuleState
@@ -81,6 +81,8 @@ class Mirror:
                 for leaf in live_leaves(module).values():
                     sizes[leaf.dtype] += leaf.numel()
                 rough.update(precisions(innermost(module)))
+        if self._ranks is not None:
+            rough |= compute_dtypes(self._ranks.model)
         self.mixed = len(sizes) > 1
         self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
         self.roughest = max(rough | {self.coarsest}, key=lambda dtype: torch.finfo(dtype).eps)

@@ -76,12 +76,14 @@ class Ranks:
             name: of the callback or tracer.
 
         Returns:
-            None if there is one process, or if only rank 0 has come and the model is not sharded.
+            None if there is one process, or only rank 0 has come, and the model is not sharded.
 
         Raises:
             ValueError: if the model is sharded and not all processes have come.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        if dist.get_world_size() == 1 and sharded(model) is None:
             return None
         rank, world = dist.get_rank(), dist.get_world_size()
         store = dist.PrefixStore(
@@ -133,8 +135,17 @@ class Ranks:
         """In the other processes: does what rank 0 asks for, until its end.
 
         Raises:
-            RankError: if rank 0 has failed in a way that ends its training.
+            RankError: if rank 0 has failed in a way that ends its training, or this process cannot
+                serve it: rank 0 then waits for it until it ends.
         """
+        try:
+            self._serve()
+        except RankError:
+            raise
+        except Exception as error:
+            raise RankError(f"tlens: this process could not help rank 0: {error}") from error
+
+    def _serve(self) -> None:
         self._find_shards()
         while True:
             wish = torch.zeros(4, dtype=torch.int64)

@@ -72,6 +72,18 @@ def sharded(model: nn.Module) -> str | None:
     return None
 
 
+def compute_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """The precisions in which FSDP gathers parameters for a pass, where it is told one."""
+    policies: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, FSDP1):
+            policies.append(module.mixed_precision)
+        elif isinstance(module, FSDPModule):
+            policies.append(getattr(module._get_fsdp_state(), "_mp_policy", None))
+    named = {getattr(policy, "param_dtype", None) for policy in policies}
+    return {dtype for dtype in named if dtype is not None}
+
+
 def shares(model: nn.Module) -> list[Share]:
     """All shares of the model, in the same order in every process.
 
