@@ -1,6 +1,11 @@
 """Ways to train in several processes that accelerate knows, made to run on CPUs."""
 
+import json
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 ENGINES = ("one process", "ddp", "zero2", "zero3", "fsdp1", "fsdp2", "fsdp2 native")
@@ -58,3 +63,38 @@ def arguments(engine: str) -> dict[str, Any]:
             "gradient_accumulation_steps": "auto",
         },
     }
+
+
+def trained(folder: Path, *runs: str, processes: int = 2) -> list[dict[str, Any]]:
+    """What each process found in the runs of `tests.engines_script`, which share an engine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m"]
+    if not runs[0].startswith("one process"):
+        launch += ["torch.distributed.run", f"--nproc_per_node={processes}"]
+        launch += [f"--master_port={port}", "-m"]
+    done = subprocess.run(
+        [*launch, "tests.engines_script", str(folder), *runs],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-5000:])
+    found = sorted(folder.glob("rank-*.json"))
+    return [json.loads(file.read_text()) for file in found]
+
+
+TRACES = ("weights", "optimizer", "random", "history", "training")
+"""What training leaves, and a callback must not change."""
+
+
+def changed(ranks: list[dict[str, Any]], run: str, holding: str) -> list[str]:
+    """What the callback has changed in any of the processes."""
+    return [
+        what
+        for what in TRACES
+        if any(rank[run][holding][what] != rank[run]["without"][what] for rank in ranks)
+    ]

@@ -1,9 +1,9 @@
 """Trains in several processes with one engine, each way without and with the callback.
 
-    torchrun ... -m tests.engines_script FOLDER ENGINE TRAINING...
+    torchrun ... -m tests.engines_script FOLDER "ENGINE: TRAINER TUNER [HOLDING...]"...
 
-A training is "sft lora", "sft full", "grpo lora", ...; what each process found is written to
-FOLDER/rank-N.json.
+The trainer is "sft" or "grpo", the tuner "lora", "dora" or "full", and the weights are held as
+said, or "auto". What each process found is written to FOLDER/rank-N.json.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from typing import Any
 from tests import engines
 
 if __name__ == "__main__":
-    engines.prepare(sys.argv[2])
+    engines.prepare(sys.argv[2].split(":")[0])
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -152,13 +153,10 @@ def watched(engine: str, kind: str, tuner: str, holding: Any, **args: Any) -> di
         [CAPITAL], instruments=instruments, every_n_steps=1, sinks=[sink], on_error="raise",
         weights=holding,
     )  # fmt: skip
-    asked: list[int] = []
     extra: list[int] = []
 
     class Counts(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if look.ranks is not None:
-                asked.append(look.ranks.gathers)
             if look.observer is not None and look.observer.shadow is not None:
                 extra.append(look.observer.shadow.extra_bytes)
 
@@ -174,13 +172,51 @@ def watched(engine: str, kind: str, tuner: str, holding: Any, **args: Any) -> di
         of["kl"] = float(max(curve("fidelity/kl")[1]))
         of["written"] = float(max(curve("frozen_weights/changed")[1]))
         of["extra bytes"] = extra[-1]
-        of["gathers"] = asked[-1] - asked[-2] if asked else 0
-        of["readings"] = {
-            key: fingerprint(torch.as_tensor(sink.readings[key][sink.steps[-1]].values))
-            for key in sorted(sink.readings)
-            if not key.startswith(("cost/", "trainer/")) and sink.steps[-1] in sink.readings[key]
+        gathers = sink.readings.get("cost/gathers")
+        of["gathers"] = int(gathers[sink.steps[-2]].values) if gathers else 0
+        of["first"] = {
+            key: summed(by_step[0])
+            for key, by_step in sink.readings.items()
+            if 0 in by_step and not key.startswith(("cost/", "trainer/", "fidelity/"))
         }
     return of
+
+
+def summed(reading: Any) -> float:
+    """A number that depends on every value of a reading and on its place."""
+    values = np.nan_to_num(reading.values.astype(np.float64)).ravel()
+    return float(values @ np.cos(np.arange(len(values))))
+
+
+def resumed(engine: str, tuner: str, to: Path) -> dict[str, Any]:
+    """A training that is stopped after two steps and goes on, not watched and watched; what the
+    last observation says is compared with that of a training that was not stopped."""
+    found: dict[str, Any] = {}
+    last: dict[str, dict[str, float]] = {}
+    for which in ("without", "auto", "not stopped"):
+        watches = which != "without"
+        folder = str(to / f"{engine} {which}".replace(" ", "-"))
+        for steps in (STEPS,) if which == "not stopped" else (2, STEPS):
+            sink = MemorySink()
+            look = TLensCallback([CAPITAL], every_n_steps=1, sinks=[sink], on_error="raise")
+            done = trainer(
+                engine, "sft", tuner, [look] if watches else [], folder,
+                save_strategy="steps", save_steps=2, lr_scheduler_type="constant", max_steps=steps,
+            )  # fmt: skip
+            done.train(
+                resume_from_checkpoint=True if steps == STEPS and which != "not stopped" else None
+            )
+            KEPT.append(done)
+        found[which] = {**traces(done), "steps": list(sink.steps)}
+        if sink.steps:
+            last[which] = {
+                key: summed(by_step[STEPS])
+                for key, by_step in sink.readings.items()
+                if STEPS in by_step and key.startswith(("attention_drift", "activation_drift"))
+            }
+    if last:
+        found["auto"]["drift"], found["not stopped"]["drift"] = last["auto"], last["not stopped"]
+    return found
 
 
 def unwatched(engine: str, kind: str, tuner: str, **args: Any) -> dict[str, Any]:
@@ -195,12 +231,17 @@ KEPT: list[Any] = []
 """Models are not freed: torch 2.13 may wait for ever where DDP's reducer is."""
 
 
-def main(to: str, engine: str, *trainings: str) -> None:
+def main(to: str, *runs: str) -> None:
     found: dict[str, Any] = {}
-    for training in trainings:
+    for run in runs:
+        engine, training = run.split(": ")
         kind, tuner, *holdings = training.split()
+        if kind == "resume":
+            found[run] = resumed(engine, tuner, Path(to))
+            continue
+        of = found[f"{engine}: {kind} {tuner}"] = {}
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            of = found[training] = {"without": unwatched(engine, kind, tuner)}
+            of["without"] = unwatched(engine, kind, tuner)
             for holding in holdings or ["auto"]:
                 of[holding] = watched(engine, kind, tuner, holding)
         of["said"] = [line for line in said.getvalue().splitlines() if line.startswith("tlens")]

@@ -118,6 +118,7 @@ def spoil(place: str, step: int) -> tuple[Broken, MemorySink]:
         "interrupt gather": (Gather, "run", kill(signal.SIGINT), 5),
         "kill gather": (Gather, "run", kill(signal.SIGKILL), 5),
         "forward": (Ranks, "_logits", fail, 1),
+        "silence": (Ranks, "_end", lambda: time.sleep(1e6), 1),
     }
     in_peer: dict[str, tuple[Any, str, Callable[[], None], int]] = {
         "peer room": (Ranks, "_gather", no_memory, 5),

@@ -51,6 +51,8 @@ class Observer:
             computed; see `Fidelity`.
         cost/seconds, cost/share: [], seconds, fraction; of the training thread, see `Cost`.
         cost/dropped: [], count; observations dropped so far, with `writing="drop_old"`.
+        cost/gathers: [], count; of a sharded model: how often processes brought the parameters of
+            a layer, or of a module outside of the layers, together since the previous observation.
         trainer/<name>: [update], as logged; see `TrainerLogs`.
 
     Attributes:
@@ -80,7 +82,7 @@ class Observer:
         self.first_bytes: Counter[str] = Counter()
         self._monitor, self.cost = FidelityMonitor(), Cost()
         self.checks = self._monitor.checks
-        self.extra_bytes = self._first_step = 0
+        self.extra_bytes = self._first_step = self._gathers = 0
         self._schedule = Schedule()
         self._model_shape: tuple[int, ...] = ()
         self._run = ""
@@ -339,6 +341,9 @@ class Observer:
         readings += self.cost.readings()
         if self.writer.writing == "drop_old":
             readings.append(cost_reading("dropped", self.writer.dropped, "count"))
+        if self.ranks is not None and self.ranks.sharded:
+            gathers, self._gathers = self.ranks.gathers - self._gathers, self.ranks.gathers
+            readings.append(cost_reading("gathers", gathers, "count"))
         strict = self.settings.on_error == "raise" or first
         readings += self._watch_events(readings, step, strict=strict)
         for reading in readings if not self.steps else ():

@@ -29,10 +29,22 @@ def opening(observer: Observer) -> list[str]:
         f"tlens: watching {shadow.n_layers} layers x {shadow.n_heads} heads with "
         f"{_probe_counts(observer)}; {held}",
         f"tlens: the shadow agrees with the model: {fidelity}",
+        *_sharded_lines(shadow),
         *_attention_lines(shadow),
         *encoded_lines(observer.batch),
         *_size_lines(observer),
         *sink_lines(observer.sinks),
+    ]
+
+
+def _sharded_lines(shadow: Shadow) -> list[str]:
+    """Says how the model is sharded, if it is."""
+    ranks = shadow.ranks
+    if ranks is None or ranks.sharded is None:
+        return []
+    return [
+        f"tlens: the model is sharded over {_plural(ranks.world, 'process', 'processes')} "
+        f"({ranks.sharded}); rank 0 observes, and the others help it to gather a layer's weights"
     ]
 
 
@@ -141,5 +153,5 @@ def _probe_counts(observer: Observer) -> str:
     return f"{_plural(probes, 'probe')} and {_plural(blocks, 'repeated block')}"
 
 
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
+def _plural(count: int, what: str, plural: str = "") -> str:
+    return f"{count} {what if count == 1 else plural or what + 's'}"

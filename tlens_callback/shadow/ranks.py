@@ -25,7 +25,7 @@ _MEET = timedelta(minutes=2)
 _WAIT = timedelta(days=7)
 """How long they wait for rank 0: an observation may take minutes. If it dies, they are told."""
 
-_ALONE, _TOGETHER = b"alone", b"together"
+_ALONE, _TOGETHER = "alone", "together"
 
 
 class RankError(RuntimeError):
@@ -42,6 +42,8 @@ class Ranks:
     Between observations no process waits for another.
 
     Attributes:
+        first: whether this process is rank 0.
+        world: number of processes.
         sharded: the name of what has spread the parameters over the processes, or None.
         watching: whether rank 0 wants to observe again.
         next_check: the step from which on it wants to compare shadow and model again, or None.
@@ -52,6 +54,7 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.first = dist.get_rank() == 0
+        self.world = dist.get_world_size()
         self.gathers = 0
         self.broken = False
 
@@ -89,7 +92,7 @@ class Ranks:
         store = dist.PrefixStore(
             f"tlens/{name}/{_times(name)}", dist.distributed_c10d._get_default_store()
         )
-        store.set(str(rank), b"here")
+        store.set(str(rank), "here")
         if rank == 0:
             try:
                 store.wait([str(one) for one in range(world)], _MEET)
@@ -99,7 +102,7 @@ class Ranks:
             store.set("said", said)
         else:
             store.wait(["said"], _WAIT)
-            said = store.get("said")
+            said = store.get("said").decode()
         if said == _TOGETHER:
             group: Any = dist.new_group(backend="gloo", timeout=_WAIT)
             return cls(group)

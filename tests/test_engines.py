@@ -1,0 +1,104 @@
+"""Sharded models: rank 0 observes with the help of the others, and the training stays the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engines import TRACES, changed, trained
+
+pytestmark = pytest.mark.slow
+
+RUNS = {
+    "fsdp2: sft lora": ["auto", "resident"],
+    "fsdp2: sft full": ["auto"],
+    "fsdp2: grpo lora": ["auto"],
+    "fsdp2 kept: sft dora": ["auto"],
+    "fsdp1: sft lora": ["auto"],
+}
+EACH = [(run, holding) for run, holdings in RUNS.items() for holding in holdings]
+LAYERS, STEPS = 3, [0, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return trained(
+        tmp_path_factory.mktemp("ranks"), *(f"{run} {' '.join(how)}" for run, how in RUNS.items())
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same model in one process."""
+    return trained(tmp_path_factory.mktemp("alone"), "one process: sft lora")[0]
+
+
+@pytest.mark.parametrize(("run", "holding"), EACH)
+def test_training_is_bit_for_bit_the_same(ranks, run, holding):
+    assert changed(ranks, run, holding) == []
+    assert ranks[0][run][holding]["steps"] == STEPS and ranks[1][run][holding]["steps"] == []
+
+
+def test_a_difference_would_be_found(ranks):
+    ranks = [{run: dict(of) for run, of in rank.items()} for rank in ranks]
+    run = "fsdp2: sft lora"
+    for what in TRACES:
+        of = ranks[1][run]
+        other = [*ranks, {run: {**of, "auto": {**of["auto"], what: "other"}}}]
+        assert changed(other, run, "auto") == [what]
+
+
+@pytest.mark.parametrize(("run", "holding"), EACH)
+def test_the_shadow_is_the_model(ranks, run, holding):
+    of = ranks[0][run][holding]
+    assert 0 < of["fidelity"] < 1e-4 and of["kl"] < 1e-6
+    assert of["written"] == 0, "nothing writes to the frozen weights"
+
+
+def test_the_processes_hold_different_shares_of_one_model(ranks):
+    for run in RUNS:
+        first, second = (rank[run]["without"] for rank in ranks)
+        assert first["weights"] != second["weights"]
+        assert first["history"] == second["history"]
+
+
+def test_readings_are_those_of_one_process(ranks, alone):
+    """At the first step, where the weights are the same: later every way adds up gradients in
+    another order."""
+    one = alone["one process: sft lora"]["auto"]["first"]
+    for run, holding in (("fsdp2: sft lora", "auto"), ("fsdp1: sft lora", "auto")):
+        other = ranks[0][run][holding]["first"]
+        assert other.keys() == one.keys() and len(one) > 50
+        worst = {key: abs(one[key] - other[key]) / max(1.0, abs(one[key])) for key in one}
+        assert max(worst.values()) < 1e-6, max(worst, key=worst.__getitem__)
+
+
+def test_layers_are_gathered_one_at_a_time(ranks):
+    of = ranks[0]["fsdp2: sft lora"]
+    assert of["auto"]["extra bytes"] < of["resident"]["extra bytes"]
+    # The pass of all instruments, and those of HeadAblation.
+    assert of["auto"]["gathers"] > of["resident"]["gathers"] >= LAYERS
+    assert any("weights='streamed'" in line for line in of["said"])
+
+
+FAULTS = ["nothing", "reduction", "room", "gather", "interrupt", "kill peer"]
+
+
+def faults(*places: str, limit: int) -> subprocess.CompletedProcess:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, root / "scripts" / "rank_faults", "--engines", "fsdp2"]
+    return subprocess.run(
+        [*command, "--limit", str(limit), "--places", *places], capture_output=True, text=True
+    )
+
+
+def test_no_process_is_left_waiting():
+    done = faults(*FAULTS, limit=200)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("held") == 2 * len(FAULTS) + 1
+
+
+def test_a_process_that_is_left_waiting_is_found():
+    done = faults("silence", limit=30)
+    assert done.returncode == 1 and "waits" in done.stdout
