@@ -99,7 +99,8 @@ def main() -> None:
         callbacks=[callback],
     )
     trainer.train()
-    show(callback.sinks[0].path)
+    if trainer.is_world_process_zero():
+        show(callback.sinks[0].path)
 
 
 if __name__ == "__main__":

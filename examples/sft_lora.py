@@ -137,7 +137,8 @@ def main() -> None:
     )
     trainer.train()
 
-    show(callback.sinks[0].path)
+    if trainer.is_world_process_zero():
+        show(callback.sinks[0].path)
 
 
 if __name__ == "__main__":

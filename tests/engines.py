@@ -15,12 +15,15 @@ def prepare(engine: str) -> None:
     """Lets accelerate shard on CPUs, which it does on GPUs alone; before anything is imported."""
     if engine.startswith("fsdp2 native") or not engine.startswith(("fsdp", "zero")):
         return
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     if engine.startswith("fsdp"):
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ["FSDP_SYNC_MODULE_STATES"] = "false"
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    on_cpus()
+
+
+def on_cpus() -> None:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = "cpu"
     from accelerate import state
     from accelerate.utils import DistributedType
 

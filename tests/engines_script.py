@@ -2,8 +2,8 @@
 
     torchrun ... -m tests.engines_script FOLDER "ENGINE: TRAINER TUNER [HOLDING...]"...
 
-The trainer is "sft" or "grpo", the tuner "lora", "dora" or "full", and the weights are held as
-said, or "auto". What each process found is written to FOLDER/rank-N.json.
+The trainer is "sft" or "grpo", the tuner "lora", "dora", "full" or "nf4" (LoRA on such a base), and
+the weights are held as said, or "auto". What each process found is written to FOLDER/rank-N.json.
 """
 
 import contextlib
@@ -52,7 +52,13 @@ def trainer(
 ) -> Any:
     """A trainer of TRL that is about to train a tiny Llama with three layers."""
     set_seed(7)
-    model: Any = tiny.model("llama", num_hidden_layers=3)
+    if tuner == "nf4":
+        from tests.quantised import loaded
+
+        with tempfile.TemporaryDirectory() as base:
+            model: Any = loaded(Path(base), "nf4")
+    else:
+        model = tiny.model("llama", num_hidden_layers=3)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.2
@@ -72,7 +78,9 @@ def trainer(
         **engines.arguments(engine),
     )
     if kind == "grpo":
-        settings |= dict(num_generations=4, max_completion_length=6, beta=0.05)
+        # Without an adapter TRL would load the reference model from the Hub.
+        beta = 0.0 if tuner == "full" else 0.05
+        settings |= dict(num_generations=4, max_completion_length=6, beta=beta)
         return GRPOTrainer(
             model,
             args=GRPOConfig(**{**settings, **args}),

@@ -7,6 +7,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 from tests import engines, engines_script
 from tests.training import CAPITAL
 from tlens_callback import HeadScores, LogitLens, MemorySink, TLensCallback
+from tlens_callback.shadow import ranks
 from tlens_callback.shadow.ranks import Ranks
 from tlens_callback.shadow.shadow import Shadow
 from tlens_callback.shadow.shards import Gather
@@ -141,7 +143,9 @@ def train(engine: str, place: str, on_error: Any, step: int) -> dict[str, Any]:
         [CAPITAL], instruments=[HeadScores(), broken], every_n_steps=1, sinks=[sink],
         on_error=on_error, writing="inline",
     )  # fmt: skip
-    watched = [Clock(), look] if place != "unwatched" else []
+    without = place == "unwatched" or (place == "alone" and os.environ["RANK"] != "0")
+    watched = [] if without else [Clock(), look]
+    ranks._MEET = ranks._MEET_WHOLE = timedelta(seconds=3)
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder:

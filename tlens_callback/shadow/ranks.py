@@ -20,7 +20,10 @@ from tlens_callback.shadow.weights import parts, resolve, unwrap
 _END, _GATHER, _RUN = range(3)
 
 _MEET = timedelta(minutes=2)
-"""How long rank 0 waits at the start for the other processes."""
+"""How long rank 0 waits at the start for the other processes, whose help it needs."""
+
+_MEET_WHOLE = timedelta(seconds=20)
+"""The same for a model that is not sharded: it can do without them."""
 
 _WAIT = timedelta(days=7)
 """How long they wait for rank 0: an observation may take minutes. If it dies, they are told."""
@@ -88,25 +91,22 @@ class Ranks:
             return None
         if dist.get_world_size() == 1 and sharded(model) is None:
             return None
-        rank, world = dist.get_rank(), dist.get_world_size()
-        store = dist.PrefixStore(
-            f"tlens/{name}/{_times(name)}", dist.distributed_c10d._get_default_store()
-        )
+        rank, world, how = dist.get_rank(), dist.get_world_size(), sharded(model)
+        within: Any = dist.distributed_c10d
+        store = within.PrefixStore(f"tlens/{name}/{_times(name)}", within._get_default_store())
         store.set(str(rank), "here")
         if rank == 0:
             try:
-                store.wait([str(one) for one in range(world)], _MEET)
-                said = _TOGETHER
+                store.wait([str(one) for one in range(world)], _MEET if how else _MEET_WHOLE)
+                store.set("said", _TOGETHER)
             except RuntimeError:
-                said = _ALONE
-            store.set("said", said)
+                store.set("said", _ALONE)
         else:
             store.wait(["said"], _WAIT)
-            said = store.get("said").decode()
-        if said == _TOGETHER:
+        if store.get("said").decode() == _TOGETHER:
             group: Any = dist.new_group(backend="gloo", timeout=_WAIT)
             return cls(group)
-        if how := sharded(model):
+        if how is not None:
             raise ValueError(_not_all(how))
         return None
 
