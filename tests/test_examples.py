@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.induction import CONTEXT, repeated_blocks
 from tests import tiny
+from tests.processes import python
 from tlens_callback import Probe, ProbeBatch, Reading, Shadow, observe, read_store
 from tlens_callback.checkpoints import checkpoints_in
 
@@ -101,7 +102,7 @@ def test_sft_lora_with_wandb_as_the_demo_runs_it(small, tmp_path):
     script = str(FOLDER / "sft_lora.py")
     arguments = ["--model", small, "--steps", "1", "--report-to", "wandb"]
     subprocess.run(
-        [sys.executable, script, *arguments],
+        [*python(), script, *arguments],
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         check=True,

@@ -1,6 +1,5 @@
 """Several writers of one file, and several runs of one directory: none loses what is another's."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tlens_callback
+from tests.processes import python
 from tests.sinks.samples import small
 from tlens_callback.sinks import LocalSink
 from tlens_callback.store import read_store
@@ -20,41 +20,37 @@ from tlens_callback.store.atomic import (
     write_whole,
 )
 
-# Without the imports of the package's first page.
-START = """
+WRITES = """
 import sys, types
 from pathlib import Path
-package = types.ModuleType("tlens_callback")
-package.__path__ = [sys.argv[1]]
+package = types.ModuleType("tlens_callback")  # without the imports of its first page
+package.__path__ = [sys.argv[3]]
 sys.modules["tlens_callback"] = package
-"""
-WRITES = """
 from tlens_callback.store.atomic import write_whole
 print("ready", flush=True); sys.stdin.readline()
 for _ in range(300):
-    write_whole(Path(sys.argv[2]), sys.argv[3].encode() * 100_000)
+    write_whole(Path(sys.argv[1]), sys.argv[2].encode() * 100_000)
 """
 RUNS = """
+import sys
 from tests.sinks.samples import small
 from tlens_callback.sinks.local import LocalSink
-sink = LocalSink(sys.argv[2], page=False)
+sink = LocalSink(sys.argv[1], page=False)
 print("ready", flush=True); sys.stdin.readline()
 for step in range(20):
-    sink.write(small(step, probe=sys.argv[3]), step=step)
+    sink.write(small(step, probe=sys.argv[2]), step=step)
 print(sink.path.name)
 """
 
 
-def processes(code, number, path):
+def processes(python, code, number, path):
     source = Path(tlens_callback.__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(source.parent), "OMP_NUM_THREADS": "1"}
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", START + code, str(source), str(path), "abcdef"[i]],
+            [*python, "-c", code, str(path), "abcdef"[i], str(source)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
         )
         for i in range(number)
     ]
@@ -69,7 +65,7 @@ def processes(code, number, path):
 def test_six_processes_write_one_file_and_no_reader_sees_less_than_a_whole_one(tmp_path):
     path = tmp_path / "page.html"
     path.write_bytes(b"z" * 100_000)
-    children = processes(WRITES, 6, path)
+    children = processes([sys.executable], WRITES, 6, path)
     seen = set()
     while any(child.poll() is None for child in children):
         content = path.read_bytes()
@@ -83,7 +79,7 @@ def test_six_processes_write_one_file_and_no_reader_sees_less_than_a_whole_one(t
 
 @pytest.mark.slow
 def test_two_runs_that_begin_at_once_in_one_directory_have_a_store_each(tmp_path):
-    children = processes(RUNS, 2, tmp_path / "tlens")
+    children = processes(python(), RUNS, 2, tmp_path / "tlens")
     names = [child.communicate()[0].strip() for child in children]
     assert [child.returncode for child in children] == [0, 0]
     assert set(names) == {"tlens", "tlens-2"}
