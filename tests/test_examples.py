@@ -88,16 +88,6 @@ def test_sft_lora(run, small, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_qlora(run, small, tmp_path, capsys):
-    pytest.importorskip("bitsandbytes")
-    run("qlora", "--model", small, "--steps", "2", "--every", "1")
-    store = read_store(tmp_path / "runs" / "qlora" / "tlens")
-    steps, values = store.curve("target_scores/probability/france")
-    assert list(steps) == [0, 1, 2] and values[0] != values[-1]
-    assert "weights='streamed'" in capsys.readouterr().out
-
-
-@pytest.mark.slow
 def test_sft_lora_with_wandb_as_the_demo_runs_it(small, tmp_path):
     script = str(FOLDER / "sft_lora.py")
     arguments = ["--model", small, "--steps", "1", "--report-to", "wandb"]
