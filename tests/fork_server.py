@@ -104,11 +104,8 @@ def forked(address: str) -> dict[str, Any]:
     os._exit(0)
 
 
-def main(address: str) -> None:
-    import_all()
-    from wandb.sdk.data_types._private import MEDIA_TMP
-
-    asked = forked(address)
+def become(asked: dict[str, Any]) -> None:
+    """Makes this fork a process that was started so."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8")
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8")
@@ -117,15 +114,18 @@ def main(address: str) -> None:
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ |= asked["environment"]
-    gc.enable()
     # wandb makes a directory when it is imported, and removes it in the end: each has its own.
     weakref.finalize._registry.clear()
-    MEDIA_TMP.__init__("wandb-media")
+    sys.modules["wandb.sdk.data_types._private"].MEDIA_TMP.__init__("wandb-media")
+    gc.enable()
+
+
+def run(what: str, *rest: str) -> None:
+    """Does what Python does with these arguments."""
     sys.modules["__main__"] = module = ModuleType("__main__")
-    what, *rest = asked["arguments"]
-    sys.path[0] = os.path.dirname(what) if what not in ("-m", "-c") else asked["cwd"]
+    sys.path[0] = os.getcwd() if what in ("-m", "-c") else os.path.dirname(what)
     if what == "-m":
-        sys.argv = rest
+        sys.argv = list(rest)
         runpy._run_module_as_main(rest[0])
         return
     if what == "-c":
@@ -136,6 +136,28 @@ def main(address: str) -> None:
             code = file.read()
     sys.argv = [what, *rest]
     exec(compile(code, what, "exec"), vars(module))
+
+
+def end(code: int) -> None:
+    """As Python does it, but for the second in which it frees all that was imported."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(address: str) -> None:
+    import_all()
+    asked = forked(address)
+    become(asked)
+    try:
+        run(*asked["arguments"])
+    except SystemExit as wanted:
+        if not isinstance(wanted.code, int | None):
+            raise
+        end(wanted.code or 0)
+    end(0)
 
 
 if __name__ == "__main__":

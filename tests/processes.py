@@ -20,20 +20,6 @@ ENVIRONMENT = dict(os.environ)
 """That of the tests, which one of them may change for itself."""
 
 
-COMMAND = """
-import atexit, os, sys, threading
-from tlens_callback.cli import main
-try:
-    main(prog_name="tlens-callback")
-except SystemExit as end:
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(end.code or 0)
-"""
-"""Ends as Python does, but for the second in which all that was imported is freed."""
-
-
 def python() -> list[str]:
     """What begins a command in the place of `sys.executable`, where no fresh Python is tested."""
     return [sys.executable, "-I", "-S", str(HERE / "fork_client.py"), _server()]
@@ -77,7 +63,7 @@ def run_command(
     Args:
         first: what is done in the new process before anything else.
     """
-    code = f"{first}\n{COMMAND}"
+    code = f"{first}\nfrom tlens_callback.cli import main\nmain(prog_name='tlens-callback')"
     return subprocess.run(
         [*python(), "-c", code, *map(str, arguments)],
         cwd=cwd,

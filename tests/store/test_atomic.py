@@ -3,11 +3,9 @@
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
-import tlens_callback
 from tests.processes import python
 from tests.sinks.samples import small
 from tlens_callback.sinks import LocalSink
@@ -21,11 +19,8 @@ from tlens_callback.store.atomic import (
 )
 
 WRITES = """
-import sys, types
+import sys
 from pathlib import Path
-package = types.ModuleType("tlens_callback")  # without the imports of its first page
-package.__path__ = [sys.argv[3]]
-sys.modules["tlens_callback"] = package
 from tlens_callback.store.atomic import write_whole
 print("ready", flush=True); sys.stdin.readline()
 for _ in range(300):
@@ -43,11 +38,10 @@ print(sink.path.name)
 """
 
 
-def processes(python, code, number, path):
-    source = Path(tlens_callback.__file__).parent
+def processes(code, number, path):
     children = [
         subprocess.Popen(
-            [*python, "-c", code, str(path), "abcdef"[i], str(source)],
+            [*python(), "-c", code, str(path), "abcdef"[i]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -65,7 +59,7 @@ def processes(python, code, number, path):
 def test_six_processes_write_one_file_and_no_reader_sees_less_than_a_whole_one(tmp_path):
     path = tmp_path / "page.html"
     path.write_bytes(b"z" * 100_000)
-    children = processes([sys.executable], WRITES, 6, path)
+    children = processes(WRITES, 6, path)
     seen = set()
     while any(child.poll() is None for child in children):
         content = path.read_bytes()
@@ -79,7 +73,7 @@ def test_six_processes_write_one_file_and_no_reader_sees_less_than_a_whole_one(t
 
 @pytest.mark.slow
 def test_two_runs_that_begin_at_once_in_one_directory_have_a_store_each(tmp_path):
-    children = processes(python(), RUNS, 2, tmp_path / "tlens")
+    children = processes(RUNS, 2, tmp_path / "tlens")
     names = [child.communicate()[0].strip() for child in children]
     assert [child.returncode for child in children] == [0, 0]
     assert set(names) == {"tlens", "tlens-2"}
