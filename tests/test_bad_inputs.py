@@ -147,14 +147,14 @@ def test_half_a_surrogate_pair_in_a_probe_is_refused_by_name():
 @pytest.mark.slow
 def test_ten_thousand_probes_are_encoded_in_seconds(tmp_path):
     tokenizer, n = tiny.tokenizer(), 10_000
-    began = time.perf_counter()
+    began = time.process_time()  # however busy the machine is
     lines = "\n".join(json.dumps({"text": "the capital of France is"}) for _ in range(n))
     (tmp_path / "probes.jsonl").write_text(lines)
     probes = read_probes(tmp_path / "probes.jsonl")
     assert len(ProbeBatch.encode(probes, tokenizer, vocab_size=tiny.VOCAB).probes) == n
     blocks = [Probe.repeated(f"b{i}", block=8, seed=i) for i in range(n // 10)]
     assert len(ProbeBatch.encode(blocks, vocab_size=150_000).probes) == n // 10
-    assert time.perf_counter() - began < 60
+    assert time.process_time() - began < 60
 
 
 # --- names and places ---

@@ -4,10 +4,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +22,9 @@ def ranks(tmp_path_factory) -> list[dict[str, dict[str, dict]]]:
         port = probe.getsockname()[1]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *(f"--master_port={port}", "-m", "tests.distributed_script", str(folder)),
+            *(*python(), "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *(f"--master_port={port}", "--no-python"),
+            *(*python(), "-m", "tests.distributed_script", str(folder)),
         ],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

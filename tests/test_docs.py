@@ -16,6 +16,7 @@ from datasets import Dataset
 import tlens_callback
 from tests import tiny
 from tests.instruments.common import adapted
+from tests.processes import python
 from tlens_callback import ProbeBatch, instruments, observe
 from tlens_callback.cli import main
 from tlens_callback.instruments import fast
@@ -173,7 +174,7 @@ def test_the_cost_of_every_fast_instrument_is_measured():
     script = str(ROOT / "scripts" / "measure_instruments.py")
     arguments = ["--shape", "tiny", "--rounds", "1"]
     done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, check=True
+        [*python(), script, *arguments], capture_output=True, text=True, check=True
     )
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     cost = {row[0].removeprefix("| "): row[1:] for row in rows}

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.induction import CONTEXT, repeated_blocks
 from tests import tiny
+from tests.processes import python
 from tlens_callback import Probe, ProbeBatch, Reading, Shadow, observe, read_store
 from tlens_callback.checkpoints import checkpoints_in
 
@@ -87,21 +88,11 @@ def test_sft_lora(run, small, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_qlora(run, small, tmp_path, capsys):
-    pytest.importorskip("bitsandbytes")
-    run("qlora", "--model", small, "--steps", "2", "--every", "1")
-    store = read_store(tmp_path / "runs" / "qlora" / "tlens")
-    steps, values = store.curve("target_scores/probability/france")
-    assert list(steps) == [0, 1, 2] and values[0] != values[-1]
-    assert "weights='streamed'" in capsys.readouterr().out
-
-
-@pytest.mark.slow
 def test_sft_lora_with_wandb_as_the_demo_runs_it(small, tmp_path):
     script = str(FOLDER / "sft_lora.py")
     arguments = ["--model", small, "--steps", "1", "--report-to", "wandb"]
     subprocess.run(
-        [sys.executable, script, *arguments],
+        [*python(), script, *arguments],
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         check=True,

@@ -90,6 +90,7 @@ class Driven:
         self.handler.on_train_end(self.args, self.state, self.control)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owner", [TLensCallback, callback_module, Watcher, watcher_module, *OURS])
 def test_every_event_passes_with_every_part_of_ours_failing(tmp_path, monkeypatch, owner):
     names = [name for name in functions(owner) if not name.startswith("on_")]
@@ -104,6 +105,7 @@ def test_every_event_passes_with_every_part_of_ours_failing(tmp_path, monkeypatc
             run.callback.observer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owner", [Tracer, tracer_module, Watcher, watcher_module, *OURS])
 def test_a_tracer_s_loop_passes_with_every_part_of_ours_failing(tmp_path, monkeypatch, owner):
     loop = Loop(tiny.model("llama", num_hidden_layers=1))

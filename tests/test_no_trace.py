@@ -188,12 +188,15 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     "args",
     [
-        {},
-        {"gradient_checkpointing": False, "dataloader_num_workers": 2},
-        {"bf16": True},
-        {"gradient_accumulation_steps": 2},
+        pytest.param({}, id="plain"),
+        pytest.param(
+            {"gradient_checkpointing": False, "dataloader_num_workers": 2},
+            id="workers",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"bf16": True}, id="bf16", marks=pytest.mark.slow),
+        pytest.param({"gradient_accumulation_steps": 2}, id="accumulation", marks=pytest.mark.slow),
     ],
-    ids=["plain", "workers", "bf16", "accumulation"],
 )
 def test_sft_leaves_no_trace(tmp_path, unwatched, args):
     without = unwatched(sft, **args)
@@ -213,6 +216,7 @@ def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, unwat
     assert differences(without, watched) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_frequencies_that_depend_on_the_rows_before_leave_no_trace(tmp_path, unwatched, rope):
     """Rows are longer than the original context, probes are shorter; evaluation in between."""

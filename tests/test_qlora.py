@@ -8,8 +8,9 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.quantised import loaded
+from tests.test_examples import run, small  # noqa: F401
 from tests.test_no_trace import SENTENCES, differences, peft_config, state_of, watcher
-from tlens_callback import MemorySink
+from tlens_callback import MemorySink, read_store
 
 
 def qlora(tmp_path, folder, kind, dtype, callbacks):
@@ -74,3 +75,12 @@ def test_the_check_finds_a_base_that_was_packed_anew(tmp_path, folder):
         pytest.skip("bitsandbytes packs nothing anew on this CPU")
     repacked = qlora(tmp_path / "with", folder, "nf4", torch.float32, [Evaluates()])
     assert differences(state_of(without), state_of(repacked))
+
+
+@pytest.mark.slow
+def test_the_example(run, small, tmp_path, capsys):  # noqa: F811
+    run("qlora", "--model", small, "--steps", "2", "--every", "1")
+    store = read_store(tmp_path / "runs" / "qlora" / "tlens")
+    steps, values = store.curve("target_scores/probability/france")
+    assert list(steps) == [0, 1, 2] and values[0] != values[-1]
+    assert "weights='streamed'" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from tlens_callback import (
     read_store,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def run(folder: Path, to: int, *, seed: int = 0, resume: int | None = None, **settings):

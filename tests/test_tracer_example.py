@@ -3,7 +3,6 @@
 import os
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
+from tests.processes import python
 from tests.sinks.wandb.wandb_file import history, run_file
 from tlens_callback import read_store
 
@@ -30,7 +30,7 @@ def small(tmp_path) -> str:
 def run(tmp_path: Path, *arguments: str) -> str:
     """What it prints, as a process of its own: accelerate's state is one for a process."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [*python(), str(SCRIPT), *arguments],
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -98,6 +98,7 @@ def test_training_on_text_leaves_no_trace(tmp_path, family):
     check_no_trace(tmp_path, family, [CAPITAL], tiny.tokenizer, data=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [tiny_vision.LANGUAGE, r".*(q_proj|v_proj|linear_1)"])
 def test_training_on_images_leaves_no_trace(tmp_path, modules):
     """The second has adapters on the vision tower and on what leads from it to the text."""

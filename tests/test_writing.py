@@ -3,7 +3,6 @@
 import gc
 import logging
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -15,6 +14,7 @@ import wandb
 from transformers import TrainerCallback
 
 from tests import tiny
+from tests.processes import python
 from tests.sinks.wandb.wandb_file import history
 from tests.training import CAPITAL, Constant, Pace, trainer
 from tlens_callback import MemorySink, TLensCallback, read_store
@@ -214,7 +214,7 @@ def test_an_observation_that_waits_when_training_fails_keeps_no_model(tmp_path):
 def ended(tmp_path_factory) -> Path:
     """Trainings with slow sinks, each ended badly in a process of its own."""
     folder = tmp_path_factory.mktemp("ended")
-    command = [sys.executable, "-m", "tests.stopped_script", str(folder), *ENDS]
+    command = [*python(), "-m", "tests.stopped_script", str(folder), *ENDS]
     root = Path(__file__).parent.parent
     subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=400)
     return folder

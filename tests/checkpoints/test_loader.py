@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.adapters import logits, randomise
+from tests.processes import python
 from tlens_callback.checkpoints import Checkpoint, Loader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,7 +289,7 @@ def test_on_another_device(tmp_path):
     """A pretend one, in a process of its own."""
     base = write(tmp_path / "base")
     adapt(base, tmp_path / "adapter")
-    command = [sys.executable, "-c", FAR, str(tmp_path / "adapter")]
+    command = [*python(), "-c", FAR, str(tmp_path / "adapter")]
     home = Path(__file__).parent.parent.parent
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +65,8 @@ def started(*arguments, cwd: Path, **options) -> subprocess.CompletedProcess[str
     return run_command(*arguments, cwd=cwd, env=bare(cwd), **options)
 
 
-def small_files() -> None:
-    """As a full disk: no file of this process grows beyond 4 KiB."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+"""As a full disk: no file of the process that does this grows beyond 4 KiB."""
 
 
 def installed(*arguments, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -8,12 +8,12 @@ import pytest
 
 from tests import tiny
 from tests.cli.saved import (
+    SMALL_FILES,
     installed,
     probabilities,
     run,
     save_adapter,
     save_base,
-    small_files,
     started,
 )
 from tests.sinks.wandb.wandb_file import history, records, run_file
@@ -95,7 +95,7 @@ def test_a_model_that_is_not_there(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(base, tmp_path):
-    done = started("analyze", base, "--prompt", PROMPT, cwd=tmp_path, first=small_files)
+    done = started("analyze", base, "--prompt", PROMPT, cwd=tmp_path, first=SMALL_FILES)
     assert done.returncode == 1
     assert "File too large" in done.stderr and "Traceback" not in done.stderr
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.cli.saved import probabilities, run, save_adapter, save_base, small_files, started
+from tests.cli.saved import SMALL_FILES, probabilities, run, save_adapter, save_base, started
 from tlens_callback.checkpoints import loader
 
 PROMPT = "the capital of France is"
@@ -66,7 +66,7 @@ def test_a_model_that_is_not_there(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(base, tmp_path):
-    done = started("ask", base, PROMPT, cwd=tmp_path, first=small_files)
+    done = started("ask", base, PROMPT, cwd=tmp_path, first=SMALL_FILES)
     assert done.returncode == 1
     assert "File too large" in done.stderr and "Traceback" not in done.stderr
 

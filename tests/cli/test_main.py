@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from tests.processes import python
 from tests.sinks.test_local import fill
 from tlens_callback import FidelityError
 from tlens_callback.cli import Commands, main
@@ -150,7 +151,7 @@ def test_a_reader_that_goes_away_would_be_seen():
 @pytest.mark.slow
 def test_a_command_whose_reader_goes_away(tmp_path):
     store = fill(tmp_path / "tlens", (0, 10), page=False).path
-    out, err = piped([*COMMAND, "summary", str(store)])
+    out, err = piped([*python(), "-m", "tlens_callback", "summary", str(store)])
     assert len(out.splitlines()) == 1 and "Traceback" not in err and "BrokenPipe" not in err
 
 

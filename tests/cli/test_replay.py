@@ -3,14 +3,13 @@
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
 from peft import LoraConfig
 
 from tests.offline.replaying import train, unlike
-from tests.processes import run_command
+from tests.processes import python, run_command
 from tlens_callback import TargetScores, read_store
 from tlens_callback.cli import main
 from tlens_callback.store.format import steps_in
@@ -64,7 +63,7 @@ Loader.load = interrupted
 main()
 """
     asked = ["replay", str(copied), "--device", "cpu", "-i", "TokenLoss", "--prompt", "the capital"]
-    command = [sys.executable, "-c", script, *asked]
+    command = [*python(), "-c", script, *asked]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ended.returncode == 130, ended.stderr
     assert "tlens: interrupted; the same call continues in" in ended.stdout

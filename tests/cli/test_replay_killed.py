@@ -1,13 +1,13 @@
 """`tlens-callback replay`, killed at any place, goes on to the same store."""
 
 import subprocess
-import sys
 
 import pytest
 from peft import LoraConfig
 
 from tests.cli.test_replay import environment
 from tests.offline.replaying import train, unlike
+from tests.processes import python
 from tlens_callback import TargetScores, read_store
 
 KILLED = [
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ended(run):
-    command = [sys.executable, "-m", "tests.offline.killed_replay_script", str(run), *KILLED]
+    command = [*python(), "-m", "tests.offline.killed_replay_script", str(run), *KILLED]
     subprocess.run(command, check=True, env=environment())
     return run
 

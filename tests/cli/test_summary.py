@@ -1,8 +1,6 @@
 """`tlens-callback summary` as a person uses it."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -58,11 +56,7 @@ def test_a_torn_step_is_left_out_and_said(store):
 
 
 def test_what_is_no_store(tmp_path, store):
-    missing = subprocess.run(
-        [sys.executable, "-m", "tlens_callback", "summary", str(tmp_path / "nothing")],
-        capture_output=True,
-        text=True,
-    )
+    missing = run_command("summary", tmp_path / "nothing")
     assert missing.returncode == 2 and missing.stdout == ""
     assert missing.stderr.startswith("Error: There is no directory")
     (tmp_path / "empty").mkdir()

@@ -8,6 +8,7 @@ Importing this registers a backend for the whole process, so tests run it in a p
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,10 +66,15 @@ def _held(tensor: Tensor) -> Tensor:
     return tensor.held if isinstance(tensor, Pretend) else tensor
 
 
+@cache
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
+
+
 def _compute(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """`__torch_dispatch__`: the operation on what the shells hold, if a GPU would do it."""
     kwargs = kwargs or {}
-    name = func._schema.name.removeprefix("aten::")
+    name = _name(func)
     tensors = [*_tensors(args), *_tensors(list(kwargs.values()))]
     far = any(isinstance(t, Pretend) for t in tensors)
     mixed = far and any(t.dim() and not isinstance(t, Pretend) for t in tensors)

@@ -46,6 +46,7 @@ def looks(model):
     assert {one.name for one in instruments} == {reading.instrument for reading in readings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_every_reading_is_the_same(default, family, dtype):

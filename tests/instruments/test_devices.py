@@ -5,11 +5,12 @@ On a pretend device, which is as strict as a GPU and needs none; it takes a proc
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from torch.utils import backend_registration
+
+from tests.processes import python
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 def run(*what: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.instruments.devices_script", *what],
+        [*python(), "-m", "tests.instruments.devices_script", *what],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

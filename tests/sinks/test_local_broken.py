@@ -5,26 +5,22 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-import tlens_callback
+from tests.processes import python
 from tests.sinks.samples import everything, same, small
 from tests.sinks.test_local import fill, names, names_of
 from tlens_callback.sinks import LocalSink, read_store
 
 KILLED = """
-import sys, types
-package = types.ModuleType("tlens_callback")
-package.__path__ = [sys.argv[1]]
-sys.modules["tlens_callback"] = package  # without the imports of the package's first page
+import sys
 from tests.sinks.samples import everything
 from tlens_callback.sinks.local import LocalSink
-sink = LocalSink(sys.argv[2])
+sink = LocalSink(sys.argv[1])
 for step in range(100_000):
     sink.write(everything(step), step=step)
     print(step, flush=True)
@@ -34,14 +30,11 @@ for step in range(100_000):
 @pytest.fixture
 def writers(tmp_path):
     """Two processes that write one step after another, each in a directory of its own."""
-    source = Path(tlens_callback.__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(source.parent), "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         children = []
         for i in range(2):
-            command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / f"run{i}")]
-            pipe = subprocess.PIPE
-            child = subprocess.Popen(command, stdout=pipe, text=True, env=environment)
+            command = [*python(), "-c", KILLED, str(tmp_path / f"run{i}")]
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             stack.enter_context(child)
             stack.callback(child.kill)
             children.append(child)

@@ -1,14 +1,12 @@
 """Several writers of one file, and several runs of one directory: none loses what is another's."""
 
-import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
-import tlens_callback
+from tests.processes import python
 from tests.sinks.samples import small
 from tlens_callback.sinks import LocalSink
 from tlens_callback.store import read_store
@@ -20,41 +18,33 @@ from tlens_callback.store.atomic import (
     write_whole,
 )
 
-# Without the imports of the package's first page.
-START = """
-import sys, types
-from pathlib import Path
-package = types.ModuleType("tlens_callback")
-package.__path__ = [sys.argv[1]]
-sys.modules["tlens_callback"] = package
-"""
 WRITES = """
+import sys
+from pathlib import Path
 from tlens_callback.store.atomic import write_whole
 print("ready", flush=True); sys.stdin.readline()
 for _ in range(300):
-    write_whole(Path(sys.argv[2]), sys.argv[3].encode() * 100_000)
+    write_whole(Path(sys.argv[1]), sys.argv[2].encode() * 100_000)
 """
 RUNS = """
+import sys
 from tests.sinks.samples import small
 from tlens_callback.sinks.local import LocalSink
-sink = LocalSink(sys.argv[2], page=False)
+sink = LocalSink(sys.argv[1], page=False)
 print("ready", flush=True); sys.stdin.readline()
 for step in range(20):
-    sink.write(small(step, probe=sys.argv[3]), step=step)
+    sink.write(small(step, probe=sys.argv[2]), step=step)
 print(sink.path.name)
 """
 
 
 def processes(code, number, path):
-    source = Path(tlens_callback.__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(source.parent), "OMP_NUM_THREADS": "1"}
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", START + code, str(source), str(path), "abcdef"[i]],
+            [*python(), "-c", code, str(path), "abcdef"[i]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
         )
         for i in range(number)
     ]

@@ -1,14 +1,13 @@
 """Rows that others log to the same run, with `step=` too, are all there and as they were."""
 
-import os
 import subprocess
-import sys
 from tempfile import TemporaryDirectory
 
 import pytest
 import wandb
 from transformers import TrainerCallback
 
+from tests.processes import python
 from tests.sinks.wandb.test_sink import STEP, StandIn, as_the_trainer_does, misplaced, scalar
 from tests.sinks.wandb.wandb_file import history, run_file
 from tests.test_no_trace import sft
@@ -192,8 +191,7 @@ if __name__ == "__main__":
 """
     path = offline / "script.py"
     path.write_text(script)
-    env = {"PYTHONPATH": ".", **os.environ}
-    subprocess.run([sys.executable, str(path)], check=True, env=env, timeout=300)
+    subprocess.run([*python(), str(path)], check=True, timeout=300)
     rows = history(run_file(offline))
     assert [row["mine/logged"] for row in rows if "mine/logged" in row] == [0, 1, 2, 3]
     assert [row[OURS] for row in rows if OURS in row] == [0, 1, 2]
@@ -215,8 +213,7 @@ if __name__ == "__main__":
         writer.put([scalar(step)], step=step)
     raise RuntimeError("of the script")
 """)
-    env = {"PYTHONPATH": ".", **os.environ}
-    done = subprocess.run([sys.executable, str(path)], env=env, timeout=300, capture_output=True)
+    done = subprocess.run([*python(), str(path)], timeout=300, capture_output=True)
     assert done.returncode == 1 and b"of the script" in done.stderr
     rows = history(run_file(offline))
     assert [row["mine/logged"] for row in rows if "mine/logged" in row] == [0, 1, 2]
