@@ -53,10 +53,9 @@ def trainer(
     """A trainer of TRL that is about to train a tiny Llama with three layers."""
     set_seed(7)
     if tuner == "nf4":
-        from tests.quantised import loaded
+        from tests.quantised import SHAPE, loaded
 
-        with tempfile.TemporaryDirectory() as base:
-            model: Any = loaded(Path(base), "nf4")
+        model: Any = loaded(saved(tiny.model("llama", **SHAPE)), "nf4")
     else:
         model = tiny.model("llama", num_hidden_layers=3)
     for module in model.modules():
@@ -107,6 +106,17 @@ def natively_sharded(model: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
+    folder = saved(model)
+    config = DistributedConfig(fsdp_size=dist.get_world_size())
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+
+
+def saved(model: Any) -> Path:
+    """The folder where rank 0 has saved the model, which is the same in all processes."""
+    if "RANK" not in os.environ:
+        folder = tempfile.mkdtemp()
+        model.save_pretrained(folder)
+        return Path(folder)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     folders = [tempfile.mkdtemp()]
@@ -114,8 +124,7 @@ def natively_sharded(model: Any) -> Any:
     if dist.get_rank() == 0:
         model.save_pretrained(folders[0])
     dist.barrier()
-    config = DistributedConfig(fsdp_size=dist.get_world_size())
-    return AutoModelForCausalLM.from_pretrained(folders[0], distributed_config=config)
+    return Path(folders[0])
 
 
 def share(value: Tensor) -> Tensor:
