@@ -149,6 +149,10 @@ class LayerWeights:
                 lambda *_, layer=layer: self._pass_leaves(layer), always_call=True
             )
 
+    def places(self) -> Iterator[_Place]:
+        """All tensors of the module tree that show or copy a layer's weights."""
+        return (place for places in self._places.values() for place in places)
+
     @property
     def layer_bytes(self) -> int:
         """Bytes of the largest layer's tensors."""

@@ -13,7 +13,7 @@ from tlens_callback.shadow.bar import with_bar
 from tlens_callback.shadow.layers import LayerWeights, Slot, layer_of, layer_paths
 from tlens_callback.shadow.memory import Holding, share_of_free_memory
 from tlens_callback.shadow.packed import packed, precisions
-from tlens_callback.shadow.parametrized import original
+from tlens_callback.shadow.parametrized import effective, original
 from tlens_callback.shadow.sources import Source, Stored, Weight
 from tlens_callback.shadow.state import ModuleState
 from tlens_callback.shadow.weights import adapted_leaves, fill, innermost, live_leaves, resolve
@@ -38,6 +38,7 @@ class Mirror:
         mixed: whether the live model computes with parameters of several dtypes, for which
             trainers use autocast. The mirror copies parameters of other dtypes into the common
             one, except where the model's class keeps a module in float32 by design.
+        base: path -> live module without adapters, while these are left out; see `base_lent`.
     """
 
     @torch.no_grad()
@@ -69,6 +70,7 @@ class Mirror:
         self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
         self.roughest = max(rough | {self.coarsest}, key=lambda dtype: torch.finfo(dtype).eps)
         self.dtype = dtype or sizes.most_common(1)[0][0]
+        self.base: Mapping[str, nn.Module] | None = None
         self._held: list[Tensor] = []
         self._sources: list[Source] = []
         self._states: list[ModuleState] = []
@@ -171,7 +173,8 @@ class Mirror:
                 if stored is not None and stored.merged:
                     trained = any(p.requires_grad for p in source.live.parameters())
                 # An aliased tensor may have moved to other storage since.
-                own = live if stored is None else source.module._parameters[name]
+                borrowed = stored is None and self.base is None
+                own = live if borrowed else source.module._parameters[name]
                 assert own is not None
                 path = f"{source.path}.{name}" if source.path else name
                 found.append(Weight(path, own, live, trained, source.layer))
@@ -181,6 +184,21 @@ class Mirror:
         """Name in a plain model, and live module with its adapters, of all with parameters."""
         for source in self._sources:
             yield source.path, source.live
+
+    def resident(self) -> Iterator[tuple[Source, str, nn.Parameter]]:
+        """Every parameter that is there all the time, tied ones once, with its source and name."""
+        for source in self._sources:
+            for name in (*source.aliased, *source.stored):
+                own = source.module._parameters[name]
+                assert own is not None
+                if name in source.aliased or None in source.stored[name].layers:
+                    yield source, name, own
+
+    def write(self, source: Source, name: str) -> None:
+        """Writes the current value of a stored resident parameter."""
+        own = source.module._parameters[name]
+        assert own is not None
+        self._write(source, {name: own.detach()})
 
     def fits(self, base: nn.Module) -> bool:
         """Whether each module still has the source that it was built on; False after `release`."""
@@ -220,6 +238,11 @@ class Mirror:
 
     def _write(self, source: Source, into: Mapping[str, Tensor]) -> None:
         """Writes the current values of stored parameters of one module."""
+        if self.base is not None:
+            for name, own in into.items():
+                own.copy_(effective(self.base[source.path], name))
+                source.stored[name].stamp = None
+            return
         merged = {name: own for name, own in into.items() if source.stored[name].merged}
         if merged:
             self._merge(source, merged)
