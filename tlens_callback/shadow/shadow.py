@@ -197,10 +197,11 @@ class Shadow:
         can be nested, and `sync` can be called inside. `changed_base` says whether this base is
         the pretrained model.
 
-        Cost: no memory. Resident weights point at the live tensors of the base meanwhile, which
-        takes about a millisecond a layer for entering and leaving; those that cannot (packed,
-        another dtype or device) are overwritten and merged anew, which takes two syncs. Streamed
-        layers are not merged, so a forward pass is faster than with adapters.
+        Cost: no memory. Resident weights point at the live tensors of the base meanwhile; entering
+        and leaving takes 24 ms for SmolLM2-135M, where a sync takes 160. Those that cannot (packed,
+        computed, another dtype or device) are overwritten and afterwards merged anew: a sync and a
+        half. Streamed layers are written without adapters when a pass enters them, which takes less
+        time than with adapters.
 
         Raises:
             ValueError: if the live model has no adapter, so that nothing holds the weights it had
