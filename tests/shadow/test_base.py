@@ -10,6 +10,7 @@ from tests.adapters import lora as config
 from tests.shadow.test_layers import activations
 from tests.shadow.test_shadow import hugging_face_logits, lora, train
 from tests.shadow.test_shadow_tuners import batch_for
+from tests.shadow.test_weights import initialised
 from tests.shadow.test_weights_layouts import TIED
 from tlens_callback import Shadow
 
@@ -68,6 +69,11 @@ def test_every_tuner_is_left_out(name, how):
         untouched.model.layers = torch.nn.ModuleList(untouched.model.layers[i] for i in (0, 1, 1))
         untouched.config.num_hidden_layers = 3
     check(model, untouched, how, same=name not in WRITE_TO_BASE)
+
+
+@pytest.mark.parametrize("method", ["corda", "lora_ga", "eva"])
+def test_which_initialisations_write_to_the_base(method):
+    check(initialised(method), llama(), same=method == "eva")
 
 
 @pytest.mark.parametrize("how", WAYS)

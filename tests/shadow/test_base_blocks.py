@@ -235,6 +235,10 @@ def test_what_has_become_of_the_base_is_said():
     (pissa,) = said(config(init_lora_weights="pissa_niter_4"))
     assert "initialised with init_lora_weights='pissa_niter_4'" in pissa
     assert "not the pretrained model" in pissa and "kasa_config" in said(CONFIGS["kasa"])[0]
+    # LoftQ computes on a GPU only.
+    model = adapt(llama(), config())
+    model.peft_config["default"].init_lora_weights = "loftq"
+    assert "init_lora_weights='loftq', which writes to" in Shadow.of(model).changed_base[0]
     biases, others = said(config(bias="all"), ["norm.weight"])
     assert "has bias='all', which trains biases of the base in place" in biases
     assert "'model.layers.0.input_layernorm.weight' and 4 more" in others
