@@ -91,34 +91,34 @@ def changed_base(model: nn.Module, base: PreTrainedModel, mirror: Mirror) -> tup
         not found: adapters that were deleted, and the rounding that merging and unmerging leaves
         in the live weights.
     """
-    found, biases = [], False
-    held = [getattr(module, "peft_config", None) for module in model.modules()]
-    for configs in {id(one): one for one in held if isinstance(one, dict)}.values():
-        for name, config in configs.items():
-            init = str(getattr(config, "init_lora_weights", "")).lower()
-            how = f"init_lora_weights={init!r}" if init.startswith(_WRITES_TO_BASE) else None
-            if getattr(config, "kasa_config", None) is not None:
-                how = "kasa_config"
-            if how is not None:
-                found.append(
-                    f"Adapter {name!r} was initialised with {how}, which writes to the weights of "
-                    f"the base. So the base without the adapter is not the pretrained model."
-                )
-            bias = getattr(config, "bias", "none")
-            if isinstance(bias, str) and bias != "none":
-                biases = True
-                found.append(
-                    f"Adapter {name!r} has bias={bias!r}, which trains biases of the base in "
-                    f"place. They stay as trained when the adapter is left out."
-                )
-    trained = {}
+    trained, biases = {}, []
     for path, _ in mirror.live_modules():
         module = innermost(resolve(base, path, adapted=False))
-        for name in (*module._parameters, *parametrized(module)):
-            if module._parameters.get(name, 0) is not None:
-                live = original(module, name)
-                if live.requires_grad and not (biases and name == "bias"):
-                    trained.setdefault(id(live), f"{path}.{name}".removeprefix("."))
+        held = {name for name, parameter in module._parameters.items() if parameter is not None}
+        for name in held | parametrized(module):
+            live = original(module, name)
+            if live.requires_grad:
+                trained.setdefault(id(live), f"{path}.{name}".removeprefix("."))
+            if name == "bias":
+                biases.append(id(live))
+    found = []
+    for name, config in _configs(model):
+        init = str(getattr(config, "init_lora_weights", "")).lower()
+        how = f"init_lora_weights={init!r}" if init.startswith(_WRITES_TO_BASE) else None
+        if getattr(config, "kasa_config", None) is not None:
+            how = "kasa_config"
+        if how is not None:
+            found.append(
+                f"Adapter {name!r} was initialised with {how}, which writes to the weights of the "
+                f"base. So the base without the adapter is not the pretrained model."
+            )
+        bias = getattr(config, "bias", "none")
+        if isinstance(bias, str) and bias != "none" and biases:
+            found.append(
+                f"Adapter {name!r} has bias={bias!r}, which trains biases of the base in place. "
+                f"They stay as trained when the adapter is left out."
+            )
+            trained = {at: path for at, path in trained.items() if at not in biases}
     if trained:
         first, *others = trained.values()
         found.append(
@@ -126,6 +126,13 @@ def changed_base(model: nn.Module, base: PreTrainedModel, mirror: Mirror) -> tup
             f"base's own weights in place. They stay as trained when adapters are left out."
         )
     return tuple(found)
+
+
+def _configs(model: nn.Module) -> list[tuple[str, Any]]:
+    """Names and configs of all adapters; PEFT keeps them at several modules."""
+    held = [getattr(module, "peft_config", None) for module in model.modules()]
+    kept = {id(configs): configs for configs in held if isinstance(configs, dict)}
+    return [pair for configs in kept.values() for pair in configs.items()]
 
 
 class _Lent:

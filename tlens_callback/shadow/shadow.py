@@ -199,9 +199,9 @@ class Shadow:
 
         Cost: no memory. Resident weights point at the live tensors of the base meanwhile; entering
         and leaving takes 24 ms for SmolLM2-135M, where a sync takes 160. Those that cannot (packed,
-        computed, another dtype or device) are overwritten and afterwards merged anew: a sync and a
-        half. Streamed layers are written without adapters when a pass enters them, which takes less
-        time than with adapters.
+        computed, another dtype or device) are overwritten and come back as a sync brings them; that
+        takes a sync and a half. Streamed layers are written without adapters when a pass enters
+        them, which takes less time than with adapters.
 
         Raises:
             ValueError: if the live model has no adapter, so that nothing holds the weights it had

@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlens_callback.shadow.packed import packed, placeholder, plain_tuner
+from tlens_callback.shadow.packed import on_plain_layers, packed, placeholder, plain_tuner
 from tlens_callback.shadow.parametrized import effective, parametrized, plain
 
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -339,6 +339,7 @@ def _stand_in(module: Any, dtype: torch.dtype) -> Any:
     for name, value in module.__dict__.items():
         copied = type(value) in (dict, list, set, OrderedDict)
         twin.__dict__[name] = type(value)(value) if copied else value
+    twin.__dict__.update(on_plain_layers(module))
     twin.training = False
     for name, parameter in module._parameters.items():
         if parameter is not None:
