@@ -197,6 +197,17 @@ def test_no_second_copy_of_the_weights_is_made(how, of, most):
     assert kept and living.most > 6 * layer * (0.5 if of else 1)
 
 
+def fails_once():
+    failed = []
+
+    def call(*_):
+        if not failed:
+            failed.append(True)
+            raise ZeroDivisionError
+
+    return call
+
+
 def test_what_has_no_base_is_refused():
     shadow = Shadow.of(tiny.model("llama"))
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no adapter that could be left out"):
@@ -212,11 +223,14 @@ def test_what_has_no_base_is_refused():
         assert torch.allclose(shadow.logits(batch.tokens), base, atol=1e-5)
     # What fails on its way in leaves everything as it was.
     before = shadow.logits(batch.tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlens_callback.shadow.base._Lent.shown", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            shadow.without_adapters().__enter__()
-    assert torch.equal(shadow.logits(batch.tokens), before)
+    for step in ("_Lent.add", "_Lent.shown", "refresh"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"tlens_callback.shadow.base.{step}", fails_once())
+            with pytest.raises(ZeroDivisionError):
+                shadow.without_adapters().__enter__()
+        assert torch.equal(shadow.logits(batch.tokens), before)
+        with shadow.without_adapters():
+            assert torch.allclose(shadow.logits(batch.tokens), base, atol=1e-5)
 
 
 def test_what_has_become_of_the_base_is_said():

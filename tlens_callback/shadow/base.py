@@ -1,6 +1,6 @@
 """Runs the mirror on the base's own weights, every adapter left out, without a second copy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,12 +45,13 @@ def base_lent(
         ValueError: see `demand_base`.
     """
     demand_base(base)
-    mirror.base = {
+    bases = {
         path: innermost(resolve(base, path, adapted=False)) for path, _ in mirror.live_modules()
     }
-    lent, overwritten = _plan(mirror)
+    lent, overwritten = _plan(mirror, bases)
     exchanged: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
+        mirror.base = bases
         for holder in _holders(mirror, modules) if lent.tensors else ():
             for name, tensor in list(holder.items()):
                 if isinstance(tensor, Tensor) and (shown := lent.shown(tensor)) is not tensor:
@@ -95,7 +96,7 @@ def changed_base(model: nn.Module, base: PreTrainedModel, mirror: Mirror) -> tup
     for path, _ in mirror.live_modules():
         module = innermost(resolve(base, path, adapted=False))
         held = {name for name, parameter in module._parameters.items() if parameter is not None}
-        for name in held | parametrized(module):
+        for name in sorted(held | parametrized(module)):
             live = original(module, name)
             if live.requires_grad:
                 trained.setdefault(id(live), f"{path}.{name}".removeprefix("."))
@@ -166,23 +167,22 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in sizes)
 
 
-def _plan(mirror: Mirror) -> tuple[_Lent, list[tuple[Source, str]]]:
+def _plan(mirror: Mirror, bases: Mapping[str, nn.Module]) -> tuple[_Lent, list[tuple[Source, str]]]:
     """What stands in the place of resident parameters, and which of them are overwritten."""
-    assert mirror.base is not None
     lent, overwritten = _Lent(), []
     for source, name, own in mirror.resident():
-        plain, stored = mirror.base[source.path], source.stored.get(name)
-        merged = stored is not None and stored.merged and plain is not source.live
-        if plain is innermost(source.live) and not merged:
+        base, stored = bases[source.path], source.stored.get(name)
+        merged = stored is not None and stored.merged and base is not source.live
+        if base is innermost(source.live) and not merged:
             continue
-        live = None if name in packed(plain) else plain._parameters.get(name)
+        live = None if name in packed(base) else base._parameters.get(name)
         if live is not None and _alike(live, own):
             lent.add(own, live)
         elif stored is not None:
             overwritten.append((source, name))
         else:
             # A trained copy in `modules_to_save` is in the mirror's dtype, its original is not.
-            lent.add(own, torch.empty_like(own).copy_(effective(plain, name)))
+            lent.add(own, torch.empty_like(own).copy_(effective(base, name)))
     return lent, overwritten
 
 

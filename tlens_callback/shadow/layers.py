@@ -285,7 +285,9 @@ class LayerWeights:
             return packed
         age, layer, i, *layout = packed
         if age != self._age:
-            raise RuntimeError("The shadow was brought up to date after this forward pass.")
+            raise RuntimeError(
+                "The shadow's weights were exchanged or brought up to date after this forward pass."
+            )
         if self._kept_for_backward != layer:
             self.end_backward()
             self.enter(layer)
