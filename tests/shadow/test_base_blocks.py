@@ -228,6 +228,7 @@ def test_what_has_no_base_is_refused():
             patch.setattr(f"tlens_callback.shadow.base.{step}", fails_once())
             with pytest.raises(ZeroDivisionError):
                 shadow.without_adapters().__enter__()
+        shadow.sync()
         assert torch.equal(shadow.logits(batch.tokens), before)
         with shadow.without_adapters():
             assert torch.allclose(shadow.logits(batch.tokens), base, atol=1e-5)
