@@ -13,6 +13,7 @@ from tests.shadow.test_shadow_tuners import batch_for
 from tests.shadow.test_weights import initialised
 from tests.shadow.test_weights_layouts import TIED
 from tlens_callback import Shadow
+from tlens_callback.shadow.layers import _tensors as tensors
 
 # PEFT warns about many of the configurations; none of the warnings is ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -104,6 +105,23 @@ def test_a_trained_copy_of_a_fused_module_is_its_original(how):
     """Its split into query, key and value is a copy that has to follow."""
     made = config(target_modules=["dense_h_to_4h"], modules_to_save=["attention"])
     check(adapt(tiny.model("gpt_neox"), made), tiny.model("gpt_neox"), how)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_every_tensor_that_the_bridge_holds_follows(family):
+    """Its norms and MLPs keep weights and biases beside their parameters."""
+    saved = {"gpt2": ["ln_1", "mlp"], "gpt_neox": ["input_layernorm", "mlp"]}
+    made = config(target_modules="all-linear", modules_to_save=saved.get(family, ["norm"]))
+    model = adapt(tiny.model(family), made)
+    shadow = Shadow.of(model, weights="resident")
+    wanted = [tensor.clone() for tensor in tensors(Shadow.of(tiny.model(family)).bridge)]
+    before = [tensor.clone() for tensor in tensors(shadow.bridge)]
+    with shadow.without_adapters():
+        found = list(tensors(shadow.bridge))
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    found = list(tensors(shadow.bridge))
+    assert all(torch.equal(*pair) for pair in zip(found, before, strict=True))
+    assert sum(not torch.equal(*pair) for pair in zip(found, wanted, strict=True)) > 10
 
 
 @pytest.mark.parametrize("how", WAYS)

@@ -198,7 +198,7 @@ class Shadow:
         the pretrained model.
 
         Cost: no memory. Resident weights point at the live tensors of the base meanwhile; entering
-        and leaving takes 24 ms for SmolLM2-135M, where a sync takes 160. Those that cannot (packed,
+        and leaving takes a seventh of a sync (SmolLM2-135M, LoRA). Those that cannot (packed,
         computed, another dtype or device) are overwritten and come back as a sync brings them; that
         takes a sync and a half. Streamed layers are written without adapters when a pass enters
         them, which takes less time than with adapters.
