@@ -138,7 +138,7 @@ def state(model: nn.Module) -> dict[str, Any]:
             if name in ("_parameters", "_buffers"):
                 for key, tensor in value.items():
                     if tensor is not None:
-                        raw = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+                        raw = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
                         seen[f"{path}/{key}"] = (
                             id(tensor),
                             tensor.data_ptr(),

@@ -1,6 +1,6 @@
 """Runs a script as `accelerate launch --config_file CONFIG SCRIPT` does, but on CPUs.
 
-    torchrun ... -m tests.launched CONFIG SCRIPT [ARGUMENTS...]
+torchrun ... -m tests.launched CONFIG SCRIPT [ARGUMENTS...]
 """
 
 import os

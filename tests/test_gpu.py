@@ -111,6 +111,25 @@ def test_another_device_holds_a_copy_that_follows():
     assert shadow.logits(batch.tokens).device.type == "cpu"
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("how", ["resident", "streamed"])
+def test_adapters_are_left_out_without_a_second_copy(how, device):
+    """On the model's device, and on another, where the weights of the base are copies."""
+    untouched = tiny.model("llama", hidden_size=256, intermediate_size=512).cuda()
+    model = lora(tiny.model("llama", hidden_size=256, intermediate_size=512)).cuda()
+    shadow = Shadow.of(model, weights=how, device=device)
+    batch = batch_for(shadow)
+    wanted = Shadow.of(untouched, device=device).logits(batch.tokens)
+    adapted = shadow.logits(batch.tokens)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    with shadow.without_adapters():
+        layer = sum(p.nbytes for p in model.get_base_model().model.layers[0].parameters())
+        assert torch.cuda.max_memory_allocated() - held < layer
+        assert torch.equal(shadow.logits(batch.tokens), wanted)
+    assert torch.equal(shadow.logits(batch.tokens), adapted) and not torch.equal(adapted, wanted)
+
+
 def test_readings_come_over_together_and_equal_the_cpus():
     on_cpu = Shadow.of(tiny.model("llama"))
     on_gpu = Shadow.of(tiny.model("llama").cuda())

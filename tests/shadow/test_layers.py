@@ -29,7 +29,7 @@ def both(family="llama", of=None, **config):
     return model, *(Shadow.of(model, weights=how, dtype=of) for how in ("resident", "streamed"))
 
 
-def activations(shadow):
+def activations(shadow, batch=BATCH):
     """All that goes through the hook points in one pass, and the logits."""
     found = {}
     handles = []
@@ -37,7 +37,7 @@ def activations(shadow):
         keep = lambda value, hook, name=name: found.update({name: value})  # noqa: E731
         handles.append((point, point.add_hook(keep)))
     try:
-        found["logits"] = shadow.logits(BATCH.tokens)
+        found["logits"] = shadow.logits(batch.tokens)
     finally:
         for point, handle in handles:
             handle.hook.remove()

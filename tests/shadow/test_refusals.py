@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from transformers import FineGrainedFP8Config, Mxfp4Config
 from transformers.utils.quantization_config import QuantizationMethod
 
 from tests import tiny
@@ -165,11 +166,25 @@ def test_parameters_on_several_devices_need_a_place_for_the_copy():
 # Quantised.
 
 
-def test_a_quantised_base_is_named_by_its_method():
+READ = (QuantizationMethod.BITS_AND_BYTES, QuantizationMethod.TORCHAO)
+
+
+@pytest.mark.parametrize("method", [one for one in QuantizationMethod if one not in READ])
+def test_a_quantised_base_is_named_by_its_method(method):
     base = llama()
     model = get_peft_model(base, lora())
-    base.quantization_method = QuantizationMethod.GPTQ
-    with pytest.raises(ValueError, match=r"quantised \(gptq\).*Load the base model in"):
+    base.quantization_method = method
+    wanted = rf"quantised \({method.value}\).*cannot be read.*Load the base model in bfloat16"
+    with pytest.raises(ValueError, match=wanted):
+        refuse(model)
+
+
+@pytest.mark.parametrize("config", [Mxfp4Config, FineGrainedFP8Config])
+def test_what_transformers_loads_in_floating_point_too_is_told_how(config):
+    model = llama()
+    model.config.quantization_config = config()
+    model.quantization_method = config().quant_method
+    with pytest.raises(ValueError, match=rf"{config.__name__}\(dequantize=True\) to look inside"):
         refuse(model)
 
 

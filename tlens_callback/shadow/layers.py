@@ -149,6 +149,10 @@ class LayerWeights:
                 lambda *_, layer=layer: self._pass_leaves(layer), always_call=True
             )
 
+    def places(self) -> Iterator[_Place]:
+        """All tensors of the module tree that show or copy a layer's weights."""
+        return (place for places in self._places.values() for place in places)
+
     @property
     def layer_bytes(self) -> int:
         """Bytes of the largest layer's tensors."""
@@ -281,7 +285,9 @@ class LayerWeights:
             return packed
         age, layer, i, *layout = packed
         if age != self._age:
-            raise RuntimeError("The shadow was brought up to date after this forward pass.")
+            raise RuntimeError(
+                "The shadow's weights were exchanged or brought up to date after this forward pass."
+            )
         if self._kept_for_backward != layer:
             self.end_backward()
             self.enter(layer)

@@ -13,7 +13,7 @@ from tlens_callback.shadow.bar import with_bar
 from tlens_callback.shadow.layers import LayerWeights, Slot, layer_of, layer_paths
 from tlens_callback.shadow.memory import Holding, share_of_free_memory
 from tlens_callback.shadow.packed import packed, precisions
-from tlens_callback.shadow.parametrized import original
+from tlens_callback.shadow.parametrized import effective, original
 from tlens_callback.shadow.ranks import Ranks
 from tlens_callback.shadow.shards import Shards, Share, compute_dtypes
 from tlens_callback.shadow.skeleton import skeleton
@@ -49,6 +49,7 @@ class Mirror:
         mixed: whether the live model computes with parameters of several dtypes, for which
             trainers use autocast. The mirror copies parameters of other dtypes into the common
             one, except where the model's class keeps a module in float32 by design.
+        base: path -> live module without adapters, while these are left out; see `base_lent`.
     """
 
     @torch.no_grad()
@@ -87,6 +88,7 @@ class Mirror:
         self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
         self.roughest = max(rough | {self.coarsest}, key=lambda dtype: torch.finfo(dtype).eps)
         self.dtype = dtype or sizes.most_common(1)[0][0]
+        self.base: Mapping[str, nn.Module] | None = None
         self._held: list[Tensor] = []
         self._sources: list[Source] = []
         self._states: list[ModuleState] = []
@@ -197,10 +199,16 @@ class Mirror:
                 if stored is not None and stored.merged:
                     trained = any(p.requires_grad for p in outlined.parameters())
                 # An aliased tensor may have moved to other storage since.
-                own = live if stored is None else source.module._parameters[name]
+                borrowed = stored is None and self.base is None
+                own = live if borrowed else source.module._parameters[name]
                 assert own is not None
                 found.append(Weight(_name(source, name), own, live, trained, source.layer))
         return found
+
+    @property
+    def paths(self) -> list[str]:
+        """Names, in a plain model, of all modules with parameters."""
+        return [source.path for source in self._sources]
 
     def live_modules(self, *, trained: bool = False) -> Iterator[tuple[str, nn.Module]]:
         """Name in a plain model, and live module with its adapters, of all with parameters.
@@ -223,6 +231,22 @@ class Mirror:
         for source, whole in self._wholes([s for s in self._sources if leaves[s.path]]):
             for name in leaves[source.path]:
                 yield wanted[_name(source, name)], original(innermost(whole), name)
+
+    def resident(self) -> Iterator[tuple[Source, str, nn.Parameter]]:
+        """Every parameter that is there all the time, tied ones once, with its source and name."""
+        for source in self._sources:
+            for name in (*source.aliased, *source.stored):
+                own = source.module._parameters[name]
+                assert own is not None
+                if name in source.aliased or None in source.stored[name].layers:
+                    yield source, name, own
+
+    def write(self, source: Source, name: str) -> None:
+        """Writes the current value of a stored resident parameter."""
+        own = source.module._parameters[name]
+        assert own is not None
+        for _, whole in self._wholes([source], of=self._shown):
+            self._write(source, whole, {name: own.detach()})
 
     def fits(self, base: nn.Module) -> bool:
         """Whether each module still has the source that it was built on; False after `release`."""
@@ -250,7 +274,7 @@ class Mirror:
         stale = [source for source in self._sources if id(source) in into]
         # The bar shows only where filling takes long: a large model, or a costly kind of adapter.
         settings = {"desc": "tlens: weights", "delay": 5.0, "leave": False, "total": len(stale)}
-        for source, whole in with_bar(self._wholes(stale), **settings):
+        for source, whole in with_bar(self._wholes(stale, of=self._shown), **settings):
             self._write(source, whole, into[id(source)])
 
     def _write_layer(self, layer: int, slots: Mapping[Slot, Tensor]) -> None:
@@ -261,10 +285,15 @@ class Mirror:
                     within = source.path.removeprefix(self._layers[layer])
                     into = {n: slots[within, n] for n in source.stored if (within, n) in slots}
                     if into:
-                        self._write(source, whole(source.live), into)
+                        self._write(source, whole(self._shown(source)), into)
 
     def _write(self, source: Source, live: nn.Module, into: Mapping[str, Tensor]) -> None:
         """Writes the current values of stored parameters of one module, which `live` holds."""
+        if self.base is not None:
+            for name, own in into.items():
+                own.copy_(effective(live, name))
+                source.stored[name].stamp = None
+            return
         merged = {name: own for name, own in into.items() if source.stored[name].merged}
         if merged:
             self._merge(live, merged)
@@ -289,8 +318,16 @@ class Mirror:
         assert origin is not None
         return None if origin.requires_grad else (origin.data_ptr(), origin._version)
 
+    def _shown(self, source: Source) -> nn.Module:
+        """The live module whose values the mirror is to have."""
+        return source.live if self.base is None else self.base[source.path]
+
     def _wholes(
-        self, sources: list[Source], *, trained: bool = False
+        self,
+        sources: list[Source],
+        *,
+        of: Callable[[Source], nn.Module] = lambda source: source.live,
+        trained: bool = False,
     ) -> Iterator[tuple[Source, nn.Module]]:
         """Each source with its live module, whole until the next one."""
         groups: dict[int | None, list[Source]] = {}
@@ -300,7 +337,7 @@ class Mirror:
         for group, members in groups.items():
             with self._reading(group, trained=trained) as whole:
                 for source in members:
-                    yield source, whole(source.live)
+                    yield source, whole(of(source))
 
     @contextmanager
     def _reading(

@@ -61,9 +61,12 @@ def precisions(module: Any) -> list[torch.dtype]:
     """The precisions in which a packed layer computes, beside that of its weight."""
     if not packed(module):
         return []
-    # 8-bit layers round their input to 8 bits: some 2e-2, more than half precision.
-    compute = getattr(module, "compute_dtype", None)
-    return [torch.bfloat16] if module.weight.dtype == torch.int8 else [compute] if compute else []
+    weight, compute = module.weight, getattr(module, "compute_dtype", None)
+    if weight.dtype == torch.int8:
+        # They round their input to 8 bits, some 2e-2, which is more than half precision; but not on
+        # a CPU in the mode of training, in which they are compared.
+        return [] if weight.device.type == "cpu" else [torch.bfloat16]
+    return [compute] if compute else []
 
 
 def repacks(module: nn.Module) -> bool:
@@ -94,6 +97,20 @@ def plain_tuner(kind: type) -> type:
     layers = sys.modules[f"{package}.layer"]
     plain = kind.__name__.replace("Linear4bit", "Linear").replace("Linear8bitLt", "Linear")
     return getattr(layers, plain.replace("TorchaoLora", ""))
+
+
+def on_plain_layers(layer: Any) -> dict[str, Any]:
+    """The attributes that a copy of a tuner layer needs to merge into a plain layer.
+
+    On a packed one some tuners keep how its weight is dequantised and packed anew, and some do not
+    say that it is not transposed (PEFT 0.21).
+    """
+    needed: dict[str, Any] = {}
+    if vars(layer).get("quantization_backend") is not None:
+        needed["quantization_backend"] = None
+    if plain_tuner(type(layer)) is not type(layer) and not hasattr(layer, "fan_in_fan_out"):
+        needed["fan_in_fan_out"] = False
+    return needed
 
 
 def _bitsandbytes() -> tuple[type, ...]:

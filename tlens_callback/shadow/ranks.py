@@ -230,9 +230,15 @@ class Ranks:
             layers = layer_paths(empty)
             paths = [path for path, module in empty.named_modules() if module._parameters]
             self._paths = layers, [path for path in paths if layer_of(path, layers) is None]
-        layers, others = ([resolve(base, path) for path in paths] for paths in self._paths)
+        layers, others = self._paths
         self.shards = Shards(
-            self.model, [[*layer.modules()] for layer in layers], [parts(one) for one in others]
+            self.model,
+            [[*resolve(base, path).modules()] for path in layers],
+            # With the originals of `modules_to_save`, for the base.
+            [
+                [*parts(resolve(base, path)), *parts(resolve(base, path, adapted=False))]
+                for path in others
+            ],
         )
 
     def _wish(self, kind: int, *of: int) -> None:

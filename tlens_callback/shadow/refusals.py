@@ -129,6 +129,10 @@ def _quantised(model: nn.Module) -> Iterator[str]:
             method = getattr(module, "quantization_method", None) or type(quantizer).__name__
             if getattr(method, "value", method) in ("bitsandbytes", "torchao"):
                 continue
+            settings = getattr(getattr(module, "config", None), "quantization_config", None)
+            if hasattr(settings, "dequantize"):
+                # transformers then loads floating point numbers, and the model is a plain one.
+                way_out = f"Load it with {type(settings).__name__}(dequantize=True) to look inside."
             yield (
                 f"The base model is quantised ({getattr(method, 'value', method)}), and its packed "
                 f"weights cannot be read: those of bitsandbytes and of torchao's int8 can. "

@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlens_callback.shadow.packed import packed, placeholder, plain_tuner
+from tlens_callback.shadow.packed import on_plain_layers, packed, placeholder, plain_tuner
 from tlens_callback.shadow.parametrized import effective, original, parametrized, plain
 from tlens_callback.shadow.twins import SHELLS, plain_class, shallow, unshelled
 
@@ -49,7 +49,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def resolve(base: nn.Module, path: str) -> nn.Module:
+def resolve(base: nn.Module, path: str, *, adapted: bool = True) -> nn.Module:
     """Finds the live module that has the place of the module `path` in a plain model of its class.
 
     Steps through the wrappers of PEFT and compilation: `modules_to_save` leads to the active copy,
@@ -58,11 +58,12 @@ def resolve(base: nn.Module, path: str) -> nn.Module:
     Args:
         base: the model as `unwrap` returns it.
         path: dotted, as `named_modules()` of a fresh model gives it; "" is the model itself.
+        adapted: False leads to the original in `modules_to_save`, whatever is active.
 
     Raises:
         ValueError: if the live model has no such module.
     """
-    module = _serving(base)
+    module = _serving(base, adapted)
     for name in path.split(".") if path else ():
         holder = innermost(module)
         child = holder._modules.get(name)
@@ -72,7 +73,7 @@ def resolve(base: nn.Module, path: str) -> nn.Module:
                 f"though its class and config need one. Pass the model as its class builds it, "
                 f"with adapters added only by PEFT."
             )
-        module = _serving(child)
+        module = _serving(child, adapted)
     return module
 
 
@@ -86,13 +87,14 @@ def _role(kind: type) -> str:
     return "tuner" if issubclass(kind, BaseTunerLayer) else "plain"
 
 
-def _serving(module: Any) -> Any:
+def _serving(module: Any, adapted: bool = True) -> Any:
     """The module that runs when `module` is called: plain, a tuner layer or trained tokens."""
     while True:
         role = _role(type(module))
         if role == "saved":
             active = module.active_adapters
-            if module.disable_adapters or not active or not module._adapters.issuperset(active):
+            unused = module.disable_adapters or not module._adapters.issuperset(active)
+            if unused or not active or not adapted:
                 module = module.original_module
             else:
                 module = module.modules_to_save[active[0]]
@@ -343,6 +345,7 @@ def _stand_in(module: Any, dtype: torch.dtype) -> Any:
     saved with its top vectors alone.
     """
     twin = shallow(module, plain_tuner(type(module)))
+    twin.__dict__.update(on_plain_layers(module))
     twin.training = False
     for name, parameter in module._parameters.items():
         if parameter is not None:
