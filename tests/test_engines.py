@@ -23,9 +23,8 @@ LAYERS, STEPS = 3, [0, 1, 2, 3, 4]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return trained(
-        tmp_path_factory.mktemp("ranks"), *(f"{run} {' '.join(how)}" for run, how in RUNS.items())
-    )
+    runs = [f"{run} {' '.join(how)}" for run, how in RUNS.items()]
+    return trained(tmp_path_factory.mktemp("ranks"), *runs, "fsdp2: resume lora")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +71,13 @@ def test_readings_are_those_of_one_process(ranks, alone):
         assert other.keys() == one.keys() and len(one) > 50
         worst = {key: abs(one[key] - other[key]) / max(1.0, abs(one[key])) for key in one}
         assert max(worst.values()) < 1e-6, max(worst, key=worst.__getitem__)
+
+
+def test_a_resumed_training_goes_on_in_the_same_way(ranks):
+    of = ranks[0]["fsdp2: resume lora"]
+    assert changed(ranks, "fsdp2: resume lora", "auto") == []
+    assert of["auto"]["steps"] == [2, 3, 4]
+    assert of["auto"]["drift"] == of["not stopped"]["drift"] and len(of["auto"]["drift"]) > 5
 
 
 def test_layers_are_gathered_one_at_a_time(ranks):

@@ -271,6 +271,7 @@ class Gather:
         for group, mine, everyone in self._buffers:
             into = None if everyone is None else list(everyone.unbind(0))
             dist.gather(mine, into, dst=0, group=group)
+        self._buffers.clear()
 
     def __contains__(self, share: Share) -> bool:
         return share.group is None or id(share) in self._of
