@@ -18,9 +18,9 @@ from tests import engines, engines_script
 from tests.training import CAPITAL
 from tlens_callback import HeadScores, LogitLens, MemorySink, TLensCallback
 from tlens_callback.shadow import ranks
+from tlens_callback.shadow.gather import Gather
 from tlens_callback.shadow.ranks import Ranks
 from tlens_callback.shadow.shadow import Shadow
-from tlens_callback.shadow.shards import Gather
 
 TIMEOUT = 6
 """Seconds after which the training's own collectives fail."""

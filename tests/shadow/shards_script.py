@@ -21,8 +21,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tests import tiny
 from tests.shadow.test_layers import Living
 from tlens_callback import Shadow
+from tlens_callback.shadow.gather import Gather
 from tlens_callback.shadow.ranks import Ranks
-from tlens_callback.shadow.shards import Gather, shares
+from tlens_callback.shadow.shards import shares
 from tlens_callback.shadow.weights import unwrap
 
 TOKENS = torch.arange(24).view(2, 12) + 10

@@ -10,7 +10,7 @@ from tlens_callback.meaning import described
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import Reduce, Shadow, Taken
-from tlens_callback.shadow.shadow import as_tuple
+from tlens_callback.shadow.taps import as_tuple
 
 _MOST_JOINED = 2**18
 """Tensors of at most this many elements are copied to the CPU together."""

@@ -2,7 +2,7 @@
 
 from tlens_callback.shadow.fidelity import Fidelity as Fidelity
 from tlens_callback.shadow.fidelity import FidelityError as FidelityError
-from tlens_callback.shadow.shadow import LAST_LOGITS as LAST_LOGITS
-from tlens_callback.shadow.shadow import Reduce as Reduce
 from tlens_callback.shadow.shadow import Shadow as Shadow
-from tlens_callback.shadow.shadow import Taken as Taken
+from tlens_callback.shadow.taps import LAST_LOGITS as LAST_LOGITS
+from tlens_callback.shadow.taps import Reduce as Reduce
+from tlens_callback.shadow.taps import Taken as Taken

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,19 +14,17 @@ from tlens_callback.shadow.memory import Holding, share_of_free_memory
 from tlens_callback.shadow.packed import packed, precisions
 from tlens_callback.shadow.parametrized import effective, original
 from tlens_callback.shadow.ranks import Ranks
-from tlens_callback.shadow.shards import Shards, Share, compute_dtypes
 from tlens_callback.shadow.skeleton import skeleton
 from tlens_callback.shadow.sources import Source, Stored, Weight
 from tlens_callback.shadow.state import ModuleState
-from tlens_callback.shadow.twins import Values, whole_twin
 from tlens_callback.shadow.weights import (
     adapted_leaves,
     fill,
     innermost,
     live_leaves,
-    parts,
     resolve,
 )
+from tlens_callback.shadow.whole import WholeModules
 
 
 class Mirror:
@@ -63,17 +60,15 @@ class Mirror:
         ranks: Ranks | None = None,
     ) -> None:
         self.module = skeleton(base)
-        self._ranks = ranks if ranks is not None and ranks.sharded else None
-        self.device = device or (
-            next(base.parameters()).device if self._ranks is None else self._shards.device
-        )
+        self._whole = WholeModules(ranks)
+        self.device = device or self._whole.device or next(base.parameters()).device
         by_design = {
             *(getattr(base, "_keep_in_fp32_modules", None) or ()),
             *(getattr(base, "_keep_in_fp32_modules_strict", None) or ()),
         }
         paths = [path for path, _ in self.module.named_modules(remove_duplicate=False)]
         live = {path: resolve(base, path) for path in paths}
-        outlined = {path: self._outlined(module) for path, module in live.items()}
+        outlined = {path: self._whole.outlined(module) for path, module in live.items()}
         sizes: Counter[torch.dtype] = Counter()
         trained = (p.dtype for p in base.parameters() if p.requires_grad)
         rough = {dtype for dtype in trained if dtype.is_floating_point}
@@ -82,8 +77,7 @@ class Mirror:
                 for leaf in live_leaves(module).values():
                     sizes[leaf.dtype] += leaf.numel()
                 rough.update(precisions(innermost(module)))
-        if self._ranks is not None:
-            rough |= compute_dtypes(self._ranks.model)
+        rough |= self._whole.compute_dtypes
         self.mixed = len(sizes) > 1
         self.coarsest = max(sizes, key=lambda dtype: torch.finfo(dtype).eps)
         self.roughest = max(rough | {self.coarsest}, key=lambda dtype: torch.finfo(dtype).eps)
@@ -110,7 +104,7 @@ class Mirror:
             for name in names:
                 origin = leaves[name]
                 wanted = origin.dtype if kept else self.dtype
-                outline = self._outline(live[path], name)
+                outline = self._whole.outline(innermost(live[path]), name)
                 # Tied weights stay one parameter, unless an adapter changes one of them.
                 key = (origin.data_ptr() if outline is None else id(outline), *origin.shape)
                 found = None if name in source.adapted else tied.get(key)
@@ -152,9 +146,9 @@ class Mirror:
             return weights == "streamed"
         stored = [s for source in self._sources for s in source.stored.values()]
         would_take = sum(s.bytes for s in stored if s.layers != {None})
-        lent = self._ranks is None and not any(packed(innermost(s.live)) for s in self._sources)
+        packs = any(packed(innermost(source.live)) for source in self._sources)
         too_much = would_take > share_of_free_memory(self.device)
-        return bool(self._layers) and (too_much or not lent)
+        return bool(self._layers) and (too_much or packs or self._whole.sharded)
 
     def _store(self) -> None:
         """Makes the parameters that the mirror stores."""
@@ -188,7 +182,7 @@ class Mirror:
         """Every parameter, in the order of the modules; tied parameters are listed once."""
         found = []
         for source in self._sources:
-            outlined = self._outlined(source.live)
+            outlined = self._whole.outlined(source.live)
             module = innermost(outlined)
             for name in live_leaves(outlined):
                 live = original(module, name)
@@ -225,7 +219,7 @@ class Mirror:
         """Those of the weights with their live parameters, whole, to be used before the next."""
         wanted = {weight.name: weight for weight in weights}
         leaves = {
-            s.path: [n for n in live_leaves(self._outlined(s.live)) if _name(s, n) in wanted]
+            s.path: [n for n in live_leaves(self._whole.outlined(s.live)) if _name(s, n) in wanted]
             for s in self._sources
         }
         for source, whole in self._wholes([s for s in self._sources if leaves[s.path]]):
@@ -254,7 +248,10 @@ class Mirror:
             return False
         for source in self._sources:
             live = resolve(base, source.path)
-            if live is not source.live or adapted_leaves(self._outlined(live)) != source.adapted:
+            if (
+                live is not source.live
+                or adapted_leaves(self._whole.outlined(live)) != source.adapted
+            ):
                 return False
             parameters: Any = innermost(live)._parameters
             if any(parameters[name].data_ptr() != at for name, at in source.aliased.items()):
@@ -279,7 +276,7 @@ class Mirror:
 
     def _write_layer(self, layer: int, slots: Mapping[Slot, Tensor]) -> None:
         """Writes the current values of a streamed layer."""
-        with self._reading(layer) as whole:
+        with self._whole.reading(layer) as whole:
             for source in self._sources:
                 if source.layer == layer:
                     within = source.path.removeprefix(self._layers[layer])
@@ -311,10 +308,10 @@ class Mirror:
     def _stamp(self, source: Source, name: str) -> tuple[int, int] | None:
         """Where a live parameter's numbers are, and how often they have been written; None if that
         is not known: some optimizers write through `.data`, which is not counted."""
-        share = self._share(source.live, name)
-        if share is not None:
+        module = innermost(source.live)
+        if (share := self._whole.share(module, name)) is not None:
             return None if share.trained else share.stamp()
-        origin = innermost(source.live)._parameters[name]
+        origin = module._parameters[name]
         assert origin is not None
         return None if origin.requires_grad else (origin.data_ptr(), origin._version)
 
@@ -332,45 +329,11 @@ class Mirror:
         """Each source with its live module, whole until the next one."""
         groups: dict[int | None, list[Source]] = {}
         for source in sources:
-            group = None if self._ranks is None else self._shards.group_of(source.live)
-            groups.setdefault(group, []).append(source)
+            groups.setdefault(self._whole.group_of(source.live), []).append(source)
         for group, members in groups.items():
-            with self._reading(group, trained=trained) as whole:
+            with self._whole.reading(group, trained=trained) as whole:
                 for source in members:
                     yield source, whole(of(source))
-
-    @contextmanager
-    def _reading(
-        self, group: int | None, *, trained: bool = False
-    ) -> Iterator[Callable[[nn.Module], nn.Module]]:
-        """Gives what makes a live module whole, for those of one group."""
-        if self._ranks is None or group is None:
-            yield lambda module: module
-            return
-        with self._ranks.gathered(group, trained=trained) as gather:
-            read = self._shards.reader(gather)
-            yield lambda module: self._twin(module, read)
-
-    @property
-    def _shards(self) -> Shards:
-        assert self._ranks is not None and self._ranks.shards is not None
-        return self._ranks.shards
-
-    def _share(self, module: nn.Module, name: str) -> Share | None:
-        """The share that holds a parameter of a live module; None for one that is whole."""
-        return None if self._ranks is None else self._shards.share(innermost(module), name)
-
-    def _outline(self, module: nn.Module, name: str) -> nn.Parameter | None:
-        """What stands for a sharded parameter of a live module, the same for tied ones."""
-        return None if self._ranks is None else self._shards.outline(innermost(module), name)
-
-    def _outlined(self, module: nn.Module) -> nn.Module:
-        """A live module, or where it is sharded a copy that has the shapes of whole parameters."""
-        return module if self._ranks is None else self._twin(module, self._shards.outline)
-
-    def _twin(self, module: nn.Module, values: Values) -> nn.Module:
-        deep = len(parts(module)) > 1
-        return whole_twin(module, values, self._shards.named, deep=deep)
 
     def follow_state(self) -> None:
         """Takes over what modules hold beside parameters: buffers, and lengths that they have seen.

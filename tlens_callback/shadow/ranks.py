@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tlens_callback.shadow.gather import Gather, Shards
 from tlens_callback.shadow.layers import layer_of, layer_paths
 from tlens_callback.shadow.live import logits_of
-from tlens_callback.shadow.shards import FSDP1, ZERO3, Gather, Shards, sharded
+from tlens_callback.shadow.shards import FSDP1, ZERO3, in_zero_forward, sharded
 from tlens_callback.shadow.skeleton import skeleton
 from tlens_callback.shadow.weights import parts, resolve, unwrap
 
@@ -161,7 +162,7 @@ class Ranks:
                 dist.broadcast(shape, 0, group=self.group)
                 tokens = torch.zeros(tuple(shape.tolist()), dtype=torch.int64)
                 dist.broadcast(tokens, 0, group=self.group)
-                self._logits(tokens, *of)
+                self._logits(tokens, of[0], of[1])
             else:
                 watching, next_check, length = of
                 self.watching = bool(watching)
@@ -181,10 +182,11 @@ class Ranks:
             trained: only of shares that training writes to.
         """
         gather = self._gather(group, trained)
-        with self._collective():
-            self._wish(_GATHER, group, int(trained))
-            gather.run()
-        self.gathers += 1
+        if not gather.empty:
+            with self._collective():
+                self._wish(_GATHER, group, int(trained))
+                gather.run()
+            self.gathers += 1
         yield gather
 
     def logits(self, tokens: Tensor, *, eager: bool, autocast: torch.dtype | None) -> Tensor:
@@ -195,7 +197,7 @@ class Ranks:
             self._wish(_RUN, int(eager), kind)
             dist.broadcast(torch.tensor(sent.shape), 0, group=self.group)
             dist.broadcast(sent, 0, group=self.group)
-            return self._logits(sent, int(eager), kind, 0)
+            return self._logits(sent, int(eager), kind)
 
     def close(self) -> None:
         """Frees the connection of the processes; every one calls it."""
@@ -203,7 +205,7 @@ class Ranks:
             with suppress(Exception):
                 dist.destroy_process_group(self.group)
 
-    def _logits(self, tokens: Tensor, eager: int, autocast: int, _: int) -> Tensor:
+    def _logits(self, tokens: Tensor, eager: int, autocast: int) -> Tensor:
         assert self.shards is not None
         kind = None if autocast < 0 else _DTYPES[autocast]
         # ZeRO-3 learns the order of modules from the first pass that its outermost hook sees, and
@@ -211,7 +213,8 @@ class Ranks:
         wrapped = self.sharded != ZERO3
         model = self.model if wrapped else unwrap(self.model)
         tokens = tokens.to(self.shards.device)
-        logits = logits_of(model, tokens, eager=bool(eager), autocast=kind, wrapped=wrapped)
+        with in_zero_forward(model):
+            logits = logits_of(model, tokens, eager=bool(eager), autocast=kind, wrapped=wrapped)
         # The pass has left some parameters whole.
         self._find_shards()
         return logits

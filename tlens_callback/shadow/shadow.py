@@ -4,7 +4,6 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +17,11 @@ from tlens_callback.shadow.memory import Holding, demand_holding
 from tlens_callback.shadow.mirror import Mirror
 from tlens_callback.shadow.ranks import Ranks
 from tlens_callback.shadow.refusals import language_model, refuse
+from tlens_callback.shadow.taps import OUTPUTS, Reduce, Taken, run_taps
 from tlens_callback.shadow.weights import unwrap
 
-LOGITS = "logits"
-LAST_LOGITS = "last_logits"
-_OUTPUTS = (LOGITS, LAST_LOGITS)
 _ID = ("id", "index")
 """Endings of a config's fields that hold the id of a token."""
-
-Taken = Tensor | tuple[Tensor, ...]
-"""The result of one reduction, on the CPU, with floating point numbers as float32."""
-
-Reduce = Callable[[Tensor], Taken]
-"""Takes the activation of a hook, on the device inside the forward pass; returns few numbers."""
 
 
 class Shadow:
@@ -312,84 +303,7 @@ class Shadow:
         Raises:
             ValueError: if a name is no hook point of this model, or its hook did not fire.
         """
-        taken: list[dict[str, Taken]] = [{} for _ in taps]
-        failed: set[int] = set()
-
-        def fail(i: int, error: Exception) -> None:
-            if on_error is None:
-                raise error
-            failed.add(i)
-            on_error(i, error)
-
-        def take(i: int, name: str, reduce: Reduce, value: Tensor) -> None:
-            if i in failed:
-                return
-            try:
-                result = reduce(value)
-                if not all(isinstance(t, Tensor) for t in as_tuple(result)):
-                    raise ValueError(
-                        f"The reduction on {name!r} returned {type(result).__name__}; it has to "
-                        f"return a tensor or a tuple of tensors."
-                    )
-                taken[i][name] = result
-            except Exception as error:
-                fail(i, error)
-
-        plan = [(i, name, reduce) for i, tap in enumerate(taps) for name, reduce in tap.items()]
-        if not plan:
-            return taken
-        handles = []
-        try:
-            for i, name, reduce in plan:
-                if name not in _OUTPUTS and i not in failed:
-                    try:
-                        point: Any = self.hook(name)
-                    except ValueError as error:
-                        fail(i, error)
-                        continue
-                    handles.append((point, point.add_hook(partial(_listen, take, i, name, reduce))))
-            if any(name == LOGITS or name.startswith("unembed") for _, name, _ in plan):
-                logits = self.logits(batch.tokens)
-                ends = logits[torch.arange(len(logits), device=logits.device), batch.last]
-            else:
-                logits = ends = self._last_logits(batch)
-        finally:
-            for point, handle in handles:
-                handle.hook.remove()
-                point.fwd_hooks.remove(handle)
-        for i, name, reduce in plan:
-            if name in _OUTPUTS:
-                take(i, name, reduce, logits if name == LOGITS else ends)
-        for i, name, _ in plan:
-            if i not in failed and name not in taken[i]:
-                fail(i, ValueError(f"The forward pass never reached the hook point {name!r}."))
-        return [
-            {} if i in failed else {name: got[name] for name in tap}
-            for i, (tap, got) in enumerate(zip(taps, taken, strict=True))
-        ]
-
-    def _last_logits(self, batch: ProbeBatch) -> Float[Tensor, "probe vocab"]:
-        """Returns the logits at each probe's last token, and computes no others.
-
-        The head gets one row per probe. `logits_to_keep` would take the same positions of every
-        probe: [probe, distinct length, vocab].
-        """
-        model: Any = self.bridge.original_model
-        head = model.get_output_embeddings()
-        rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
-
-        def keep_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden, *rest = args
-            return (hidden[rows, batch.last][:, None], *rest)
-
-        handle = None if head is None else head.register_forward_pre_hook(keep_last)
-        try:
-            logits = self.logits(batch.tokens)
-        finally:
-            if handle is not None:
-                handle.remove()
-        # A model that does not call its head through its module has computed all of them.
-        return logits[:, 0] if logits.shape[1] == 1 else logits[rows, batch.last]
+        return run_taps(self, batch, taps, on_error)
 
     def logits(
         self,
@@ -424,23 +338,10 @@ class Shadow:
             ValueError: for a name that is no hook point of this model.
         """
         if name not in self.hooks:
-            near = difflib.get_close_matches(name, [*self.hooks, *_OUTPUTS], n=3)
+            near = difflib.get_close_matches(name, [*self.hooks, *OUTPUTS], n=3)
             raise ValueError(
                 f"This model has no hook point {name!r}. "
                 + (f"Similar names: {near}. " if near else "")
                 + "To list all hook points: list(Shadow.of(model).hooks)."
             )
         return self.hooks[name]
-
-
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Returns the result of a reduction as a tuple, also if it is a single tensor."""
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _listen(
-    take: Callable[..., None], i: int, name: str, reduce: Reduce, value: Any, hook: Any
-) -> None:
-    """A hook that only reads; it returns nothing, because that would replace the activation."""
-    del hook
-    take(i, name, reduce, value)
