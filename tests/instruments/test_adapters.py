@@ -296,6 +296,23 @@ def test_several_active_adapters_are_one_update():
     assert readings["adapter_spectrum/singular_values"].values.shape == (2, 7, 6)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_update_is_compared_with_a_weight_that_is_trained_too(trained):
+    model = adapted()
+    shadow, instrument = Shadow.of(model), AdapterSpectrum()
+    train(model, batch_for(shadow))
+    bases = [m.weight for n, m in model.named_modules() if n.endswith("base_layer")]
+    for weight in bases:
+        weight.requires_grad_(trained)
+    first = look(instrument, shadow)["adapter_spectrum/relative_norm"].values
+    with torch.no_grad():
+        for weight in bases:
+            weight *= 2
+    again = look(instrument, shadow)["adapter_spectrum/relative_norm"].values
+    # The size of a frozen weight is measured once.
+    np.testing.assert_allclose(again, first / 2 if trained else first, rtol=1e-6)
+
+
 def test_what_is_not_in_every_layer_is_listed():
     model = adapted(target_modules=["embed_tokens", "lm_head", "q_proj", "layers.1.mlp.down_proj"])
     shadow = Shadow.of(model)
