@@ -52,7 +52,9 @@ def asked_of(connection: socket.socket) -> tuple[list[int], dict[str, Any]]:
     with connection.makefile("rb", buffering=0) as file:
         told, wanted = b"", int.from_bytes(size)
         while len(told) < wanted:
-            told += file.read(wanted - len(told)) or b""
+            if not (more := file.read(wanted - len(told))):
+                os._exit(0)  # the client has gone
+            told += more
     return streams, json.loads(told)
 
 

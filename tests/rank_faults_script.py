@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from tests import engines, engines_script
 from tests.training import CAPITAL
-from tlens_callback import HeadScores, LogitLens, MemorySink, TLensCallback
+from tlens_callback import FrozenWeights, HeadScores, LogitLens, MemorySink, TLensCallback
 from tlens_callback.shadow import ranks
 from tlens_callback.shadow.gather import Gather
 from tlens_callback.shadow.ranks import Ranks
@@ -117,6 +117,7 @@ def spoil(place: str, step: int) -> tuple[Broken, MemorySink]:
         "sync": (Shadow, "sync", fail, 1),
         "room": (Ranks, "_gather", no_memory, 5),
         "gather": (Gather, "run", fail, 5),
+        "gather in read": (Gather, "run", fail, 9),
         "interrupt gather": (Gather, "run", kill(signal.SIGINT), 5),
         "kill gather": (Gather, "run", kill(signal.SIGKILL), 5),
         "forward": (Ranks, "_logits", fail, 1),
@@ -140,7 +141,7 @@ def train(engine: str, place: str, on_error: Any, step: int) -> dict[str, Any]:
     engines.prepare(engine)
     broken, sink = spoil(place, step)
     look = TLensCallback(
-        [CAPITAL], instruments=[HeadScores(), broken], every_n_steps=1, sinks=[sink],
+        [CAPITAL], instruments=[HeadScores(), FrozenWeights(every=1), broken], every_n_steps=1, sinks=[sink],
         on_error=on_error, writing="inline",
     )  # fmt: skip
     without = place == "unwatched" or (place == "alone" and os.environ["RANK"] != "0")

@@ -142,7 +142,9 @@ class TLensCallback(TrainerCallback, Watcher):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._join_later_wandb()
+        watching = self.observer is not None and self.observer.watching
+        if watching:
+            self._join_later_wandb()
         step = state.global_step
         last = control.should_training_stop or step >= state.max_steps
         by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)
@@ -150,7 +152,7 @@ class TLensCallback(TrainerCallback, Watcher):
         hold = control.should_log or control.should_evaluate or by_epoch
         observe = step % self.settings.every_n_steps == 0
         self._after_update(step, observe=observe, last=last, hold=hold)
-        if self.observer is not None and last and not hold:
+        if self.observer is not None and watching and last and not hold:
             self.observer.finish()
 
     @guarded

@@ -10,8 +10,8 @@ from typing import Any, Self, Unpack
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import training_rows
@@ -20,6 +20,7 @@ from tlens_callback.run.printing import print_lines, warn
 from tlens_callback.run.settings import Options, Settings
 from tlens_callback.run.terminal import summary
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.ranks import is_first_process
 from tlens_callback.shadow.shards import sharded
 from tlens_callback.shadow.weights import unwrap
 from tlens_callback.sinks import LocalSink
@@ -50,8 +51,9 @@ class Tracer(Watcher):
     and wait for it where it is not.
 
     Args:
-        model: the model that is trained: a `PreTrainedModel`, plain or wrapped by PEFT, DDP,
-            `Accelerator.prepare` or `torch.compile`.
+        model: the model that is trained: a `PreTrainedModel`, plain or wrapped by PEFT, DDP, FSDP,
+            DeepSpeed, `Accelerator.prepare` or `torch.compile`. With several processes give what
+            was wrapped for them.
         tokenizer: encodes the probes; a copy of it is used. It can be None if all probes, targets
             and foils are token ids.
         probes: the texts to run, or the path of a file that `read_probes` reads. None: the first
@@ -140,7 +142,7 @@ class Tracer(Watcher):
             self._meet(self._model)
         if self.ranks is not None:
             self.ranks.steps.add(self._begin)
-        if not _is_first_process():
+        if not is_first_process():
             if self.ranks is not None:
                 self.ranks.serve()
             self._entered = True
@@ -306,17 +308,11 @@ class Tracer(Watcher):
             )
 
 
-def _is_first_process() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or (
-        distributed.get_rank() == 0
-    )
-
-
 def _is_parallel(model: nn.Module) -> bool:
     """Whether several processes train this model together."""
-    parallel = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    return parallel or sharded(model) is not None
+    # DDP and DeepSpeed's engine keep the model under this name.
+    wrapped = not isinstance(model, PreTrainedModel) and "module" in model._modules
+    return wrapped or sharded(model) is not None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.settings import Settings
 from tlens_callback.run.terminal import opening
 from tlens_callback.shadow import Shadow
-from tlens_callback.shadow.ranks import Ranks
+from tlens_callback.shadow.ranks import Ranks, has_other_processes, is_first_process
 from tlens_callback.sinks.default import active_wandb, outgoing_lines
 
 
@@ -49,6 +49,14 @@ class Watcher:
         self.ranks = self.ranks or Ranks.meet(model, self.settings.name)
         if self.ranks is not None:
             self.ranks.begin(model)
+        elif is_first_process() and has_other_processes():
+            print_lines(
+                [
+                    "tlens: only rank 0 watches. The others do not know when it observes: their "
+                    "collectives wait for it meanwhile, and may time out. Give all of them the "
+                    "callback or tracer."
+                ]
+            )
 
     def _part(self) -> None:
         """Ends it; every process calls it."""

@@ -22,6 +22,7 @@ from tests import tiny
 from tests.shadow.test_layers import Living
 from tlens_callback import Shadow
 from tlens_callback.shadow.gather import Gather
+from tlens_callback.shadow.low_rank import low_rank_updates
 from tlens_callback.shadow.ranks import Ranks
 from tlens_callback.shadow.shards import shares
 from tlens_callback.shadow.weights import unwrap
@@ -96,13 +97,15 @@ def flat(original: bool) -> Any:
 
 
 def adapted() -> Any:
-    """LoRA on every linear layer, of an effect, and a head of its own."""
+    """LoRA on every linear layer, of an effect and half of it frozen, and a head of its own."""
     torch.manual_seed(0)
     settings: Any = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"]}
     model = get_peft_model(tiny.model("llama", **CONFIG), LoraConfig(**settings))
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             nn.init.normal_(parameter, std=0.05)
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
     return model.eval()
 
 
@@ -127,6 +130,7 @@ def followed(shard: Any) -> dict[str, Any]:
     whole = Shadow.of(copy.deepcopy(plain))
     wanted = {w.name: w.value.clone() for w in whole.mirror.weights()}
     logits = whole.logits(TOKENS)
+    updates = [(u.name, u.b, u.a) for u in low_rank_updates(whole)]
     with whole.without_adapters():
         base = whole.logits(TOKENS)
     model = shard(plain)
@@ -164,6 +168,15 @@ def followed(shard: Any) -> dict[str, Any]:
                     if torch.equal(weight.value, wanted[weight.name]):
                         names.append(weight.name)
             found["other weights"] = sorted(wanted.keys() - set(names))
+            found["other updates"] = [
+                update.name
+                for update, (name, b, a) in zip(
+                    sorted(low_rank_updates(shadow, numbers=False), key=lambda u: u.name),
+                    sorted(updates, key=lambda u: u[0]),
+                    strict=True,
+                )
+                if not (name == update.name and torch.equal(b, update.b) and a.equal(update.a))
+            ]
             before = ranks.gathers
             shadow.sync()
             found["gathers of a sync"] = ranks.gathers - before
@@ -189,6 +202,7 @@ def main(to: str) -> None:
         found[f"{name}, control"] = same(values, odd(4).to(values["a"].dtype) if values else odd())
     for name, shard in (
         ("FSDP2", fsdp2),
+        ("FSDP2, compiled", lambda model: torch.compile(fsdp2(model), backend="eager")),
         ("FSDP1 in units", partial(fsdp1, units=True)),
         ("FSDP1 in one unit", partial(fsdp1, units=False)),
     ):

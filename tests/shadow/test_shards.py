@@ -38,7 +38,7 @@ def ranks(tmp_path_factory):
 
 
 WAYS = ["FSDP2 by rows", "FSDP2 in bfloat16", "FSDP2 by columns", "FSDP1"]
-ENGINES = ["FSDP2", "FSDP1 in units", "FSDP1 in one unit"]
+ENGINES = ["FSDP2", "FSDP2, compiled", "FSDP1 in units", "FSDP1 in one unit"]
 
 
 @pytest.mark.parametrize("way", [*WAYS, "FSDP1 without the parameters"])
@@ -53,6 +53,12 @@ def test_the_shadow_has_the_weights_of_the_whole_model(ranks, engine):
     found = ranks[0][engine]
     assert found["other weights"] == [] and found["streamed"]
     assert found["logits"] == 0 and found["live"] < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_updates_of_half_frozen_adapters(ranks, engine):
+    """As LoRA-FA has them."""
+    assert ranks[0][engine]["other updates"] == []
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -321,6 +321,8 @@ class Observer:
         first = step == self._first_step
 
         def failed(instrument: Instrument, error: Exception) -> None:
+            if self.ranks is not None and self.ranks.broken:
+                raise error
             # After resuming, an instrument with an `every` may be asked first at a later step.
             new = self._schedule.is_new(instrument)
             optional = new and getattr(instrument, "optional", False)

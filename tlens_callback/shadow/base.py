@@ -203,8 +203,7 @@ def _renew(
     mirror: Mirror, overwritten: Sequence[tuple[Source, str]], split: Sequence[SplitCopy]
 ) -> None:
     """Writes anew all that is a copy, after the mirror's weights were exchanged."""
-    for source, name in overwritten:
-        mirror.write(source, name)
+    mirror.write(overwritten)
     refresh(split)
     if mirror.layers is not None:
         mirror.layers.sync()

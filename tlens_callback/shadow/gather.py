@@ -12,7 +12,7 @@ from tlens_callback.shadow.shards import Place, Share, shares
 class Gather:
     """Brings shares together in rank 0: one collective for each group of processes.
 
-    What may run out of memory is done when it is made, before the other processes are asked.
+    What may run out of memory is done when it is made: in rank 0 before the others are asked.
     """
 
     def __init__(self, wanted: list[Share]) -> None:
@@ -95,9 +95,13 @@ class Shards:
                 self._shares[place] = share, i
                 self._named.setdefault(place[0], []).append(place[1])
             for i, (shape, trained) in enumerate(share.tensors):
-                nothing = torch.empty((), dtype=share.dtype, device=share.device).expand(shape)
+                # Whoever takes it for the numbers finds that they are none.
+                none = torch.nan if share.dtype.is_floating_point else 0
+                nothing = torch.full((), none, dtype=share.dtype, device=share.device)
+                nothing = nothing.expand(shape)
                 self._outlines[id(share), i] = nn.Parameter(nothing, requires_grad=trained)
-        self.device = found[0].device
+        # FSDP1 shares nothing where there is one process.
+        self.device = found[0].device if found else next(model.parameters()).device
         self.groups: list[list[Share]] = []
         self._groups: dict[int, int] = {}
         for modules in layers:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel as _FSDP1
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tlens_callback.shadow.packed import repacks
+from tlens_callback.shadow.shards import FSDP1
 
 _IMPLEMENTATION = "_attn_implementation_internal"
 """The attribute of a config that names the attention implementation."""
@@ -37,7 +37,7 @@ def as_inference(
     configs = _configs(model) if eager else []
     kinds = [vars(config).get(_IMPLEMENTATION) for config in configs]
     # FSDP1 sets itself up in the first forward pass, which must not be undone.
-    states = [_State(module) for module in modules if not isinstance(module, _FSDP1)]
+    states = [_State(module) for module in modules if not isinstance(module, FSDP1)]
     flags = [(module, module.training) for module in modules]
     try:
         for module in modules:
@@ -77,8 +77,9 @@ def logits_of(
         if not wrapped:
             return type(model).forward(model, input_ids=tokens, use_cache=False).logits
         for module in model.modules():
-            # Given back by `as_inference`.
-            vars(module).pop("forward", None)
+            # Given back by `as_inference`. A compiled module has no other.
+            if "_orig_mod" not in module._modules:
+                vars(module).pop("forward", None)
             if isinstance(module, PreTrainedModel):
                 break
         return model(input_ids=tokens, use_cache=False).logits

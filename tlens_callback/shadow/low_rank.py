@@ -39,15 +39,17 @@ def low_rank_updates(shadow: Shadow, *, numbers: bool = True) -> Iterator[LowRan
     """The low-rank updates of the live model that `shadow` follows, in the order of its modules.
 
     Args:
-        numbers: whether the numbers in `weight` are needed. Without them it may have only shape,
-            dtype and device, and the updates can all be held at once.
+        numbers: whether the numbers in `weight` are needed. Without them `weight` may have only
+            shape, dtype and device, and the updates can all be held at once.
 
     They are those of plain LoRA on linear layers, Conv1D and embeddings, with any initialisation.
     Left out are tuners whose effect is not just such a product (DoRA, LoRA with a bias of its own,
     LoHa, OFT, IA3 ...), adapters on stacked experts, and adapters that are at the moment disabled
     or merged into the live weight.
     """
-    for path, module in shadow.mirror.live_modules(trained=not numbers):
+    # Trained parameters alone are gathered for it, where those of the adapters are among them.
+    adapters = not numbers and not shadow.mirror.has_frozen_adapters()
+    for path, module in shadow.mirror.live_modules(trained=adapters):
         found = low_rank_update(module, numbers=numbers)
         if found is not None:
             yield LowRankUpdate(path, *found)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -204,6 +205,19 @@ class Mirror:
         """Names, in a plain model, of all modules with parameters."""
         return [source.path for source in self._sources]
 
+    def has_frozen_adapters(self) -> bool:
+        """Whether parameters of active adapters are not trained, such as LoRA-FA's A."""
+        for source in self._sources:
+            for tuner in source.live.modules():
+                if isinstance(tuner, BaseTunerLayer):
+                    active = set(tuner.active_adapters)
+                    for name, parameter in self._whole.outlined(tuner).named_parameters():
+                        within = name.split(".")
+                        if within[0] != "base_layer" and not active.isdisjoint(within):
+                            if not parameter.requires_grad:
+                                return True
+        return False
+
     def live_modules(self, *, trained: bool = False) -> Iterator[tuple[str, nn.Module]]:
         """Name in a plain model, and live module with its adapters, of all with parameters.
 
@@ -235,12 +249,16 @@ class Mirror:
                 if name in source.aliased or None in source.stored[name].layers:
                     yield source, name, own
 
-    def write(self, source: Source, name: str) -> None:
-        """Writes the current value of a stored resident parameter."""
-        own = source.module._parameters[name]
-        assert own is not None
-        for _, whole in self._wholes([source], of=self._shown):
-            self._write(source, whole, {name: own.detach()})
+    def write(self, stored: Iterable[tuple[Source, str]]) -> None:
+        """Writes the current values of stored resident parameters, given by source and name."""
+        into: dict[int, dict[str, Tensor]] = {}
+        sources = {id(source): source for source, _ in stored}
+        for source, name in stored:
+            own = source.module._parameters[name]
+            assert own is not None
+            into.setdefault(id(source), {})[name] = own.detach()
+        for source, whole in self._wholes([*sources.values()], of=self._shown):
+            self._write(source, whole, into[id(source)])
 
     def fits(self, base: nn.Module) -> bool:
         """Whether each module still has the source that it was built on; False after `release`."""

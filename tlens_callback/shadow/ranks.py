@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tlens_callback.shadow.gather import Gather, Shards
 from tlens_callback.shadow.layers import layer_of, layer_paths
 from tlens_callback.shadow.live import logits_of
+from tlens_callback.shadow.refusals import language_model, refuse
 from tlens_callback.shadow.shards import FSDP1, ZERO3, in_zero_forward, sharded
 from tlens_callback.shadow.skeleton import skeleton
 from tlens_callback.shadow.weights import parts, resolve, unwrap
@@ -26,10 +27,26 @@ _MEET = timedelta(minutes=2)
 _MEET_WHOLE = timedelta(seconds=20)
 """The same for a model that is not sharded: it can do without them."""
 
-_WAIT = timedelta(days=7)
-"""How long they wait for rank 0: an observation may take minutes. If it dies, they are told."""
+_WAIT = timedelta(hours=6)
+"""How long they wait for rank 0, whose observation may take minutes. If it dies, they are told."""
+
+_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+"""For which precisions of autocast a pass can be asked."""
+
+_met: dict[str, int] = {}
 
 _ALONE, _TOGETHER = "alone", "together"
+
+
+def has_other_processes() -> bool:
+    """Whether `torch.distributed` has connected this process with others."""
+    connected = dist.is_available() and dist.is_initialized()
+    return connected and dist.get_world_size() > 1
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not has_other_processes() or dist.get_rank() == 0
 
 
 class RankError(RuntimeError):
@@ -41,18 +58,21 @@ class Ranks:
 
     Rank 0 has the shadow, the probes, the instruments and the sinks. While it `leads`, the others
     `serve`: they wait for what it asks, which is a gather of parameters or a forward pass of the
-    live model, and for its end. Nothing that can fail in one process alone happens between two
-    collectives, so none is left waiting: if rank 0 fails, it says so in place of its next wish.
-    Between observations no process waits for another.
+    live model, and for its end. Whatever fails in rank 0 between two wishes, it says so in place of
+    its next wish, and no process is left waiting. Only within a wish can the processes not part: if
+    one fails there, the training ends. Between observations no process waits for another.
 
     Attributes:
         first: whether this process is rank 0.
         world: number of processes.
+        model: the live model, without what DDP or DeepSpeed have put around it.
         sharded: the name of what has spread the parameters over the processes, or None.
         watching: whether rank 0 wants to observe again.
         next_check: the step from which on it wants to compare shadow and model again, or None.
         steps: the steps after which it has observed.
         gathers: how often it has asked for parameters.
+        broken: whether something has failed within a wish, so that no other can be asked.
+        shards: of a sharded model, while rank 0 leads.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -63,12 +83,25 @@ class Ranks:
         self.broken = False
 
     def begin(self, model: nn.Module) -> None:
-        """Begins a run; every process calls it, with what its trainer has made of the model."""
+        """Begins a run; every process calls it, with what its trainer has made of the model.
+
+        Raises:
+            ValueError: for a sharded model that cannot have a shadow, or after a failure that the
+                processes cannot mend.
+        """
+        if self.broken:
+            raise ValueError(
+                "An earlier training ended while the processes gathered parameters, and they are "
+                "not in step any more. Start the processes anew."
+            )
         while not isinstance(model, FSDP1) and "module" in model._modules:
             # Around DDP and DeepSpeed's engine, whose hooks are on the modules inside.
             model = model.get_submodule("module")
         self.model = model
         self.sharded = sharded(model)
+        if self.sharded is not None:
+            refuse(model, together=True)
+            language_model(model)
         self.watching = True
         self.next_check: int | None = None
         self.steps: set[int] = set()
@@ -83,7 +116,7 @@ class Ranks:
             name: of the callback or tracer.
 
         Returns:
-            None if there is one process, or only rank 0 has come, and the model is not sharded.
+            None if the model is not sharded, and there is one process or not all have come.
 
         Raises:
             ValueError: if the model is sharded and not all processes have come.
@@ -258,12 +291,21 @@ class Ranks:
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
-        """Ctrl-C waits until the collective is over, which the others could not leave."""
+        """Ctrl-C waits until the collective is over, which the others could not leave; a second one
+        does not."""
+        if self.broken:
+            raise RuntimeError("The processes are not in step any more; nothing can be gathered.")
         interrupted: list[Any] = []
         main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGINT) if main else None
+
+        def interrupt(*of: Any) -> None:
+            interrupted.append(of)
+            if len(interrupted) > 1 and callable(before):
+                before(*of)
+
         if main and before is not None:
-            signal.signal(signal.SIGINT, lambda *of: interrupted.append(of))
+            signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         except BaseException:
@@ -274,11 +316,6 @@ class Ranks:
                 signal.signal(signal.SIGINT, before)
         if interrupted and callable(before):
             before(*interrupted[0])
-
-
-_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-_met: dict[str, int] = {}
 
 
 def _times(name: str) -> int:

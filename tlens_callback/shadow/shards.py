@@ -32,7 +32,8 @@ class Share:
         group: the processes that hold it; None if each of them holds all of it.
         numel, dtype: of what each of them contributes.
         device: where the model computes with it.
-        stamp: changes when the share is written to, unless through `.data`.
+        stamp: changes when the share is written to, unless through `.data`; gives None where that
+            is not known.
         local: gives the share, flat, [numel].
         join: makes the tensors from all shares, [process, numel].
     """
@@ -43,7 +44,7 @@ class Share:
     numel: int
     dtype: torch.dtype
     device: torch.device
-    stamp: Callable[[], tuple[int, int]]
+    stamp: Callable[[], tuple[int, int] | None]
     local: Callable[[], Tensor]
     join: Callable[[Tensor], list[Tensor]]
 
@@ -101,9 +102,8 @@ def shares(model: nn.Module) -> list[Share]:
     flat: set[Place] = set()
     for module in model.modules():
         if isinstance(module, FSDP1) and module._handle is not None:
-            if module._handle.uses_sharded_strategy:
-                found.append(_of_flat_parameter(module._handle))
-                flat.update(place for place, _ in found[-1].parameters)
+            found.append(_of_flat_parameter(module._handle))
+            flat.update(place for place, _ in found[-1].parameters)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and (id(module), name) not in flat:
@@ -241,11 +241,11 @@ def _of_flat_parameter(handle: Any) -> Share:
     return Share(
         [(torch.Size(shape), grad) for shape, grad in zip(flat._shapes, trained, strict=True)],
         [*((place, i) for i, place in enumerate(own)), *same],
-        handle.process_group,
+        handle.process_group if handle.uses_sharded_strategy else None,
         share().numel(),
         share().dtype,
         handle.device,
-        lambda: (share().data_ptr(), share()._version),
+        lambda: None,  # FSDP1 keeps it as `.data`, whose writes are not counted
         lambda: share().detach(),
         join,
     )
