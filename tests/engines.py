@@ -2,23 +2,26 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("one process", "ddp", "zero2", "zero3", "fsdp1", "fsdp2", "fsdp2 native")
+from tests.processes import free_port
 
 
 def prepare(engine: str) -> None:
     """Lets accelerate shard on CPUs, which it does on GPUs alone; before anything is imported."""
-    if engine.startswith("fsdp2 native") or not engine.startswith(("fsdp", "zero")):
+    if not _needs_gpus(engine):
         return
     if engine.startswith("fsdp"):
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ["FSDP_SYNC_MODULE_STATES"] = "false"
     on_cpus()
+
+
+def _needs_gpus(engine: str) -> bool:
+    return engine.startswith(("fsdp", "zero")) and not engine.startswith("fsdp2 native")
 
 
 def on_cpus() -> None:
@@ -35,7 +38,7 @@ def on_cpus() -> None:
 
 def arguments(engine: str) -> dict[str, Any]:
     """What TrainingArguments need for it."""
-    if engine.startswith("fsdp2 native") or not engine.startswith(("fsdp", "zero")):
+    if not _needs_gpus(engine):
         return {"use_cpu": True}
     name, *how = engine.split()
     if name.startswith("fsdp"):
@@ -70,13 +73,10 @@ def arguments(engine: str) -> dict[str, Any]:
 
 def trained(folder: Path, *runs: str, processes: int = 2) -> list[dict[str, Any]]:
     """What each process found in the runs of `tests.engines_script`, which share an engine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launch = [sys.executable, "-m"]
     if not runs[0].startswith("one process"):
         launch += ["torch.distributed.run", f"--nproc_per_node={processes}"]
-        launch += [f"--master_port={port}", "-m"]
+        launch += [f"--master_port={free_port()}", "-m"]
     done = subprocess.run(
         [*launch, "tests.engines_script", str(folder), *runs],
         cwd=Path(__file__).parent.parent,

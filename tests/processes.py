@@ -8,6 +8,7 @@ environment, streams and an end of its own.
 import atexit
 import functools
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,13 @@ ENVIRONMENT = dict(os.environ)
 def python() -> list[str]:
     """What begins a command in the place of `sys.executable`, where no fresh Python is tested."""
     return [sys.executable, "-I", "-S", str(HERE / "fork_client.py"), _server()]
+
+
+def free_port() -> int:
+    """A port at which nobody listens, for processes that are to meet there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests import engines, engines_script
+from tests.processes import free_port
 from tests.training import CAPITAL
 from tlens_callback import FrozenWeights, HeadScores, LogitLens, MemorySink, TLensCallback
 from tlens_callback.shadow import ranks
@@ -141,8 +141,8 @@ def train(engine: str, place: str, on_error: Any, step: int) -> dict[str, Any]:
     engines.prepare(engine)
     broken, sink = spoil(place, step)
     look = TLensCallback(
-        [CAPITAL], instruments=[HeadScores(), FrozenWeights(every=1), broken], every_n_steps=1, sinks=[sink],
-        on_error=on_error, writing="inline",
+        [CAPITAL], instruments=[HeadScores(), FrozenWeights(every=1), broken], every_n_steps=1,
+        sinks=[sink], on_error=on_error, writing="inline",
     )  # fmt: skip
     without = place == "unwatched" or (place == "alone" and os.environ["RANK"] != "0")
     watched = [] if without else [Clock(), look]
@@ -167,9 +167,7 @@ def start(world: int, *what: Any) -> list[tuple[int, Any]]:
     They are forked, since it takes many seconds to import what they need; and not started by
     torchrun, which ends those that wait.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(world):
         file = tempfile.NamedTemporaryFile("w+", suffix=".json")

@@ -2,13 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.processes import python
+from tests.processes import free_port, python
 
 pytestmark = pytest.mark.slow
 
@@ -17,13 +16,10 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory) -> list[dict[str, dict[str, dict]]]:
     """What each rank found; both train in all ways, one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     done = subprocess.run(
         [
             *(*python(), "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *(f"--master_port={port}", "--no-python"),
+            *(f"--master_port={free_port()}", "--no-python"),
             *(*python(), "-m", "tests.distributed_script", str(folder)),
         ],
         cwd=Path(__file__).parent.parent,

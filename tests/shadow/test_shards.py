@@ -2,13 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.processes import python
+from tests.processes import free_port, python
 
 pytestmark = pytest.mark.slow
 
@@ -18,10 +17,7 @@ WORLD = 3
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
+    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(WORLD)}
     processes = [
         subprocess.Popen(
             [*python(), "-m", "tests.shadow.shards_script", str(folder)],

@@ -32,9 +32,10 @@ def base_lent(
 
     A parameter that an adapter changes is exchanged for the live tensor without the adapter, and
     so are all views of it: nothing is copied, and what was there before comes back untouched. Only
-    where the live tensor is packed, computed, of another dtype or on another device, its value is
-    written into the storage of the merged weight, which is merged anew afterwards. Streamed layers
-    are written without adapters when they are entered.
+    where the live tensor is packed, computed, sharded, of another dtype or on another device, its
+    value is written into the storage of the merged weight, which is merged anew afterwards; or, for
+    a trained copy of a module whose original has another dtype, into a tensor of its own. Streamed
+    layers are written without adapters when they are entered.
 
     Args:
         base: the live model, as `weights.unwrap` returns it.

@@ -36,7 +36,8 @@ class LowRankUpdate:
 
 @torch.no_grad()
 def low_rank_updates(shadow: Shadow, *, numbers: bool = True) -> Iterator[LowRankUpdate]:
-    """The low-rank updates of the live model that `shadow` follows, in the order of its modules.
+    """The low-rank updates of the live model that `shadow` follows, in the order of its modules;
+    where it is sharded, those that are gathered together come together.
 
     Args:
         numbers: whether the numbers in `weight` are needed. Without them `weight` may have only
