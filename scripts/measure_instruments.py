@@ -32,7 +32,7 @@ from tlens_callback.instruments import (
     fast,
 )
 from tlens_callback.probes.builtin import repeated_blocks
-from tlens_callback.shadow.shadow import as_tuple
+from tlens_callback.shadow.taps import as_tuple
 
 
 def texts(vocabulary: int, rows: int, tokens: int = 48) -> list[list[int]]:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -279,6 +279,17 @@ assert QUICK <= CONFIGS.keys()
 def mostly_slow(names: Iterable[str]) -> list[Any]:
     """Parameters of a test; all but a few kinds are marked as slow."""
     return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
+
+
+def in_turns(names: Iterable[Any], ways: Sequence[str]) -> list[Any]:
+    """Parameters for each name and way; of each name all ways but one are marked as exhaustive."""
+    found = []
+    for i, name in enumerate(names):
+        values, marks = getattr(name, "values", (name,)), getattr(name, "marks", ())
+        for j, way in enumerate(ways):
+            more = [pytest.mark.exhaustive] * (i % len(ways) != j)
+            found.append(pytest.param(*values, way, marks=[*marks, *more]))
+    return found
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -3,11 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.processes import free_port
+from tests.processes import free_port, python
 
 
 def prepare(engine: str) -> None:
@@ -73,12 +72,12 @@ def arguments(engine: str) -> dict[str, Any]:
 
 def trained(folder: Path, *runs: str, processes: int = 2) -> list[dict[str, Any]]:
     """What each process found in the runs of `tests.engines_script`, which share an engine."""
-    launch = [sys.executable, "-m"]
+    command = [*python(), "-m", "tests.engines_script", str(folder), *runs]
     if not runs[0].startswith("one process"):
-        launch += ["torch.distributed.run", f"--nproc_per_node={processes}"]
-        launch += [f"--master_port={free_port()}", "-m"]
+        launch = [*python(), "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        command = [*launch, f"--master_port={free_port()}", "--no-python", *command]
     done = subprocess.run(
-        [*launch, "tests.engines_script", str(folder), *runs],
+        command,
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -139,6 +139,8 @@ def spoil(place: str, step: int) -> tuple[Broken, MemorySink]:
 def train(engine: str, place: str, on_error: Any, step: int) -> dict[str, Any]:
     """Trains as one of the processes, and tells how it ended."""
     engines.prepare(engine)
+    # It is ignored in what a shell has started in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     broken, sink = spoil(place, step)
     look = TLensCallback(
         [CAPITAL], instruments=[HeadScores(), FrozenWeights(every=1), broken], every_n_steps=1,

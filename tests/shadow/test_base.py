@@ -5,7 +5,17 @@ import torch
 from torch.nn.utils import parametrizations
 
 from tests import tiny
-from tests.adapters import CONFIGS, EXPERTS, adapt, build, llama, mostly_slow, state, tuner
+from tests.adapters import (
+    CONFIGS,
+    EXPERTS,
+    adapt,
+    build,
+    in_turns,
+    llama,
+    mostly_slow,
+    state,
+    tuner,
+)
 from tests.adapters import lora as config
 from tests.shadow.test_layers import activations
 from tests.shadow.test_shadow import hugging_face_logits, lora, train
@@ -61,8 +71,7 @@ def check(model, untouched, how="resident", *, steps=2, same=True):
     assert (shadow.changed_base == ()) is same
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("name", mostly_slow(CONFIGS))
+@pytest.mark.parametrize(("name", "how"), in_turns(mostly_slow(CONFIGS), WAYS))
 def test_every_tuner_is_left_out(name, how):
     model = build(name)
     untouched = llama(bias=True)
@@ -77,8 +86,7 @@ def test_which_initialisations_write_to_the_base(method):
     check(initialised(method), llama(), same=method == "eva")
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("family", "how"), in_turns(tiny.FAMILIES, WAYS))
 def test_every_family_has_its_base(family, how):
     """Also where the bridge splits a fused tensor, into views or into copies."""
     check(lora(tiny.model(family), lora_dropout=0.0), tiny.model(family), how)

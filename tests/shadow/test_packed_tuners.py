@@ -1,5 +1,7 @@
 """Every tuner that PEFT can put on a packed layer is read, followed and left out."""
 
+import itertools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -33,9 +35,13 @@ QUICK = {"adalora", "oft", "ia3", "vera"}
 
 
 def cases():
+    """Of the tuners that all kinds run, one kind for each in turns; the others are exhaustive."""
+    turns = dict(zip(sorted(EVERYWHERE), itertools.cycle(ELSEWHERE), strict=False))
     for kind, more in ELSEWHERE.items():
         for name in sorted(EVERYWHERE | more):
-            yield pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in QUICK))
+            marks = [pytest.mark.slow] * (name not in QUICK)
+            marks += [pytest.mark.exhaustive] * (turns.get(name, kind) != kind)
+            yield pytest.param(kind, name, marks=marks)
 
 
 @pytest.fixture(scope="module")
