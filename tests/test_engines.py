@@ -107,6 +107,7 @@ def test_no_process_is_left_waiting():
     assert done.stdout.count("held") == 2 * len(FAULTS) + 1
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_is_left_waiting_is_found():
     done = faults("silence", limit=15, on_error="warn")
     assert done.returncode == 1 and "waits" in done.stdout

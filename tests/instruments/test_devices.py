@@ -31,7 +31,10 @@ def run(*what: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("families", ["llama,gpt2,gpt_neox", "gemma2,mixtral,opt"])
+@pytest.mark.parametrize(
+    "families",
+    ["llama,gpt2,mixtral", pytest.param("gemma2,gpt_neox,opt", marks=pytest.mark.exhaustive)],
+)
 def test_every_instrument_at_first_then_after_training_and_after_a_resume(families):
     run("every", families, "float32,bfloat16")
 
