@@ -276,9 +276,15 @@ QUICK = {"lora", "lora bias=all", "dora", "ia3", "oft", "vera", "trainable_token
 assert QUICK <= CONFIGS.keys()
 
 
-def mostly_slow(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test; all but a few kinds are marked as slow."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
+def mostly_slow(names: Iterable[str], *, turn: int | None = None) -> list[Any]:
+    """Parameters of a test; all but a few kinds are marked as slow, and with `turn`, 0 or 1, every
+    other of these as exhaustive: another test has them."""
+    found = []
+    for i, name in enumerate(names):
+        marks = [pytest.mark.slow] * (name not in QUICK)
+        marks += [pytest.mark.exhaustive] * (bool(marks) and turn is not None and i % 2 != turn)
+        found.append(pytest.param(name, marks=marks))
+    return found
 
 
 def in_turns(names: Iterable[Any], ways: Sequence[str]) -> list[Any]:

@@ -35,7 +35,7 @@ from tlens_callback.shadow.weights import adapted_leaves, fill, live_leaves, res
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("name", mostly_slow(CONFIGS))
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, turn=0))
 def test_a_plain_model_with_the_effective_weights_is_the_live_model(name):
     live = build(name)
     before = state(live)
@@ -50,7 +50,7 @@ def test_a_plain_model_with_the_effective_weights_is_the_live_model(name):
         assert (logits(live) - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", mostly_slow(CONFIGS))
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, turn=1))
 def test_the_effective_weights_are_those_of_peft_s_own_merge_of_a_copy(name):
     if name == "lora layer_replication":
         pytest.skip("PEFT merges twice into the base weight that the replicas share")
