@@ -92,19 +92,21 @@ def show(store: Path) -> None:
             print(f"{key.rpartition('/')[2]:16s}", *(f"{step}: {p:.2f} " for step, p in curve))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(description: str, output_dir: str) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", help="hub name or path; SmolLM2-135M-Instruct by default")
     parser.add_argument("--dataset", help="hub name; countries and capitals by default")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=10, help="steps between two observations")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/sft_lora"))
+    parser.add_argument("--output-dir", type=Path, default=Path(output_dir))
     homes = ["none", "wandb", "trackio", "tensorboard"]
     parser.add_argument("--report-to", default="none", choices=homes)
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    model = args.model or str(smollm2())
-    tokenizer = AutoTokenizer.from_pretrained(model)
+
+def train(model, tokenizer, args: argparse.Namespace) -> None:
+    """Trains with LoRA and looks inside; `model` is a name, a path or a model."""
     if args.dataset:
         dataset = load_dataset(args.dataset, split="train")
         probes = None  # the first rows of the data
@@ -139,6 +141,12 @@ def main() -> None:
 
     if trainer.is_world_process_zero():
         show(callback.sinks[0].path)
+
+
+def main() -> None:
+    args = options(__doc__.splitlines()[0], "runs/sft_lora")
+    model = args.model or str(smollm2())
+    train(model, AutoTokenizer.from_pretrained(model), args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.processes import free_port, python
+from tests.processes import python, torchrun
 
 
 def prepare(engine: str) -> None:
@@ -72,12 +72,9 @@ def arguments(engine: str) -> dict[str, Any]:
 
 def trained(folder: Path, *runs: str, processes: int = 2) -> list[dict[str, Any]]:
     """What each process found in the runs of `tests.engines_script`, which share an engine."""
-    command = [*python(), "-m", "tests.engines_script", str(folder), *runs]
-    if not runs[0].startswith("one process"):
-        launch = [*python(), "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        command = [*launch, f"--master_port={free_port()}", "--no-python", *command]
+    launch = python() if runs[0].startswith("one process") else torchrun(processes)
     done = subprocess.run(
-        command,
+        [*launch, "-m", "tests.engines_script", str(folder), *runs],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

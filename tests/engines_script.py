@@ -32,7 +32,7 @@ from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.test_no_trace import fingerprint
+from tests.test_no_trace import fingerprint, peft_config
 from tests.training import CAPITAL, SENTENCES
 from tlens_callback import FrozenWeights, HeadAblation, MemorySink, TLensCallback
 from tlens_callback.instruments import fast
@@ -41,10 +41,7 @@ STEPS = 4
 
 
 def adapter(tuner: str) -> LoraConfig | None:
-    if tuner == "full":
-        return None
-    settings = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.3, "target_modules": "all-linear"}
-    return LoraConfig(**settings, use_dora=tuner == "dora")
+    return None if tuner == "full" else peft_config(use_dora=tuner == "dora")
 
 
 def trainer(

@@ -26,6 +26,12 @@ def python() -> list[str]:
     return [sys.executable, "-I", "-S", str(HERE / "fork_client.py"), _server()]
 
 
+def torchrun(processes: int) -> list[str]:
+    """What begins a command that so many processes run, connected with each other."""
+    launch = [*python(), "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    return [*launch, f"--master_port={free_port()}", "--no-python", *python()]
+
+
 def free_port() -> int:
     """A port at which nobody listens, for processes that are to meet there."""
     with socket.socket() as probe:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port, python
+from tests.processes import torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -17,11 +17,7 @@ def ranks(tmp_path_factory) -> list[dict[str, dict[str, dict]]]:
     """What each rank found; both train in all ways, one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
-        [
-            *(*python(), "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *(f"--master_port={free_port()}", "--no-python"),
-            *(*python(), "-m", "tests.distributed_script", str(folder)),
-        ],
+        [*torchrun(2), "-m", "tests.distributed_script", str(folder)],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,11 +1,17 @@
 """The configurations of examples/accelerate are those that `accelerate launch` reads."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+
+from tests.processes import torchrun
+from tests.test_examples import small  # noqa: F401
+from tlens_callback import read_store
 
 FOLDER = Path(__file__).parent.parent / "examples" / "accelerate"
 SAYS = {
@@ -35,3 +41,20 @@ def test_deepspeed(stage):
     config = load_config_from_file(str(FOLDER / f"zero{stage}.yaml"))
     assert config.distributed_type.value == "DEEPSPEED" or config.distributed_type == "DEEPSPEED"
     assert config.deepspeed_config["zero_stage"] == stage
+
+
+@pytest.mark.slow
+def test_an_example_runs_sharded_as_it_is(small, tmp_path):  # noqa: F811
+    config, script = FOLDER / "fsdp2.yaml", FOLDER.parent / "sft_lora.py"
+    arguments = ["--model", small, "--steps", "2", "--every", "1", "--output-dir", "out"]
+    done = subprocess.run(
+        [*torchrun(2), "-m", "tests.launched", str(config), str(script), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sharded over 2 processes (FSDP2)") == 1
+    assert done.stdout.count("probability of the target, by step") == 1
+    assert read_store(tmp_path / "out" / "tlens").steps == (0, 1, 2)

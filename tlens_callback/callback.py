@@ -75,14 +75,11 @@ class TLensCallback(TrainerCallback, Watcher):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._meet(model)
-        if not state.is_world_process_zero:
-            if self.ranks is not None:
-                self.ranks.steps.add(state.global_step)
-                self.ranks.serve()
-            return
-        with self._leading(fatal=True):
-            self._start(args, state, model, processing_class, train_dataloader)
+        self._meet(model, state.global_step)
+        self._begin(
+            lambda: self._start(args, state, model, processing_class, train_dataloader),
+            first=state.is_world_process_zero,
+        )
 
     def _start(
         self,
@@ -93,8 +90,6 @@ class TLensCallback(TrainerCallback, Watcher):
         train_dataloader: Any,
     ) -> None:
         """Begins to watch; only rank 0 does."""
-        if self.ranks is not None:
-            self.ranks.steps.add(state.global_step)
         # All callbacks of one trainer share this state. The attribute is not saved with it.
         if vars(state).setdefault(f"_{self.name}_callback", id(self)) != id(self):
             raise ValueError(

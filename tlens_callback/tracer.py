@@ -124,7 +124,7 @@ class Tracer(Watcher):
         self._model = model
         self._tokenizer = tokenizer
         self._folder = Path(output_dir)
-        self._begin, self._end = step, last_step
+        self._first, self._last = step, last_step
         self._resume_from = None if resume_from is None else Path(resume_from)
         self._data = SimpleNamespace(dataset=train_dataset)
         self._entered = False
@@ -137,20 +137,13 @@ class Tracer(Watcher):
             raise ValueError(
                 "This tracer is inside its block already; a second block needs a second tracer."
             )
-        self._step, self._log = self._begin, []
+        self._step, self._log = self._first, []
         if _is_parallel(self._model):
-            self._meet(self._model)
-        if self.ranks is not None:
-            self.ranks.steps.add(self._begin)
-        if not is_first_process():
-            if self.ranks is not None:
-                self.ranks.serve()
-            self._entered = True
-            return self
-        with self._leading(fatal=True):
-            self._start()
+            self._meet(self._model, self._first)
+        self._begin(self._start, first=is_first_process())
         self._entered = True
-        self._greet()
+        if self.observer is not None:
+            self._greet()
         return self
 
     def _start(self) -> None:
@@ -166,7 +159,7 @@ class Tracer(Watcher):
                     self._model,
                     self._tokenizer,
                     self._probes,
-                    step=self._begin,
+                    step=self._first,
                     baselines_file=baselines_file,
                     run=self._run_identity,
                     about={},
@@ -205,7 +198,7 @@ class Tracer(Watcher):
         self._join_later_wandb()
         with _full_precision(self._model):
             due = self._step % self.settings.every_n_steps == 0
-            last = self._step == self._end
+            last = self._step == self._last
             self._after_update(self._step, observe=due, last=last)
 
     def save(self, folder: str | Path) -> None:

@@ -44,11 +44,11 @@ class Watcher:
         self.observer = Observer(self.settings, self.sinks, self.ranks)
         return self.observer
 
-    def _meet(self, model: nn.Module) -> None:
-        """Begins a run of several processes; every one calls it."""
+    def _meet(self, model: nn.Module, step: int) -> None:
+        """Begins a run of several processes at this step; every one calls it."""
         self.ranks = self.ranks or Ranks.meet(model, self.settings.name)
         if self.ranks is not None:
-            self.ranks.begin(model)
+            self.ranks.begin(model, step)
         elif is_first_process() and has_other_processes():
             print_lines(
                 [
@@ -57,6 +57,14 @@ class Watcher:
                     "callback or tracer."
                 ]
             )
+
+    def _begin(self, start: Callable[[], None], *, first: bool) -> None:
+        """Rank 0, where `first` is true, starts to watch, and the other processes help it."""
+        if first:
+            with self._leading(fatal=True):
+                start()
+        elif self.ranks is not None:
+            self.ranks.serve()
 
     def _part(self) -> None:
         """Ends it; every process calls it."""

@@ -136,7 +136,7 @@ def followed(shard: Any) -> dict[str, Any]:
     model = shard(plain)
     ranks = Ranks.meet(model, "shards")
     assert ranks is not None
-    ranks.begin(model)
+    ranks.begin(model, 0)
     found: dict[str, Any] = {}
     living = Plain()
     if not ranks.first:

@@ -216,10 +216,9 @@ class FrozenWeights:
         """Returns what `_distance` says of each of the frozen weights that has changed."""
         if not frozen:
             return {}
-        number = {weight.name: i for i, weight in frozen.items()}
         values = shadow.mirror.live_values(frozen.values())
-        found = {number[weight.name]: _look(live, shadow.device) for weight, live in values}
-        looks = {i: found[i] for i in frozen}
+        found = {weight.name: _look(live, shadow.device) for weight, live in values}
+        looks = {i: found[weight.name] for i, weight in frozen.items()}
         for i, (total, entries) in looks.items():
             self.baseline.setdefault(frozen[i].name, total)
             # A checkpoint of an older version has no entries; they begin here.
@@ -294,7 +293,7 @@ def _looks_like_merging(
         changed: those of the weights that have changed.
     """
     names: set[str] = set()
-    for path, module in shadow.mirror.live_modules(trained=True):
+    for path, module in shadow.mirror.live_modules(adapters=True):
         if adapted := adapted_leaves(module):
             names |= {f"{path}.{name}" for name in adapted}
             tuners = (part for part in module.modules() if isinstance(part, BaseTunerLayer))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tlens_callback.shadow.shards import Place, Share, shares
@@ -90,6 +91,16 @@ class Shards:
         self._named: dict[int, list[str]] = {}
         self._outlines: dict[tuple[int, int], nn.Parameter] = {}
         found = shares(model)
+        in_adapters = {
+            id(module)
+            for tuner in model.modules()
+            if isinstance(tuner, BaseTunerLayer)
+            for name, part in tuner.named_children()
+            if name != "base_layer"
+            for module in part.modules()
+        }
+        self.adapters = {s for s in found if any(of in in_adapters for (of, _), _ in s.parameters)}
+        """Those with parameters of adapters, trained or not."""
         for share in found:
             for place, i in share.parameters:
                 self._shares[place] = share, i

@@ -48,9 +48,7 @@ def low_rank_updates(shadow: Shadow, *, numbers: bool = True) -> Iterator[LowRan
     LoHa, OFT, IA3 ...), adapters on stacked experts, and adapters that are at the moment disabled
     or merged into the live weight.
     """
-    # Trained parameters alone are gathered for it, where those of the adapters are among them.
-    adapters = not numbers and not shadow.mirror.has_frozen_adapters()
-    for path, module in shadow.mirror.live_modules(trained=adapters):
+    for path, module in shadow.mirror.live_modules(adapters=not numbers):
         found = low_rank_update(module, numbers=numbers)
         if found is not None:
             yield LowRankUpdate(path, *found)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -205,40 +204,31 @@ class Mirror:
         """Names, in a plain model, of all modules with parameters."""
         return [source.path for source in self._sources]
 
-    def has_frozen_adapters(self) -> bool:
-        """Whether parameters of active adapters are not trained, such as LoRA-FA's A."""
-        for source in self._sources:
-            for tuner in source.live.modules():
-                if isinstance(tuner, BaseTunerLayer):
-                    active = set(tuner.active_adapters)
-                    for name, parameter in self._whole.outlined(tuner).named_parameters():
-                        within = name.split(".")
-                        if within[0] != "base_layer" and not active.isdisjoint(within):
-                            if not parameter.requires_grad:
-                                return True
-        return False
-
-    def live_modules(self, *, trained: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    def live_modules(self, *, adapters: bool = False) -> Iterator[tuple[str, nn.Module]]:
         """Name in a plain model, and live module with its adapters, of all with parameters.
 
         Of a sharded model it is a copy with whole parameters, to be used before the next one.
 
         Args:
-            trained: only the numbers of trained parameters are needed, others have only a shape.
+            adapters: only the numbers of adapters are needed; other parameters may have a shape
+                alone.
         """
-        for source, whole in self._wholes(self._sources, trained=trained):
-            yield source.path, whole
+        for source, whole in self._wholes(self._sources, adapters=adapters):
+            yield source.path, whole(source.live)
 
     def live_values(self, weights: Iterable[Weight]) -> Iterator[tuple[Weight, nn.Parameter]]:
         """Those of the weights with their live parameters, whole, to be used before the next."""
         wanted = {weight.name: weight for weight in weights}
         leaves = {
-            s.path: [n for n in live_leaves(self._whole.outlined(s.live)) if _name(s, n) in wanted]
-            for s in self._sources
+            source.path: [
+                n for n in (*source.aliased, *source.stored) if _name(source, n) in wanted
+            ]
+            for source in self._sources
         }
         for source, whole in self._wholes([s for s in self._sources if leaves[s.path]]):
+            module = innermost(whole(source.live))
             for name in leaves[source.path]:
-                yield wanted[_name(source, name)], original(innermost(whole), name)
+                yield wanted[_name(source, name)], original(module, name)
 
     def resident(self) -> Iterator[tuple[Source, str, nn.Parameter]]:
         """Every parameter that is there all the time, tied ones once, with its source and name."""
@@ -249,16 +239,22 @@ class Mirror:
                 if name in source.aliased or None in source.stored[name].layers:
                     yield source, name, own
 
+    @torch.no_grad()
     def write(self, stored: Iterable[tuple[Source, str]]) -> None:
         """Writes the current values of stored resident parameters, given by source and name."""
-        into: dict[int, dict[str, Tensor]] = {}
+        names: dict[int, list[str]] = {}
         sources = {id(source): source for source, _ in stored}
         for source, name in stored:
-            own = source.module._parameters[name]
-            assert own is not None
-            into.setdefault(id(source), {})[name] = own.detach()
-        for source, whole in self._wholes([*sources.values()], of=self._shown):
-            self._write(source, whole, into[id(source)])
+            names.setdefault(id(source), []).append(name)
+        # The bar shows only where filling takes long: a large model, or a costly kind of adapter.
+        settings = {"desc": "tlens: weights", "delay": 5.0, "leave": False, "total": len(sources)}
+        for source, whole in with_bar(self._wholes([*sources.values()]), **settings):
+            into = {}
+            for name in names[id(source)]:
+                parameter = source.module._parameters[name]
+                assert parameter is not None
+                into[name] = parameter.detach()
+            self._write(source, whole(self._shown(source)), into)
 
     def fits(self, base: nn.Module) -> bool:
         """Whether each module still has the source that it was built on; False after `release`."""
@@ -276,31 +272,24 @@ class Mirror:
                 return False
         return True
 
-    @torch.no_grad()
     def fill(self) -> None:
         """Brings all that is stored now up to the live model's current values."""
-        into: dict[int, dict[str, Tensor]] = {}
-        for source in self._sources:
-            for name, stored in source.stored.items():
-                if None in stored.layers and not self._is_current(source, name):
-                    parameter = source.module._parameters[name]
-                    assert parameter is not None
-                    into.setdefault(id(source), {})[name] = parameter.detach()
-        stale = [source for source in self._sources if id(source) in into]
-        # The bar shows only where filling takes long: a large model, or a costly kind of adapter.
-        settings = {"desc": "tlens: weights", "delay": 5.0, "leave": False, "total": len(stale)}
-        for source, whole in with_bar(self._wholes(stale, of=self._shown), **settings):
-            self._write(source, whole, into[id(source)])
+        self.write(
+            [
+                (source, name)
+                for source in self._sources
+                for name, stored in source.stored.items()
+                if None in stored.layers and not self._is_current(source, name)
+            ]
+        )
 
     def _write_layer(self, layer: int, slots: Mapping[Slot, Tensor]) -> None:
         """Writes the current values of a streamed layer."""
-        with self._whole.reading(layer) as whole:
-            for source in self._sources:
-                if source.layer == layer:
-                    within = source.path.removeprefix(self._layers[layer])
-                    into = {n: slots[within, n] for n in source.stored if (within, n) in slots}
-                    if into:
-                        self._write(source, whole(self._shown(source)), into)
+        for source, whole in self._wholes([s for s in self._sources if s.layer == layer]):
+            within = source.path.removeprefix(self._layers[layer])
+            into = {n: slots[within, n] for n in source.stored if (within, n) in slots}
+            if into:
+                self._write(source, whole(self._shown(source)), into)
 
     def _write(self, source: Source, live: nn.Module, into: Mapping[str, Tensor]) -> None:
         """Writes the current values of stored parameters of one module, which `live` holds."""
@@ -338,20 +327,16 @@ class Mirror:
         return source.live if self.base is None else self.base[source.path]
 
     def _wholes(
-        self,
-        sources: list[Source],
-        *,
-        of: Callable[[Source], nn.Module] = lambda source: source.live,
-        trained: bool = False,
-    ) -> Iterator[tuple[Source, nn.Module]]:
-        """Each source with its live module, whole until the next one."""
+        self, sources: list[Source], *, adapters: bool = False
+    ) -> Iterator[tuple[Source, Callable[[nn.Module], nn.Module]]]:
+        """Each source with what makes its live module whole, until the next one."""
         groups: dict[int | None, list[Source]] = {}
         for source in sources:
             groups.setdefault(self._whole.group_of(source.live), []).append(source)
         for group, members in groups.items():
-            with self._whole.reading(group, trained=trained) as whole:
+            with self._whole.reading(group, adapters=adapters) as whole:
                 for source in members:
-                    yield source, whole(of(source))
+                    yield source, whole
 
     def follow_state(self) -> None:
         """Takes over what modules hold beside parameters: buffers, and lengths that they have seen.

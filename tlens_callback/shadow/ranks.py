@@ -15,7 +15,7 @@ from tlens_callback.shadow.gather import Gather, Shards
 from tlens_callback.shadow.layers import layer_of, layer_paths
 from tlens_callback.shadow.live import logits_of
 from tlens_callback.shadow.refusals import language_model, refuse
-from tlens_callback.shadow.shards import FSDP1, ZERO3, in_zero_forward, sharded
+from tlens_callback.shadow.shards import FSDP1, ZERO3, in_zero_forward, sharded, share_again
 from tlens_callback.shadow.skeleton import skeleton
 from tlens_callback.shadow.weights import parts, resolve, unwrap
 
@@ -82,8 +82,9 @@ class Ranks:
         self.gathers = 0
         self.broken = False
 
-    def begin(self, model: nn.Module) -> None:
-        """Begins a run; every process calls it, with what its trainer has made of the model.
+    def begin(self, model: nn.Module, step: int) -> None:
+        """Begins a run, and observes at this step; every process calls it, with what its trainer
+        has made of the model.
 
         Raises:
             ValueError: for a sharded model that cannot have a shadow, or after a failure that the
@@ -104,7 +105,7 @@ class Ranks:
             language_model(model)
         self.watching = True
         self.next_check: int | None = None
-        self.steps: set[int] = set()
+        self.steps = {step}
         self.shards: Shards | None = None
         self._paths: tuple[list[str], list[str]] | None = None
 
@@ -123,9 +124,9 @@ class Ranks:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return None
-        if dist.get_world_size() == 1 and sharded(model) is None:
-            return None
         rank, world, how = dist.get_rank(), dist.get_world_size(), sharded(model)
+        if world == 1 and how is None:
+            return None
         within: Any = dist.distributed_c10d
         store = within.PrefixStore(f"tlens/{name}/{_times(name)}", within._get_default_store())
         store.set(str(rank), "here")
@@ -208,16 +209,16 @@ class Ranks:
                 return
 
     @contextmanager
-    def gathered(self, group: int, *, trained: bool = False) -> Iterator[Gather]:
+    def gathered(self, group: int, *, adapters: bool = False) -> Iterator[Gather]:
         """In rank 0, while it leads: the whole parameters of one group of `shards`.
 
         Args:
-            trained: only of shares that training writes to.
+            adapters: only of shares with parameters of adapters.
         """
-        gather = self._gather(group, trained)
+        gather = self._gather(group, adapters)
         if not gather.empty:
             with self._collective():
-                self._wish(_GATHER, group, int(trained))
+                self._wish(_GATHER, group, int(adapters))
                 gather.run()
             self.gathers += 1
         yield gather
@@ -248,13 +249,13 @@ class Ranks:
         tokens = tokens.to(self.shards.device)
         with in_zero_forward(model):
             logits = logits_of(model, tokens, eager=bool(eager), autocast=kind, wrapped=wrapped)
-        # The pass has left some parameters whole.
-        self._find_shards()
+        share_again(self.model)
         return logits
 
-    def _gather(self, group: int, trained: bool) -> Gather:
+    def _gather(self, group: int, adapters: bool) -> Gather:
         assert self.shards is not None
-        return Gather([s for s in self.shards.groups[group] if s.trained or not trained])
+        wanted = self.shards.groups[group]
+        return Gather([s for s in wanted if s in self.shards.adapters] if adapters else wanted)
 
     def _find_shards(self) -> None:
         """Where the shares are now: training may have moved them, or exchanged adapters."""

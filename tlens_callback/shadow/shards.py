@@ -86,17 +86,21 @@ def compute_dtypes(model: nn.Module) -> set[torch.dtype]:
     return {dtype for dtype in named if dtype is not None}
 
 
+def share_again(model: nn.Module) -> None:
+    """Undoes what a pass without a backward pass, as in an evaluation, leaves under FSDP2: some
+    parameters whole, and in the precision of the pass. The next pass gathers them anew."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def shares(model: nn.Module) -> list[Share]:
     """All shares of the model, in the same order in every process.
 
     Raises:
         ValueError: if a parameter is spread in another way than whole rows or columns.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # A forward pass without a backward pass, as in an evaluation, leaves some of them whole
-            # and in the precision of the pass. The next pass gathers them anew.
-            module.reshard()
+    share_again(model)
     found: list[Share] = []
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     flat: set[Place] = set()

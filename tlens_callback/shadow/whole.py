@@ -52,18 +52,18 @@ class WholeModules:
 
     @contextmanager
     def reading(
-        self, group: int | None, *, trained: bool = False
+        self, group: int | None, *, adapters: bool = False
     ) -> Iterator[Callable[[nn.Module], nn.Module]]:
         """Gathers a group; inside the `with` block its modules can be had with whole parameters.
 
         Args:
             group: a decoder layer, or as `group_of` gives it.
-            trained: gather trained parameters alone; the others have only a shape.
+            adapters: gather adapters alone; other parameters have only a shape.
         """
         if self._ranks is None or group is None:
             yield lambda module: module
             return
-        with self._ranks.gathered(group, trained=trained) as gather:
+        with self._ranks.gathered(group, adapters=adapters) as gather:
             read = self._shards.reader(gather)
             yield lambda module: self._twin(module, read)
 
