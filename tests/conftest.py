@@ -53,14 +53,13 @@ def streamed():
         memory.SHARE = 0
 
 
-# What the packages are made of is left alone by the garbage collection, which would take a fifth of
-# their import, and which accelerate asks for at the end of every training: 0.6 s each time.
+# What the packages are made of, and what the tests before this file have left, is not visited by the
+# garbage collection: it would take a fifth of the import, and accelerate asks for it at the end of
+# every training, 0.6 s each time.
 gc.disable()
 
 
 def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()
     gc.enable()
 
 
@@ -94,7 +93,13 @@ def seed():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def seeded_file():
+def own_garbage():
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_file(own_garbage):
     """What fixtures of a file make does not depend on the file that was tested before."""
     seed()
 

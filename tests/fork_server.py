@@ -26,7 +26,7 @@ from typing import Any
 IMPORTED = (
     "trl.trainer.sft_trainer",
     "trl.trainer.grpo_trainer",
-    "wandb",
+    "wandb.sdk.launch",
     "tests.instruments.common",
     "tests.test_no_trace_instruments",
     "tests.training",

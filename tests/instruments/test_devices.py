@@ -32,11 +32,17 @@ def run(*what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "families",
-    ["llama,gpt2,mixtral", pytest.param("gemma2,gpt_neox,opt", marks=pytest.mark.exhaustive)],
+    ("families", "dtypes"),
+    [
+        ("llama,gpt2", "float32"),
+        ("mixtral", "bfloat16"),
+        pytest.param("mixtral", "float32", marks=pytest.mark.exhaustive),
+        pytest.param("llama,gpt2", "bfloat16", marks=pytest.mark.exhaustive),
+        pytest.param("gemma2,gpt_neox,opt", "float32,bfloat16", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_every_instrument_at_first_then_after_training_and_after_a_resume(families):
-    run("every", families, "float32,bfloat16")
+def test_every_instrument_at_first_then_after_training_and_after_a_resume(families, dtypes):
+    run("every", families, dtypes)
 
 
 @pytest.mark.slow

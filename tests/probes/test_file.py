@@ -1,6 +1,7 @@
 """A file of probes gives the probes that Python would, or says which entry is wrong and how."""
 
 import inspect
+import itertools
 import json
 import logging
 import time
@@ -117,6 +118,17 @@ def test_names_from_first_words_are_unlike_all_others(tmp_path):
     names = [probe.name for probe in read_probes(written(tmp_path, text))]
     assert names == ["a-cat", "a-cat-3", "a-cat-2", "1", "prompt"]
     assert short_name("The Capital, of: France/is " * 3, []) == "the-capital-of-france-is-the-cap"
+
+
+def test_equal_beginnings_are_numbered():
+    names: list[str] = []
+    for _ in range(40):
+        names.append(short_name("a b", names))
+    assert names == ["a-b", *(f"a-b-{i}" for i in range(2, 41))]
+    # Whatever else has such a name.
+    for taken in itertools.product([False, True], repeat=6):
+        others = {"a-b", *(f"a-b-{i}" for i, is_taken in enumerate(taken, 2) if is_taken)}
+        assert short_name("a b", others) not in others
 
 
 def test_a_number_for_a_target_is_said_to_be_a_token_id(tmp_path, caplog):

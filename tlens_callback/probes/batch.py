@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -166,11 +167,12 @@ class ProbeBatch:
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = True
+        names_of = {i: token_name(tokenizer, i) for i in {*chain.from_iterable(rows)}}
         return cls(
             probes=tuple(probes),
             tokens=tokens.to(device),
             mask=mask.to(device),
-            labels=tuple(tuple(token_name(tokenizer, i) for i in row) for row in rows),
+            labels=tuple(tuple(names_of[i] for i in row) for row in rows),
             target_tokens=targets,
             foil_tokens=foils,
             vocab_size=vocab_size,

@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,15 @@ def _is_text_or_chat(probe: Probe) -> bool:
 def short_name(text: str, others: Collection[str]) -> str:
     """Makes a name of the first words of a text, with a number where others have that name."""
     words = re.findall(r"\w+", text.lower())
-    name = base = "-".join(words)[:32].strip("-") or "prompt"
-    number = 2
-    while name in others:
-        name, number = f"{base}-{number}", number + 1
-    return name
+    name = "-".join(words)[:32].strip("-") or "prompt"
+    if name not in others:
+        return name
+    # Not one number after the other, where thousands of probes begin with the same words.
+    free = 2
+    while f"{name}-{free}" in others:
+        free *= 2
+    numbers = range(2, free)
+    return f"{name}-{2 + bisect_left(numbers, True, key=lambda n: f'{name}-{n}' not in others)}"
 
 
 def _entry(where: str, entry: Any) -> dict[str, Any]:
