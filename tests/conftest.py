@@ -53,7 +53,7 @@ def streamed():
         memory.SHARE = 0
 
 
-# What the packages are made of, and what the tests before this file have left, is not visited by the
+# What the packages are made of, and what earlier files have left, is not visited by the
 # garbage collection: it would take a fifth of the import, and accelerate asks for it at the end of
 # every training, 0.6 s each time.
 gc.disable()
