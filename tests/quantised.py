@@ -10,12 +10,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from tests import tiny
+from tests.adapters import PROJECTIONS
 
 functional = pytest.importorskip("bitsandbytes").functional
+quantize = pytest.importorskip("hqq.core.quantize")
 Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
 
-KINDS = ("nf4", "fp4", "int8", "torchao")
-"""4 bits of bitsandbytes (nf4 with scales that are quantised too), its 8 bits, and torchao's."""
+KINDS = ("nf4", "fp4", "int8", "torchao", "hqq")
+"""4 bits of bitsandbytes (nf4 with scales that are quantised too), its 8 bits, torchao's, and those
+of HQQ, 4 bits."""
 
 SHAPE = {
     "hidden_size": 128,
@@ -31,6 +34,9 @@ def loaded(folder: Path, how: str, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny Llama whose linear layers are quantised while it is loaded."""
     if not (folder / "config.json").exists():
         tiny.model("llama", **SHAPE).save_pretrained(folder)
+    if how == "hqq":
+        # transformers 5.23 does not quantise with HQQ, but the library itself does.
+        return with_hqq(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
     if how == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     elif how == "torchao":
@@ -47,6 +53,17 @@ def loaded(folder: Path, how: str, dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
+def with_hqq(model: Any, **settings: Any) -> Any:
+    """The model with all linear layers but the head in 4 bits."""
+    config = quantize.BaseQuantizeConfig(**{"nbits": 4, "group_size": 64, **settings})
+    for module in [*model.modules()]:
+        for name, layer in [*module.named_children()]:
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                packed = quantize.HQQLinear(layer, config, compute_dtype=model.dtype, device="cpu")
+                setattr(module, name, packed)
+    return model
+
+
 def float_copy(model: Any) -> Any:
     """A plain model with the numbers that the libraries' own functions give for packed weights."""
     plain = tiny.model("llama", **SHAPE)
@@ -54,7 +71,14 @@ def float_copy(model: Any) -> Any:
         own = getattr(module, "weight", None)
         if own is None:
             continue
-        weight = model.get_submodule(name).weight
+        layer = model.get_submodule(name)
+        if hasattr(layer, "W_q"):
+            # Two numbers in a byte, those of the first half of the groups in its upper bits.
+            codes = torch.cat([layer.W_q >> 4, layer.W_q & 15]).float()
+            numbers = (codes - layer.meta["zero"]) * layer.meta["scale"]
+            own.data = numbers.view(own.shape)
+            continue
+        weight = layer.weight
         if getattr(weight, "quant_state", None) is not None:
             weight = functional.dequantize_4bit(weight.data, weight.quant_state)
         elif getattr(weight, "SCB", None) is not None:
@@ -67,10 +91,12 @@ def float_copy(model: Any) -> Any:
 
 
 def adapted(model: Any, **settings: Any) -> nn.Module:
-    """The model with adapters on all linear layers, whose effect is as large as the model's."""
+    """The model with adapters on all linear layers but the head, whose effect is as large as the
+    model's."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        given = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"} | settings
+        # PEFT 0.21 does not count HQQ's among "all-linear".
+        given = {"r": 8, "lora_alpha": 16, "target_modules": PROJECTIONS} | settings
         found = get_peft_model(model, LoraConfig(**given))
         for name, parameter in found.named_parameters():
             if "lora_B" in name:

@@ -7,6 +7,7 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
+from tests.adapters import PROJECTIONS
 from tests.quantised import loaded
 from tests.test_examples import run, small  # noqa: F401
 from tests.test_no_trace import SENTENCES, differences, peft_config, state_of, watcher
@@ -26,7 +27,7 @@ def qlora(tmp_path, folder, kind, dtype, callbacks):
         ),
         train_dataset=data,
         processing_class=tiny.tokenizer(),
-        peft_config=peft_config(lora_dropout=0.3, target_modules="all-linear"),
+        peft_config=peft_config(lora_dropout=0.3, target_modules=PROJECTIONS),
         callbacks=callbacks,
     )  # fmt: skip
     trainer.train()
@@ -40,7 +41,12 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("nf4", torch.float32), ("nf4", torch.bfloat16), ("int8", torch.float32)],
+    [
+        ("nf4", torch.float32),
+        ("nf4", torch.bfloat16),
+        ("int8", torch.float32),
+        ("hqq", torch.float32),
+    ],
     ids=str,
 )
 def test_training_on_a_quantised_base_leaves_no_trace(tmp_path, folder, kind, dtype):

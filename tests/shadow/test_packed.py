@@ -19,6 +19,7 @@ CASES = [
     *((kind, dtype, "lora") for kind in KINDS for dtype in (torch.float32, HALF)),
     ("nf4", torch.float32, "dora"),
     ("torchao", torch.float32, "dora"),
+    ("hqq", torch.float32, "dora"),
 ]
 
 
@@ -69,7 +70,7 @@ def test_weights_that_are_read_wrongly_are_found(folder, kind, dtype, monkeypatc
     """As after another block size: some rows have the scale of others."""
     model = model_of(folder, kind, dtype)
     monkeypatch.setattr(
-        "tlens_callback.shadow.parametrized.dequantised", lambda m: dequantised(m).roll(16, 0)
+        "tlens_callback.shadow.parametrized.dequantised", lambda *of: dequantised(*of).roll(16, 0)
     )
     shadow = Shadow.of(model)
     assert not compare(model, shadow, batch_for(shadow))[0].close
@@ -96,9 +97,10 @@ def test_every_fast_instrument_runs(folder, kind):
     assert readings["frozen_weights/watched"].values > 7 * SHAPE["num_hidden_layers"]
     assert readings["adapter_spectrum/effective_rank"].values.size
     # One bit of a packed weight, or one of its numbers.
-    weight = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.weight
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer
     with torch.no_grad():
-        inner = weight.qdata if kind == "torchao" else weight.data
+        inner = layer.W_q.data if kind == "hqq" else layer.weight.data
+        inner = layer.weight.qdata if kind == "torchao" else inner
         inner.view(-1)[7] ^= 1
     changed = {r.key: r for r in observe(shadow, batch, made[:1])}["frozen_weights/changed"]
     assert changed.values == 1
@@ -140,8 +142,9 @@ def test_a_comparison_packs_nothing_anew(folder, kind):
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(module.training))
     compare(model, shadow, batch_for(shadow))
     handle.remove()
-    assert set(seen) == {kind != "torchao"} and not any(m.training for m in model.modules())
-    state = getattr(layer.weight, "quant_state", None)
+    repacks = kind not in ("torchao", "hqq")
+    assert set(seen) == {repacks} and not any(m.training for m in model.modules())
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
     assert not getattr(state, "packing_format_for_cpu", False)
 
 

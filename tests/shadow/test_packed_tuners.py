@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.adapters import CONFIGS, needs_transformers_peft, randomise
+from tests.adapters import CONFIGS, PROJECTIONS, needs_transformers_peft, randomise
 from tests.quantised import KINDS, adapted, loaded
 from tests.shadow.test_shadow import batch_for, train
 from tlens_callback import Shadow
@@ -18,16 +18,21 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 EVERYWHERE = {
     "lora", "lora bias=all", "lora embed_tokens", "lora layer_replication", "lora lm_head",
-    "lora target_parameters 2-D", "modules_to_save lm_head", "trainable_token_indices", "bdlora",
-    "monteclora", "gaussian", "adalora", "oft", "oft coft", "oft block_share", "boft", "ia3",
-    "ln_tuning", "vera", "pvera", "fourierft", "vblora", "miss", "miss mini", "miss bat",
-    "randlora", "road_1", "road_2", "road_4", "shira", "c3a", "waveft", "gralora",
-    "gralora hybrid", "deft para",
+    "modules_to_save lm_head", "trainable_token_indices", "bdlora", "monteclora", "gaussian",
+    "oft", "oft coft", "oft block_share", "boft", "ln_tuning", "vera", "miss", "miss mini",
+    "miss bat",
+}  # fmt: skip
+NOT_HQQ = {
+    "lora target_parameters 2-D", "adalora", "ia3", "pvera", "fourierft", "vblora", "randlora",
+    "road_1", "road_2", "road_4", "shira", "c3a", "waveft", "gralora", "gralora hybrid",
+    "deft para",
 }  # fmt: skip
 ELSEWHERE = {
-    "nf4": {"dora", "olora", "kasa", "hira"},
-    "int8": {"olora", "kasa", "hira", "loha", "lokr", "lokr decompose_both", "deft", "deft qr"},
-    "torchao": {"dora", "orthogonal", "velora", "loha", "lokr", "lokr decompose_both"},
+    "nf4": NOT_HQQ | {"dora", "olora", "kasa", "hira"},
+    "int8": NOT_HQQ
+    | {"olora", "kasa", "hira", "loha", "lokr", "lokr decompose_both", "deft", "deft qr"},
+    "torchao": NOT_HQQ | {"dora", "orthogonal", "velora", "loha", "lokr", "lokr decompose_both"},
+    "hqq": {"dora"},
 }
 """What PEFT 0.21 runs on some packed layers only; the rest of `CONFIGS` it builds or runs on none.
 DoRA on 8 bits fails at the second pass of the live model, on CPUs."""
@@ -35,8 +40,10 @@ QUICK = {"adalora", "oft", "ia3", "vera"}
 
 
 def cases():
-    """Of the tuners that all kinds run, one kind for each in turns; the others are exhaustive."""
+    """Of the tuners that several kinds run, one kind for each in turns; the others are
+    exhaustive."""
     turns = dict(zip(sorted(EVERYWHERE), itertools.cycle(ELSEWHERE), strict=False))
+    turns |= dict(zip(sorted(NOT_HQQ), itertools.cycle(["nf4", "int8", "torchao"]), strict=False))
     for kind, more in ELSEWHERE.items():
         for name in sorted(EVERYWHERE | more):
             marks = [pytest.mark.slow] * (name not in QUICK)
@@ -108,7 +115,7 @@ def test_half_precision(folder, kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_own_add_adapter(folder, kind):
     model = loaded(folder, kind)
-    model.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.add_adapter(LoraConfig(r=4, target_modules=PROJECTIONS, init_lora_weights=False))
     model.train()
     shadow, resident = Shadow.of(model), Shadow.of(model, weights="resident")
     batch = batch_for(shadow)

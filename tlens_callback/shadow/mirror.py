@@ -216,7 +216,7 @@ class Mirror:
         for source, whole in self._wholes(self._sources, adapters=adapters):
             yield source.path, whole(source.live)
 
-    def live_values(self, weights: Iterable[Weight]) -> Iterator[tuple[Weight, nn.Parameter]]:
+    def live_values(self, weights: Iterable[Weight]) -> Iterator[tuple[Weight, Tensor]]:
         """Those of the weights with their live parameters, whole, to be used before the next."""
         wanted = {weight.name: weight for weight in weights}
         leaves = {

@@ -1,5 +1,7 @@
 """Reads the packed weights of quantised layers as numbers, and writes nothing to them."""
 
+import functools
+import re
 import sys
 from typing import Any
 
@@ -7,42 +9,90 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from tlens_callback.shadow.twins import shallow
+
+_CLASSES = {
+    ("bitsandbytes", "Linear4bit"): "4bit",
+    ("bitsandbytes", "Linear8bitLt"): "8bit",
+    ("hqq", "HQQLinear"): "hqq",
+    ("gptqmodel", "BaseQuantLinear"): "gptqmodel",
+    ("transformers", "FP8Linear"): "fp8",
+}
+"""Library and class of a packed layer -> how it is read."""
+
+_ROWS = 1024
+"""Inputs with which the weight of a layer is found at once."""
+
 
 def packed(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters of this plain module that are packed and can be read.
+    """Names, in a plain layer, of the parameters that this plain module holds packed.
 
-    Read are layers of bitsandbytes, in 4 and 8 bits, and int8 weights of torchao.
+    Read are layers of bitsandbytes, in 4 and 8 bits, int8 weights of torchao, HQQ, GPTQ and AWQ as
+    GPT-QModel runs them, and the 8-bit floating point layers of transformers.
     """
-    weight = module._parameters.get("weight")
-    if weight is None or isinstance(module, BaseTunerLayer):
+    if isinstance(module, BaseTunerLayer):
         return frozenset()
-    kinds = _bitsandbytes()
-    readable = (isinstance(module, kinds) if kinds else False) or _is_torchao(weight)
+    how = _how(type(module))
+    if how in ("hqq", "gptqmodel"):
+        # None of what they have is a parameter of a plain layer.
+        return frozenset(
+            {"weight"} if getattr(module, "bias", None) is None else {"weight", "bias"}
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return frozenset()
+    if how == "fp8":
+        return frozenset({"weight"}) if weight.element_size() == 1 else frozenset()
     # A layer of bitsandbytes holds a plain weight until it is moved to its device.
     plain = type(weight.detach()) is Tensor and weight.is_floating_point()
-    return frozenset({"weight"}) if readable and not plain else frozenset()
+    return frozenset({"weight"}) if (how or _is_torchao(weight)) and not plain else frozenset()
 
 
-def placeholder(module: Any) -> Tensor:
-    """A tensor of the shape, dtype and device of the dequantised weight, without its numbers."""
-    weight = module.weight
-    dtype = weight.dtype
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        dtype = state.dtype
-    elif not weight.is_floating_point():
-        dtype = torch.float32 if module.bias is None else module.bias.dtype
-    shape = weight.shape if _is_torchao(weight) else (module.out_features, module.in_features)
-    return torch.empty((), dtype=dtype, device=weight.device).expand(shape)
+def held(module: Any, name: str) -> Any:
+    """The tensor in which a packed layer holds the numbers of a parameter."""
+    if name == "weight":
+        name = {"hqq": "W_q", "gptqmodel": "qweight"}.get(_how(type(module)), "weight")
+    return getattr(module, name)
+
+
+def placeholder(module: Any, name: str) -> Tensor:
+    """A tensor of the shape, dtype and device of a packed parameter, without its numbers."""
+    if name == "bias":
+        return module.bias.detach()
+    numbers = held(module, "weight")
+    shape = module.out_features, module.in_features
+    match _how(type(module)):
+        case "hqq":
+            dtype = module.compute_dtype
+        case "gptqmodel":
+            dtype = module.scales.dtype
+        case "fp8":
+            dtype = torch.bfloat16 if module.bias is None else module.bias.dtype
+        case _:
+            state = getattr(numbers, "quant_state", None)
+            dtype = numbers.dtype if state is None else state.dtype
+            if not dtype.is_floating_point:
+                dtype = torch.float32 if module.bias is None else module.bias.dtype
+            shape = numbers.shape if _is_torchao(numbers) else shape
+    return torch.empty((), dtype=dtype, device=numbers.device).expand(shape)
 
 
 @torch.no_grad()
-def dequantised(module: Any) -> Tensor:
-    """The weight of a packed layer in floating point, as its forward pass uses it.
+def dequantised(module: Any, name: str = "weight") -> Tensor:
+    """A packed parameter in floating point, as the forward pass uses it.
 
-    The 8-bit layers of bitsandbytes also round what they multiply it with; that is not part of it.
+    The 8-bit layers also round what they multiply it with; that is not part of it.
     """
-    weight = module.weight
+    if name == "bias":
+        return module.bias.detach()
+    weight = held(module, "weight")
+    match _how(type(module)):
+        case "hqq":
+            return module.dequantize()
+        case "gptqmodel":
+            return _seen_from_outside(module)
+        case "fp8":
+            return _of_blocks(module)
     if _is_torchao(weight):
         return weight.detach().dequantize()
     from bitsandbytes import functional
@@ -61,11 +111,11 @@ def precisions(module: Any) -> list[torch.dtype]:
     """The precisions in which a packed layer computes, beside that of its weight."""
     if not packed(module):
         return []
-    weight, compute = module.weight, getattr(module, "compute_dtype", None)
-    if weight.dtype == torch.int8:
+    how, compute = _how(type(module)), getattr(module, "compute_dtype", None)
+    if how in ("8bit", "fp8"):
         # They round their input to 8 bits, some 2e-2, which is more than half precision; but not on
         # a CPU in the mode of training, in which they are compared.
-        return [] if weight.device.type == "cpu" else [torch.bfloat16]
+        return [] if module.weight.device.type == "cpu" else [torch.bfloat16]
     return [compute] if compute else []
 
 
@@ -75,8 +125,7 @@ def repacks(module: nn.Module) -> bool:
     On CPUs with AVX512-BF16 the 4-bit layers of bitsandbytes 0.50 do. Training then computes with
     the other packing, and is no longer the same.
     """
-    kinds = _bitsandbytes()
-    return bool(kinds) and isinstance(module, kinds)
+    return _how(type(module)) in ("4bit", "8bit")
 
 
 def plain_linear(module: Any) -> nn.Linear:
@@ -91,12 +140,11 @@ def plain_linear(module: Any) -> nn.Linear:
 
 def plain_tuner(kind: type) -> type:
     """The class that PEFT uses on plain layers, for one that it uses on packed ones."""
-    package, _, name = kind.__module__.rpartition(".")
-    if name != "bnb" and kind.__name__ != "TorchaoLoraLinear":
+    package, _, library = kind.__module__.rpartition(".")
+    if library not in ("bnb", "torchao", "hqq", "gptq", "awq"):
         return kind
-    layers = sys.modules[f"{package}.layer"]
-    plain = kind.__name__.replace("Linear4bit", "Linear").replace("Linear8bitLt", "Linear")
-    return getattr(layers, plain.replace("TorchaoLora", ""))
+    name = re.sub("Torchao|Hqq|GPTQ|Awq|Lora|Quant|4bit|8bitLt", "", kind.__name__)
+    return getattr(sys.modules[f"{package}.layer"], name)
 
 
 def on_plain_layers(layer: Any) -> dict[str, Any]:
@@ -113,9 +161,14 @@ def on_plain_layers(layer: Any) -> dict[str, Any]:
     return needed
 
 
-def _bitsandbytes() -> tuple[type, ...]:
-    library = sys.modules.get("bitsandbytes")
-    return () if library is None else (library.nn.Linear4bit, library.nn.Linear8bitLt)
+@functools.cache
+def _how(kind: type) -> str:
+    """How a layer of this class is read, or ""; cached, for every sync asks it for every module."""
+    for base in kind.__mro__:
+        library = base.__module__.partition(".")[0]
+        if how := _CLASSES.get((library, base.__name__)):
+            return how
+    return ""
 
 
 def _is_torchao(weight: Tensor) -> bool:
@@ -139,3 +192,31 @@ def _unpacked_on_cpu(codes: Tensor, state: Any, block: int = 32) -> Tensor:
     nibbles = nibbles.reshape(n // block, half, block, 2).transpose(1, 2).reshape(n, 2 * half)
     scale = state.absmax.float().T.repeat_interleave(state.blocksize, 1)
     return (state.code[nibbles.long()] * scale).to(state.original_dtype)
+
+
+def _of_blocks(module: Any) -> Tensor:
+    """The weight of a layer in 8-bit floating point, with a scale for each block, or for all."""
+    dtype, scale = placeholder(module, "weight").dtype, module.weight_scale_inv.float()
+    weight = module.weight.float()
+    if module.block_size is not None:
+        for dim, size in enumerate(module.block_size):
+            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+    return weight.mul_(scale).to(dtype)
+
+
+def _seen_from_outside(module: Any) -> Tensor:
+    """The weight of a layer without a dequantiser: what it answers to each unit vector.
+
+    One matrix product, of [in, in] with [in, out].
+    """
+    layer = shallow(module, type(module))
+    layer.__dict__["bias"] = None
+    for names in (layer._buffers, layer._parameters):
+        names.pop("bias", None)
+    weight = placeholder(module, "weight")
+    found = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for start in range(0, module.in_features, _ROWS):
+        of = torch.arange(start, min(start + _ROWS, module.in_features), device=weight.device)
+        ones = nn.functional.one_hot(of, module.in_features).to(weight.dtype)
+        found[:, start : start + _ROWS] = layer(ones).T
+    return found

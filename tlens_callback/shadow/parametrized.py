@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tlens_callback.shadow.live import as_inference
-from tlens_callback.shadow.packed import dequantised, packed, plain_linear
+from tlens_callback.shadow.packed import dequantised, held, packed, plain_linear
 
 
 def parametrized(module: nn.Module) -> frozenset[str]:
@@ -18,8 +18,10 @@ def parametrized(module: nn.Module) -> frozenset[str]:
     return frozenset(lists.keys())
 
 
-def original(module: nn.Module, name: str) -> nn.Parameter:
-    """The parameter itself, or the first of those that it is computed from."""
+def original(module: nn.Module, name: str) -> Tensor:
+    """The parameter itself, the first of those that it is made of, or what it is packed in."""
+    if name in packed(module):
+        return held(module, name)
     parameter = module._parameters.get(name)
     if parameter is None:
         lists: Any = module.parametrizations
@@ -37,7 +39,7 @@ def effective(module: nn.Module, name: str) -> Tensor:
     normalisation changes its vectors at every use.
     """
     if name in packed(module):
-        return dequantised(module)
+        return dequantised(module, name)
     parameter = module._parameters.get(name)
     if parameter is not None:
         return parameter.detach()

@@ -41,6 +41,10 @@ _VARIANTS = {
 }
 """Variant of LoRA -> why it has no single weight."""
 
+_READ = ("bitsandbytes", "torchao", "hqq")
+_UNTRIED = ("gptq", "awq", "fp8")
+"""Quantisation methods of transformers whose layers `packed` reads, on any machine and on a GPU."""
+
 
 def refuse(
     model: nn.Module, *, device: torch.device | str | None = None, together: bool = False
@@ -122,21 +126,23 @@ def _sharded(model: nn.Module, together: bool) -> Iterator[str]:
 
 def _quantised(model: nn.Module) -> Iterator[str]:
     way_out = "Load the base model in bfloat16 or float32 to look inside."
-    readable = {id(m._parameters[n]) for m in model.modules() for n in packed(m)}
+    readable = {id(p) for m in model.modules() if packed(m) for p in m._parameters.values()}
     for module in model.modules():
         quantizer = getattr(module, "hf_quantizer", None)
         if quantizer is not None or getattr(module, "quantization_method", None):
             method = getattr(module, "quantization_method", None) or type(quantizer).__name__
-            if getattr(method, "value", method) in ("bitsandbytes", "torchao"):
+            method = getattr(method, "value", method)
+            if method in _READ:
                 continue
             settings = getattr(getattr(module, "config", None), "quantization_config", None)
             if hasattr(settings, "dequantize"):
                 # transformers then loads floating point numbers, and the model is a plain one.
                 way_out = f"Load it with {type(settings).__name__}(dequantize=True) to look inside."
+            untried = "need a GPU, on which reading them has not been shown to be right yet"
+            reason = untried if method in _UNTRIED else "cannot be read"
             yield (
-                f"The base model is quantised ({getattr(method, 'value', method)}), and its packed "
-                f"weights cannot be read: those of bitsandbytes and of torchao's int8 can. "
-                f"{way_out}"
+                f"The base model is quantised ({method}), and its packed weights {reason}: those "
+                f"of bitsandbytes, of torchao's int8 and of HQQ can be read. {way_out}"
             )
             return
     for name, parameter in model.named_parameters():

@@ -13,16 +13,17 @@ class Weight:
     Attributes:
         name: name of the parameter in a plain model of the live model's class.
         own: the shadow's parameter, which is the live one where it is borrowed.
-        live: the live model's parameter, without adapters. Of a sharded model it has only shape,
-            dtype and requires_grad, and NaN for numbers; `Mirror.live_values` gives these.
+        live: the live model's parameter, without adapters, or what it is packed in. Of a sharded
+            model it has only shape, dtype and requires_grad, and NaN for numbers;
+            `Mirror.live_values` gives these.
         trained: whether training changes the effective value, because the live parameter or an
             adapter on it is trained.
         layer: the decoder layer that it belongs to, or None.
     """
 
     name: str
-    own: nn.Parameter
-    live: nn.Parameter
+    own: Tensor
+    live: Tensor
     trained: bool
     layer: int | None
 

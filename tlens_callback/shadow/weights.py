@@ -135,8 +135,12 @@ def live_leaves(module: nn.Module) -> dict[str, Tensor]:
     ones there are only shape, dtype and device.
     """
     base = innermost(module)
-    found = {name: p.detach() for name, p in base._parameters.items() if p is not None}
-    found |= {name: placeholder(base) for name in packed(base)}
+    names = packed(base)
+    found = {name: placeholder(base, name) for name in names}
+    for name, parameter in base._parameters.items():
+        # A packed layer may have others, such as its scales.
+        if parameter is not None and name not in names and (name == "bias" or not names):
+            found[name] = parameter.detach()
     return found | {name: effective(base, name) for name in parametrized(base)}
 
 
@@ -216,7 +220,7 @@ def low_rank_update(
     if name is None or product is None or product[0].ndim != 2:
         return None
     left, right, scale = product
-    transposed = bool(chain[0].fan_in_fan_out) or plain_class(type(chain[0])) is LoraEmbedding
+    transposed = _transposed(chain[0]) or plain_class(type(chain[0])) is LoraEmbedding
     if transposed:
         left, right = right.mT, left.mT
     weight = effective(base, name) if numbers else live_leaves(base)[name]
@@ -259,7 +263,7 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
                 left = left.reshape(left.shape[0], -1, experts).permute(2, 0, 1)
                 transposed = not layer._did_swap_in_out_features
             else:
-                transposed = layer.fan_in_fan_out
+                transposed = _transposed(layer)
         elif name in layer.lora_embedding_A:
             left, right = layer.lora_embedding_B[name], layer.lora_embedding_A[name]
             transposed = True
@@ -274,6 +278,11 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
     left = torch.cat([left.to(_at_least_float32(left)) * scale for left, _, scale in pairs], -1)
     right = torch.cat([right.to(left.dtype) for _, right, _ in pairs], -2)
     return left, right, 1.0
+
+
+def _transposed(layer: Any) -> bool:
+    """Whether the weight is kept as [in, out]; layers for GPTQ do not say so (PEFT 0.21)."""
+    return bool(getattr(layer, "fan_in_fan_out", False))
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
@@ -353,6 +362,6 @@ def _stand_in(module: Any, dtype: torch.dtype) -> Any:
             value = parameter.detach().to(wide, copy=True)
             twin._parameters[name] = nn.Parameter(value, requires_grad=False)
     for name, child in module._modules.items():
-        if child is not None and name != "base_layer":
+        if child is not None and child is not module._modules.get("base_layer"):
             twin._modules[name] = _stand_in(child, dtype)
     return twin

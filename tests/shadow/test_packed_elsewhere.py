@@ -1,0 +1,188 @@
+"""Packed layers of libraries that run on GPUs, or that the tests do not install: how they are read.
+
+The whole models are for machines that have what they need:
+
+    pip install gptqmodel optimum
+    scripts/test tests/shadow/test_packed_elsewhere.py
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+from tests import tiny
+from tests.adapters import PROJECTIONS
+from tests.shadow.test_shadow import batch_for, train
+from tlens_callback import Shadow
+from tlens_callback.shadow import packed, refusals
+from tlens_callback.shadow.fidelity import compare
+from tlens_callback.shadow.packed import dequantised, placeholder
+
+cuda = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    ],
+)
+
+
+class BaseQuantLinear(nn.Module):
+    """A layer as GPT-QModel has them: no parameters, and no word of what it multiplies with."""
+
+    __module__ = "gptqmodel.nn_modules.qlinear"
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        weight = layer.weight.detach()
+        scales = weight.abs().amax(1) / 127
+        self.register_buffer("scales", scales)
+        self.register_buffer("qweight", (weight / scales[:, None]).round().to(torch.int8).T)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, x):
+        y = x @ (self.qweight * self.scales)
+        return y if self.bias is None else y + self.bias
+
+
+def replaced(model, make):
+    """The model with other layers in the place of its linear ones, but for the head."""
+    for module in [*model.modules()]:
+        for name, layer in [*module.named_children()]:
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                setattr(module, name, make(layer))
+    return model
+
+
+def differing(one, other):
+    return [n for n, value in one.items() if not torch.equal(value, other[n])]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [4, 7, 1024])
+def test_a_layer_is_seen_from_outside(bias, rows, monkeypatch):
+    monkeypatch.setattr(packed, "_ROWS", rows)
+    layer = BaseQuantLinear(nn.Linear(30, 50, bias=bias))
+    before = copy.deepcopy(layer.state_dict())
+    wanted = layer.qweight.T * layer.scales[:, None]
+    assert torch.equal(dequantised(layer, "weight"), wanted)
+    assert packed.packed(layer) == ({"weight", "bias"} if bias else {"weight"})
+    if bias:
+        assert torch.equal(dequantised(layer, "bias"), layer.bias)
+    for name in packed.packed(layer):
+        like = placeholder(layer, name)
+        assert (like.shape, like.dtype) == ((50, 30) if name == "weight" else (50,), torch.float32)
+    assert not differing(before, layer.state_dict()) and layer.training
+
+
+def test_a_model_of_such_layers():
+    model = replaced(tiny.model("llama", attention_bias=True), BaseQuantLinear)
+    shadow = Shadow.of(model)
+    batch = batch_for(shadow)
+    found, _ = compare(model, shadow, batch)
+    assert found.close and found.relative < 1e-5 and shadow.streamed
+    model.model.layers[1].mlp.up_proj.scales.mul_(1.5)
+    resident = Shadow.of(model, weights="resident")
+    model.model.layers[1].mlp.up_proj.scales.mul_(1.5)
+    assert compare(model, shadow, batch)[0].close and not compare(model, resident, batch)[0].close
+
+
+def fp8(layer: nn.Linear, block=(128, 128)):
+    """A layer of transformers with these weights, whose blocks have different scales."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    made = FP8Linear(layer.in_features, layer.out_features, block, has_bias=layer.bias is not None)
+    if block is None:
+        made.weight_scale_inv.data = layer.weight.detach().abs().max() / 448
+    else:
+        nn.init.uniform_(made.weight_scale_inv, 0.5, 2.0)
+    made.weight.data = layer.weight.detach().to(torch.float8_e4m3fn)
+    if layer.bias is not None:
+        made.bias.data = layer.bias.detach().to(torch.bfloat16)
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 32), None])
+@pytest.mark.parametrize("bias", [False, True])
+def test_8_bit_floating_point_numbers_have_the_scale_of_their_block(block, bias):
+    layer = fp8(nn.Linear(200, 150, bias=bias), block)
+    found = dequantised(layer)
+    assert packed.packed(layer) == {"weight"}
+    assert (found.shape, found.dtype) == ((150, 200), torch.bfloat16)
+    for row in range(0, 150, 13):
+        for column in range(0, 200, 7):
+            scale = layer.weight_scale_inv
+            if block is not None:
+                scale = scale[row // block[0], column // block[1]]
+            wanted = (layer.weight[row, column].float() * scale).bfloat16()
+            assert found[row, column] == wanted
+
+
+def shown(model, *, close=1e-2):
+    """The shadow is the model before and after it was trained, with and without its adapters."""
+    live = get_peft_model(model, LoraConfig(r=4, target_modules=PROJECTIONS)).train()
+    for name, parameter in live.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    held = {name: value.clone() for name, value in live.state_dict().items() if "lora" not in name}
+    shadow, behind = Shadow.of(live), Shadow.of(live, weights="resident")
+    batch = batch_for(shadow)
+    found, _ = compare(live, shadow, batch)
+    assert found.close and found.kl < close and shadow.streamed
+    assert torch.equal(shadow.logits(batch.tokens), behind.logits(batch.tokens))
+    with live.disable_adapter():
+        assert not compare(live, behind, batch)[0].close
+        with behind.without_adapters():
+            assert compare(live, behind, batch)[0].close
+    train(live, batch, lr=1e-2)
+    shadow.sync()
+    assert compare(live, shadow, batch)[0].close and not compare(live, behind, batch)[0].close
+    assert not differing(held, live.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_in_8_bit_floating_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(refusals, "_READ", (*refusals._READ, "fp8"))
+    tiny.model("llama", hidden_size=256, intermediate_size=512, head_dim=64).save_pretrained(
+        tmp_path
+    )
+    how = {"dtype": torch.bfloat16, "device_map": "cuda"}
+    shown(
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=FineGrainedFP8Config(), **how
+        )
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_of_gpt_qmodel(dtype, device):
+    """With four bits in groups of 64 inputs, as GPTQ packs them."""
+    kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
+    pytest.importorskip("optimum")
+
+    def four_bits(layer: nn.Linear):
+        out, of = layer.weight.shape
+        groups = layer.weight.detach().float().view(out, of // 64, 64)
+        low, high = groups.amin(-1), groups.amax(-1)
+        scales = (high - low) / 15
+        made = kernel(
+            bits=4, group_size=64, sym=False, desc_act=False, in_features=of, out_features=out,
+            bias=layer.bias is not None, format="gptq",
+        )  # fmt: skip
+        inputs = torch.arange(of, dtype=torch.int32) // 64
+        made.pack_original(layer, scales, (-low / scales).round(), inputs)
+        made.post_init()
+        made.scales = made.scales.to(dtype)
+        if layer.bias is not None:
+            made.bias = made.bias.to(dtype)
+        return made
+
+    shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "attention_bias": True}
+    shown(replaced(tiny.model("llama", **shape).to(dtype), four_bits).to(device))
