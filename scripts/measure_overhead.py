@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tlens_callback import Instrument, LocalSink, Probe, Reading, Sink, WandbSink
@@ -64,11 +65,26 @@ SHAPES = {
 }
 
 
-def lora_model(shape: str, device: str, dtype: torch.dtype) -> PeftModel:
+def lora_model(
+    shape: str,
+    device: str,
+    dtype: torch.dtype,
+    linear: Callable[[nn.Linear], nn.Module] | None = None,
+) -> PeftModel:
+    """Random weights, the same at each call.
+
+    Args:
+        linear: makes another layer of each linear layer of the blocks.
+    """
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], attn_implementation="eager"))
+    model.to(device, dtype)
+    for module in [*model.model.modules()] if linear else ():
+        for name, layer in [*module.named_children()]:
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, linear(layer))
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    peft = get_peft_model(model.to(device, dtype), config)
+    peft = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:

@@ -170,6 +170,19 @@ def test_the_readmes_cost_table_has_the_rows_of_the_script():
 
 
 @pytest.mark.slow
+def test_the_cost_of_weights_by_the_layer_is_measured():
+    script = str(ROOT / "scripts" / "measure_streamed.py")
+    arguments = ["--shapes", "tiny", "--rounds", "1"]
+    done = subprocess.run(
+        [*python(), script, *arguments], capture_output=True, text=True, check=True
+    )
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if " ms | " in line]
+    held = {row[0]: float(row[4].removesuffix(" MiB")) for row in rows}
+    assert held["float32, streamed"] == pytest.approx(held["float32, resident"] / 2, abs=0.06)
+    assert all(0 < float(row[-1]) < 1e-2 for row in rows)
+
+
+@pytest.mark.slow
 def test_the_cost_of_every_fast_instrument_is_measured():
     script = str(ROOT / "scripts" / "measure_instruments.py")
     arguments = ["--shape", "tiny", "--rounds", "1"]

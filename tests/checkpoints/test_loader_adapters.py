@@ -47,6 +47,8 @@ KINDS = (
     "osf",
     "tinylora",
 )
+ALIKE = {"lora rslora", "loha", "oft", "ia3", "vera", "shira", "osf", "tinylora"}
+"""Whose adapter is some tensors of each layer, as plain LoRA's is."""
 STARTS = {"fourierft": False, "vblora": False, "kasa": "changed", "lora layer_replication": "more"}
 """Whose untrained state is not the base: unknown, or known all the same."""
 
@@ -83,7 +85,15 @@ def run(base: Path, folder: Path, config, steps=(1, 2, 3)):
     return live, known
 
 
-@pytest.mark.parametrize("name", mostly_slow(KINDS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            *kind.values, marks=[*kind.marks, *[pytest.mark.exhaustive] * (kind.values[0] in ALIKE)]
+        )
+        for kind in mostly_slow(KINDS)
+    ],
+)
 def test_in_any_order_nothing_stays_of_the_one_before(base, tmp_path, name):
     live, known = run(base, tmp_path, CONFIGS[name])
     checkpoints = {one.step: one for one in checkpoints_in(tmp_path)}

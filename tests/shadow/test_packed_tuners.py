@@ -47,7 +47,7 @@ def cases():
     for kind, more in ELSEWHERE.items():
         for name in sorted(EVERYWHERE | more):
             marks = [pytest.mark.slow] * (name not in QUICK)
-            marks += [pytest.mark.exhaustive] * (turns.get(name, kind) != kind)
+            marks += [pytest.mark.exhaustive] * (turns.setdefault(name, kind) != kind)
             yield pytest.param(kind, name, marks=marks)
 
 
