@@ -5,7 +5,6 @@ others does without.
 """
 
 import gc
-import importlib
 import os
 import random
 import tempfile
@@ -43,12 +42,6 @@ settings.load_profile("tests")
 
 SEED = int(os.environ.get("TLENS_TEST_SEED", "0"))
 """Another seed makes other models and adapters: no test may rest on the luck of one of them."""
-
-
-# The checker of shapes draws from Python's random state, which tests compare: it gets its own.
-drawn, random.getrandbits = random.getrandbits, random.Random(SEED).getrandbits
-importlib.import_module("beartype").beartype(lambda: None)
-random.getrandbits = drawn
 
 
 @pytest.fixture(scope="session", autouse=True)

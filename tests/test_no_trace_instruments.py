@@ -49,7 +49,13 @@ def everything(sink: MemorySink) -> TLensCallback:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama", "mixtral"),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gpt2", "gemma2")),
+    ],
+)
 def test_sft_with_every_instrument(tmp_path, family):
     sink = MemorySink()
     saving = dict(save_strategy="steps", save_steps=2, save_total_limit=1)

@@ -34,7 +34,16 @@ def instruments(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run",
+    [
+        *("SFT with LoRA", "full", "DoRA, and modules to save"),
+        *(
+            pytest.param(run, marks=pytest.mark.exhaustive)
+            for run in ("gpt2, LoRA", "gemma2, full")
+        ),
+    ],
+)
 def test_live_equals_replay(tmp_path, run):
     live = train(tmp_path, instruments(run), **RUNS[run])
     base = None if "adapter" in RUNS[run] else tmp_path / "base"
