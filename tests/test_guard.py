@@ -119,7 +119,13 @@ def test_every_event_passes_with_every_part_of_ours_failing(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("owner", owners(1, Tracer, tracer_module))
+@pytest.mark.parametrize(
+    "owner",
+    [
+        *owners(1, Tracer, tracer_module),
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in (Watcher, watcher_module)),
+    ],
+)
 def test_a_tracer_s_loop_passes_with_every_part_of_ours_failing(tmp_path, monkeypatch, owner):
     loop = Loop(tiny.model("llama", num_hidden_layers=1))
     # What checks the loop's own arguments is to raise, and replaced here it has lost its guard.

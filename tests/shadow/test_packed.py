@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from tests import tiny
-from tests.quantised import KINDS, SHAPE, adapted, float_copy, loaded
+from tests.quantised import KINDS, SHAPE, adapted, float_copy, loaded, with_hqq
 from tests.shadow.test_shadow import batch_for, hugging_face_logits, train
 from tlens_callback import Shadow, instruments, observe
 from tlens_callback.shadow import packed
@@ -104,6 +104,35 @@ def test_every_fast_instrument_runs(folder, kind):
         inner.view(-1)[7] ^= 1
     changed = {r.key: r for r in observe(shadow, batch, made[:1])}["frozen_weights/changed"]
     assert changed.values == 1
+
+
+@pytest.mark.parametrize("tuner", ["lora", "dora"])
+@pytest.mark.parametrize(("nbits", "axis"), [(8, 1), (4, 0), (3, 0), (2, 1)])
+def test_other_packings_of_hqq_and_biases(nbits, axis, tuner):
+    """HQQ keeps the bias beside its numbers, where it is no parameter and no training sees it."""
+    plain = tiny.model("llama", **SHAPE, attention_bias=True)
+    biases = {n: p.clone() for n, p in plain.named_parameters() if n.endswith("bias")}
+    assert len(biases) == 4 * SHAPE["num_hidden_layers"]
+    model = adapted(with_hqq(plain, nbits=nbits, axis=axis), use_dora=tuner == "dora").train()
+    shadow, behind = Shadow.of(model), Shadow.of(model, weights="resident")
+    batch = batch_for(shadow)
+    assert compare(model, shadow, batch)[0].relative < 1e-5
+    found = shadow.mirror.weights()
+    modules = [name for name, module in tiny.model("llama", **SHAPE).named_parameters()]
+    assert [w.name for w in found if w.name not in biases] == modules
+    for weight in found:
+        if weight.name in biases:
+            assert weight.trained is (tuner == "dora") and not weight.live.requires_grad
+            with shadow.layer(weight.layer):
+                assert torch.equal(weight.value, biases[weight.name])
+    watched = {
+        r.key: r.values for r in observe(shadow, batch, [instruments.FrozenWeights(every=1)])
+    }
+    frozen = sum(not weight.live.requires_grad for weight in found)
+    assert watched["frozen_weights/watched"] == frozen > len(biases)
+    train(model, batch, lr=1e-2)
+    shadow.sync()
+    assert compare(model, shadow, batch)[0].close and not compare(model, behind, batch)[0].close
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

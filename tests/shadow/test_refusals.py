@@ -175,7 +175,7 @@ def test_a_quantised_base_is_named_by_its_method(method):
     base = llama()
     model = get_peft_model(base, lora())
     base.quantization_method = method
-    why = "not been shown to be right" if method.value in UNTRIED else "cannot be read"
+    why = "nobody has shown on a GPU" if method.value in UNTRIED else "cannot be read"
     wanted = rf"quantised \({method.value}\).*{why}.*Load the base model in bfloat16"
     with pytest.raises(ValueError, match=wanted):
         refuse(model)

@@ -259,7 +259,10 @@ def _look(live: Tensor, device: torch.device) -> tuple[Int[Tensor, "2"], Float[T
     if type(live) is not Tensor and hasattr(live, "dequantize"):  # packed by torchao
         live = live.dequantize()
     live = live.contiguous()  # The live model may be spread over several devices.
-    return checksum(live).to(device), live.view(-1)[places(live)].to(device)
+    entries = live.view(-1)[places(live)].to(device)
+    if entries.is_floating_point() and entries.itemsize == 1:  # with which nothing can be computed
+        entries = entries.float()
+    return checksum(live).to(device), entries
 
 
 def places(weight: Float[Tensor, "..."]) -> Int[Tensor, " entry"]:

@@ -116,7 +116,8 @@ def short_name(text: str, others: Collection[str]) -> str:
     name = "-".join(words)[:32].strip("-") or "prompt"
     if name not in others:
         return name
-    # Not one number after the other, where thousands of probes begin with the same words.
+    # Doubles until a number is free, then halves: to count up to the free one would take minutes
+    # where thousands of probes begin with the same words.
     free = 2
     while f"{name}-{free}" in others:
         free *= 2

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -267,8 +266,8 @@ class Mirror:
                 or adapted_leaves(self._whole.outlined(live)) != source.adapted
             ):
                 return False
-            parameters: Any = innermost(live)._parameters
-            if any(parameters[name].data_ptr() != at for name, at in source.aliased.items()):
+            held = innermost(live)
+            if any(original(held, name).data_ptr() != at for name, at in source.aliased.items()):
                 return False
         return True
 
@@ -302,9 +301,7 @@ class Mirror:
         if merged:
             self._merge(live, merged)
         for name in into.keys() - merged.keys():
-            origin = innermost(live)._parameters[name]
-            assert origin is not None
-            into[name].copy_(origin)
+            into[name].copy_(original(innermost(live), name))
             source.stored[name].stamp = self._stamp(source, name)
 
     def _is_current(self, source: Source, name: str) -> bool:
@@ -318,8 +315,7 @@ class Mirror:
         module = innermost(source.live)
         if (share := self._whole.share(module, name)) is not None:
             return None if share.trained else share.stamp()
-        origin = module._parameters[name]
-        assert origin is not None
+        origin = original(module, name)
         return None if origin.requires_grad else (origin.data_ptr(), origin._version)
 
     def _shown(self, source: Source) -> nn.Module:

@@ -15,10 +15,10 @@ _CLASSES = {
     ("bitsandbytes", "Linear4bit"): "4bit",
     ("bitsandbytes", "Linear8bitLt"): "8bit",
     ("hqq", "HQQLinear"): "hqq",
-    ("gptqmodel", "BaseQuantLinear"): "gptqmodel",
+    ("gptqmodel", "BaseQuantLinear"): "gptq",
     ("transformers", "FP8Linear"): "fp8",
 }
-"""Library and class of a packed layer -> how it is read."""
+"""Library and class of a layer -> how it is packed. GPT-QModel's are read alike, also for AWQ."""
 
 _ROWS = 1024
 """Inputs with which the weight of a layer is found at once."""
@@ -27,46 +27,41 @@ _ROWS = 1024
 def packed(module: nn.Module) -> frozenset[str]:
     """Names, in a plain layer, of the parameters that this plain module holds packed.
 
-    Read are layers of bitsandbytes, in 4 and 8 bits, int8 weights of torchao, HQQ, GPTQ and AWQ as
-    GPT-QModel runs them, and the 8-bit floating point layers of transformers.
+    Read are layers of bitsandbytes, in 4 and 8 bits, int8 weights of torchao, layers of HQQ and of
+    GPT-QModel, and those of transformers in 8-bit floating point.
     """
     if isinstance(module, BaseTunerLayer):
         return frozenset()
-    how = _how(type(module))
-    if how in ("hqq", "gptqmodel"):
-        # None of what they have is a parameter of a plain layer.
-        return frozenset(
-            {"weight"} if getattr(module, "bias", None) is None else {"weight", "bias"}
-        )
+    how = method(type(module))
+    if how in ("hqq", "gptq"):
+        return frozenset({"weight"} if held(module) is not None else ())
     weight = module._parameters.get("weight")
     if weight is None:
         return frozenset()
     if how == "fp8":
-        return frozenset({"weight"}) if weight.element_size() == 1 else frozenset()
+        return frozenset({"weight"} if weight.element_size() == 1 else ())
     # A layer of bitsandbytes holds a plain weight until it is moved to its device.
     plain = type(weight.detach()) is Tensor and weight.is_floating_point()
-    return frozenset({"weight"}) if (how or _is_torchao(weight)) and not plain else frozenset()
+    return frozenset({"weight"} if (how or _is_torchao(weight)) and not plain else ())
 
 
-def held(module: Any, name: str) -> Any:
-    """The tensor in which a packed layer holds the numbers of a parameter."""
-    if name == "weight":
-        name = {"hqq": "W_q", "gptqmodel": "qweight"}.get(_how(type(module)), "weight")
-    return getattr(module, name)
+def held(module: nn.Module) -> Any:
+    """The tensor in which a packed layer holds its weight; None if it has none of this name."""
+    name = {"hqq": "W_q", "gptq": "qweight"}.get(method(type(module)), "weight")
+    return getattr(module, name, None)
 
 
-def placeholder(module: Any, name: str) -> Tensor:
-    """A tensor of the shape, dtype and device of a packed parameter, without its numbers."""
-    if name == "bias":
-        return module.bias.detach()
-    numbers = held(module, "weight")
+def placeholder(module: Any) -> Tensor:
+    """A tensor of the shape, dtype and device of the dequantised weight, without its numbers."""
+    numbers = held(module)
     shape = module.out_features, module.in_features
-    match _how(type(module)):
+    match method(type(module)):
         case "hqq":
             dtype = module.compute_dtype
-        case "gptqmodel":
+        case "gptq":
             dtype = module.scales.dtype
         case "fp8":
+            # The layer does not say; transformers loads such models in bfloat16.
             dtype = torch.bfloat16 if module.bias is None else module.bias.dtype
         case _:
             state = getattr(numbers, "quant_state", None)
@@ -78,18 +73,17 @@ def placeholder(module: Any, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def dequantised(module: Any, name: str = "weight") -> Tensor:
-    """A packed parameter in floating point, as the forward pass uses it.
+def dequantised(module: Any) -> Tensor:
+    """The weight of a packed layer in floating point, as its forward pass uses it.
 
     The 8-bit layers also round what they multiply it with; that is not part of it.
     """
-    if name == "bias":
-        return module.bias.detach()
-    weight = held(module, "weight")
-    match _how(type(module)):
+    weight = held(module)
+    match method(type(module)):
         case "hqq":
-            return module.dequantize()
-        case "gptqmodel":
+            # HQQ unpacks scales into what the layer keeps of its packing, and takes them out again.
+            return shallow(module, type(module)).dequantize()
+        case "gptq":
             return _seen_from_outside(module)
         case "fp8":
             return _of_blocks(module)
@@ -111,10 +105,12 @@ def precisions(module: Any) -> list[torch.dtype]:
     """The precisions in which a packed layer computes, beside that of its weight."""
     if not packed(module):
         return []
-    how, compute = _how(type(module)), getattr(module, "compute_dtype", None)
-    if how in ("8bit", "fp8"):
-        # They round their input to 8 bits, some 2e-2, which is more than half precision; but not on
-        # a CPU in the mode of training, in which they are compared.
+    how, compute = method(type(module)), getattr(module, "compute_dtype", None)
+    if how == "fp8":
+        return [torch.bfloat16]  # They round their input to 8 bits.
+    if how == "8bit":
+        # So do these, some 2e-2, which is more than half precision; but not on a CPU in the mode of
+        # training, in which they are compared.
         return [] if module.weight.device.type == "cpu" else [torch.bfloat16]
     return [compute] if compute else []
 
@@ -125,7 +121,7 @@ def repacks(module: nn.Module) -> bool:
     On CPUs with AVX512-BF16 the 4-bit layers of bitsandbytes 0.50 do. Training then computes with
     the other packing, and is no longer the same.
     """
-    return _how(type(module)) in ("4bit", "8bit")
+    return method(type(module)) in ("4bit", "8bit")
 
 
 def plain_linear(module: Any) -> nn.Linear:
@@ -162,8 +158,8 @@ def on_plain_layers(layer: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _how(kind: type) -> str:
-    """How a layer of this class is read, or ""; cached, for every sync asks it for every module."""
+def method(kind: type) -> str:
+    """How layers of this class are packed, or ""; cached: every sync asks it for every module."""
     for base in kind.__mro__:
         library = base.__module__.partition(".")[0]
         if how := _CLASSES.get((library, base.__name__)):
@@ -196,7 +192,7 @@ def _unpacked_on_cpu(codes: Tensor, state: Any, block: int = 32) -> Tensor:
 
 def _of_blocks(module: Any) -> Tensor:
     """The weight of a layer in 8-bit floating point, with a scale for each block, or for all."""
-    dtype, scale = placeholder(module, "weight").dtype, module.weight_scale_inv.float()
+    dtype, scale = placeholder(module).dtype, module.weight_scale_inv.float()
     weight = module.weight.float()
     if module.block_size is not None:
         for dim, size in enumerate(module.block_size):
@@ -205,18 +201,20 @@ def _of_blocks(module: Any) -> Tensor:
 
 
 def _seen_from_outside(module: Any) -> Tensor:
-    """The weight of a layer without a dequantiser: what it answers to each unit vector.
+    """The weight of a layer as what it answers to each unit vector, without its bias.
 
-    One matrix product, of [in, in] with [in, out].
+    One matrix product, of [in, in] with [in, out]. The kernels of GPT-QModel lay out their weights
+    each in its own way, and some have no function that unpacks them.
     """
     layer = shallow(module, type(module))
-    layer.__dict__["bias"] = None
-    for names in (layer._buffers, layer._parameters):
+    for names in (layer.__dict__, layer._buffers, layer._parameters):
         names.pop("bias", None)
-    weight = placeholder(module, "weight")
+    layer.__dict__["bias"] = None
+    weight = placeholder(module)
     found = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for start in range(0, module.in_features, _ROWS):
-        of = torch.arange(start, min(start + _ROWS, module.in_features), device=weight.device)
-        ones = nn.functional.one_hot(of, module.in_features).to(weight.dtype)
-        found[:, start : start + _ROWS] = layer(ones).T
+        ones = weight.new_zeros(min(_ROWS, module.in_features - start), module.in_features)
+        ones.diagonal(start).fill_(1)
+        # Without the hooks of the live layer, and what somebody has put in the place of its pass.
+        found[:, start : start + _ROWS] = type(layer).forward(layer, ones).T
     return found

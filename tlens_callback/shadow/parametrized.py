@@ -21,13 +21,16 @@ def parametrized(module: nn.Module) -> frozenset[str]:
 def original(module: nn.Module, name: str) -> Tensor:
     """The parameter itself, the first of those that it is made of, or what it is packed in."""
     if name in packed(module):
-        return held(module, name)
+        return held(module)
     parameter = module._parameters.get(name)
-    if parameter is None:
+    if parameter is not None:
+        return parameter
+    if name in parametrized(module):
         lists: Any = module.parametrizations
-        parameter = next(lists[name].parameters())
-    assert parameter is not None
-    return parameter
+        return next(lists[name].parameters())
+    # The bias of packed layers may be no parameter, and the result of a copy.
+    tensor = getattr(module, name)
+    return tensor if tensor.is_leaf else tensor.detach()
 
 
 @torch.no_grad()
@@ -39,10 +42,9 @@ def effective(module: nn.Module, name: str) -> Tensor:
     normalisation changes its vectors at every use.
     """
     if name in packed(module):
-        return dequantised(module, name)
-    parameter = module._parameters.get(name)
-    if parameter is not None:
-        return parameter.detach()
+        return dequantised(module)
+    if name not in parametrized(module):
+        return original(module, name).detach()
     lists: Any = module.parametrizations
     with as_inference(lists[name]):
         return lists[name]().detach()

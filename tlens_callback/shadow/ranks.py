@@ -83,8 +83,8 @@ class Ranks:
         self.broken = False
 
     def begin(self, model: nn.Module, step: int) -> None:
-        """Begins a run, and observes at this step; every process calls it, with what its trainer
-        has made of the model.
+        """Begins a run whose first observation is at `step`; every process calls it, with what its
+        trainer has made of the model.
 
         Raises:
             ValueError: for a sharded model that cannot have a shadow, or after a failure that the

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CAUSAL,
 )
 
-from tlens_callback.shadow.packed import packed
+from tlens_callback.shadow.packed import method, packed
 from tlens_callback.shadow.shards import sharded
 from tlens_callback.shadow.weights import unwrap
 
@@ -42,8 +42,10 @@ _VARIANTS = {
 """Variant of LoRA -> why it has no single weight."""
 
 _READ = ("bitsandbytes", "torchao", "hqq")
+"""Quantisation methods whose layers are read."""
+
 _UNTRIED = ("gptq", "awq", "fp8")
-"""Quantisation methods of transformers whose layers `packed` reads, on any machine and on a GPU."""
+"""Those whose layers `packed` can read, which no test on a GPU has shown to be right yet."""
 
 
 def refuse(
@@ -126,25 +128,28 @@ def _sharded(model: nn.Module, together: bool) -> Iterator[str]:
 
 def _quantised(model: nn.Module) -> Iterator[str]:
     way_out = "Load the base model in bfloat16 or float32 to look inside."
-    readable = {id(p) for m in model.modules() if packed(m) for p in m._parameters.values()}
     for module in model.modules():
         quantizer = getattr(module, "hf_quantizer", None)
-        if quantizer is not None or getattr(module, "quantization_method", None):
-            method = getattr(module, "quantization_method", None) or type(quantizer).__name__
-            method = getattr(method, "value", method)
-            if method in _READ:
-                continue
-            settings = getattr(getattr(module, "config", None), "quantization_config", None)
-            if hasattr(settings, "dequantize"):
-                # transformers then loads floating point numbers, and the model is a plain one.
-                way_out = f"Load it with {type(settings).__name__}(dequantize=True) to look inside."
-            untried = "need a GPU, on which reading them has not been shown to be right yet"
-            reason = untried if method in _UNTRIED else "cannot be read"
-            yield (
-                f"The base model is quantised ({method}), and its packed weights {reason}: those "
-                f"of bitsandbytes, of torchao's int8 and of HQQ can be read. {way_out}"
+        how = getattr(module, "quantization_method", None) or (
+            quantizer and type(quantizer).__name__
+        )
+        how = getattr(how, "value", how)
+        settings = getattr(getattr(module, "config", None), "quantization_config", None)
+        if how is not None and how not in _READ and hasattr(settings, "dequantize"):
+            # transformers then loads floating point numbers, and the model is a plain one.
+            way_out = f"Load it with {type(settings).__name__}(dequantize=True) to look inside."
+        untried = {how, method(type(module))}.intersection(_UNTRIED)
+        if untried or (how is not None and how not in _READ):
+            why = (
+                "nobody has shown on a GPU yet that its packed weights are read rightly"
+                if untried
+                else "its packed weights cannot be read"
             )
-            return
+            yield (
+                f"The base model is quantised ({min(untried, default=how)}), and {why}: those of "
+                f"bitsandbytes, of torchao's int8 and of HQQ are read. {way_out}"
+            )
+    readable = {id(p) for m in model.modules() if packed(m) for p in m._parameters.values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in readable:
             continue

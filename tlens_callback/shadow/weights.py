@@ -135,12 +135,13 @@ def live_leaves(module: nn.Module) -> dict[str, Tensor]:
     ones there are only shape, dtype and device.
     """
     base = innermost(module)
-    names = packed(base)
-    found = {name: placeholder(base, name) for name in names}
-    for name, parameter in base._parameters.items():
-        # A packed layer may have others, such as its scales.
-        if parameter is not None and name not in names and (name == "bias" or not names):
-            found[name] = parameter.detach()
+    if packed(base):
+        # It may have other parameters, such as scales, and a bias that is none.
+        found = {"weight": placeholder(base)}
+        if getattr(base, "bias", None) is not None:
+            found["bias"] = original(base, "bias").detach()
+        return found
+    found = {name: p.detach() for name, p in base._parameters.items() if p is not None}
     return found | {name: effective(base, name) for name in parametrized(base)}
 
 
@@ -321,7 +322,8 @@ def _replace_rows(weight: Tensor, layer: Any, out: Tensor) -> None:
 
 def _merge_stand_in(base: nn.Module, chain: list[Any]) -> dict[str, Tensor]:
     """The base layer's parameters after PEFT's own merge of these layers, the outermost first."""
-    floating = [t for t in chain[0].parameters() if t.is_floating_point()]
+    # Not those of a base in 8 bits.
+    floating = [t for t in chain[0].parameters() if t.is_floating_point() and t.itemsize > 1]
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in floating), torch.float32)
     inner = _stand_in(plain(base), dtype)
     try:
