@@ -56,6 +56,7 @@ def processes(code, number, path):
     return children
 
 
+@pytest.mark.slow
 def test_six_processes_write_one_file_and_no_reader_sees_less_than_a_whole_one(tmp_path):
     path = tmp_path / "page.html"
     path.write_bytes(b"z" * 100_000)

@@ -172,6 +172,7 @@ def test_rows_are_logged_where_nobody_else_logs(offline):
     assert "_log" not in vars(run) and run._teardown_hooks == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finish", ["", "run.finish()", "wandb.finish()"])
 def test_rows_that_wait_are_logged_when_the_script_ends(offline, finish):
     script = f"""
