@@ -119,6 +119,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.slow
 def test_a_file_of_probes_that_is_none_is_refused(tmp_path, name):
     (tmp_path / name).write_text(TEXTS[name])
     with refused():

@@ -94,6 +94,7 @@ def test_shows_itself_in_a_notebook():
     assert np.array_equal(reading.to_plotly(head=1).data[0].y, [2])
 
 
+@pytest.mark.slow
 def test_a_reading_loads_no_plotting_package():
     """Nor does the picture in a notebook need plotly."""
     code = (

@@ -130,6 +130,7 @@ def test_stopped_twice(tmp_path):
     assert differing(one, other, [0, 2, 4, 6, 8]) == set()
 
 
+@pytest.mark.slow
 def test_without_resume_from_changes_are_measured_anew(tmp_path):
     """The control: the same loop, which does not say where its memory is."""
     one = whole(tmp_path / "whole")

@@ -93,6 +93,7 @@ def check_no_trace(tmp_path: Any, family: str, probes: list[Probe], make: Any, *
         pytest.param("qwen3_vl", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_training_on_text_leaves_no_trace(tmp_path, family):
     data = Dataset.from_dict({"text": SENTENCES})
     check_no_trace(tmp_path, family, [CAPITAL], tiny.tokenizer, data=data)

@@ -55,6 +55,7 @@ def test_the_real_entry_point_with_models(saved, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_is_compared_with_its_base(saved, tmp_path):
     alone = run(saved["adapter"], *ASKED, "--out", tmp_path / "alone")
     both = run(saved["base"], saved["adapter"], *ASKED, "--out", tmp_path / "both")

@@ -114,6 +114,7 @@ def test_the_last_one_may_be_gone_when_later_ones_come(copied, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["asked", "retrained", "no memory"])
+@pytest.mark.slow
 def test_what_is_not_the_same_replay_makes_another_store(copied, change):
     assert called(copied).exit_code == 0
     more, why = [], ""

@@ -101,6 +101,7 @@ class Watched:
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.slow
 def test_merging_is_told_from_writing_and_rounding_from_drift(dtype, dora):
     """After 1, 13 and 50 generations: the figures are those of a loop over copies."""
     model = adapted(dtype, dora=dora)

@@ -76,6 +76,7 @@ def test_drift_and_loss_are_of_b_against_a(saved):
         ("base", "random", ("adapter_spectrum", "update_sparsity")),
     ],
 )
+@pytest.mark.slow
 def test_each_side_is_what_one_look_at_it_shows(saved, a, b, without):
     first, last = compared(saved, a, b)
     for name, side in ((a, first), (b, last)):

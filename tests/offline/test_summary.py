@@ -284,6 +284,7 @@ def test_roles_of_the_package_have_scores(run):
     assert roles == {"previous", "duplicate", "induction"}
 
 
+@pytest.mark.slow
 def test_a_store_that_describes_itself_needs_no_model(run):
     """Else a summary takes the seconds in which transformers and TransformerLens are imported."""
     code = (

@@ -228,6 +228,7 @@ def test_a_step_whose_file_is_gone_does_not_count(tmp_path):
 
 
 @pytest.mark.parametrize("last", range(4))
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_a_page_that_is_right(tmp_path, monkeypatch, last):
     """The index never names what is not there, whichever file is the last that fits."""
     page = PageFolder(tmp_path / "page")

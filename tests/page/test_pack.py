@@ -158,6 +158,7 @@ def test_then_of_some_heads_those_of_the_highest_scores_and_the_most_change(stor
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.4, 0.6, 0.9, 1.3])
+@pytest.mark.slow
 def test_nothing_goes_without_a_word(store, bare, share):
     """What lacks is what the notes name, and where nothing lacks there are none."""
     full = len(page(store)) - bare

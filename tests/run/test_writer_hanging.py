@@ -66,6 +66,7 @@ def test_dropping_gives_a_hanging_sink_up_too(caplog, gate):
     assert caplog.text.count("given up") == 1
 
 
+@pytest.mark.slow
 def test_closing_has_longer(caplog, gate):
     class Uploads(Notes):
         def close(self):

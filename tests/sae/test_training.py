@@ -24,6 +24,7 @@ def found(state, directions):
     return float((directions @ state["W_dec"].T).max(1).values.mean())
 
 
+@pytest.mark.slow
 def test_finds_the_true_dictionary():
     directions, x = superposition()
     training = Training(l1=0.2, lr=3e-3, seed=5)

@@ -275,6 +275,7 @@ class FromBase:
 
 
 @pytest.mark.parametrize("how", WAYS)
+@pytest.mark.slow
 def test_an_instrument_compares_with_the_base_and_leaves_no_trace(how, tmp_path):
     """Exactly 0 before the first update; other instruments and the training do not notice."""
     found = {}

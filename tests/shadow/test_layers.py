@@ -80,6 +80,7 @@ def test_every_activation_is_that_of_the_resident_shadow(family):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.slow
 def test_every_reading_is_that_of_the_resident_shadow(family, config):
     """Of all instruments, at two observations with a step between them."""
     model, *shadows = both(family, **config)

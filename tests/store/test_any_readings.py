@@ -43,6 +43,7 @@ def test_readings_come_back_as_they_were_and_in_order(steps, exact):
 @given(
     st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=8),
 )
+@pytest.mark.slow
 def test_a_step_that_is_written_again_takes_the_place_of_all_behind_it(writes):
     """Against a dictionary. A sink that is closed goes on where the last one was."""
     with tempfile.TemporaryDirectory() as folder:

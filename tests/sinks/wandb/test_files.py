@@ -98,6 +98,7 @@ def test_a_setting_that_passes_a_thousand_is_told_of_at_once(offline, caplog, mo
 
 
 @pytest.mark.parametrize("most", [None, 40, 4, 3, 0])
+@pytest.mark.slow
 def test_a_bound_is_one(offline, tmp_path, most):
     sink = WandbSink(most_files=most, store=Paged(tmp_path))
     for step in range(30):
@@ -219,6 +220,7 @@ def by_the_next_run(run):
         (by_finish, False),
     ],
 )
+@pytest.mark.slow
 def test_whoever_finishes_the_run_waits_for_what_is_not_written(offline, tmp_path, finish, asked):
     run = wandb.init(project="test")
     sink = WandbSink(store=Paged(tmp_path), most_files=7)

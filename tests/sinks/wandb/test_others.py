@@ -97,6 +97,7 @@ def logged(folder, sink, *, every, logging, steps=24, numbers=True, after_traini
 
 
 @pytest.mark.parametrize(("every", "logging"), [(2, 1), (1, 3), (12, 5)])
+@pytest.mark.slow
 def test_rows_with_a_step_stay_as_they_were(offline, every, logging):
     """The trainer's own evaluation rows push out a few of the user's, without us too."""
     alone = logged(offline / "alone", None, every=every, logging=logging)
