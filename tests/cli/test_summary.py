@@ -26,6 +26,7 @@ def store(tmp_path):
     return sink.path
 
 
+@pytest.mark.slow
 def test_the_real_entry_point(store):
     done = run_command("summary", store, env={**os.environ, "COLUMNS": "40"})
     assert (done.returncode, done.stderr) == (0, "")

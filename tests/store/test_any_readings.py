@@ -17,6 +17,7 @@ from tlens_callback.store.store import arrays_file, scores_file
 
 
 @given(runs(), st.booleans())
+@pytest.mark.slow
 def test_readings_come_back_as_they_were_and_in_order(steps, exact):
     with tempfile.TemporaryDirectory() as folder:
         sink = LocalSink(Path(folder) / "run", exact=exact, page=False)

@@ -87,6 +87,7 @@ def test_a_long_run_stays_below_a_thousand_files(offline, caplog, tmp_path):
 
 
 @pytest.mark.parametrize("most", [None, 5_000])
+@pytest.mark.slow
 def test_a_setting_that_passes_a_thousand_is_told_of_at_once(offline, caplog, most):
     sink = WandbSink(most_files=most)
     with caplog.at_level(logging.WARNING, "tlens_callback"):

@@ -199,6 +199,7 @@ if __name__ == "__main__":
     assert [row[OURS] for row in rows if OURS in row] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_rows_that_wait_are_logged_when_the_script_fails(offline):
     """Nobody closes the sink then but the writer, at the end of the interpreter."""
     path = offline / "script.py"

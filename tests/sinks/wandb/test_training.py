@@ -100,6 +100,7 @@ def check(ours, memory, steps):
         assert {key: kind for key, kind in files.items() if key != "watch/event_table"} == FILES
 
 
+@pytest.mark.slow
 def test_beside_a_trainer_that_evaluates(offline):
     ours, theirs, memory = watched(offline, sft)
     check(ours, memory, [2, 4, 5])
