@@ -1,7 +1,7 @@
 """`Mirror`: a module tree of the live model's class that holds its weights, adapters merged."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +239,7 @@ class Mirror:
                     yield source, name, own
 
     @torch.no_grad()
-    def write(self, stored: Iterable[tuple[Source, str]]) -> None:
+    def write(self, stored: Collection[tuple[Source, str]]) -> None:
         """Writes the current values of stored resident parameters, given by source and name."""
         names: dict[int, list[str]] = {}
         sources = {id(source): source for source, _ in stored}

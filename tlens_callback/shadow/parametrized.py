@@ -20,11 +20,11 @@ def parametrized(module: nn.Module) -> frozenset[str]:
 
 def original(module: nn.Module, name: str) -> Tensor:
     """The parameter itself, the first of those that it is made of, or what it is packed in."""
-    if name in packed(module):
-        return held(module)
     parameter = module._parameters.get(name)
     if parameter is not None:
         return parameter
+    if name in packed(module):
+        return held(module)
     if name in parametrized(module):
         lists: Any = module.parametrizations
         return next(lists[name].parameters())

@@ -130,25 +130,24 @@ def _quantised(model: nn.Module) -> Iterator[str]:
     way_out = "Load the base model in bfloat16 or float32 to look inside."
     for module in model.modules():
         quantizer = getattr(module, "hf_quantizer", None)
-        how = getattr(module, "quantization_method", None) or (
-            quantizer and type(quantizer).__name__
-        )
-        how = getattr(how, "value", how)
+        how = getattr(module, "quantization_method", None)
+        how = getattr(how, "value", how) or (quantizer and type(quantizer).__name__)
+        if how is None or how in _READ:
+            how = method(type(module))
+            if how not in _UNTRIED:
+                continue
         settings = getattr(getattr(module, "config", None), "quantization_config", None)
-        if how is not None and how not in _READ and hasattr(settings, "dequantize"):
+        if hasattr(settings, "dequantize"):
             # transformers then loads floating point numbers, and the model is a plain one.
             way_out = f"Load it with {type(settings).__name__}(dequantize=True) to look inside."
-        untried = {how, method(type(module))}.intersection(_UNTRIED)
-        if untried or (how is not None and how not in _READ):
-            why = (
-                "nobody has shown on a GPU yet that its packed weights are read rightly"
-                if untried
-                else "its packed weights cannot be read"
-            )
-            yield (
-                f"The base model is quantised ({min(untried, default=how)}), and {why}: those of "
-                f"bitsandbytes, of torchao's int8 and of HQQ are read. {way_out}"
-            )
+        why = "its packed weights cannot be read"
+        if how in _UNTRIED:
+            why = "nobody has shown on a GPU yet that its packed weights are read rightly"
+        yield (
+            f"The base model is quantised ({how}), and {why}: those of bitsandbytes, of torchao's "
+            f"int8 and of HQQ are read. {way_out}"
+        )
+        return
     readable = {id(p) for m in model.modules() if packed(m) for p in m._parameters.values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in readable:
