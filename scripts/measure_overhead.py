@@ -54,6 +54,16 @@ SHAPES = {
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     ),
+    "qwen2.5-1.5b": dict(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
     "tiny": dict(
         vocab_size=1024,
         hidden_size=64,
@@ -298,20 +308,26 @@ def report(shape: str, found: dict[str, float]) -> None:
         print(f"| {what} | {value} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str, shapes: list[str], rounds: int) -> argparse.Namespace:
+    """Reads the command line, and prints what the figures below it were measured on."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--shapes", nargs="+", default=shapes, choices=list(SHAPES))
     args = parser.parse_args()
+    print(f"torch {torch.__version__}, {args.device}, {args.dtype}, "
+          f"{torch.get_num_threads()} threads, median of {args.rounds}")  # fmt: skip
+    args.dtype = getattr(torch, args.dtype)
+    return args
+
+
+def main() -> None:
+    args = arguments(__doc__.splitlines()[0], ["smollm2-135m", "tiny"], rounds=7)
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true")
-        print(f"torch {torch.__version__}, {args.device}, {args.dtype}, "
-              f"{torch.get_num_threads()} threads, median of {args.rounds}")  # fmt: skip
         for shape in args.shapes:
-            dtype = getattr(torch, args.dtype)
-            report(shape, measure(shape, args.device, dtype, args.rounds, Path(folder)))
+            report(shape, measure(shape, args.device, args.dtype, args.rounds, Path(folder)))
 
 
 if __name__ == "__main__":

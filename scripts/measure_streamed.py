@@ -10,30 +10,18 @@ most that an observation takes beyond that; and the largest difference of a logi
 model. The rows of a base take turns, so that a busy machine slows all of them equally.
 """
 
-import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from measure_overhead import SHAPES, lora_model, take_turns
+from measure_overhead import SHAPES, arguments, lora_model, take_turns
 from torch import nn
 
 from tlens_callback import ProbeBatch, Shadow, observe
 from tlens_callback.instruments import fast
 from tlens_callback.probes.builtin import repeated_blocks
 from tlens_callback.shadow.fidelity import compare
-
-SHAPES["qwen2.5-1.5b"] = dict(
-    vocab_size=151936,
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    tie_word_embeddings=True,
-)
 
 
 def in_4_bits(layer: nn.Linear) -> nn.Module:
@@ -91,19 +79,12 @@ def measure(shape: str, packs: bool, device: str, dtype: torch.dtype, rounds: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m"], choices=list(SHAPES))
-    args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.device}, {args.dtype}, "
-          f"{torch.get_num_threads()} threads, median of {args.rounds}")  # fmt: skip
+    args = arguments(__doc__.splitlines()[0], ["smollm2-135m"], rounds=5)
     for shape in args.shapes:
         print(f"\n| {shape} | an observation | sync and forward pass | of resident | held | for a "
               f"while | largest difference |\n{'| --- ' * 7}|")  # fmt: skip
         for packs in (False, True) if find_spec("bitsandbytes") else (False,):
-            measure(shape, packs, args.device, getattr(torch, args.dtype), args.rounds)
+            measure(shape, packs, args.device, args.dtype, args.rounds)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,15 @@ def llama(*, bias: bool = False, tied: bool = False) -> Any:
     )
 
 
+def replaced(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> Any:
+    """The model with other layers in the place of its linear ones, but for the head."""
+    for module in [*model.modules()]:
+        for name, layer in [*module.named_children()]:
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                setattr(module, name, make(layer))
+    return model
+
+
 def adapt(base: nn.Module, config: "Config") -> Any:
     """The adapted model in the mode of training, its adapter moved away from the identity."""
     torch.manual_seed(1)

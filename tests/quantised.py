@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from tests import tiny
-from tests.adapters import PROJECTIONS
+from tests.adapters import PROJECTIONS, replaced
 
 functional = pytest.importorskip("bitsandbytes").functional
 quantize = pytest.importorskip("hqq.core.quantize")
@@ -54,14 +54,16 @@ def loaded(folder: Path, how: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def with_hqq(model: Any, **settings: Any) -> Any:
-    """The model with all linear layers but the head in 4 bits."""
+    """The model with all linear layers but the head in 4 bits, or as these settings say."""
     config = quantize.BaseQuantizeConfig(**{"nbits": 4, "group_size": 64, **settings})
-    for module in [*model.modules()]:
-        for name, layer in [*module.named_children()]:
-            if isinstance(layer, nn.Linear) and name != "lm_head":
-                packed = quantize.HQQLinear(layer, config, compute_dtype=model.dtype, device="cpu")
-                setattr(module, name, packed)
-    return model
+    how = {"compute_dtype": model.dtype, "device": "cpu"}
+    return replaced(model, lambda layer: quantize.HQQLinear(layer, config, **how))
+
+
+def linear_layers(model: nn.Module) -> str | list[str]:
+    """All of them but the head: PEFT 0.21 does not count HQQ's among "all-linear"."""
+    has_hqq = any(isinstance(module, quantize.HQQLinear) for module in model.modules())
+    return PROJECTIONS if has_hqq else "all-linear"
 
 
 def float_copy(model: Any) -> Any:
@@ -95,8 +97,7 @@ def adapted(model: Any, **settings: Any) -> nn.Module:
     model's."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        # PEFT 0.21 does not count HQQ's among "all-linear".
-        given = {"r": 8, "lora_alpha": 16, "target_modules": PROJECTIONS} | settings
+        given = {"r": 8, "lora_alpha": 16, "target_modules": linear_layers(model)} | settings
         found = get_peft_model(model, LoraConfig(**given))
         for name, parameter in found.named_parameters():
             if "lora_B" in name:

@@ -169,14 +169,15 @@ def test_the_readmes_cost_table_has_the_rows_of_the_script():
     assert all(f'"{row}"' in script or f'    {row}"' in script for row in rows)
 
 
+def printed(script: str, *arguments: str) -> str:
+    command = [*python(), str(ROOT / "scripts" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.slow
 def test_the_cost_of_weights_by_the_layer_is_measured():
-    script = str(ROOT / "scripts" / "measure_streamed.py")
-    arguments = ["--shapes", "tiny", "--rounds", "1"]
-    done = subprocess.run(
-        [*python(), script, *arguments], capture_output=True, text=True, check=True
-    )
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if " ms | " in line]
+    said = printed("measure_streamed.py", "--shapes", "tiny", "--rounds", "1")
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if " ms | " in line]
     held = {row[0]: float(row[4].removesuffix(" MiB")) for row in rows}
     assert held["float32, streamed"] == pytest.approx(held["float32, resident"] / 2, abs=0.06)
     assert all(0 < float(row[-1]) < 1e-2 for row in rows)
@@ -184,15 +185,11 @@ def test_the_cost_of_weights_by_the_layer_is_measured():
 
 @pytest.mark.slow
 def test_the_cost_of_every_fast_instrument_is_measured():
-    script = str(ROOT / "scripts" / "measure_instruments.py")
-    arguments = ["--shape", "tiny", "--rounds", "1"]
-    done = subprocess.run(
-        [*python(), script, *arguments], capture_output=True, text=True, check=True
-    )
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    said = printed("measure_instruments.py", "--shape", "tiny", "--rounds", "1")
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
     cost = {row[0].removeprefix("| "): row[1:] for row in rows}
     for instrument in fast():
         assert float(cost[type(instrument).__name__][0]) >= 0
         assert cost[type(instrument).__name__][2].startswith("0.00"), "no forward of its own"
     assert not cost["HeadAblation"][2].startswith("0.00")
-    assert "times the bare forward" in done.stdout
+    assert "times the bare forward" in said

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines import TRACES, changed, trained
+from tests.marks import exhaustive
 from tests.processes import python
 
 pytestmark = pytest.mark.slow
@@ -19,11 +20,9 @@ RUNS = {
     "fsdp1: sft lora": ["auto"],
 }
 ALIKE = {"fsdp2: grpo lora", "fsdp2 kept: sft dora"}
-EACH = [
-    pytest.param(run, holding, marks=[pytest.mark.exhaustive] * (run in ALIKE))
-    for run, holdings in RUNS.items()
-    for holding in holdings
-]
+EACH = exhaustive(
+    [pytest.param(run, how) for run, holdings in RUNS.items() for how in holdings], ALIKE
+)
 LAYERS, STEPS = 3, [0, 1, 2, 3, 4]
 
 
@@ -114,7 +113,7 @@ def faults(*places: str, limit: int, on_error: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("on_error", ["warn", pytest.param("raise", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("on_error", exhaustive(["warn", "raise"], {"raise"}))
 def test_no_process_is_left_waiting(on_error):
     done = faults(*FAULTS, limit=200, on_error=on_error)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

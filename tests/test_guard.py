@@ -11,6 +11,7 @@ import tlens_callback.callback as callback_module
 import tlens_callback.tracer as tracer_module
 import tlens_callback.watcher as watcher_module
 from tests import tiny
+from tests.marks import exhaustive
 from tests.own_loop import Loop, tracer
 from tests.training import CAPITAL, Constant, trainer
 from tlens_callback import MemorySink, TLensCallback, Tracer, Watch, read_store
@@ -31,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
 
+# Two tests take turns with these.
 OURS = (
     *(Observer, Writer, Shadow, Mirror, Watch, FidelityMonitor, TrainerLogs, Schedule, Cost),
     *(MemorySink, Constant, baselines, observer),
@@ -39,17 +41,6 @@ EVENTS = (
     *("epoch_begin", "step_begin", "pre_optimizer_step", "optimizer_step", "substep_end"),
     *("step_end", "log", "evaluate", "save", "predict", "prediction_step", "epoch_end"),
 )
-
-
-def owners(turn: int, *own: Any) -> list[Any]:
-    """Parameters of two tests, of which each has every other of `OURS`; the rest is exhaustive."""
-    return [
-        *own,
-        *(
-            pytest.param(owner, marks=[pytest.mark.exhaustive] * (i % 2 != turn))
-            for i, owner in enumerate(OURS)
-        ),
-    ]
 
 
 class Injected(RuntimeError):
@@ -103,7 +94,8 @@ class Driven:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "owner", owners(0, TLensCallback, callback_module, Watcher, watcher_module)
+    "owner",
+    exhaustive([TLensCallback, callback_module, Watcher, watcher_module, *OURS], OURS[1::2]),
 )
 def test_every_event_passes_with_every_part_of_ours_failing(tmp_path, monkeypatch, owner):
     names = [name for name in functions(owner) if not name.startswith("on_")]
@@ -121,10 +113,10 @@ def test_every_event_passes_with_every_part_of_ours_failing(tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "owner",
-    [
-        *owners(1, Tracer, tracer_module),
-        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in (Watcher, watcher_module)),
-    ],
+    exhaustive(
+        [Tracer, tracer_module, Watcher, watcher_module, *OURS],
+        [Watcher, watcher_module, *OURS[0::2]],
+    ),
 )
 def test_a_tracer_s_loop_passes_with_every_part_of_ours_failing(tmp_path, monkeypatch, owner):
     loop = Loop(tiny.model("llama", num_hidden_layers=1))

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from tests import tiny
+from tests.marks import exhaustive
 from tests.training import CAPITAL, SENTENCES, Pace
 from tlens_callback import LocalSink, MemorySink, TLensCallback, read_store
 
@@ -210,10 +211,7 @@ def test_sft_leaves_no_trace(tmp_path, unwatched, args):
 
 @pytest.mark.parametrize(
     "family",
-    [
-        *("gpt_neox", "phi3", "qwen3_moe"),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gpt2", "gemma2")),
-    ],
+    exhaustive(["gpt2", "gpt_neox", "phi3", "gemma2", "qwen3_moe"], {"gpt2", "gemma2"}),
 )
 def test_families_whose_shadow_is_costly_to_build_leave_no_trace(tmp_path, unwatched, family):
     """Fused projections draw random numbers when the bridge splits them."""

@@ -9,6 +9,7 @@ import inspect
 import pytest
 
 from tests.instruments.settings import SETTINGS
+from tests.marks import exhaustive
 from tests.test_no_trace import CAPITAL, differences, grpo, sft, state_of
 from tlens_callback import (
     Instrument,
@@ -50,11 +51,7 @@ def everything(sink: MemorySink) -> TLensCallback:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family",
-    [
-        *("llama", "mixtral"),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gpt2", "gemma2")),
-    ],
+    "family", exhaustive(["llama", "gpt2", "gemma2", "mixtral"], {"gpt2", "gemma2"})
 )
 def test_sft_with_every_instrument(tmp_path, family):
     sink = MemorySink()

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from examples.induction import VOCAB, model, repeated_blocks
+from tests.marks import exhaustive
 from tlens_callback import HeadScores, Probe, ProbeBatch, Shadow, Watch, observe
 from tlens_callback.probes.builtin import repeated_blocks as several_lengths
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 BATCH, LEARNING_RATE, EVERY = 32, 3e-3, 10
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2, 3, 5))]
+SEEDS = exhaustive([0, 1, 2, 3, 5], {1, 2, 3, 5})
 ONE_LENGTH = [Probe.repeated(f"repeat-16-{seed}", block=16, seed=seed) for seed in range(8)]
 
 

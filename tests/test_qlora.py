@@ -7,8 +7,7 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.adapters import PROJECTIONS
-from tests.quantised import loaded
+from tests.quantised import linear_layers, loaded
 from tests.test_examples import run, small  # noqa: F401
 from tests.test_no_trace import SENTENCES, differences, peft_config, state_of, watcher
 from tlens_callback import MemorySink, read_store
@@ -18,8 +17,9 @@ def qlora(tmp_path, folder, kind, dtype, callbacks):
     """TRL casts the adapters to bfloat16, and prepares the base for training."""
     data = Dataset.from_dict({"text": SENTENCES})
     set_seed(7)
+    model = loaded(folder, kind, dtype)
     trainer = SFTTrainer(
-        loaded(folder, kind, dtype),
+        model,
         args=SFTConfig(
             output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4,
             learning_rate=1e-2, logging_steps=1, report_to="none", save_strategy="no",
@@ -27,7 +27,7 @@ def qlora(tmp_path, folder, kind, dtype, callbacks):
         ),
         train_dataset=data,
         processing_class=tiny.tokenizer(),
-        peft_config=peft_config(lora_dropout=0.3, target_modules=PROJECTIONS),
+        peft_config=peft_config(lora_dropout=0.3, target_modules=linear_layers(model)),
         callbacks=callbacks,
     )  # fmt: skip
     trainer.train()

@@ -27,10 +27,8 @@ def accelerator_state():
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.parametrize(
-    "wrap", [pytest.param("compile", marks=pytest.mark.slow), "prepared", "accumulate"]
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["compile", "prepared", "accumulate"])
 def test_wrapped_models_and_loops_read_what_plain_ones_do(wrap):
     plain, sink = MemorySink(), MemorySink()
     batches = 2 if wrap == "accumulate" else 1

@@ -84,16 +84,8 @@ def check_no_trace(tmp_path: Any, family: str, probes: list[Probe], make: Any, *
     assert len(set(memory.curve("target_scores/loss/capital")[1].tolist())) == 4
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "gemma3",
-        "qwen2_5_vl",
-        pytest.param("llava", marks=pytest.mark.slow),
-        pytest.param("qwen3_vl", marks=pytest.mark.slow),
-    ],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "llava", "qwen3_vl"])
 def test_training_on_text_leaves_no_trace(tmp_path, family):
     data = Dataset.from_dict({"text": SENTENCES})
     check_no_trace(tmp_path, family, [CAPITAL], tiny.tokenizer, data=data)

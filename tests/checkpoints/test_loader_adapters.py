@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.adapters import CONFIGS, llama, logits, lora, mostly_slow, plain, randomise
+from tests.marks import exhaustive
 from tlens_callback import Shadow
 from tlens_callback.checkpoints import Checkpoint, Loader, checkpoints_in
 
@@ -85,15 +86,7 @@ def run(base: Path, folder: Path, config, steps=(1, 2, 3)):
     return live, known
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            *kind.values, marks=[*kind.marks, *[pytest.mark.exhaustive] * (kind.values[0] in ALIKE)]
-        )
-        for kind in mostly_slow(KINDS)
-    ],
-)
+@pytest.mark.parametrize("name", exhaustive(mostly_slow(KINDS), ALIKE))
 def test_in_any_order_nothing_stays_of_the_one_before(base, tmp_path, name):
     live, known = run(base, tmp_path, CONFIGS[name])
     checkpoints = {one.step: one for one in checkpoints_in(tmp_path)}

@@ -3,6 +3,7 @@
 import pytest
 from peft import LoraConfig
 
+from tests.marks import exhaustive
 from tests.offline.replaying import replayed, surplus, train, unlike
 from tests.test_no_trace_instruments import every_instrument
 from tlens_callback.instruments import AdapterSpectrum, TrainedFeatures
@@ -34,16 +35,7 @@ def instruments(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "run",
-    [
-        *("SFT with LoRA", "full", "DoRA, and modules to save"),
-        *(
-            pytest.param(run, marks=pytest.mark.exhaustive)
-            for run in ("gpt2, LoRA", "gemma2, full")
-        ),
-    ],
-)
+@pytest.mark.parametrize("run", exhaustive(RUNS, {"gpt2, LoRA", "gemma2, full"}))
 def test_live_equals_replay(tmp_path, run):
     live = train(tmp_path, instruments(run), **RUNS[run])
     base = None if "adapter" in RUNS[run] else tmp_path / "base"

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from tests.instruments.common import MIXED_MOE, encoded
+from tests.marks import exhaustive
 from tests.shadow.test_shadow import lora, train
 from tests.test_no_trace import sft
 from tests.test_no_trace_instruments import every_instrument
@@ -49,13 +50,7 @@ READ = ("gemma2", "gpt_neox", "qwen3_moe")
 """Whose readings are compared too."""
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=[pytest.mark.exhaustive] * (family in READ))
-        for family in tiny.FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", exhaustive(tiny.FAMILIES, READ))
 def test_every_activation_is_that_of_the_resident_shadow(family):
     model, resident, streamed = both(family)
     for _ in range(2):

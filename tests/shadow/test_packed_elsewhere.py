@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from tests import tiny
-from tests.adapters import PROJECTIONS, effective
+from tests.adapters import PROJECTIONS, effective, replaced
 from tests.shadow.test_shadow import batch_for, train
 from tlens_callback import Shadow
 from tlens_callback.instruments import frozen
@@ -50,15 +50,6 @@ class BaseQuantLinear(nn.Module):
     def forward(self, x):
         y = x @ (self.qweight * self.scales)
         return y if self.bias is None else y + self.bias
-
-
-def replaced(model, make):
-    """The model with other layers in the place of its linear ones, but for the head."""
-    for module in [*model.modules()]:
-        for name, layer in [*module.named_children()]:
-            if isinstance(layer, nn.Linear) and name != "lm_head":
-                setattr(module, name, make(layer))
-    return model
 
 
 def differing(one, other):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.adapters import CONFIGS, PROJECTIONS, needs_transformers_peft, randomise
-from tests.quantised import KINDS, adapted, loaded
+from tests.adapters import CONFIGS, needs_transformers_peft, randomise
+from tests.quantised import KINDS, adapted, linear_layers, loaded
 from tests.shadow.test_shadow import batch_for, train
 from tlens_callback import Shadow
 from tlens_callback.shadow.fidelity import compare
@@ -115,7 +115,7 @@ def test_half_precision(folder, kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_own_add_adapter(folder, kind):
     model = loaded(folder, kind)
-    model.add_adapter(LoraConfig(r=4, target_modules=PROJECTIONS, init_lora_weights=False))
+    model.add_adapter(LoraConfig(r=4, target_modules=linear_layers(model), init_lora_weights=False))
     model.train()
     shadow, resident = Shadow.of(model), Shadow.of(model, weights="resident")
     batch = batch_for(shadow)
