@@ -7,16 +7,20 @@ The whole models are for machines that have what they need, and skipped on other
 """
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from tests import tiny
 from tests.adapters import PROJECTIONS, effective, replaced
+from tests.shadow.test_other_families import OTHERS
+from tests.shadow.test_other_families import model as other_model
 from tests.shadow.test_shadow import batch_for, train
 from tlens_callback import Shadow
 from tlens_callback.instruments import frozen
@@ -31,6 +35,9 @@ cuda = pytest.param(
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     ],
 )
+
+MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+"""What a code of three bits stands for; the fourth is the sign."""
 
 
 class BaseQuantLinear(nn.Module):
@@ -153,9 +160,9 @@ def test_peft_merges_into_8_bit_floating_point_numbers():
     assert torch.equal(effective(layer)["weight"], wanted.bfloat16())
 
 
-def shown(model):
+def shown(model, target_modules=PROJECTIONS) -> Shadow:
     """The shadow is the model before and after it was trained, with and without its adapters."""
-    live = get_peft_model(model, LoraConfig(r=4, target_modules=PROJECTIONS)).train()
+    live = get_peft_model(model, LoraConfig(r=4, target_modules=target_modules)).train()
     for name, parameter in live.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -163,7 +170,7 @@ def shown(model):
     shadow, behind = Shadow.of(live), Shadow.of(live, weights="resident")
     batch = batch_for(shadow)
     found, _ = compare(live, shadow, batch)
-    assert found.close and found.kl < 1e-2 and shadow.streamed
+    assert found.close and found.kl < 1e-2
     assert torch.equal(shadow.logits(batch.tokens), behind.logits(batch.tokens))
     with live.disable_adapter():
         assert not compare(live, behind, batch)[0].close
@@ -173,6 +180,7 @@ def shown(model):
     shadow.sync()
     assert compare(live, shadow, batch)[0].close and not compare(live, behind, batch)[0].close
     assert not differing(held, live.state_dict())
+    return shadow
 
 
 @pytest.mark.gpu
@@ -182,36 +190,83 @@ def test_a_model_in_8_bit_floating_point(tmp_path, unrefused):
         tmp_path
     )
     how = {"dtype": torch.bfloat16, "device_map": "cuda"}
-    shown(
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=FineGrainedFP8Config(), **how
-        )
+    live = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=FineGrainedFP8Config(), **how
     )
+    assert shown(live).streamed
 
 
-@pytest.mark.parametrize("device", ["cpu", cuda])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_model_of_gpt_qmodel(dtype, device, unrefused):
-    """With four bits in groups of 64 inputs, as GPTQ packs them."""
-    kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
-    pytest.importorskip("optimum")
+def four_bits(kernel, dtype):
+    """Makes layers of GPT-QModel with four bits in groups of 64 inputs."""
 
-    def four_bits(layer: nn.Linear):
+    def made(layer: nn.Linear):
         out, of = layer.weight.shape
         groups = layer.weight.detach().float().view(out, of // 64, 64)
         low, high = groups.amin(-1), groups.amax(-1)
         scales = (high - low) / 15
-        made = kernel(
+        zeros = (-low / scales).round()
+        packed = kernel(
             bits=4, group_size=64, sym=False, desc_act=False, in_features=of, out_features=out,
-            bias=layer.bias is not None, format="gptq",
+            bias=layer.bias is not None,
         )  # fmt: skip
-        inputs = torch.arange(of, dtype=torch.int32) // 64
-        made.pack_original(layer, scales, (-low / scales).round(), inputs)
-        made.post_init()
-        made.scales = made.scales.to(dtype)
+        if "AWQ" in str(kernel.SUPPORTS_METHODS):
+            packed.pack(layer, scales.to(dtype), zeros)
+        else:
+            packed.pack_original(layer, scales, zeros, torch.arange(of, dtype=torch.int32) // 64)
+        packed.post_init()
+        packed.scales = packed.scales.to(dtype)
         if layer.bias is not None:
-            made.bias = made.bias.to(dtype)
-        return made
+            packed.bias = packed.bias.to(dtype)
+        return packed
 
+    return made
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["torch.TorchLinear", "torch_awq.AwqTorchLinear"])
+def test_a_model_of_gpt_qmodel(kernel, dtype, device, unrefused):
+    """As GPTQ packs them, and as AWQ does, which has none in float32."""
+    module, name = kernel.split(".")
+    kernel = getattr(pytest.importorskip(f"gptqmodel.nn_modules.qlinear.{module}"), name)
+    pytest.importorskip("optimum")
+    if dtype not in kernel.SUPPORTS_DTYPES and "AWQ" in str(kernel.SUPPORTS_METHODS):
+        pytest.skip("no kernel for it")
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "attention_bias": True}
-    shown(replaced(tiny.model("llama", **shape).to(dtype), four_bits).to(device))
+    model = tiny.model("llama", **shape).to(dtype)
+    assert shown(replaced(model, four_bits(kernel, dtype)).to(device)).streamed
+
+
+def in_mxfp4(folder) -> None:
+    """Packs the experts of the checkpoint in this folder as gpt-oss has them, by the naive rule."""
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    for name in [n for n in held if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        weight = held.pop(name).float().mT
+        blocks = weight.reshape(*weight.shape[:-1], -1, 32)
+        exponents = (blocks.abs().amax(-1) / 6).log2().ceil()
+        scaled = blocks / exponents.exp2()[..., None]
+        codes = (scaled.abs()[..., None] - MXFP4).abs().argmin(-1) + 8 * (scaled < 0)
+        held[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        held[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+    save_file(held, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_gpt_oss_is_read_as_transformers_dequantises_it(device, tmp_path):
+    """Which trains it in no other way; on a CPU, or without its kernels, it is loaded like this."""
+    name, shape = OTHERS["gpt_oss"]
+    plain: Any = other_model(name, {**shape, "intermediate_size": 64})
+    plain = plain.to(torch.bfloat16)
+    plain.save_pretrained(tmp_path)
+    in_mxfp4(tmp_path)
+    live = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=Mxfp4Config(dequantize=True), device_map=device
+    )
+    experts = live.model.layers[0].mlp.experts.down_proj
+    error = (experts.cpu() - plain.model.layers[0].mlp.experts.down_proj).abs().max()
+    assert 0 < error < experts.abs().max() / 4
+    assert not shown(live, target_modules=["q_proj", "o_proj"]).streamed
