@@ -68,6 +68,18 @@ class Quantity(StrEnum):
         REPEAT_GAIN: loss on the second copy of a random block minus loss on the first: a
             number, nats.
         FEATURE_FREQUENCY: share of the tokens on which each feature fires: [feature].
+        ROLLOUT_TOKEN: ids of the tokens that the model sampled, as texts: [rollout, pos]. Readings
+            of the same instrument with these two axes measure these tokens, those with only the
+            axis rollout the whole completion.
+        ROLLOUT_PROMPT: the prompt of each group, as texts of its tokens: [group, pos].
+        ROLLOUT_GROUP: the group of each rollout, which share a prompt: [rollout], index.
+        ROLLOUT_ADVANTAGE: how much better each rollout is than its group, as the trainer counts it:
+            [rollout].
+        ROLLOUT_REWARD: what each reward function gives: [rollout, function].
+        ROLLOUT_ATTENTION: attention of a rollout's sampled tokens to each token of its prompt and
+            to each token sampled, mean over the sampled ones: [rollout, layer, head, key].
+        CONTRAST: how much more winners have than losers, of each head: [layer, head].
+        CONTRAST_Q: the smallest false discovery rate at which that is a discovery: [layer, head].
     """
 
     ATTENTION = auto()
@@ -88,6 +100,14 @@ class Quantity(StrEnum):
     PROBE_LOSS = auto()
     REPEAT_GAIN = auto()
     FEATURE_FREQUENCY = auto()
+    ROLLOUT_TOKEN = auto()
+    ROLLOUT_PROMPT = auto()
+    ROLLOUT_GROUP = auto()
+    ROLLOUT_ADVANTAGE = auto()
+    ROLLOUT_REWARD = auto()
+    ROLLOUT_ATTENTION = auto()
+    CONTRAST = auto()
+    CONTRAST_Q = auto()
 
 
 @dataclass(frozen=True, kw_only=True)
