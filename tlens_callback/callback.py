@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import training_rows
+from tlens_callback.rollouts import Look, Recorder, Rollouts
 from tlens_callback.run.guard import guarded
 from tlens_callback.run.printing import print_lines
 from tlens_callback.run.settings import Options, Settings
@@ -34,7 +35,8 @@ class TLensCallback(TrainerCallback, Watcher):
         probes: the texts to run, or the path of a file that `read_probes` reads. None: the first
             rows of the training data.
         settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, weights,
-            on_error, writing and name, as `tlens_callback.run.settings.Settings` explains them.
+            on_error, writing, name and rollouts, as `tlens_callback.run.settings.Settings` explains
+            them.
 
     Raises:
         ValueError: here or when training begins, if something cannot work; the text says what to
@@ -52,6 +54,7 @@ class TLensCallback(TrainerCallback, Watcher):
     Attributes:
         sinks: where the readings go, including sinks that failed and were set aside. The default
             sinks are chosen when training begins.
+        recorder: the rollouts, as the reward functions see them.
     """
 
     __signature__ = signature(Settings)  # help() shows it
@@ -63,7 +66,42 @@ class TLensCallback(TrainerCallback, Watcher):
     ) -> None:
         Watcher.__init__(self, Settings(probes, **settings))
         self.name = self.settings.name
+        self.recorder = Recorder()
         self._batch_size = 0
+
+    def attach(self, trainer: Any) -> "TLensCallback":
+        """Lets the callback see what a trainer with reward functions samples: its rollouts.
+
+        `TLensCallback(...).attach(trainer)` is enough: the callback is added to those of the
+        trainer if it is not among them. At each observation it looks at the rollouts that were
+        sampled with the weights of this step, before they are trained on; `rollouts=Rollouts(...)`
+        says at how many. The reward functions are called as before; while the trainer trains,
+        each is in its list with a function around it that listens, and afterwards as it was.
+
+        In a run of several processes every one calls it, and those of rank 0 are looked at.
+
+        Args:
+            trainer: TRL's GRPOTrainer or RLOOTrainer, or another with a list `reward_funcs`.
+
+        Returns:
+            The callback itself.
+
+        Raises:
+            ValueError: if the trainer has no reward functions, or the callback has a trainer.
+        """
+        self.recorder.attach(trainer)
+        if not any(one is self for one in trainer.callback_handler.callbacks):
+            trainer.add_callback(self)
+        return self
+
+    def reward(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps a reward function so that the callback sees the rollouts: another way than
+        `attach`, for a trainer of your own. `reward_funcs=[look.reward(f), look.reward(g)]`.
+
+        What is not an argument of a reward function stays unknown: the exact ids of a prompt are
+        those that the tokenizer writes, and advantages come from the trainer's settings.
+        """
+        return self.recorder.reward(function)
 
     def on_train_begin(
         self,
@@ -75,6 +113,7 @@ class TLensCallback(TrainerCallback, Watcher):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        self.recorder.listen(model)
         self._meet(model, state.global_step)
         self._begin(
             lambda: self._start(args, state, model, processing_class, train_dataloader),
@@ -105,6 +144,8 @@ class TLensCallback(TrainerCallback, Watcher):
             self.observer.close()
             self.observer = None
         observer = self.observer or self._new_observer(lambda: default_sinks(args, self.name))
+        if self.recorder:
+            observer.look = Look(self._look_settings, self.recorder)
         self._join_wandb()
 
         def probes(shadow: Shadow) -> list[Probe]:
@@ -141,6 +182,8 @@ class TLensCallback(TrainerCallback, Watcher):
         if watching:
             self._join_later_wandb()
         step = state.global_step
+        if self._looks_at(step - 1) and self._look_settings.after_update:
+            self._together(lambda of: of.look_after_update())
         last = control.should_training_stop or step >= state.max_steps
         by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)
         # The trainer logs this step later; the observation waits for what it logs.
@@ -154,8 +197,29 @@ class TLensCallback(TrainerCallback, Watcher):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.observer is not None:
+        if self.observer is not None and not self._looks_at(state.global_step):
             self.observer.hand_over()
+
+    @guarded
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step
+        if self._looks_at(step):
+            self._together(lambda of: of.look_before_update(args, step))
+
+    @property
+    def _look_settings(self) -> Rollouts:
+        return self.settings.rollouts or Rollouts()
+
+    def _looks_at(self, step: int) -> bool:
+        """Whether the rollouts sampled with the weights of this step are looked at; the answer of
+        all processes is the same."""
+        if not self.recorder:
+            return False
+        if self.ranks is not None:
+            return self.ranks.watching and step in self.ranks.steps
+        return self.observer is not None and step in self.observer.steps
 
     @guarded
     def on_epoch_end(
@@ -212,6 +276,7 @@ class TLensCallback(TrainerCallback, Watcher):
         if not args.load_best_model_at_end:
             self._observe_last(state, control)
         self._part()
+        self.recorder.stop()
         observer, self.observer = self.observer, None
         if observer is None:
             return

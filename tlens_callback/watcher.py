@@ -91,20 +91,21 @@ class Watcher:
         Args:
             last, hold: see `Observer.after_update`.
         """
-        if self.ranks is None:
-            if self.observer is not None:
-                self.observer.after_update(step, observe=observe, last=last, hold=hold)
-            return
-        if not self.ranks.due(step, observe=observe, last=last):
-            return
-        if observe or last:
-            self.ranks.steps.add(step)
-        if not self.ranks.first:
+        if self.ranks is not None:
+            if not self.ranks.due(step, observe=observe, last=last):
+                return
+            if observe or last:
+                self.ranks.steps.add(step)
+        self._together(lambda of: of.after_update(step, observe=observe, last=last, hold=hold))
+
+    def _together(self, act: Callable[[Observer], None]) -> None:
+        """The observer of rank 0 acts, and the other processes help; every process calls it."""
+        if self.ranks is not None and not self.ranks.first:
             self.ranks.serve()
             return
         with self._leading(fatal=self.settings.on_error == "raise"):
             if self.observer is not None:
-                self.observer.after_update(step, observe=observe, last=last, hold=hold)
+                act(self.observer)
 
     def _lacks(self, step: int) -> bool:
         """Whether this run is watched and this step was not observed."""

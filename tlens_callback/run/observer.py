@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
+from tlens_callback.rollouts import Look
 from tlens_callback.run import baselines
 from tlens_callback.run.claims import claim
 from tlens_callback.run.cost import Cost, cost_reading
@@ -64,6 +65,7 @@ class Observer:
         steps: the observed steps.
         first_bytes: instrument -> bytes of its readings at the first observation.
         checks: step -> fidelity, for the steps where it was computed.
+        look: looks at the rollouts of each observation; None where there are none.
     """
 
     def __init__(
@@ -87,6 +89,9 @@ class Observer:
         self._model_shape: tuple[int, ...] = ()
         self._run = ""
         self._watch_before: tuple[int, dict[str, Tensor]] = (-1, {})
+        self.look: Look | None = None
+        self._awaits = False
+        self._of_rollouts: list[Reading] = []
 
     @property
     def watching(self) -> bool:
@@ -161,7 +166,7 @@ class Observer:
                     placeholders=self.shadow.placeholders,
                 )
             assert self.batch is not None
-            held = baselines.of([*self.instruments, self.watch])
+            held = baselines.of([*self.instruments, self.watch, self.look])
             own = baselines.of([self.logs, self._schedule])
             for one in [*held.values(), *own.values()]:
                 one.clear()
@@ -176,7 +181,8 @@ class Observer:
             self._first_step = step
             self._observe_now(step, fidelity, last=last)
             baselines.demand_tensors(held)
-            self.writer.drain()
+            if not self._awaits:
+                self.writer.drain()
             for name, one in held.items():
                 if recalled and one and name not in recalled:
                     warn(
@@ -212,7 +218,7 @@ class Observer:
         with self.cost.spending():
             try:
                 about = baselines.conditions(self.batch, self.shadow.dtype, run)
-                held = baselines.of([*self.instruments, self.watch])
+                held = baselines.of([*self.instruments, self.watch, self.look])
                 if self.watch is not None and self._watch_before[0] == step:
                     held[self.watch.name] = self._watch_before[1]
                 if any(held.values()) or has_rare(self.instruments) or always:
@@ -352,9 +358,45 @@ class Observer:
             self.first_bytes[reading.instrument] += reading.values.nbytes
         if step not in self.steps:
             self.steps.append(step)
-        self.writer.hold(readings, step=step, more=partial(self.logs.take, step))
-        if not hold:
+        self._awaits, self._of_rollouts = self.look is not None and not last, []
+        more = partial(self._more, step, self._of_rollouts)
+        self.writer.hold(readings, step=step, more=more)
+        if not (hold or self._awaits):
             self.writer.release()
+
+    def _more(self, step: int, of_rollouts: Sequence[Reading]) -> list[Reading]:
+        """What belongs to an observation and is known after it."""
+        return [*self.logs.take(step), *of_rollouts]
+
+    def look_before_update(self, args: Any, step: int) -> None:
+        """Looks at the rollouts that were sampled with the weights of `step`, and hands over the
+        observation that waits for them, or keeps it for `look_after_update`."""
+        self._look(
+            lambda look, shadow, batch: look.before_update(shadow, batch, self.model, args, step)
+        )
+        if self.look is None or not self.look.settings.after_update:
+            self._awaits = False
+            self.hand_over()
+
+    def look_after_update(self) -> None:
+        """Looks at the same rollouts after the update, and hands over the observation."""
+        self._look(lambda look, shadow, batch: look.after_update(shadow))
+        self._awaits = False
+        self.hand_over()
+
+    def _look(self, act: Callable[[Look, Shadow, ProbeBatch], Sequence[Reading]]) -> None:
+        if not self._awaits or self.look is None or self.shadow is None or self.batch is None:
+            return
+        with self.cost.spending():
+            try:
+                # Who merges adapters to generate leaves the base's weights moved by rounding.
+                self.shadow.sync()
+                self._of_rollouts += act(self.look, self.shadow, self.batch)
+            except Exception as error:
+                if self.settings.on_error == "raise" or (self.ranks and self.ranks.broken):
+                    raise
+                self.look = None
+                report("the look at rollouts", error)
 
     def _watch_events(
         self, readings: Sequence[Reading], step: int, *, strict: bool

@@ -20,6 +20,7 @@ from tlens_callback.probes.builtin import repeated_blocks
 from tlens_callback.probes.entries import ENDINGS
 from tlens_callback.probes.file import read_probes
 from tlens_callback.reading import RESERVED
+from tlens_callback.rollouts.settings import Rollouts
 from tlens_callback.run.baselines import BASELINE
 from tlens_callback.run.printing import warn
 from tlens_callback.run.writer import OnError, Writing
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     on_error: OnError
     writing: Writing
     name: str
+    rollouts: Rollouts | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class Settings:
             store, the section in W&B and the other sinks, and the name of the file `<name>.memory`
             in each checkpoint, which a resumed run compares its observations with.
 
+        rollouts: which of the completions that a trainer samples are looked at; None: `Rollouts()`,
+            if there are any.
+
     Raises:
         ValueError: if something cannot work with any model; the text says what to do.
     """
@@ -99,6 +104,7 @@ class Settings:
     on_error: OnError = "warn"
     writing: Writing = "wait"
     name: str = "tlens"
+    rollouts: Rollouts | None = None
 
     def __post_init__(self) -> None:
         if not _counts(self.every_n_steps):
@@ -143,6 +149,8 @@ class Settings:
             raise ValueError(f"watch must be a Watch, False or None, got {watch!r}.")
         instruments = fast() if self.instruments is None else list(self.instruments)
         _check_parts(instruments, self.sinks_with(list), watch or None)
+        if not isinstance(self.rollouts, Rollouts | None):
+            raise ValueError(f"rollouts must be Rollouts(...) or None, got {self.rollouts!r}.")
         device: Any = self.device
         if device is not None:
             try:

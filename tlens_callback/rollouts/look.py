@@ -1,0 +1,166 @@
+"""`Look`: looks at the latest rollouts, before the update that they lead to and after it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlens_callback.probes import ProbeBatch
+from tlens_callback.reading import Reading
+from tlens_callback.rollouts.inside import Part, inside, last_residuals, parts
+from tlens_callback.rollouts.meanings import DESCRIPTION
+from tlens_callback.rollouts.readings import Seen, readings_of
+from tlens_callback.rollouts.recorder import Recorder
+from tlens_callback.rollouts.rollout import Rollout, chosen, rollouts_of
+from tlens_callback.rollouts.settings import Rollouts
+from tlens_callback.rollouts.tokens import gained_and_lost, token_measures
+from tlens_callback.shadow import Shadow
+
+
+class Look:
+    """Looks at the rollouts of the latest generation with the shadow of a run.
+
+    Attributes:
+        settings: which rollouts, and how closely.
+        recorder: where they come from.
+        baseline: as an instrument's: how often each contrast was positive and negative.
+        has_base: whether the model can be looked at without its adapters; None: not known yet.
+    """
+
+    description = DESCRIPTION
+    name = "rollouts"
+
+    def __init__(self, settings: Rollouts, recorder: Recorder) -> None:
+        self.settings = settings
+        self.recorder = recorder
+        self.baseline: dict[str, Tensor] = {}
+        self.has_base: bool | None = None
+        self._before: tuple[list[Part], list[Tensor], float, Seen] | None = None
+
+    def before_update(
+        self, shadow: Shadow, batch: ProbeBatch, model: Any, args: Any, step: int
+    ) -> list[Reading]:
+        """Looks at the latest rollouts with the weights that the shadow holds.
+
+        Args:
+            batch: any of the run, for its tokenizer and vocabulary.
+            model, args: of the trainer.
+
+        Returns:
+            The readings; none if nothing was sampled that can be looked at.
+
+        Raises:
+            ValueError: for rollouts that the model cannot read as text.
+        """
+        self._before = None
+        generation = self.recorder.latest
+        if generation is None:
+            return []
+        of, settings = rollouts_of(generation, self.recorder, batch, args, model), self.settings
+        longest = min(settings.max_tokens, batch.context or settings.max_tokens)
+        few = chosen(of, settings.groups, settings.per_observation, longest)
+        if not few:
+            return []
+        temperature = float(getattr(args, "temperature", 1.0) or 1.0)
+        seen = self._see(shadow, batch, few, temperature)
+        seen.dead = _dead_groups(of)
+        seen.truncated = sum(not one.ended for one in of) / len(of)
+        seen.age = None if generation.step is None else step - generation.step
+        seen.names = self.recorder.names
+        found = [*readings_of(seen, settings, shadow, batch, self.baseline, step)]
+        assert len({one.key for one in found}) == len(found)
+        return [one.described(DESCRIPTION) for one in found]
+
+    def after_update(self, shadow: Shadow) -> list[Reading]:
+        """Looks at the same rollouts with the weights of now; nothing if none were looked at."""
+        if self._before is None:
+            return []
+        (of, tokens, temperature, seen), self._before = self._before, None
+        after = torch.cat(
+            [
+                token_measures(
+                    shadow, last_residuals(shadow, part), None, ids, temperature=temperature
+                )["logp"]
+                for part, ids in zip(of, tokens, strict=True)
+            ]
+        )
+        change = after.cpu() - seen.tokens["logp"][seen.order]
+        seen.tokens = {"step_change": change[seen.back]}
+        return [one.described(DESCRIPTION) for one in _after(seen)]
+
+    def _see(
+        self, shadow: Shadow, batch: ProbeBatch, few: Sequence[Rollout], temperature: float
+    ) -> Seen:
+        of = parts(few, batch, self.settings.max_tokens)
+        pair = _pair(few)
+        now: list[Tensor] = []
+        base: list[Tensor] = []
+        each: list[Mapping[str, Tensor]] = []
+        received: dict[int, Tensor] = {}
+        for part in of:
+            keys = [row for row, i in enumerate(part.which) if i in pair]
+            resid, found, looked = inside(shadow, part, keys)
+            now.append(resid)
+            each.append({name: value.float().cpu() for name, value in found.items()})
+            for at, row in enumerate(keys if looked is not None else ()):
+                assert looked is not None
+                received[part.which[row]] = looked[at].cpu()
+        if self._can_leave_out(shadow):
+            with shadow.without_adapters():
+                base = [last_residuals(shadow, part) for part in of]
+        tokens = [part.tokens for part in of]
+        measures = token_measures(
+            shadow,
+            torch.cat(now),
+            torch.cat(base) if base else None,
+            torch.cat(tokens),
+            temperature=temperature,
+        )
+        seen = Seen.of(few, of, {name: value.cpu() for name, value in measures.items()}, each)
+        seen.attention = {i: received[i] for i in pair if i in received}
+        if base:
+            gained, lost = gained_and_lost(shadow, torch.cat(now), torch.cat(base))
+            seen.moved = gained.cpu(), lost.cpu()
+        if self.settings.after_update:
+            self._before = of, tokens, temperature, seen
+        return seen
+
+    def _can_leave_out(self, shadow: Shadow) -> bool:
+        if self.has_base is None:
+            try:
+                with shadow.without_adapters():
+                    self.has_base = True
+            except ValueError:
+                self.has_base = False
+        return self.has_base
+
+
+def _pair(few: Sequence[Rollout]) -> list[int]:
+    """The best and the worst rollout of the group that differs most; none if no group differs."""
+    groups: dict[int, list[int]] = {}
+    for i, one in enumerate(few):
+        groups.setdefault(one.group, []).append(i)
+
+    def ends(of: list[int]) -> tuple[int, int]:
+        ranked = sorted(of, key=lambda i: -few[i].advantage)
+        return ranked[0], ranked[-1]
+
+    pairs = [ends(of) for of in groups.values()]
+    best = max(pairs, key=lambda pair: few[pair[0]].advantage - few[pair[1]].advantage)
+    return [*best] if few[best[0]].advantage > few[best[1]].advantage else []
+
+
+def _dead_groups(of: Sequence[Rollout]) -> float:
+    gains: dict[int, set[float]] = {}
+    for one in of:
+        gains.setdefault(one.group, set()).add(one.advantage)
+    return sum(len(values) == 1 for values in gains.values()) / len(gains)
+
+
+def _after(seen: Seen) -> Iterator[Reading]:
+    yield from seen.of_tokens()
+    yield from seen.of_rollouts({"sum_step_change": seen.sums("step_change")})
+    gain = seen.advantage
+    if (weight := gain.abs().sum()) > 0:
+        yield seen.curve("update_gain", (gain * seen.sums("step_change")).sum() / weight)
