@@ -36,6 +36,7 @@ from .probes import Probe as Probe
 from .probes import ProbeBatch as ProbeBatch
 from .probes import read_probes as read_probes
 from .reading import Reading as Reading
+from .rollouts import Rollouts as Rollouts
 from .run.observe import observe as observe
 from .sae import Autoencoder as Autoencoder
 from .sae import load_sae as load_sae

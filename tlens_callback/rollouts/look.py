@@ -1,5 +1,6 @@
 """`Look`: looks at the latest rollouts, before the update that they lead to and after it."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from tlens_callback.rollouts.rollout import Rollout, chosen, rollouts_of
 from tlens_callback.rollouts.settings import Rollouts
 from tlens_callback.rollouts.tokens import gained_and_lost, token_measures
 from tlens_callback.shadow import Shadow
+
+
+logger = logging.getLogger("tlens_callback")
 
 
 class Look:
@@ -36,6 +40,7 @@ class Look:
         self.recorder = recorder
         self.baseline: dict[str, Tensor] = {}
         self.has_base: bool | None = None
+        self._said = False
         self._before: tuple[list[Part], list[Tensor], float, Seen] | None = None
 
     def before_update(
@@ -61,6 +66,7 @@ class Look:
         longest = min(settings.max_tokens, batch.context or settings.max_tokens)
         few = chosen(of, settings.groups, settings.per_observation, longest)
         if not few:
+            self._say_why_not(of, longest)
             return []
         temperature = float(getattr(args, "temperature", 1.0) or 1.0)
         seen = self._see(shadow, batch, few, temperature)
@@ -125,6 +131,19 @@ class Look:
         if self.settings.after_update:
             self._before = of, tokens, temperature, seen
         return seen
+
+    def _say_why_not(self, of: Sequence[Rollout], longest: int) -> None:
+        if self._said:
+            return
+        self._said = True
+        shortest = min(len(one.prompt) for one in of)
+        why = "all completions are empty, or their prompts unknown"
+        if shortest >= longest:
+            why = (
+                f"the shortest prompt has {shortest} tokens, and at most {longest} of a rollout "
+                f"are read; give a larger one, Rollouts(max_tokens=...)"
+            )
+        logger.warning("tlens: no rollout is looked at: %s.", why)
 
     def _can_leave_out(self, shadow: Shadow) -> bool:
         if self.has_base is None:
