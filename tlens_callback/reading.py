@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-RESERVED = ("cost", "fidelity", "trainer", "checkpoint")
+RESERVED = ("cost", "fidelity", "trainer", "checkpoint", "rollouts")
 """First segments of keys that only the observer may use."""
 
 TOKEN_AXES = ("pos", "token", "query", "key")

@@ -1,6 +1,6 @@
 """Looks at rollouts of real trainings, held against what the trainer says of the same tokens."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -120,7 +120,9 @@ def test_what_is_looked_at_is_what_is_trained_on(tmp_path, accumulates):
                 ):
                     batches[batch["completion_ids"].numpy().tobytes()].append(row)
                     break
-        means = [np.concatenate([row["entropy"] for row in rows]).mean() for rows in batches.values()]
+        means = [
+            np.concatenate([row["entropy"] for row in rows]).mean() for rows in batches.values()
+        ]
         d = [-np.concatenate([row["change"] for row in rows]) for rows in batches.values()]
         k3 = [(np.exp(one) - one - 1).mean() for one in d]
         assert np.mean(means) == pytest.approx(entropy[step + 1], abs=1e-5)
@@ -147,7 +149,7 @@ def test_the_look_after_an_update_is_a_forward_pass_of_then(tmp_path):
     class Later(Seeing):
         """Runs what it has trained on once more, after the step."""
 
-        after: dict[int, Any] = {}
+        after: ClassVar[dict[tuple[int, tuple[int, ...]], Any]] = {}
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             step = self.state.global_step

@@ -42,7 +42,8 @@ def rollouts(seed=0, lengths=((5, 9), (5, 4), (3, 12), (3, 1))):
 
 
 def batch_of(shadow: Shadow) -> ProbeBatch:
-    return ProbeBatch.encode([Probe("p", [1, 9, 10])], vocab_size=shadow.vocab_size)
+    about = {"vocab_size": shadow.vocab_size, "context": shadow.context}
+    return ProbeBatch.encode([Probe("p", [1, 9, 10])], **about)
 
 
 def seen(model, few, temperature=1.0):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -67,6 +68,9 @@ def trainer(
         train_dataset=data,
         eval_dataset=data.select(range(2)) if evaluates else None,
         reward_funcs=list(rewards),
+        reward_processing_classes=[
+            tiny.tokenizer() if isinstance(one, nn.Module) else None for one in rewards
+        ],
         processing_class=tiny.tokenizer(),
         peft_config=peft_config(lora_dropout=dropout) if peft == "lora" else peft,
         callbacks=list(callbacks),

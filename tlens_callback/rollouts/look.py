@@ -18,7 +18,6 @@ from tlens_callback.rollouts.settings import Rollouts
 from tlens_callback.rollouts.tokens import gained_and_lost, token_measures
 from tlens_callback.shadow import Shadow
 
-
 logger = logging.getLogger("tlens_callback")
 
 

@@ -2,12 +2,15 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger("tlens_callback")
 
 Reward = Callable[..., Any]
 
@@ -54,7 +57,7 @@ class Recorder:
         self.model: nn.Module | None = None
         self._given: Any = None
         self._waiting: dict[int, Tensor] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -86,6 +89,8 @@ class Recorder:
         self.stop()
         self.model = model
         functions = [] if self.trainer is None else self.trainer.reward_funcs
+        if functions and all(isinstance(one, nn.Module) for one in functions):
+            self._listen_to_trainer(self.trainer)
         for i, function in enumerate(functions):
             if isinstance(function, nn.Module):
                 # The trainer asks whether it is a module, so that it cannot be wrapped.
@@ -122,6 +127,28 @@ class Recorder:
             return found
 
         return functools.update_wrapper(awaited if _is_async(function) else listened, function)
+
+    def _listen_to_trainer(self, trainer: Any) -> None:
+        """Reward models are not told what they judge; TRL's own method that asks them all is."""
+        usual = getattr(trainer, "_calculate_rewards", None)
+        known = ["inputs", "prompts", "completions", "completion_ids_list"]
+        if usual is None or [*inspect.signature(usual).parameters] != known:
+            logger.warning(
+                "tlens: no rollouts are looked at: all rewards come from models, and this version "
+                "of TRL asks them in another way than TRL 1.16. A reward function beside them "
+                "helps, with the weight 0."
+            )
+            return
+
+        def asked(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+            given = dict(zip(("prompts", "completions"), (prompts, completions), strict=True))
+            self._begin(
+                {**given, "completion_ids": completion_ids_list, "trainer_state": trainer.state}
+            )
+            return usual(inputs, prompts, completions, completion_ids_list)
+
+        trainer._calculate_rewards = asked
+        self._undo.append(lambda: vars(trainer).pop("_calculate_rewards", None))
 
     @property
     def _trains(self) -> bool:

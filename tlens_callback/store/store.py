@@ -229,6 +229,30 @@ class Store:
         # "permissive", as pandas 2 makes other texts of a table that somebody rewrites with it.
         return pa.concat_tables(tables, promote_options="permissive").to_pandas()
 
+    def rollouts(self, step: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Returns the rollouts that were looked at with the weights of a step: a table with one row
+        per rollout, and one with a row per sampled token.
+
+        The columns of the first are: step; rollout, "<group>.<number>"; group, counted from 1;
+        prompt and completion, texts, if they were kept; what was measured of each rollout, such as
+        advantage, length, mean_entropy; and "reward_<function>" for each reward function.
+
+        Those of the second are: step; rollout; pos, counted from 0; token_id and token, if they
+        were kept; what was measured of each token, such as logp, change, entropy, js.
+
+        Raises:
+            ValueError: if the store does not have this step, or the step no rollouts.
+        """
+        from tlens_callback.store.rollouts import rollout_frames
+
+        found = rollout_frames(step, self.readings(step))
+        if found is None:
+            raise ValueError(
+                f"Step {step} of {self.path} has no rollouts. A callback sees them with "
+                f".attach(trainer), of a trainer that samples; at the last step none are sampled."
+            )
+        return found
+
     def _frame_of(self, key: str) -> pd.DataFrame:
         from tlens_callback.store.tidy import tidy
 
