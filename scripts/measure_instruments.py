@@ -29,6 +29,7 @@ from tlens_callback.instruments import (
     Contrast,
     CopyingScores,
     HeadAblation,
+    TokenChange,
     fast,
 )
 from tlens_callback.probes.builtin import repeated_blocks
@@ -46,6 +47,7 @@ def slow(vocabulary: int) -> list[Instrument]:
         HeadAblation(),
         ActivationPatching(clean="text-0", corrupt="text-1"),
         Contrast(having=having, without=without),
+        TokenChange(),
         CopyingScores(),
         Composition(),
     ]

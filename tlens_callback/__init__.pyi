@@ -20,6 +20,7 @@ from .instruments import RepeatLoss as RepeatLoss
 from .instruments import ResidualNorms as ResidualNorms
 from .instruments import SparseFeatures as SparseFeatures
 from .instruments import TargetScores as TargetScores
+from .instruments import TokenChange as TokenChange
 from .instruments import TokenLoss as TokenLoss
 from .instruments import TopNeurons as TopNeurons
 from .instruments import TrainedFeatures as TrainedFeatures

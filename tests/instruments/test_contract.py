@@ -74,6 +74,9 @@ def every_reading(exported: type) -> list[Reading]:
     """Over dense models, experts and a mixture, in all variants."""
     shadows = [shadow("llama"), shadow("mixtral"), shadow("qwen3_moe", mixed=True)]
     batch = encoded([*PROBES[:-1], dataclasses.replace(LONG_ANSWER, name=PROBES[-1].name)])
+    batch = dataclasses.replace(
+        batch, training=lambda n: [[1, *range(20, 30 + i)] for i in range(n)]
+    )
     return [
         reading
         for of in shadows

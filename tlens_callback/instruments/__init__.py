@@ -5,6 +5,7 @@ from tlens_callback.instruments.activations import ActivationDrift
 from tlens_callback.instruments.adapters import AdapterSpectrum
 from tlens_callback.instruments.attention import AttentionPatterns, PatternChange
 from tlens_callback.instruments.attribution import LogitAttribution
+from tlens_callback.instruments.change import TokenChange
 from tlens_callback.instruments.composition import Composition
 from tlens_callback.instruments.contrast import Contrast
 from tlens_callback.instruments.copying import CopyingScores
@@ -44,6 +45,7 @@ __all__ = [
     "ResidualNorms",
     "SparseFeatures",
     "TargetScores",
+    "TokenChange",
     "TokenLoss",
     "TopNeurons",
     "TrainedFeatures",
