@@ -28,6 +28,7 @@ from tlens_callback.instruments import (
     Composition,
     Contrast,
     CopyingScores,
+    Generations,
     HeadAblation,
     TokenChange,
     fast,
@@ -48,6 +49,7 @@ def slow(vocabulary: int) -> list[Instrument]:
         ActivationPatching(clean="text-0", corrupt="text-1"),
         Contrast(having=having, without=without),
         TokenChange(),
+        Generations(),
         CopyingScores(),
         Composition(),
     ]

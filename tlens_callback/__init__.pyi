@@ -11,6 +11,7 @@ from .instruments import Contrast as Contrast
 from .instruments import CopyingScores as CopyingScores
 from .instruments import DifferenceLens as DifferenceLens
 from .instruments import FrozenWeights as FrozenWeights
+from .instruments import Generations as Generations
 from .instruments import HeadAblation as HeadAblation
 from .instruments import HeadScores as HeadScores
 from .instruments import LogitAttribution as LogitAttribution

@@ -109,7 +109,9 @@ def test_runs_on_every_family(family):
     got = observe(of, batch, made)
     assert {reading.instrument for reading in got} == {instrument.name for instrument in made}
     for reading in got:
-        assert np.isfinite(reading.values).all(), reading.key
+        # A list of tokens may end before its place does.
+        ended = False if reading.texts is None else reading.texts == ""
+        assert (np.isfinite(reading.values) | ended).all(), reading.key
         if reading.limits is not None:
             low, high = reading.limits
             assert reading.values.min() >= low, reading.key

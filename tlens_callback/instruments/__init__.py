@@ -13,6 +13,7 @@ from tlens_callback.instruments.difference import DifferenceLens
 from tlens_callback.instruments.drift import AttentionDrift
 from tlens_callback.instruments.features import SparseFeatures
 from tlens_callback.instruments.frozen import FrozenWeights
+from tlens_callback.instruments.generations import Generations
 from tlens_callback.instruments.heads import HeadScores
 from tlens_callback.instruments.lens import LogitLens
 from tlens_callback.instruments.loss import RepeatLoss, TokenLoss
@@ -36,6 +37,7 @@ __all__ = [
     "CopyingScores",
     "DifferenceLens",
     "FrozenWeights",
+    "Generations",
     "HeadAblation",
     "HeadScores",
     "LogitAttribution",
