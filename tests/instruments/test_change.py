@@ -18,7 +18,17 @@ from scipy.spatial.distance import jensenshannon
 
 from tests import tiny
 from tests.instruments.common import BLOCKS, PROBES, TEXTS, encoded, ids
-from tlens_callback import Probe, Reading, Shadow, TokenChange, observe
+from tests.training import CAPITAL, trainer
+from tlens_callback import (
+    Generations,
+    MemorySink,
+    Probe,
+    Reading,
+    Shadow,
+    TLensCallback,
+    TokenChange,
+    observe,
+)
 from tlens_callback.instruments.parts import predictions
 
 K = 4
@@ -362,3 +372,26 @@ def test_settings_that_cannot_work(settings, match):
 def test_more_tokens_than_there_are():
     with pytest.raises(ValueError, match=f"has {tiny.VOCAB} tokens"):
         observe(Shadow.of(lora("llama")), encoded(), [TokenChange(k=tiny.VOCAB + 1)])
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    """The rows of training data, and the last answers, come back with the checkpoint."""
+
+    def run(sink: MemorySink, **more: Any) -> None:
+        made = [TokenChange(rows=2), Generations(tokens=6)]
+        probes = [CAPITAL, Probe("ids", [1, 20, 21])]
+        watched = TLensCallback(probes, instruments=made, sinks=[sink], every_n_steps=1)
+        saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer(tmp_path, watched, lora("llama"), **saving).train(**more)
+
+    whole, resumed = MemorySink(), MemorySink()
+    run(whole)
+    run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.steps == (2, 3, 4)
+    of_both = [key for key in whole.readings if key.startswith(("token_change", "generations"))]
+    assert {"token_change/rows_js", "generations/changed"} <= {*of_both}
+    for key in of_both:
+        # The checkpoint is observed again, and its answers are compared with themselves.
+        for step in (3, 4):
+            one, other = (dict(sink.readings[key])[step].values for sink in (whole, resumed))
+            np.testing.assert_array_equal(one, other, err_msg=key)

@@ -23,18 +23,22 @@ class Generations:
     """Shows what the model answers to each probe, and where the answer differs from the last one.
 
     The answer is greedy: always the likeliest next token, without temperature or penalties, so that
-    no random number is drawn and only the weights decide. It ends before the model's end token (of
-    its generation config), after `tokens` tokens, or where the model's context ends. Let a be an
-    answer of n tokens, and b that of the observation before, of m tokens:
+    no random number is drawn and only the weights decide. It ends before an end token,
+    after `tokens` tokens, or where the model's context ends. Let a be an answer of n tokens, and b
+    that of the observation before, of m tokens:
 
     - answer: a as one text. length: n. token: the ids of a.
     - same: number of tokens at the beginning that a and b share; n if a = b.
     - changed: 1 - same / max(n, m), mean over the probes: 0 if no answer has changed, 1 if all
       begin with another token. Two empty answers are equal.
 
-    At the first observation there is nothing to compare with: same is n, and changed is 0. A small
-    change of the weights can turn one token, and all tokens behind it follow: how far an answer
-    changes is no measure of how far the model has.
+    At the first observation there is nothing to compare with: same is n, and changed is 0. So it is
+    where a resumed run observes its checkpoint again. A small change of the weights can turn one
+    token, and those behind it follow: how much of an answer has changed does not measure how far
+    the model has.
+
+    The end tokens are those of the live model's generation config. An answer also ends before a
+    token in the place of which the model would read an image, a video or a sound.
 
     Args:
         tokens: how many tokens an answer has at most.
