@@ -28,7 +28,9 @@ from tlens_callback.instruments import (
     Composition,
     Contrast,
     CopyingScores,
+    Generations,
     HeadAblation,
+    TokenChange,
     fast,
 )
 from tlens_callback.probes.builtin import repeated_blocks
@@ -46,6 +48,8 @@ def slow(vocabulary: int) -> list[Instrument]:
         HeadAblation(),
         ActivationPatching(clean="text-0", corrupt="text-1"),
         Contrast(having=having, without=without),
+        TokenChange(),
+        Generations(),
         CopyingScores(),
         Composition(),
     ]

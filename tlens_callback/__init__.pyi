@@ -11,6 +11,7 @@ from .instruments import Contrast as Contrast
 from .instruments import CopyingScores as CopyingScores
 from .instruments import DifferenceLens as DifferenceLens
 from .instruments import FrozenWeights as FrozenWeights
+from .instruments import Generations as Generations
 from .instruments import HeadAblation as HeadAblation
 from .instruments import HeadScores as HeadScores
 from .instruments import LogitAttribution as LogitAttribution
@@ -20,6 +21,7 @@ from .instruments import RepeatLoss as RepeatLoss
 from .instruments import ResidualNorms as ResidualNorms
 from .instruments import SparseFeatures as SparseFeatures
 from .instruments import TargetScores as TargetScores
+from .instruments import TokenChange as TokenChange
 from .instruments import TokenLoss as TokenLoss
 from .instruments import TopNeurons as TopNeurons
 from .instruments import TrainedFeatures as TrainedFeatures

@@ -38,5 +38,6 @@ SETTINGS: dict[str, list[dict]] = {
     "LogitLens": [{}, {"every_token": True}],
     "SparseFeatures": [{"sae": _RANDOM_SAE}],
     "UpdateSparsity": [{"sample": 50}, {"sample": None}],
+    "TokenChange": [{}, {"rows": 2}],
     "TrainedFeatures": [{"hook": "blocks.1.hook_resid_pre", "steps": 3}],
 }

@@ -74,6 +74,9 @@ def every_reading(exported: type) -> list[Reading]:
     """Over dense models, experts and a mixture, in all variants."""
     shadows = [shadow("llama"), shadow("mixtral"), shadow("qwen3_moe", mixed=True)]
     batch = encoded([*PROBES[:-1], dataclasses.replace(LONG_ANSWER, name=PROBES[-1].name)])
+    batch = dataclasses.replace(
+        batch, training=lambda n: [[1, *range(20, 30 + i)] for i in range(n)]
+    )
     return [
         reading
         for of in shadows
@@ -106,7 +109,9 @@ def test_runs_on_every_family(family):
     got = observe(of, batch, made)
     assert {reading.instrument for reading in got} == {instrument.name for instrument in made}
     for reading in got:
-        assert np.isfinite(reading.values).all(), reading.key
+        # A list of tokens may end before its place does.
+        ended = False if reading.texts is None else reading.texts == ""
+        assert (np.isfinite(reading.values) | ended).all(), reading.key
         if reading.limits is not None:
             low, high = reading.limits
             assert reading.values.min() >= low, reading.key

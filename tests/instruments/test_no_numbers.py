@@ -145,6 +145,10 @@ def test_other_probes_are_what_they_were():
             by_token = np.moveaxis(reading.values, reading.axes.index(axis), 0)
             begin = at - (axis == "token")
             assert np.isnan(by_token[begin:]).any(tuple(range(1, by_token.ndim)) or ()).all(), key
+        elif "prompt" in reading.axes:
+            for row, name in enumerate(reading.labels["prompt"]):
+                one, was = reading.values[row], before[key].values[row]
+                assert np.isnan(one).all() if name == "story" else (one == was).all(), key
         elif key not in TRUE_ALL_THE_SAME:
             # The training of the autoencoder leaves out what is no number.
             assert said(reading) or key == "trained_features/fvu_before" or (

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from tests.marks import exhaustive
 from tests.offline.replaying import replayed, surplus, train, unlike
 from tests.test_no_trace_instruments import every_instrument
-from tlens_callback.instruments import AdapterSpectrum, TrainedFeatures
+from tlens_callback.instruments import AdapterSpectrum, TokenChange, TrainedFeatures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,10 +28,16 @@ RUNS = {
 
 
 def instruments(run):
-    """All that have something to read, but the one that learns from rows of training data, which a
-    replay has not."""
-    without = (TrainedFeatures,) if "LoRA" in run else (TrainedFeatures, AdapterSpectrum)
-    return [one for one in every_instrument() if not isinstance(one, without)]
+    """All that have something to read, but those that read rows of training data, which a replay
+    has not."""
+    without: tuple[type, ...] = (TrainedFeatures,)
+    without += () if "LoRA" in run else (AdapterSpectrum,)
+    without += () if "adapter" in RUNS[run] else (TokenChange,)
+    return [
+        one
+        for one in every_instrument()
+        if not (isinstance(one, without) or (isinstance(one, TokenChange) and one.rows))
+    ]
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Runs that lack something, and views that fail."""
 
+import numpy as np
+
 from tests.browser import needs_browser
 from tests.page.five_steps import HOSTILE, pattern, readings, settled, step_of
 from tests.page.pages import page_of
@@ -73,3 +75,25 @@ def test_an_error_stays_in_its_view(tab, run):
     assert step_of(page) == 101
     assert page.locator(".error:visible").count() == 0
     faults.clear()
+
+
+def test_a_long_text_is_wrapped_and_keeps_its_lines(opens, tab):
+    """An answer of the model is read as a text; a token shows its spaces."""
+    answer = " and then\nthe model goes on and on, " * 5 + "\N{RIGHT-TO-LEFT OVERRIDE}end"
+    said = Reading(
+        key="somebodys/answer",
+        values=[0, 1],
+        axes=("prompt",),
+        unit="index",
+        labels={"prompt": ["one", "two"]},
+        texts=np.array([answer, " Paris"]),
+    )
+    (tab[2] / "long").mkdir()
+    page = opens(page_of(tab[2] / "long", {0: [said]}))
+    long = page.locator("[data-instrument=somebodys] td.long")
+    long.wait_for()
+    assert long.evaluate("cell => cell.textContent") == answer.replace("\u202e", "\\u202e")
+    assert long.evaluate("cell => cell.scrollWidth <= cell.clientWidth")
+    assert long.evaluate("cell => cell.clientHeight > 5 * 12")
+    token = page.locator("[data-instrument=somebodys] td", has_text="Paris")
+    assert token.all_inner_texts() == ["·Paris"]

@@ -5,6 +5,7 @@ from tlens_callback.instruments.activations import ActivationDrift
 from tlens_callback.instruments.adapters import AdapterSpectrum
 from tlens_callback.instruments.attention import AttentionPatterns, PatternChange
 from tlens_callback.instruments.attribution import LogitAttribution
+from tlens_callback.instruments.change import TokenChange
 from tlens_callback.instruments.composition import Composition
 from tlens_callback.instruments.contrast import Contrast
 from tlens_callback.instruments.copying import CopyingScores
@@ -12,6 +13,7 @@ from tlens_callback.instruments.difference import DifferenceLens
 from tlens_callback.instruments.drift import AttentionDrift
 from tlens_callback.instruments.features import SparseFeatures
 from tlens_callback.instruments.frozen import FrozenWeights
+from tlens_callback.instruments.generations import Generations
 from tlens_callback.instruments.heads import HeadScores
 from tlens_callback.instruments.lens import LogitLens
 from tlens_callback.instruments.loss import RepeatLoss, TokenLoss
@@ -35,6 +37,7 @@ __all__ = [
     "CopyingScores",
     "DifferenceLens",
     "FrozenWeights",
+    "Generations",
     "HeadAblation",
     "HeadScores",
     "LogitAttribution",
@@ -44,6 +47,7 @@ __all__ = [
     "ResidualNorms",
     "SparseFeatures",
     "TargetScores",
+    "TokenChange",
     "TokenLoss",
     "TopNeurons",
     "TrainedFeatures",

@@ -51,7 +51,8 @@ def replay(
     `checkpoint/name`, which a live run does not have, `cost/*`, and `fidelity/*`, which a replay
     has at every checkpoint. Step 0 is the base with adapters that are not trained yet. After full
     fine-tuning there is a step 0 only if `base` names the model that was trained. Instruments that
-    need rows of training data (`TrainedFeatures`) get the probes instead.
+    need rows of training data (`TrainedFeatures`) get the probes instead; `TokenChange` has nothing
+    to say of them.
 
     If `loader` sets no precision, it is the precision in which the checkpoints were saved, also for
     the base of full fine-tuning. For adapters it is the precision of the base; a line is printed if

@@ -22,4 +22,6 @@ def skeleton(base: PreTrainedModel) -> PreTrainedModel:
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = plain_class(type(base))(config)
+    # It says at which tokens an answer ends; that made from the config knows fewer of them.
+    model.generation_config = copy.deepcopy(base.generation_config)
     return model.eval()

@@ -1,6 +1,7 @@
 // Draws tables: numbers of one instrument, ranked lists, lists along one axis, events.
 
 const MOST_ROWS = 40;
+const LONG = 40; // Letters: a longer text is no token, and is wrapped.
 
 // A table whose body is filled anew. Its head sorts; what is long is cut, with a button for all.
 // A row is a list of cells: a text, or {text or node, props, by}, `by` being what it is sorted by.
@@ -128,9 +129,13 @@ function listed(entry, values, at, peak) {
 }
 
 // A text, with its number in the title where it only stands for the text, else beside it. Of a
-// context the token that is meant is marked.
+// context the token that is meant is marked; a long text that is named is read as a text.
 function textCell(entry, i, number) {
   const text = entry.texts[i], context = /^([^]*)\[\[([^]*)\]\]([^]*)$/.exec(text);
+  if (entry.unit === "index" && text.length > LONG) {
+    const lines = text.split("\n").map(visible).join("\n");
+    return { text: lines, by: text, props: { class: "long", title: number.text } };
+  }
   if (entry.unit === "index") return { text: token(text), by: text, props: { title: number.text } };
   if (!context) return { text: `${token(text)} ${number.text}`, by: number.by };
   const [, before, meant, after] = context.map((piece) => piece && token(piece));
