@@ -18,10 +18,10 @@ import torch
 from measure_overhead import SHAPES, arguments, lora_model, take_turns
 
 from tlens_callback import Probe, ProbeBatch, Shadow
+from tlens_callback.instruments.parts.predictions import compare
 from tlens_callback.rollouts import Look, Recorder, Rollouts
 from tlens_callback.rollouts.inside import inside, last_residuals, parts
 from tlens_callback.rollouts.rollout import rollouts_of
-from tlens_callback.rollouts.tokens import token_measures
 
 ROLLOUTS, TOKENS, PROMPT, GROUPS = 32, 256, 64, 4
 
@@ -84,7 +84,7 @@ def measure(shape: str, args: argparse.Namespace) -> None:
         "a look at all rollouts, with the base": whole,
         "    its passes: inside, and the base": passes,
         "    two passes without looking inside": lambda: (plain(), plain()),
-        "    the measures of each token": lambda: token_measures(shadow, resid, resid, tokens),
+        "    the measures of each token": lambda: compare(shadow, resid, resid, tokens),
         "bare Hugging Face forward of the same tokens": forward,
     }
     found = take_turns(rows, args.rounds, device)

@@ -90,7 +90,7 @@ def written(bridge: Any, cache: Any, at: Any, completion: Any, x: torch.Tensor) 
 def test_direct_effects_are_what_is_missing_without_the_head(family, weights):
     """The final norm's scale held, each head's write is taken from the residual stream."""
     few = rollouts(lengths=((5, 6), (4, 3)))
-    model, shadow, rows = found(family, few, weights=weights)
+    model, _, rows = found(family, few, weights=weights)
     merged = model.merge_and_unload()
     other = Shadow.of(merged)
     bridge: Any = other.bridge

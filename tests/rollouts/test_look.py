@@ -103,11 +103,11 @@ def test_what_is_looked_at_is_what_is_trained_on(tmp_path, accumulates):
         for row, theirs in pairs:
             assert torch.allclose(
                 theirs["ref_per_token_logps"][: theirs["n"]],
-                torch.from_numpy(row["logp_base"]),
+                torch.from_numpy(row["base_logp"]),
                 atol=2e-5,
             )
             if step == 0:
-                assert not row["change"].any() and not row["js"].any() and not row["kl"].any()
+                assert not row["log_ratio"].any() and not row["js"].any() and not row["kl"].any()
         # TRL logs the mean of the batches' means.
         batches: dict[bytes, list[Any]] = {}
         for at, batch in of.seen:
@@ -123,7 +123,7 @@ def test_what_is_looked_at_is_what_is_trained_on(tmp_path, accumulates):
         means = [
             np.concatenate([row["entropy"] for row in rows]).mean() for rows in batches.values()
         ]
-        d = [-np.concatenate([row["change"] for row in rows]) for rows in batches.values()]
+        d = [-np.concatenate([row["log_ratio"] for row in rows]) for rows in batches.values()]
         k3 = [(np.exp(one) - one - 1).mean() for one in d]
         assert np.mean(means) == pytest.approx(entropy[step + 1], abs=1e-5)
         assert np.mean(k3) == pytest.approx(kl[step + 1], abs=1e-5)

@@ -12,10 +12,10 @@ from torch import nn
 from tests import tiny
 from tests.adapters import PROJECTIONS
 from tlens_callback import Probe, ProbeBatch, Shadow
-from tlens_callback.rollouts import tokens as module
+from tlens_callback.instruments.parts import predictions as module
+from tlens_callback.instruments.parts.predictions import compare, most_frequent
 from tlens_callback.rollouts.inside import last_residuals, parts
 from tlens_callback.rollouts.rollout import Rollout
-from tlens_callback.rollouts.tokens import gained_and_lost, token_measures
 
 
 def adapted(family="llama", dtype=torch.float32, std=0.3, **config) -> Any:
@@ -73,7 +73,7 @@ def test_every_measure_is_that_of_a_plain_forward_pass(family, temperature, monk
     model = adapted(family, target_modules="all-linear")
     few = rollouts()
     shadow, now, base, ids, order, _ = seen(model, few)
-    found = token_measures(shadow, now, base, ids, temperature=temperature)
+    found = compare(shadow, now, base, ids, temperature=temperature).numbers
     at = 0
     for i in order:
         one = few[i]
@@ -84,15 +84,15 @@ def test_every_measure_is_that_of_a_plain_forward_pass(family, temperature, monk
             p, p0 = log[t].exp().numpy(), log0[t].exp().numpy()
             wanted = {
                 "logp": log[t, y],
-                "logp_base": log0[t, y],
-                "change": log[t, y] - log0[t, y],
+                "base_logp": log0[t, y],
+                "log_ratio": log[t, y] - log0[t, y],
                 "entropy": scipy.stats.entropy(p),
-                "entropy_base": scipy.stats.entropy(p0),
+                "base_entropy": scipy.stats.entropy(p0),
                 "kl": scipy.stats.entropy(p, p0),
                 "js": (scipy.stats.entropy(p, (p + p0) / 2) + scipy.stats.entropy(p0, (p + p0) / 2))
                 / 2,
                 "rank": (log[t] > log[t, y]).sum(),
-                "rank_base": (log0[t] > log0[t, y]).sum(),
+                "base_rank": (log0[t] > log0[t, y]).sum(),
             }
             assert found.keys() == wanted.keys()
             for name, value in wanted.items():
@@ -110,18 +110,17 @@ def test_an_adapter_that_does_nothing_differs_by_nothing(dtype):
     zero, little = adapted(dtype=dtype, std=0), adapted(dtype=dtype, std=0.02)
     for model, nothing in ((zero, True), (little, False)):
         shadow, now, base, ids, *_ = seen(model, rollouts())
-        found = token_measures(shadow, now, base, ids, temperature=0.9)
-        gained, lost = gained_and_lost(shadow, now, base)
-        for name in ("change", "kl", "js"):
-            assert bool((found[name] == 0).all()) == nothing, name
-        assert bool((gained == 0).all() and (lost == 0).all()) == nothing
+        found = compare(shadow, now, base, ids, temperature=0.9, k=3)
+        for name in ("log_ratio", "kl", "js"):
+            assert bool((found.numbers[name] == 0).all()) == nothing, name
+        assert bool((found.gained_by == 0).all() and (found.lost_by == 0).all()) == nothing
 
 
 def test_a_head_that_is_trained_itself_is_left_out_for_the_base():
     model = adapted(modules_to_save=["lm_head"])
     few = rollouts()
     shadow, now, base, ids, order, _ = seen(model, few)
-    found = token_measures(shadow, now, base, ids)
+    found = compare(shadow, now, base, ids).numbers
     with model.disable_adapter():
         wanted = torch.cat(
             [
@@ -129,32 +128,41 @@ def test_a_head_that_is_trained_itself_is_left_out_for_the_base():
                 for i in order
             ]
         )
-    assert torch.allclose(found["logp_base"].double(), wanted, atol=2e-5)
+    assert torch.allclose(found["base_logp"].double(), wanted, atol=2e-5)
 
 
-def test_tokens_gained_and_lost_are_counted_over_positions():
+def test_tokens_gained_and_lost_are_counted_over_positions(monkeypatch):
+    """At every third of them, whatever the pieces are in which they are computed."""
+    monkeypatch.setattr(module, "CHUNK", 5 * tiny.VOCAB)
+    monkeypatch.setattr(module, "_IN_CACHE", 2 * tiny.VOCAB)
     model = adapted(target_modules="all-linear")
     few = rollouts()
-    shadow, now, base, _, order, _ = seen(model, few)
-    gained, lost = gained_and_lost(shadow, now, base, k=3, most=12)
-    logits = []
+    shadow, now, base, ids, order, _ = seen(model, few)
+    found = compare(shadow, now, base, ids, k=3, every=3)
+    logs = []
     for i in order:
-        with torch.no_grad():
-            ids = torch.tensor([[*few[i].prompt, *few[i].completion]])
-            here = slice(len(few[i].prompt) - 1, -1)
-            z = model(ids).logits[0, here]
-            with model.disable_adapter():
-                logits.append(z - model(ids).logits[0, here])
-    moved = torch.cat(logits)[::3].numpy()  # 26 positions, of which at most 12
+        log = plain(model, few[i], 1.0)
+        with model.disable_adapter():
+            logs.append(log - plain(model, few[i], 1.0))
+    moved = torch.cat(logs)[::3].numpy()
     assert len(moved) == 9
-    for found, ranked in ((gained, np.argsort(-moved, 1)), (lost, np.argsort(moved, 1))):
-        wanted = np.bincount(ranked[:, :3].flatten(), minlength=tiny.VOCAB) / len(moved)
-        np.testing.assert_allclose(found.numpy(), wanted, atol=1e-6)
+    for tokens, sizes, signed in (
+        (found.gained, found.gained_by, moved),
+        (found.lost, found.lost_by, -moved),
+    ):
+        ranked = np.argsort(-signed, 1)[:, :3]
+        np.testing.assert_array_equal(tokens, ranked)
+        np.testing.assert_allclose(sizes, np.take_along_axis(signed, ranked, 1), atol=2e-5)
+        token, share = most_frequent(tokens.numpy(), sizes.numpy(), 96)
+        counts = np.bincount(ranked.flatten(), minlength=tiny.VOCAB) / len(moved)
+        for one, of in zip(token, share, strict=True):
+            assert np.isnan(one) or of == pytest.approx(counts[int(one)])
+        assert np.nansum(share) == pytest.approx(3)
 
 
 def test_a_temperature_that_is_left_out_is_found_out():
     model = adapted()
     shadow, now, base, ids, *_ = seen(model, rollouts())
-    warm = token_measures(shadow, now, base, ids, temperature=0.7)["entropy"]
-    cold = token_measures(shadow, now, base, ids)["entropy"]
+    warm = compare(shadow, now, base, ids, temperature=0.7).numbers["entropy"]
+    cold = compare(shadow, now, base, ids).numbers["entropy"]
     assert float((warm - cold).abs().max()) > 0.05

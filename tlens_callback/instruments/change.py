@@ -28,7 +28,7 @@ _UNITS = {
     "base_rank": "rank",
     "kl": "nats",
 }
-"""The numbers that are compared at each token, in the order of `Compared`."""
+"""The numbers that are compared at each token; `compare` computes them."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class TokenChange:
             ("gained", found.gained, found.gained_by),
             ("lost", found.lost, found.lost_by),
         ):
-            token, share = most_frequent(tokens, sizes, self.k)
+            token, share = most_frequent(tokens.cpu().numpy(), sizes.cpu().numpy(), self.k)
             yield Reading(
                 key=f"{self.name}/{kind}{measure}",
                 values=share,
@@ -320,7 +320,7 @@ class TokenChange:
         row, at = _positions(batch, rows)
         # At the last position of a row nothing comes next, and the number is not read.
         following = batch.tokens[row, (at + 1).clamp(max=batch.tokens.shape[1] - 1)]
-        return compare(shadow, now.to(base), base, following, self.k)
+        return compare(shadow, now.to(base), base, following, k=self.k)
 
 
 def _positions(batch: ProbeBatch, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -340,7 +340,8 @@ def _by_row(
 ) -> list[Float[np.ndarray, "measure token"]]:
     """Returns the numbers of each row, at the tokens from the second on."""
     ends = np.cumsum([batch.lengths[row] for row in rows])
-    return [part[:, :-1] for part in np.split(found.numbers, ends[:-1], axis=1)]
+    numbers = torch.stack([found.numbers[measure] for measure in _UNITS]).cpu().numpy()
+    return [part[:, :-1] for part in np.split(numbers, ends[:-1], axis=1)]
 
 
 def _limits(measure: str) -> tuple[float, float] | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlens_callback.instruments.parts.predictions import compare
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.rollouts.inside import Part, inside, last_residuals, parts
@@ -15,8 +16,10 @@ from tlens_callback.rollouts.readings import Seen, readings_of
 from tlens_callback.rollouts.recorder import Recorder
 from tlens_callback.rollouts.rollout import Rollout, chosen, rollouts_of
 from tlens_callback.rollouts.settings import Rollouts
-from tlens_callback.rollouts.tokens import gained_and_lost, token_measures
 from tlens_callback.shadow import Shadow
+
+_MOVED, _POSITIONS = 10, 256
+"""How many tokens gained and lost most, at how many positions, evenly among all."""
 
 logger = logging.getLogger("tlens_callback")
 
@@ -84,9 +87,9 @@ class Look:
         (of, tokens, temperature, seen), self._before = self._before, None
         after = torch.cat(
             [
-                token_measures(
+                compare(
                     shadow, last_residuals(shadow, part), None, ids, temperature=temperature
-                )["logp"]
+                ).numbers["logp"]
                 for part, ids in zip(of, tokens, strict=True)
             ]
         )
@@ -115,18 +118,24 @@ class Look:
             with shadow.without_adapters():
                 base = [last_residuals(shadow, part) for part in of]
         tokens = [part.tokens for part in of]
-        measures = token_measures(
+        n = sum(len(ids) for ids in tokens)
+        compared = compare(
             shadow,
             torch.cat(now),
             torch.cat(base) if base else None,
             torch.cat(tokens),
             temperature=temperature,
+            k=min(_MOVED, shadow.vocab_size) if base else 0,
+            every=-(-n // _POSITIONS),
         )
-        seen = Seen.of(few, of, {name: value.cpu() for name, value in measures.items()}, each)
+        measures = {name: value.cpu() for name, value in compared.numbers.items()}
+        seen = Seen.of(few, of, measures, each)
         seen.attention = {i: received[i] for i in pair if i in received}
         if base:
-            gained, lost = gained_and_lost(shadow, torch.cat(now), torch.cat(base))
-            seen.moved = gained.cpu(), lost.cpu()
+            seen.moved = {
+                "gained": (compared.gained.cpu(), compared.gained_by.cpu()),
+                "lost": (compared.lost.cpu(), compared.lost_by.cpu()),
+            }
         if self.settings.after_update:
             self._before = of, tokens, temperature, seen
         return seen

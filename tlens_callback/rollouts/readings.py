@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlens_callback.instruments.parts.predictions import most_frequent
 from tlens_callback.instruments.parts.selection import layer_labels
+from tlens_callback.instruments.parts.unembed import token_texts
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.rollouts.contrast import Contrast, contrast
@@ -41,7 +43,7 @@ class Seen:
         order: [token], where each token of the passes, in their order, is among those.
         inside: measure -> [rollout, ...], of heads, MLPs and neurons.
         attention: number of a rollout -> [layer, head, key].
-        moved: shares of positions, [vocab] each, at which a token gained and lost most.
+        moved: "gained", "lost" -> ids of the tokens of some positions, and by how much.
         dead, truncated: shares of all groups and of all rollouts of the generation.
         age: updates since they were sampled; None: not known.
         names: of the reward functions.
@@ -53,7 +55,7 @@ class Seen:
     order: Int[Tensor, " token"]
     inside: dict[str, Tensor]
     attention: dict[int, Tensor] = field(default_factory=dict)
-    moved: tuple[Tensor, Tensor] | None = None
+    moved: dict[str, tuple[Tensor, Tensor]] | None = None
     dead: float = 0.0
     truncated: float = 0.0
     age: int | None = None
@@ -193,24 +195,19 @@ def readings_of(
         "length": length,
         "truncated": torch.tensor([float(not one.ended) for one in of]),
     }
-    for measure in ("logp", "change"):
+    for measure in ("logp", "log_ratio"):
         if measure in seen.tokens:
             facts[f"sum_{measure}"] = seen.sums(measure)
-    for measure in ("logp", "change", "entropy", "js", "kl"):
+    for measure in ("logp", "log_ratio", "entropy", "js", "kl"):
         if measure in seen.tokens:
             facts[f"mean_{measure}"] = seen.means(measure)
     yield from seen.of_rollouts(facts)
     yield from _curves(seen)
     if seen.moved is not None and settings.texts:
-        for name, shares in zip(("gained", "lost"), seen.moved, strict=True):
-            top = shares.topk(min(20, len(shares)))
-            # A text of a token that never moved would look like a result.
-            words = [
-                batch.token_text(int(i)) if share > 0 else ""
-                for i, share in zip(top.indices, top.values, strict=True)
-            ]
-            values, texts = top.values.numpy(), np.array(words, dtype=np.str_)
-            yield _reading(name, values, ("rank",), "fraction", {}, (0.0, 1.0), texts)
+        for name, (tokens, sizes) in seen.moved.items():
+            token, share = most_frequent(tokens.numpy(), sizes.numpy(), min(20, tokens.numel()))
+            texts = token_texts(token, batch)
+            yield _reading(name, share, ("rank",), "fraction", {}, (0.0, 1.0), texts)
     yield from _inside(seen, shadow)
     yield from _contrasts(seen, settings, shadow, baseline, group, length, step)
 
@@ -233,9 +230,9 @@ def _curves(seen: Seen) -> Iterator[Reading]:
     for name in ("entropy", "kl", "js"):
         if name in seen.tokens:
             yield seen.curve(f"{name}_mean", seen.tokens[name][counted].mean())
-    if "change" in seen.tokens:
+    if "log_ratio" in seen.tokens:
         # TRL's estimate of KL(now || base) at sampled tokens: exp(d) - d - 1, d = ln p0 - ln p.
-        d = -seen.tokens["change"][counted]
+        d = -seen.tokens["log_ratio"][counted]
         yield seen.curve("kl_k3", (d.exp() - d - 1).mean())
     if "sampler_gap" in seen.tokens:
         ratio = seen.tokens["sampler_gap"].exp()

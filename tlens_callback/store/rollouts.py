@@ -15,7 +15,7 @@ _WHOLE, _TOKEN = ("rollout",), ("rollout", "pos")
 def rollout_frames(
     step: int, readings: Iterable[Reading]
 ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-    """Returns one row per rollout, and one per sampled token; `Store.rollouts` explains the columns.
+    """Returns a row per rollout, and one per sampled token; `Store.rollouts` explains the columns.
 
     None if none of the readings is about rollouts.
     """

@@ -1,7 +1,7 @@
-"""Compares the model's predictions with those of its base, position by position."""
+"""Compares what the model predicts at each position with what its base predicts there."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.parts.distance import js_terms
 from tlens_callback.instruments.parts.unembed import CHUNK, unembed
 from tlens_callback.shadow import Shadow
 
-_HELD = 4 * CHUNK
-"""How many logits of the base are held at a time. The adapters are left out once for each such
-piece, because final norm and head may have adapters too."""
+_IN_CACHE = 2**20
+"""Logits that are read at a time, several times over: 4 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,43 +21,72 @@ class Compared:
     """What has become of the predictions at some positions.
 
     Attributes:
-        numbers: log_ratio, js, entropy, base_entropy, rank, base_rank and kl, as in `TokenChange`.
+        numbers: measure -> [position]; see `compare`.
         gained, lost: [position, k], ids of the tokens whose ln p - ln p0 is largest, or smallest.
         gained_by, lost_by: [position, k], the sizes of these differences.
     """
 
-    numbers: Float[np.ndarray, "measure position"]
-    gained: Int[np.ndarray, "position k"]
-    gained_by: Float[np.ndarray, "position k"]
-    lost: Int[np.ndarray, "position k"]
-    lost_by: Float[np.ndarray, "position k"]
+    numbers: dict[str, Float[Tensor, " position"]]
+    gained: Int[Tensor, "position k"]
+    gained_by: Float[Tensor, "position k"]
+    lost: Int[Tensor, "position k"]
+    lost_by: Float[Tensor, "position k"]
 
 
 @torch.no_grad()
 def compare(
     shadow: Shadow,
     now: Float[Tensor, "position d_model"],
-    base: Float[Tensor, "position d_model"],
+    base: Float[Tensor, "position d_model"] | None,
     following: Int[Tensor, " position"],
-    k: int,
+    *,
+    temperature: float = 1.0,
+    k: int = 0,
+    every: int = 1,
 ) -> Compared:
     """Unembeds the last layer's residual stream of the model and of its base, and compares.
 
+    Let z be the logits divided by the temperature, p = softmax(z), z0 and p0 those of the base, and
+    y the token that follows:
+
+    - logp = ln p(y), base_logp = ln p0(y), log_ratio = logp - base_logp
+    - entropy = -sum p ln p; base_entropy likewise
+    - js = entropy of (p + p0) / 2, minus the mean of the two entropies; at most ln 2
+    - kl = sum p (ln p - ln p0)
+    - rank, base_rank: how many tokens are likelier than y; NaN where that is not known
+
+    Equal residual streams and weights give exactly no difference.
+
     Args:
-        now, base: the residual stream after the last layer, of the model and of its base.
+        now, base: the residual stream after the last layer, of the model and of its base; None:
+            there is no base, and nothing of it is returned.
         following: the token that comes next at each position.
-        k: how many tokens are gained and lost at each position.
+        temperature: with which it was sampled.
+        k: how many tokens are gained and lost, at each position of which `every` is a divisor.
     """
-    at_once, held = (max(1, size // shadow.vocab_size) for size in (CHUNK, _HELD))
-    parts: list[tuple[Tensor, ...]] = []
-    for some, some_base, true in _together(held, now, base, following):
-        with shadow.without_adapters():
-            # In the same pieces as below: equal weights then give equal bits.
-            before = torch.cat([unembed(shadow, few) for few in some_base.split(at_once)])
-        for few, few_before, few_true in _together(at_once, some, before, true):
-            parts.append(_compare(unembed(shadow, few), few_before, few_true, k))
-    return Compared(*(torch.cat(part, -1 if i == 0 else 0).cpu().numpy()
-                      for i, part in enumerate(zip(*parts, strict=True))))  # fmt: skip
+    at_once, inner = (max(1, size // shadow.vocab_size) for size in (CHUNK, _IN_CACHE))
+    outside = _base_of(shadow, base)
+    found: list[dict[str, Tensor]] = []
+    moved: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(following), at_once):
+        some = slice(start, start + at_once)
+        z, z0 = unembed(shadow, now[some]).div_(temperature), None
+        if base is not None:
+            with outside():
+                z0 = unembed(shadow, base[some]).div_(temperature)
+        for at in range(0, len(z), inner):
+            here = slice(at, at + inner)
+            before = None if z0 is None else z0[here]
+            numbers, change = _compared(z[here], before, following[some][here])
+            found.append(numbers)
+            # A view of what was computed at these positions.
+            ranked = change[-(start + at) % every :: every] if change is not None else z[:0]
+            if k and len(ranked):
+                gained, lost = ranked.topk(k), ranked.topk(k, largest=False)
+                moved.append((gained.indices, gained.values, lost.indices, -lost.values))
+    none = following.new_empty(0, k), now.new_empty(0, k)
+    parts = [torch.cat(part) for part in zip(*moved, strict=True)] or [*none, *none]
+    return Compared({name: torch.cat([one[name] for one in found]) for name in found[0]}, *parts)
 
 
 def most_frequent(
@@ -83,38 +110,46 @@ def most_frequent(
     return token, share
 
 
-def _together(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+def _base_of(shadow: Shadow, base: Tensor | None) -> Callable[[], AbstractContextManager[None]]:
+    """Where the base's norm and head are: if they are the model's own, nothing is brought."""
+    if base is None or not len(base):
+        return nullcontext
+    own = unembed(shadow, base[:1])
+    with shadow.without_adapters():
+        same = torch.equal(own, unembed(shadow, base[:1]))
+    return nullcontext if same else shadow.without_adapters
 
 
-def _compare(
-    logits: Float[Tensor, "position vocab"],
-    base: Float[Tensor, "position vocab"],
+def _compared(
+    z: Float[Tensor, "position vocab"],
+    z0: Float[Tensor, "position vocab"] | None,
     following: Int[Tensor, " position"],
-    k: int,
-) -> tuple[Tensor, ...]:
-    """Returns the fields of `Compared`."""
-    true = following[:, None]
-    ln_p, ln_p0 = logits.log_softmax(-1), base.log_softmax(-1)
-    p, p0 = ln_p.exp(), ln_p0.exp()
-    # A token that never comes, for either, has ln p = -inf.
-    moved = torch.where(ln_p == ln_p0, 0, ln_p - ln_p0)
-    numbers = [
-        moved.gather(1, true)[:, 0],
-        js_terms(p, p0).sum(-1) * math.log(2),
-        torch.special.entr(p).sum(-1),
-        torch.special.entr(p0).sum(-1),
-        _rank(ln_p, true),
-        _rank(ln_p0, true),
-        torch.where(p > 0, p * moved, p).sum(-1).clamp(min=0),
-    ]
-    gained, lost = moved.topk(k), moved.topk(k, largest=False)
-    return torch.stack(numbers), gained.indices, gained.values, lost.indices, -lost.values
+) -> tuple[dict[str, Float[Tensor, " position"]], Float[Tensor, "position vocab"] | None]:
+    """The measures, and ln p - ln p0 of all tokens."""
+    log, p, found = _predicted(z, following, "")
+    if z0 is None:
+        return found, None
+    log0, p0, of_base = _predicted(z0, following, "base_")
+    found |= of_base
+    found["log_ratio"] = found["logp"] - found["base_logp"]
+    change = log.sub_(log0)
+    found["kl"] = torch.linalg.vecdot(p, change).clamp(min=0)
+    entropy = (found["entropy"] + found["base_entropy"]) / 2
+    js = torch.special.entr(p.add_(p0).div_(2)).sum(1) - entropy
+    # The entropies are computed in two ways, which differ by rounding: 1e-6.
+    found["js"] = torch.where((z == z0).all(1), 0, js.clamp_(min=0))
+    return found, change
 
 
-def _rank(
-    ln_p: Float[Tensor, "position vocab"], true: Int[Tensor, "position 1"]
-) -> Float[Tensor, " position"]:
-    """Returns how many tokens are likelier than the true one; NaN where that is not known."""
-    own = ln_p.gather(1, true)
-    return torch.where(own[:, 0].isnan(), torch.nan, (ln_p > own).sum(1).float())
+def _predicted(
+    z: Float[Tensor, "position vocab"], following: Int[Tensor, " position"], of: str
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    own = z.gather(1, following[:, None])
+    log = z.log_softmax(1)
+    p = log.exp()
+    logp = log.gather(1, following[:, None])[:, 0]
+    # A token that never comes has p = 0, and p ln p = 0.
+    log.clamp_(min=torch.finfo(log.dtype).min)
+    rank = torch.where(own[:, 0].isnan(), torch.nan, (z > own).sum(1).float())
+    entropy = -torch.linalg.vecdot(p, log)
+    return log, p, {f"{of}logp": logp, f"{of}entropy": entropy, f"{of}rank": rank}
