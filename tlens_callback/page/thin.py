@@ -9,6 +9,7 @@ import numpy as np
 
 from tlens_callback.page.encode import Part, Track, code, code_lower
 from tlens_callback.page.heads import Head, Scores, heads_of, interleave, is_score, keep_largest
+from tlens_callback.reading import split_key
 from tlens_callback.store.triangle import is_pattern
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class _Bulky:
 
 def names_of(keys: Collection[str], most: int = 4) -> str:
     """Lists the instruments and measures of keys, the first few by name."""
-    names = list(dict.fromkeys("/".join(key.split("/")[:2]) for key in keys))
+    names = list(dict.fromkeys("/".join(split_key(key)[:2]) for key in keys))
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 

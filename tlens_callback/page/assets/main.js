@@ -52,6 +52,7 @@ function begin() {
   main.append(el("ul", { id: "notes" }), el("p", { id: "empty" }));
   Object.assign(state, readAddress());
   mount(timeView, top);
+  mount(rewardsView, main, hasRewards);
   const left = el("div", { class: "column" }), right = el("div", { class: "column wide" });
   main.append(el("div", { class: "columns" }, left, right));
   mount(matrixView, left, () => scores().length > 0);
