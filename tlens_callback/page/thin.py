@@ -9,7 +9,7 @@ import numpy as np
 
 from tlens_callback.page.encode import Part, Track, code, code_lower
 from tlens_callback.page.heads import Head, Scores, heads_of, interleave, is_score, keep_largest
-from tlens_callback.reading import split_key
+from tlens_callback.reading import TOKEN_AXES, split_key
 from tlens_callback.store.triangle import is_pattern
 
 if TYPE_CHECKING:
@@ -23,9 +23,18 @@ _TRIALS, _COMPARED_STEPS = 8, 8
 
 
 def is_bulky(axes: Sequence[str], shape: Sequence[int]) -> bool:
-    """Whether a reading may be left out at some steps: patterns, and readings of more than 4,000
-    numbers."""
-    return is_pattern(axes) or math.prod(shape) > _BULKY_SIZE
+    """Whether a reading may be left out at some steps: patterns, texts of rollouts and what was
+    measured at their tokens, and readings of more than 4,000 numbers."""
+    return is_pattern(axes) or _is_of_rollouts(axes) or math.prod(shape) > _BULKY_SIZE
+
+
+def _is_of_rollouts(axes: Sequence[str]) -> bool:
+    """Whether a reading has a text or a number for each token of rollouts or of their prompts.
+
+    The texts take most of the room, and are others at every step: however few numbers they stand
+    for, a long run has too many of them.
+    """
+    return len(axes) > 1 and axes[0] in ("rollout", "group") and axes[-1] in TOKEN_AXES
 
 
 def evenly_spaced(steps: Sequence[int], most: int, wanted: Collection[int] = ()) -> list[int]:
@@ -85,6 +94,7 @@ class _Bulky:
         self.steps_of: dict[str, list[int]] = {}
         self._weight: dict[str, int] = {}
         self._patterns: set[str] = set()
+        self._rollouts: set[str] = set()
         self._scores: dict[str, list[int]] = {}
         self._events: set[int] = set()
         heads: dict[Head, None] = {}
@@ -99,6 +109,8 @@ class _Bulky:
                     continue
                 self.steps_of.setdefault(key, []).append(step)
                 self._weight[key] = math.prod(shape)
+                if _is_of_rollouts(axes):
+                    self._rollouts.add(key)
                 if is_pattern(axes):
                     self._patterns.add(key)
                     heads.update(dict.fromkeys(_heads(about)))
@@ -153,14 +165,19 @@ class _Bulky:
 
     def notes(self, n_steps: int, n_heads: int) -> list[str]:
         """Returns a sentence for everything that is left out with so many steps and heads."""
-        groups: dict[tuple[bool, int, int], list[str]] = {}
+        groups: dict[tuple[str, int, int], list[str]] = {}
         chosen = self._choose(n_steps)
         for key, steps in self.steps_of.items():
-            kind = (key in self._patterns, len(chosen[key]), len(steps))
-            groups.setdefault(kind, []).append(key)
+            what = (
+                "Attention patterns"
+                if key in self._patterns
+                else "Texts of rollouts and what was measured at their tokens"
+                if key in self._rollouts
+                else "Readings of more than 4,000 numbers"
+            )
+            groups.setdefault((what, len(chosen[key]), len(steps)), []).append(key)
         notes = []
-        for (patterns, here, steps), keys in groups.items():
-            what = "Attention patterns" if patterns else "Readings of more than 4,000 numbers"
+        for (what, here, steps), keys in groups.items():
             what = f"{what} ({names_of(keys)})"
             if not here:
                 notes.append(f"{what} are not in this page: there is no room for them.")
@@ -182,13 +199,24 @@ class _Bulky:
         return notes
 
     def _choose(self, n_steps: int) -> dict[str, list[int]]:
-        """Returns key -> its steps that are kept: the same share of each key, but at least two."""
+        """Returns key -> its steps that are kept: the same share of each key, but at least two.
+
+        All readings of rollouts are kept at the same steps, for a text without its numbers, or the
+        numbers of other texts, say nothing.
+        """
         if not n_steps:
             return {key: [] for key in self.steps_of}
+
+        def share(steps: Sequence[int]) -> list[int]:
+            most = max(2, round(len(steps) * n_steps / self._most))
+            return evenly_spaced(steps, most, self._events)
+
+        of_rollouts = {step for key in self._rollouts for step in self.steps_of[key]}
+        together = set(share(sorted(of_rollouts)))
         return {
-            key: evenly_spaced(
-                steps, max(2, round(len(steps) * n_steps / self._most)), self._events
-            )
+            key: [step for step in steps if step in together]
+            if key in self._rollouts
+            else share(steps)
             for key, steps in self.steps_of.items()
         }
 

@@ -53,6 +53,7 @@ function begin() {
   Object.assign(state, readAddress());
   mount(timeView, top);
   mount(rewardsView, main, hasRewards);
+  mount(rolloutsView, main, hasRollouts);
   const left = el("div", { class: "column" }), right = el("div", { class: "column wide" });
   main.append(el("div", { class: "columns" }, left, right));
   mount(matrixView, left, () => scores().length > 0);
