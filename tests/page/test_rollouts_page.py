@@ -14,6 +14,7 @@ from tests.page.rollouts import NAME, sample
 from tlens_callback.meaning import Description
 from tlens_callback.page import PageFolder
 from tlens_callback.page import page as packed
+from tlens_callback.page.template import html
 from tlens_callback.reading import Reading
 from tlens_callback.sinks import LocalSink, read_store
 
@@ -401,19 +402,20 @@ def test_texts_are_left_out_where_there_is_no_room_and_never_of_another_step(ope
         sink.write(list(some.values()), step=step)
     sink.close()
     store = read_store(folder / "store")
-    whole = packed(store)
-    bare = len(packed(store, most_bytes=len(whole)).encode())
-    text = packed(store, most_bytes=int(bare * 0.75))
-    assert len(text.encode()) <= int(bare * 0.75)
+    whole, frame = len(packed(store).encode()), len(html({}).encode())
+    most = frame + (whole - frame) // 3
+    text = packed(store, most_bytes=most)
+    assert most * 0.8 < len(text.encode()) <= most
     (folder / "page.html").write_text(text, encoding="utf-8")
     page = ready(opens((folder / "page.html").as_uri()))
     notes = page.inner_text("#notes")
     assert "Texts of rollouts and what was measured at their tokens" in notes
-    assert "of 30 steps" in notes
+    assert re.search(r"at \d+ of 30 steps", notes) and f"({NAME}/looks)" in notes
     kept = page.evaluate(f"tlens.data.stepsOf('{NAME}/token')")
     assert 2 <= len(kept) < 30 and kept[0] == 0 and kept[-1] == 290
-    for measure in ("prompt", "entropy", "change", "looks"):
+    for measure in ("prompt", "entropy", "change"):
         assert page.evaluate(f"tlens.data.stepsOf('{NAME}/{measure}')") == kept
+    assert page.evaluate(f"tlens.data.stepsOf('{NAME}/looks')") == [], "texts come first"
     gone = next(step for step in steps if step not in kept)
     put(page, step=gone)
     found = cards(page)
@@ -421,17 +423,30 @@ def test_texts_are_left_out_where_there_is_no_room_and_never_of_another_step(ope
     best = max(steps[gone][f"{NAME}/better"].values[:4])
     assert found["Prompt 1"][0]["advantage"] == f"▲ +{best:.2f}"
     assert "for want of room" in page.inner_text("#rollouts")
-    assert "not in this page" in page.inner_text(".looks")
+    assert not page.is_visible(".looks")
     page.click("#rollouts > p button")
     drawn(page)
     assert page.evaluate("tlens.state.step") in kept
     texts = {card["text"] for row in cards(page).values() for card in row}
     assert None not in texts
-    for most in (bare // 2, len(whole) // 3):
+    text = packed(store, most_bytes=frame + int((whole - frame) * 0.9))
+    (folder / "more.html").write_text(text, encoding="utf-8")
+    page = ready(opens((folder / "more.html").as_uri()))
+    assert page.evaluate(f"tlens.data.stepsOf('{NAME}/token')") == list(steps)
+    looks = page.evaluate(f"tlens.data.stepsOf('{NAME}/looks')")
+    assert 2 <= len(looks) < 30
+    put(page, step=next(step for step in steps if step not in looks))
+    assert "not in this page, for want of room" in page.inner_text(".looks")
+    page.click(".looks .told button")
+    drawn(page)
+    assert page.evaluate("tlens.state.step") in looks
+    assert page.locator(".looksat:not([hidden])").count() == 2
+    for share in (10, 20, 40):
+        most = frame + (whole - frame) // share
         try:
             assert len(packed(store, most_bytes=most).encode()) <= most
         except ValueError as error:
-            assert "too few" in str(error)
+            assert "is too few for" in str(error) and share == 40
 
 
 def test_a_page_of_a_run_in_progress_has_them(opens, tab):
@@ -490,3 +505,17 @@ def test_many_long_rollouts_are_fast(opens, tab):
     drawn(page)
     assert text_of.locator(".t").count() == 512
     assert text_of.locator(".t").last.evaluate("node => node.style.background") != ""
+
+
+def test_a_head_can_be_chosen_where_nothing_contrasts_the_heads(opens, tab):
+    some = [one for key, one in sample(1).items() if "contrast" not in key]
+    (folder := tab[2] / "alone").mkdir()
+    page = ready(opens(page_of(folder, {1: some}) + "#head=3.5"))
+    assert page.evaluate("[tlens.state.layer, tlens.state.head]") == [3, 5]
+    page.select_option("select[aria-label='layer that is looked at']", "2")
+    drawn(page)
+    assert page.inner_text(".looks h4").startswith("What L2H5 looks at")
+    assert not page.is_visible("#discoveries")
+    looks = next(one for one in some if one.axes[-1] == "key")
+    page.locator(".looksat .t").first.hover()
+    assert is_said(tip(page)[-1].split()[1], looks.values[0, 2, 5, 0])

@@ -56,6 +56,8 @@ function rolloutsView(root) {
       ...(one.attention ? [[one.attention, step]] : [])];
     for (const [name, at] of wanted) {
       if (!name || data.codes(name, at) || !data.has(name, at)) continue;
+      // More would push out what is shown, which would be decoded again, without end.
+      if (at !== step && data.decodedBytes > MOST_DECODED / 2) continue;
       found = await data.ready(name, at) || found;
       if (late()) return false;
     }
@@ -89,14 +91,19 @@ function rolloutsView(root) {
     if (!one) return write(told, "");
     if (!got) return write(told, `Nothing was sampled at or before step ${state.step}.`);
     const lines = got.step === state.step ? [] : [`Sampled at step ${got.step}.`];
-    const texts = one.token && !data.has(one.token, got.step) ? nearest(got.step, data.stepsOf(one.token)) : null;
+    const gone = one.token && !data.has(one.token, got.step);
     const read = tintKey(one) === one.attention && one.attention ? data.entry(one.attention, got.step) : null;
     if (read?.labels.rollout) lines.push(`Attention was read of the rollouts ${read.labels.rollout.map(plain).join(" and ")}.`);
-    if (texts !== null) lines.push("The texts of this step are not in this page, for want of room.");
-    told.replaceChildren(lines.join(" "), ...(texts === null ? [] : [" ",
-      el("button", { class: "link", onclick: () => set({ step: texts }) }, `Go to step ${texts}, which has them.`)]));
+    if (gone) lines.push("The texts of this step are not in this page, for want of room. ");
+    told.replaceChildren(lines.join(" "), ...(gone ? [linkToNearest(one.token, got.step)] : []));
   }
   return { draw };
+}
+
+// A button that goes to the nearest step with this reading.
+function linkToNearest(key, step) {
+  const there = nearest(step, data.stepsOf(key));
+  return el("button", { class: "link", onclick: () => set({ step: there }) }, `Go to step ${there}.`);
 }
 
 function legendWords(one, { key, unit }) {

@@ -86,8 +86,10 @@ function fillContrasts(choose, keys) {
 // What the chosen head looks at, from the tokens sampled: a text of tokens for each rollout that has
 // it, the winner first.
 function attentionLines() {
+  const heads = ["layer", "head"].map((axis) => el("select", { "aria-label": `${axis} that is looked at`,
+    onchange: ({ target }) => set({ [axis]: Number(target.value) }) }));
   const title = el("h4"), bar = el("div"), none = el("p", { class: "told" }), holder = el("div");
-  const root = el("div", { class: "looks" }, title, holder, bar, none), lines = [];
+  const root = el("div", { class: "looks" }, title, el("div", { class: "controls" }, ...heads), holder, bar, none), lines = [];
 
   function draw(changed, got) {
     const one = got?.one, entry = one?.attention && data.entry(one.attention, got.step);
@@ -98,8 +100,10 @@ function attentionLines() {
       row: attentionOf(got, rollout, state.layer, state.head) }))).filter(({ row }) => row)
       .sort((a, b) => b.rollout.advantage - a.rollout.advantage);
     const scale = attentionScale(of.map(({ row }) => row));
-    write(none, of.length ? "" : !entry ? "Its attention at this step is not in this page." : data.codes(one.attention, got.step)
-      ? "This head was not read." : "Being read …");
+    heads.forEach((select, i) => fillHeads(select, entry ?? data.entry(one.attention, data.first(one.attention)), ["layer", "head"][i]));
+    const said = of.length ? "" : !entry ? "Its attention at this step is not in this page, for want of room. "
+      : data.codes(one.attention, got.step) ? "This head was not read." : "Being read …";
+    none.replaceChildren(said, ...(entry ? [] : [linkToNearest(one.attention, got.step)]));
     bar.hidden = !scale;
     if (scale) legendIn(bar, scale, entry.unit);
     while (lines.length < of.length) {
@@ -109,6 +113,14 @@ function attentionLines() {
     lines.forEach((line, i) => line.draw(of[i] ?? null, { scale, unit: entry?.unit, best: i === 0, alone: of.length < 2 }));
   }
   return { root, draw };
+}
+
+function fillHeads(select, entry, axis) {
+  const items = Array.from({ length: entry.shape[entry.axes.indexOf(axis)] }, (_, i) => [numberOf(entry, axis, i), nameOf(entry, axis, i)]);
+  const words = JSON.stringify(items);
+  if (select.words !== words) select.replaceChildren(...items.map(([value, text]) => el("option", { value }, text)));
+  select.words = words;
+  select.value = state[axis];
 }
 
 function attentionLine() {

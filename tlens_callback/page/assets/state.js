@@ -123,7 +123,8 @@ function settle() {
 // Entries with layers and heads: of the score that is shown, of other scores, of patterns.
 function headEntries() {
   const keys = [state.score, ...scores()].map((name) => scoreOf(name)?.key);
-  return [...new Set([...keys, ...patterns()])].filter((key) => key && data.first(key) !== null)
+  const attention = [...allRollouts().values()].map((one) => one.attention);
+  return [...new Set([...keys, ...patterns(), ...attention])].filter((key) => key && data.first(key) !== null)
     .map((key) => data.entry(key, data.latest(key, state.step) ?? data.first(key)))
     .filter(({ axes, shape }) => axes.includes("layer") && axes.includes("head") && product(shape));
 }
