@@ -82,7 +82,7 @@ def test_rewards_lengths_and_truncation_are_curves_in_plain_words(shown):
     assert list(found) == [
         "Reward by function\nreward",
         "Completion length\ntokens",
-        "Shares\nshare",
+        "Shares\nfraction",
     ]
     reward, length, shares = found.values()
     hostile = HOSTILE.replace("\u202e", "\\u202e")

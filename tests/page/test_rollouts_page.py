@@ -356,6 +356,24 @@ def test_any_text_can_be_shown_and_nothing_overflows(opens, tab):
         assert out == []
 
 
+def test_a_long_prompt_is_folded_to_its_end(opens, tab):
+    long = "You are helpful. " * 20 + "\nWhat is 3 + 4?"
+    texts = [(long, ["7", "8"]), ("Short?", ["Yes.", "No."])]
+    (folder := tab[2] / "prompts").mkdir()
+    page = ready(opens(page_of(folder, {s: list(sample(s, texts=texts).values()) for s in (1, 2)})))
+    whole = page.locator(".group .prompt").first
+    assert not whole.is_visible()
+    short = page.locator(".group .short").all_inner_texts()
+    assert short[0].startswith("…") and short[0].endswith("helpful.↵ What is 3 + 4?")
+    assert len(short[0]) <= 160 and short[1] == "Short?"
+    page.locator(".group summary").first.click()
+    assert whole.text_content() == long.replace(" \n", "↵\n")
+    put(page, step=1)
+    assert whole.is_visible(), "it stays open from one step to the next"
+    page.locator(".group summary").nth(1).click()
+    assert page.locator(".group .prompt").nth(1).inner_text() == ""
+
+
 def test_unknown_advantages_and_equal_ones(opens, tab):
     some = sample(1)
     better = some[f"{NAME}/better"]

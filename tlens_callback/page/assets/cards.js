@@ -111,6 +111,12 @@ function legendWords(one, { key, unit }) {
   return `${unit}: how much the sampled tokens look at each, L${state.layer}H${state.head}`;
 }
 
+// The end of a text: that of a prompt is the question, behind what all prompts have in common.
+function lastOf(text, most) {
+  const letters = [...text];
+  return letters.length > most ? `…${letters.slice(letters.length - most + 1).join("")}` : text;
+}
+
 // A group's prompt and its cards; both are kept from one step to the next.
 function groupRow(seen) {
   const title = el("span", { class: "name" }), short = el("span", { class: "short", dir: "auto" });
@@ -125,7 +131,7 @@ function groupRow(seen) {
     const prompt = group.prompt && joinedBytes(group.prompt).map(readableToken).join("");
     const long = prompt !== null && (prompt.length > LONG_PROMPT || prompt.includes("\n"));
     write(title, `Prompt ${plain(group.name)}`);
-    write(short, prompt === null ? "" : cut(prompt.replaceAll("↵\n", "↵ "), LONG_PROMPT));
+    write(short, prompt === null ? "" : lastOf(prompt.replaceAll("↵\n", "↵ "), LONG_PROMPT));
     write(whole, long ? prompt : "");
     folded.classList.toggle("plain", !long);
     if (!long) folded.open = false;

@@ -124,22 +124,23 @@ function heatMap(title, onpick = null) {
     write(named, axes);
     legendIn(bar, scale, unit);
     shown = { rows, columns, values, texts, left, top, width, height, chosen, more };
-    for (const cell of marks) outline(context, cell, "--mark");
-    if (chosen) outline(context, chosen, "--ink");
+    for (const cell of marks) outline(context, cell, "--mark", 1);
+    if (chosen) outline(context, chosen, "--ink", -1); // around it, so that a mark is seen too
     canvas.setAttribute("aria-label", [`${title}, ${unit}`, ...(chosen ? describe(chosen) : [])].join("; "));
     if (chosen === undefined) return;
     canvas.tabIndex = 0;
     canvas.setAttribute("role", "application");
   }
-  // Two lines, one of which is seen on any colour.
-  function outline(context, [row, column], name) {
-    const { left, top, width, height } = shown, x = left + column * width, y = top + row * height;
-    context.lineWidth = 2;
-    context.strokeStyle = style(name);
-    context.strokeRect(x + 1, y + 1, width - 2, height - 2);
-    context.lineWidth = 1;
-    context.strokeStyle = style("--paper");
-    context.strokeRect(x + 2.5, y + 2.5, width - 5, height - 5);
+  // Two lines, one of which is seen on any colour; `inside`: how far within the cell's edge.
+  function outline(context, [row, column], name, inside) {
+    const line = (colour, thick, edge) => {
+      context.lineWidth = thick;
+      context.strokeStyle = style(colour);
+      context.strokeRect(shown.left + column * shown.width + edge, shown.top + row * shown.height + edge,
+        shown.width - 2 * edge, shown.height - 2 * edge);
+    };
+    line(name, 2, inside);
+    line("--paper", 1, inside + 1.5);
   }
   function describe([row, column]) {
     const i = row * shown.columns.length + column;

@@ -29,7 +29,7 @@ function mount(build, root, wanted = () => true) {
   }
   box.append(trouble);
   views.push({ draw(changed) {
-    const shown = data.steps.length > 0 && wanted();
+    const shown = arranged && data.steps.length > 0 && wanted();
     box.hidden = !shown;
     if (!shown) stale = true;
     if (!shown) return;
@@ -120,10 +120,13 @@ async function readPacked() {
   show(true);
 }
 
+let arranged = false; // whether `state` says what there is: before that, nothing is drawn
+
 // Brings all to what there is, and draws what is concerned.
 function show(all = false) {
   const before = { ...state };
   settle();
+  arranged = true;
   const changed = Object.keys(state).filter((name) => state[name] !== before[name]);
   document.title = data.about.title ?? "tlens";
   document.getElementById("title").textContent = data.about.title ?? "tlens";

@@ -21,7 +21,7 @@ function rewardCharts() {
     { title: "Reward by function", unit: "reward", lines: [...byFunction, ...total] },
     { title: "Reward", unit: "reward", lines: ofPairs },
     { title: "Completion length", unit: "tokens", lines: LENGTHS },
-    { title: "Shares", unit: "share", limits: [0, 1], lines: SHARES },
+    { title: "Shares", unit: "fraction", limits: [0, 1], lines: SHARES },
   ].map((chart) => ({ ...chart, lines: ["", "eval_"].flatMap((before) => chart.lines
     .filter(([name]) => logged.has(before + name))
     .map(([name, words]) => ({ key: `trainer/${before}${name}`, dash: before ? "6 3" : "",
@@ -86,10 +86,12 @@ function timeChart(title, unit) {
     let [low, high] = limits ?? rangeOf(lines.flatMap(({ values }) => Array.from(values)));
     if (low > high) [low, high] = [0, 1];
     if (low === high) [low, high] = [low - 0.5, high + 0.5];
+    const by = tickSize(low, high);
+    [low, high] = [Math.floor(low / by + 1e-9) * by, Math.ceil(high / by - 1e-9) * by];
     const y = (value) => top + 3 + (1 - (value - low) / (high - low)) * (height - top - bottom - 6);
     const drawn = ticks(low, high).flatMap((value) => [
       svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: value === 0 ? "zero" : "grid" }),
-      words(left - 4, y(value) + 3, tickText(value, tickSize(low, high)), "end")]);
+      words(left - 4, y(value) + 3, tickText(value, by), "end")]);
     drawn.push(words(left, height - 6, fmt(span[0]), "start"), words(width - right, height - 6, fmt(span[1]), "end"),
       words((left + width - right) / 2, height - 6, "step", "middle"));
     for (const line of lines) {
