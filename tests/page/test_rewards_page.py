@@ -122,6 +122,14 @@ def test_names_with_slashes_are_no_probes(shown):
     assert "left axis" in places[0] and "left axis" not in places[-1]
 
 
+def test_a_closed_section_is_drawn_when_it_is_opened(shown):
+    shown.click("#rewards summary")
+    shown.evaluate("tlens.set({ step: 10 })")
+    drawn(shown)
+    shown.click("#rewards summary")
+    assert charts(shown)["Completion length\ntokens"]["mean"] == "40"
+
+
 def test_another_trainer_has_no_such_section(opens, tab):
     def of(step):
         return {"loss": 1 / step, "reward_model_loss": 1.0, "step": step}

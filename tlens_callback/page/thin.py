@@ -77,13 +77,13 @@ def thin(store: "Store", steps: Sequence[int], room: int) -> KeptParts:
     kept = _fit(others, room)
     with_texts = {step for step, key in kept.parts if key in others.of_rollouts}
     among = with_texts if others.of_rollouts else None
-    attention = _fit(_Bulky(store, steps, _is_attention_of_rollouts, among), room - kept.size)
+    attention = _fit(_Bulky(store, steps, _is_attention_of_rollouts, among), int(room - kept.size))
     return KeptParts(
         kept.parts | attention.parts, [*kept.notes, *attention.notes], kept.size + attention.size
     )
 
 
-def _fit(run: "_Bulky", room: float) -> KeptParts:
+def _fit(run: "_Bulky", room: int) -> KeptParts:
     if not run.count:
         return KeptParts()
     share, fits, fails = 1.0, 0.0, math.inf

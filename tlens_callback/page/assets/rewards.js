@@ -38,12 +38,12 @@ function rewardsView(root) {
   const body = el("div", { class: "panels" });
   const box = el("details", { class: "card section", id: "rewards", open: true },
     el("summary", {}, el("h2", {}, "Rewards and completions")), body);
-  box.addEventListener("toggle", () => redraw("rewards"));
+  box.addEventListener("toggle", () => redraw("data"));
   root.append(box);
   const charts = new Map(); // title -> chart
 
   function draw(changed) {
-    if (!box.open || !["data", "step", "other", "rewards", "theme"].some((name) => changed.has(name))) return;
+    if (!box.open || !["data", "step", "other", "theme"].some((name) => changed.has(name))) return;
     const wanted = rewardCharts();
     for (const { title, unit } of wanted) if (!charts.has(title)) charts.set(title, timeChart(title, unit));
     const shown = wanted.map(({ title }) => charts.get(title).root);
