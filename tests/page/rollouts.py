@@ -1,13 +1,16 @@
-"""Readings of rollouts that a test makes: groups of completions, their numbers, contrasts of heads.
+"""Readings of rollouts that a test makes: groups of completions, their numbers, contrasts of heads;
+and what their page shows.
 
 The instrument and its measures have names that the page cannot know: only the descriptions say what
 a reading is.
 """
 
+import json
 import re
 
 import numpy as np
 
+from tests.browser import drawn
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.reading import Reading
 
@@ -159,3 +162,41 @@ def _attention(rng, prompt, rollouts, layers, heads, names):
     return Reading(key=f"{NAME}/looks", values=values, axes=("rollout", "layer", "head", "key"),
                    unit="probability", limits=(0, 1), labels={"rollout": names},
                    description=DESCRIPTION)  # fmt: skip
+
+
+STEPS = (10, 20, 30)
+RUN = {step: sample(step) for step in STEPS}
+
+
+def value(measure, step):
+    return RUN[step][f"{NAME}/{measure}"].values
+
+
+def ready(page):
+    page.wait_for_selector("#rollouts .rollout:not([hidden])")
+    drawn(page)
+    return page
+
+
+def put(page, **values):
+    page.evaluate(f"tlens.set({json.dumps(values)})")
+    drawn(page)
+
+
+def cards(page):
+    """Name of the group -> its cards from the left: {advantage, name, text, facts}."""
+    return page.evaluate("""() => Object.fromEntries(
+      [...document.querySelectorAll(".group:not([hidden])")].map((group) => [
+        group.querySelector(".name").textContent,
+        [...group.querySelectorAll(".rollout:not([hidden])")].map((card) => ({
+          advantage: card.querySelector(".advantage").textContent,
+          name: card.querySelector(".head .told").textContent.split(" ").at(-1),
+          text: card.querySelector(".tokentexts").hidden ? null
+            : card.querySelector(".tokentexts").textContent,
+          facts: [...card.querySelectorAll(".fact")].map((one) => one.textContent),
+        }))]))""")
+
+
+def token(page, rollout, i):
+    card = page.locator(f'.rollout[aria-label^="rollout {rollout},"]')
+    return card.locator(".t").nth(i)
