@@ -9,7 +9,7 @@ import torch
 
 from tests.byte_names import CASES
 from tlens_callback import Reading
-from tlens_callback.reading import legible
+from tlens_callback.reading import legible, split_key
 
 
 def test_key_parts_and_values():
@@ -28,6 +28,22 @@ def test_key_parts_and_values():
     )
     assert Reading(key="a/b", values=1, unit="nats").probe is None
     assert reading.values.dtype == np.float32 and reading.labels == {"head": ("x", "y", "z")}
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("a/b", ("a", "b", None)),
+        ("a/b/c/d", ("a", "b", "c/d")),
+        ("trainer/loss", ("trainer", "loss", None)),
+        ("trainer/rewards/f/mean", ("trainer", "rewards/f/mean", None)),
+        ("trainers/rewards/f/mean", ("trainers", "rewards", "f/mean")),
+    ],
+)
+def test_the_names_of_a_trainer_are_no_probes(key, expected):
+    assert split_key(key) == expected
+    reading = Reading(key=key, values=1, unit="as logged")
+    assert (reading.instrument, reading.measure, reading.probe) == expected
 
 
 def test_values_are_a_copy_that_cannot_be_written():

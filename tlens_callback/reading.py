@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 RESERVED = ("cost", "fidelity", "trainer", "checkpoint", "rollouts")
 """First segments of keys that only the observer may use."""
 
+_NAMED_BY_OTHERS = "trainer"
+"""The instrument whose measures have names of somebody else's, with any number of slashes."""
+
 TOKEN_AXES = ("pos", "token", "query", "key")
 """Axes whose labels are tokens."""
 
@@ -28,6 +31,7 @@ class Reading:
 
     Attributes:
         key: `<instrument>/<measure>` or `<instrument>/<measure>/<probe>`; unique in an observation.
+            `split_key` takes it apart.
         values: float32 array on the CPU, made read-only. Without axes it is a single number, which
             becomes a point of a curve.
         axes: one name per dimension, in TransformerLens's words: `("layer", "head")`,
@@ -121,18 +125,17 @@ class Reading:
     @property
     def instrument(self) -> str:
         """The first segment of the key."""
-        return self.key.split("/", 2)[0]
+        return split_key(self.key)[0]
 
     @property
     def measure(self) -> str:
-        """The second segment of the key."""
-        return self.key.split("/", 2)[1]
+        """The second segment of the key; in `trainer/<name>` the whole name."""
+        return split_key(self.key)[1]
 
     @property
     def probe(self) -> str | None:
         """The rest of the key after its second slash; None if the reading is not of one probe."""
-        parts = self.key.split("/", 2)
-        return parts[2] if len(parts) == 3 else None
+        return split_key(self.key)[2]
 
     @property
     def meaning(self) -> Meaning:
@@ -165,6 +168,19 @@ class Reading:
         from tlens_callback.render.snippet import snippet
 
         return snippet(self)
+
+
+def split_key(key: str) -> tuple[str, str, str | None]:
+    """Returns the instrument, the measure and the probe of a key.
+
+    The names that a trainer logs have slashes of their own, as in
+    `trainer/completions/mean_length`: there the measure is the whole name, and there is no probe.
+    """
+    instrument, _, rest = key.partition("/")
+    if instrument == _NAMED_BY_OTHERS:
+        return instrument, rest, None
+    measure, slash, probe = rest.partition("/")
+    return instrument, measure, probe if slash else None
 
 
 def descriptions(readings: Iterable[Reading]) -> dict[str, Description]:

@@ -24,7 +24,7 @@ _WALK = """([selector, pattern, every]) => {
     });
     return [...found];
   };
-  const { width, height } = box, corner = [width - 4, height - 4];
+  const { width, height } = box, corner = [width - 6, height - 6];
   const rows = runs((see) => { for (let y = 0; y < height; y++) see(y, at(corner[0], y)); }, 1);
   const columns = runs((see) => { for (let x = 0; x < width; x++) see(x, at(x, corner[1])); }, 2);
   const says = rows.map(([, [y0, y1]], row) => columns.map(([, [x0, x1]], column) => {

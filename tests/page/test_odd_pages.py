@@ -39,6 +39,32 @@ def test_only_patterns(opens, tab):
     assert page.locator(".error:visible").count() == 0
 
 
+def test_nothing_is_drawn_before_it_is_known_what_there_is(tab):
+    """A window may change its size while the page still reads its steps."""
+    (tab[2] / "early").mkdir()
+    address = page_of(tab[2] / "early", {step: [pattern(step)] for step in range(40)})
+    page = tab[0].context.browser.new_page()
+    faults = []
+    page.on("console", lambda message: faults.append(message.text))
+    page.add_init_script("""
+      window.early = 0;
+      const unpacked = window.DecompressionStream;
+      window.DecompressionStream = function (...given) {
+        early++;
+        dispatchEvent(new Event("resize"));
+        return new unpacked(...given);
+      };
+      window.requestAnimationFrame = (act) => setTimeout(act, 0);
+    """)
+    page.goto(address)
+    page.wait_for_selector("#maps canvas")
+    settled(page)
+    assert page.evaluate("early") >= 40
+    shown = page.locator(".error:visible").count()
+    page.close()
+    assert faults == [] and shown == 0
+
+
 def test_no_steps_and_notes(opens, tab):
     notes = ["Patterns of 24 of 270 heads.", HOSTILE]
     file = tab[2] / "empty.html"

@@ -25,11 +25,16 @@ def twice(scripts):
 
 def markup(scripts):
     """Ways to put a text in as markup, to run it, or to ask a network."""
+    # A trainer's names begin with "eval_"; the function's does not go on.
     words = (
-        "innerHTML outerHTML insertAdjacentHTML document.write eval Function( fetch( XMLHttpRequest"
+        r"innerHTML outerHTML insertAdjacentHTML document\.write \beval\b Function\( fetch\( "
+        r"XMLHttpRequest"
     )
     return {
-        (name, word) for name, text in scripts.items() for word in words.split() if word in text
+        (name, word)
+        for name, text in scripts.items()
+        for word in words.split()
+        if re.search(word, text)
     }
 
 
@@ -48,6 +53,7 @@ def test_nothing_becomes_markup_runs_or_asks_a_network():
 @pytest.mark.parametrize("check, script", [
     (twice, "function fmt(value) {}"),
     (markup, "node.innerHTML = token;"),
+    (markup, "(0, eval)(token);"),
 ])  # fmt: skip
 def test_the_checks_find_what_they_are_for(check, script):
     assert check({**SCRIPTS, "another.js": script})

@@ -13,7 +13,9 @@ from tests.sinks.test_local import fill
 from tests.training import CAPITAL, trainer
 from tlens_callback import HeadScores, LocalSink, Reading, TLensCallback, read_store
 from tlens_callback.instruments import AttentionPatterns
+from tlens_callback.offline.changes import History, probe_of
 from tlens_callback.render import long_frame
+from tlens_callback.run.trainer_logs import TrainerLogs
 from tlens_callback.store.find import find_store
 
 PATTERN = pattern().key
@@ -50,6 +52,21 @@ def test_frame_of_a_pattern_names_every_cell(store):
         assert (row.key_index, row.key_name) == (key, TOKENS[key])
         assert row.value == store.reading(PATTERN, steps[i]).values[layer, head, query, key]
     assert frame.memory_usage(deep=False, index=False).sum() < 34 * len(frame) + 2000
+
+
+def test_the_names_of_a_trainer_have_no_probe_in_the_frame(tmp_path):
+    sink, logs = LocalSink(tmp_path / "run", page=False), TrainerLogs()
+    names = "loss", "completions/mean_length", "rewards/f/mean", "rewards/a/b/std"
+    logs.start([{**dict.fromkeys(names, 0.5), "step": 1}], step=0)
+    sink.write([*logs.take(1), Reading(key="a/b/probe", values=1, unit="nats")], step=1)
+    sink.close()
+    store = read_store(tmp_path / "run")
+    frame = store.frame()
+    assert set(frame.probe.dropna()) == {"probe"}
+    assert set(frame.measure[frame.instrument == "trainer"]) == set(names)
+    assert store.curve("trainer/rewards/a/b/std")[0].tolist() == [1]
+    history = History(store)
+    assert [probe_of(key) for key in history.steps] == [None] * len(names) + ["probe"]
 
 
 def test_frame_of_one_reading_has_the_rows_of_the_frame_of_all(store):

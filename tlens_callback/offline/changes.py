@@ -8,7 +8,7 @@ import numpy as np
 from tlens_callback.events import Watch
 from tlens_callback.events.roles import lowest_over_blocks, of_heads, role_of
 from tlens_callback.meaning import Description, Meaning, Quantity, described_class
-from tlens_callback.reading import RESERVED, Reading
+from tlens_callback.reading import RESERVED, Reading, split_key
 from tlens_callback.store import Store
 
 _OF_THE_RUN = {
@@ -108,7 +108,7 @@ class History:
 
     def meaning(self, key: str) -> Meaning:
         """The `Meaning` of the readings of a key."""
-        instrument, measure = key.split("/", 2)[:2]
+        instrument, measure, _ = split_key(key)
         return self.descriptions.get(instrument, Description()).meaning(measure)
 
     def keys(self, *quantities: Quantity, numbers: bool = False) -> list[str]:
@@ -155,8 +155,7 @@ def own_descriptions() -> dict[str, Description]:
 
 def probe_of(key: str) -> str | None:
     """The probe that a key belongs to; None if it belongs to no single probe."""
-    parts = key.split("/", 2)
-    return parts[2] if len(parts) == 3 else None
+    return split_key(key)[2]
 
 
 def value_name(reading: Reading, at: tuple[int, ...]) -> str:

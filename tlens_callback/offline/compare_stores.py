@@ -7,10 +7,10 @@ from tlens_callback import instruments as own_instruments
 from tlens_callback.events import Watch
 from tlens_callback.interfaces import Instrument
 from tlens_callback.meaning import Description, Needs, described
-from tlens_callback.offline.changes import History
+from tlens_callback.offline.changes import History, probe_of
 from tlens_callback.offline.compare import Pair
 from tlens_callback.offline.stages import name_reading
-from tlens_callback.reading import RESERVED, TOKEN_AXES, Reading
+from tlens_callback.reading import RESERVED, TOKEN_AXES, Reading, split_key
 from tlens_callback.store import Store
 
 
@@ -129,7 +129,7 @@ def _comparable(
     """The keys whose readings can be compared as they are or computed again."""
     found = {}
     for key, entry in about.items():
-        instrument, measure = key.split("/", 2)[:2]
+        instrument, measure, _ = split_key(key)
         meaning = descriptions.get(instrument, Description()).meaning(measure)
         if instrument in again or not meaning.of_run:
             found[key] = entry
@@ -166,10 +166,10 @@ def _common(
     others = {
         key
         for key in set(a) & set(b)
-        if key.count("/") == 2
+        if probe_of(key) is not None
         and any(a[key]["labels"].get(x) != b[key]["labels"].get(x) for x in TOKEN_AXES)
     }
-    probes = {key.split("/", 2)[2] for key in others}
+    probes = {name for key in others if (name := probe_of(key)) is not None}
     sentences = [f"The probe {name!r} has different tokens in A and B." for name in sorted(probes)]
     blocks = [_blocks(of) for of in (a, b)]
     on_blocks: set[str] = set()
@@ -187,7 +187,7 @@ def _common(
     left = [
         key
         for key in dict.fromkeys((*a, *b))
-        if _probe(key) not in probes and key.split("/")[0] not in on_blocks
+        if probe_of(key) not in probes and key.split("/")[0] not in on_blocks
     ]
     for own, other, letter in ((a, b, "A"), (b, a, "B")):
         alone = [key for key in left if key in own and key not in other and key[:9] != "fidelity/"]
@@ -212,21 +212,17 @@ def _blocks(about: Mapping[str, dict[str, Any]]) -> list[str]:
 def _only_in(letter: str, alone: Iterable[str], other: Iterable[str]) -> Iterator[str]:
     """A sentence about what only one of the two has: probes, instruments, or else keys."""
     other = list(other)
-    probes, instruments = set(map(_probe, other)), {key.split("/")[0] for key in other}
+    probes, instruments = set(map(probe_of, other)), {key.split("/")[0] for key in other}
     found: dict[str, None] = {}
     for key in alone:
-        if _probe(key) and _probe(key) not in probes:
-            found[f"the probe {_probe(key)!r}"] = None
+        if probe_of(key) and probe_of(key) not in probes:
+            found[f"the probe {probe_of(key)!r}"] = None
         elif key.split("/")[0] not in instruments:
             found[key.split("/")[0]] = None
         else:
             found[key] = None
     if found:
         yield f"Only {letter} has {', '.join(found)}."
-
-
-def _probe(key: str) -> str | None:
-    return key.split("/", 2)[2] if key.count("/") >= 2 else None
 
 
 def _compared_with(

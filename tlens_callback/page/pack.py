@@ -20,13 +20,13 @@ _FOR_NOTES = 4000
 def page(store: "Store", *, most_bytes: int = 15_000_000, view: str = "") -> str:
     """Makes one HTML file with all complete steps of a store.
 
-    If that takes more than `most_bytes` (of UTF-8), attention patterns and readings of more than
-    4,000 numbers are kept at fewer steps: the first, the last and some evenly between, moved to
-    steps with events if these are near. If that would leave fewer than 20 steps, the patterns of
-    fewer heads are kept: those with the largest change since the first step and with the largest
-    head scores, one of each in turn. After that steps are left out again, down to none. All other
-    readings are kept, unless they alone take more than `most_bytes`: then the page has fewer steps.
-    The page says what it leaves out.
+    If that takes more than `most_bytes` (of UTF-8), attention patterns, texts of rollouts with what
+    was measured at their tokens, and readings of more than 4,000 numbers are kept at fewer steps:
+    the first, the last and some evenly between, moved to steps with events if these are near. If
+    that would leave fewer than 20 steps, the patterns of fewer heads are kept: those with the
+    largest change since the first step and with the largest head scores, one of each in turn. After
+    that steps are left out again, down to none. All other readings are kept, unless they alone take
+    more than `most_bytes`: then the page has fewer steps. The page says what it leaves out.
 
     `view` is what the page shows if its address says nothing, in the words of an address:
     "step=1&other=0&change=1". When something is chosen in the page, these words are written into

@@ -1,7 +1,8 @@
 """Chooses which attention patterns to keep when all of them would not fit in the page."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from tlens_callback.page.encode import Part, Track, code, code_lower
 from tlens_callback.page.heads import Head, Scores, heads_of, interleave, is_score, keep_largest
+from tlens_callback.reading import TOKEN_AXES, split_key
 from tlens_callback.store.triangle import is_pattern
 
 if TYPE_CHECKING:
@@ -22,9 +24,22 @@ _TRIALS, _COMPARED_STEPS = 8, 8
 
 
 def is_bulky(axes: Sequence[str], shape: Sequence[int]) -> bool:
-    """Whether a reading may be left out at some steps: patterns, and readings of more than 4,000
-    numbers."""
-    return is_pattern(axes) or math.prod(shape) > _BULKY_SIZE
+    """Whether a reading may be left out at some steps: patterns, texts of rollouts and what was
+    measured at their tokens, and readings of more than 4,000 numbers."""
+    return is_pattern(axes) or _is_of_rollouts(axes) or math.prod(shape) > _BULKY_SIZE
+
+
+def _is_of_rollouts(axes: Sequence[str]) -> bool:
+    """Whether a reading has a text or a number for each token of rollouts or of their prompts.
+
+    The texts take most of the room, and are others at every step: however few numbers they stand
+    for, a long run has too many of them.
+    """
+    return len(axes) > 1 and axes[0] in ("rollout", "group") and axes[-1] in TOKEN_AXES
+
+
+def _is_attention_of_rollouts(axes: Sequence[str]) -> bool:
+    return _is_of_rollouts(axes) and "head" in axes
 
 
 def evenly_spaced(steps: Sequence[int], most: int, wanted: Collection[int] = ()) -> list[int]:
@@ -49,12 +64,27 @@ class KeptParts:
 
     parts: dict[tuple[int, str], Part] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    size: float = 0.0
 
 
 def thin(store: "Store", steps: Sequence[int], room: int) -> KeptParts:
-    """Keeps as many of the bulky readings of these steps as fit in `room` bytes of the page."""
-    run = _Bulky(store, steps)
-    if not run.steps_of:
+    """Keeps as many of the bulky readings of these steps as fit in `room` bytes of the page.
+
+    The attention of rollouts, the largest of their readings, takes what room the others leave, at
+    steps that keep the texts.
+    """
+    others = _Bulky(store, steps, lambda axes: not _is_attention_of_rollouts(axes))
+    kept = _fit(others, room)
+    with_texts = {step for step, key in kept.parts if key in others.of_rollouts}
+    among = with_texts if others.of_rollouts else None
+    attention = _fit(_Bulky(store, steps, _is_attention_of_rollouts, among), int(room - kept.size))
+    return KeptParts(
+        kept.parts | attention.parts, [*kept.notes, *attention.notes], kept.size + attention.size
+    )
+
+
+def _fit(run: "_Bulky", room: int) -> KeptParts:
+    if not run.count:
         return KeptParts()
     share, fits, fails = 1.0, 0.0, math.inf
     kept: KeptParts | None = None
@@ -64,7 +94,7 @@ def thin(store: "Store", steps: Sequence[int], room: int) -> KeptParts:
             break
         found, size = run.trial(*plan, room)
         if found is not None:
-            kept, fits = KeptParts(found, run.notes(*plan)), share
+            kept, fits = KeptParts(found, run.notes(*plan), size), share
             goal = min(1.0, share * room / max(size, 1) * 0.95, (share + fails) / 2)
             if size > 0.8 * room or run.plan(goal) == plan:
                 break
@@ -77,13 +107,32 @@ def thin(store: "Store", steps: Sequence[int], room: int) -> KeptParts:
 
 
 class _Bulky:
-    """Knows the bulky readings of some steps of a store, and encodes a choice of them."""
+    """Knows the bulky readings of some steps of a store, and encodes a choice of them.
 
-    def __init__(self, store: "Store", steps: Sequence[int]) -> None:
+    Attributes:
+        steps_of: key -> the steps that may be chosen.
+        count: key -> at how many steps there is one.
+        of_rollouts: the keys of readings of rollouts.
+
+    Args:
+        wanted: which readings it is about, by their axes.
+        among: the steps that may be chosen; None: all.
+    """
+
+    def __init__(
+        self,
+        store: "Store",
+        steps: Sequence[int],
+        wanted: Callable[[Sequence[str]], bool],
+        among: Collection[int] | None = None,
+    ) -> None:
         self._store = store
         self.steps_of: dict[str, list[int]] = {}
+        self.count: Counter[str] = Counter()
+        self.of_rollouts: set[str] = set()
         self._weight: dict[str, int] = {}
         self._patterns: set[str] = set()
+        self._with_heads = wanted is _is_attention_of_rollouts
         self._scores: dict[str, list[int]] = {}
         self._events: set[int] = set()
         heads: dict[Head, None] = {}
@@ -94,10 +143,14 @@ class _Bulky:
                     self._events.add(step)
                 if is_score(axes, about["unit"]) and not key.endswith("_spread"):
                     self._scores.setdefault(key, []).append(step)
-                if not is_bulky(axes, shape):
+                if not (is_bulky(axes, shape) and wanted(axes)):
                     continue
-                self.steps_of.setdefault(key, []).append(step)
+                self.count[key] += 1
+                if among is None or step in among:
+                    self.steps_of.setdefault(key, []).append(step)
                 self._weight[key] = math.prod(shape)
+                if _is_of_rollouts(axes):
+                    self.of_rollouts.add(key)
                 if is_pattern(axes):
                     self._patterns.add(key)
                     heads.update(dict.fromkeys(_heads(about)))
@@ -152,14 +205,21 @@ class _Bulky:
 
     def notes(self, n_steps: int, n_heads: int) -> list[str]:
         """Returns a sentence for everything that is left out with so many steps and heads."""
-        groups: dict[tuple[bool, int, int], list[str]] = {}
+        groups: dict[tuple[str, int, int], list[str]] = {}
         chosen = self._choose(n_steps)
-        for key, steps in self.steps_of.items():
-            kind = (key in self._patterns, len(chosen[key]), len(steps))
-            groups.setdefault(kind, []).append(key)
+        for key, count in self.count.items():
+            what = (
+                "Attention patterns"
+                if key in self._patterns
+                else "Attention weights of rollouts"
+                if key in self.of_rollouts and self._with_heads
+                else "Texts of rollouts and what was measured at their tokens"
+                if key in self.of_rollouts
+                else "Readings of more than 4,000 numbers"
+            )
+            groups.setdefault((what, len(chosen.get(key, ())), count), []).append(key)
         notes = []
-        for (patterns, here, steps), keys in groups.items():
-            what = "Attention patterns" if patterns else "Readings of more than 4,000 numbers"
+        for (what, here, steps), keys in groups.items():
             what = f"{what} ({names_of(keys)})"
             if not here:
                 notes.append(f"{what} are not in this page: there is no room for them.")
@@ -181,13 +241,24 @@ class _Bulky:
         return notes
 
     def _choose(self, n_steps: int) -> dict[str, list[int]]:
-        """Returns key -> its steps that are kept: the same share of each key, but at least two."""
+        """Returns key -> its steps that are kept: the same share of each key, but at least two.
+
+        All readings of rollouts are kept at the same steps, for a text without its numbers, or the
+        numbers of other texts, say nothing.
+        """
         if not n_steps:
             return {key: [] for key in self.steps_of}
+
+        def share(steps: Sequence[int]) -> list[int]:
+            most = max(2, round(len(steps) * n_steps / self._most))
+            return evenly_spaced(steps, most, self._events)
+
+        of_rollouts = {step for key in self.of_rollouts for step in self.steps_of.get(key, ())}
+        together = set(share(sorted(of_rollouts)))
         return {
-            key: evenly_spaced(
-                steps, max(2, round(len(steps) * n_steps / self._most)), self._events
-            )
+            key: [step for step in steps if step in together]
+            if key in self.of_rollouts
+            else share(steps)
             for key, steps in self.steps_of.items()
         }
 
@@ -229,7 +300,7 @@ class _Bulky:
 
 def names_of(keys: Collection[str], most: int = 4) -> str:
     """Lists the instruments and measures of keys, the first few by name."""
-    names = list(dict.fromkeys("/".join(key.split("/")[:2]) for key in keys))
+    names = list(dict.fromkeys("/".join(split_key(key)[:2]) for key in keys))
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -87,17 +87,19 @@ function tickText(value, by) {
 }
 
 // A map with the names of rows and columns. update({rows, columns, values, scale, unit, texts, axes})
+// and, where cells can be chosen with the keyboard too: `chosen`, [row, column] or null; `marks`,
+// cells that are outlined; `more(i)`, lines that pointing at cell i adds; `room`, its largest width.
 function heatMap(title, onpick = null) {
   const canvas = el("canvas", { role: "img" }), bar = el("div");
   const named = el("div", { class: "axes" });
   const root = el("figure", { class: "chart" }, el("figcaption", {}, title), canvas, named, bar);
   let shown = null;
 
-  function update({ rows, columns, values, scale, unit, texts, axes }) {
+  function update({ rows, columns, values, scale, unit, texts, axes, chosen, marks = [], more = () => [], room = 420 }) {
     const long = columns.some((name) => name.length > 4);
     const left = 10 + 6 * Math.min(14, Math.max(...rows.map((name) => name.length)));
     const top = long ? 12 + 5.5 * Math.min(12, Math.max(...columns.map((name) => name.length))) : 18;
-    const width = Math.max(6, Math.min(long ? 16 : 24, Math.floor(420 / columns.length)));
+    const width = Math.max(6, Math.min(long ? 16 : 24, Math.floor((room - (room < 420 ? left : 0)) / columns.length)));
     const height = Math.max(6, Math.min(16, Math.floor(330 / rows.length)));
     const context = canvasOf(canvas, left + columns.length * width + 4, top + rows.length * height + 4);
     paint(context, left, top, columns.length * width, rows.length * height, rows.length, columns.length,
@@ -121,8 +123,29 @@ function heatMap(title, onpick = null) {
     });
     write(named, axes);
     legendIn(bar, scale, unit);
-    shown = { rows, columns, values, texts, left, top, width, height };
-    canvas.setAttribute("aria-label", `${title}, ${unit}`);
+    shown = { rows, columns, values, texts, left, top, width, height, chosen, more };
+    for (const cell of marks) outline(context, cell, "--mark", 1);
+    if (chosen) outline(context, chosen, "--ink", -1); // around it, so that a mark is seen too
+    canvas.setAttribute("aria-label", [`${title}, ${unit}`, ...(chosen ? describe(chosen) : [])].join("; "));
+    if (chosen === undefined) return;
+    canvas.tabIndex = 0;
+    canvas.setAttribute("role", "application");
+  }
+  // Two lines, one of which is seen on any colour; `inside`: how far within the cell's edge.
+  function outline(context, [row, column], name, inside) {
+    const line = (colour, thick, edge) => {
+      context.lineWidth = thick;
+      context.strokeStyle = style(colour);
+      context.strokeRect(shown.left + column * shown.width + edge, shown.top + row * shown.height + edge,
+        shown.width - 2 * edge, shown.height - 2 * edge);
+    };
+    line(name, 2, inside);
+    line("--paper", 1, inside + 1.5);
+  }
+  function describe([row, column]) {
+    const i = row * shown.columns.length + column;
+    return [`${shown.rows[row]} ${shown.columns[column]} ${title}`,
+      fmt(shown.values[i]) + (shown.texts ? ` ${token(shown.texts[i])}` : ""), ...shown.more(i)];
   }
   function cellAt(event) {
     const column = Math.floor((event.offsetX - shown.left) / shown.width);
@@ -137,10 +160,23 @@ function heatMap(title, onpick = null) {
   canvas.addEventListener("mousemove", (event) => {
     const cell = shown && cellAt(event);
     if (!cell) return tip.hide();
-    const [row, column] = cell, i = row * shown.columns.length + column;
-    tip.show(event, `${shown.rows[row]} ${shown.columns[column]} ${title}`,
-      fmt(shown.values[i]) + (shown.texts ? ` ${token(shown.texts[i])}` : ""));
+    tip.show(event, ...describe(cell));
   });
+  canvas.addEventListener("keydown", (event) => {
+    if (shown?.chosen === undefined || !bare(event)) return;
+    const to = stepFrom(event.key, ...(shown.chosen ?? [0, 0]));
+    if (event.key === "Escape") tip.hide();
+    else if (!to) return;
+    else {
+      const cell = [within(to[0], shown.rows.length), within(to[1], shown.columns.length)];
+      const { left, top, width, height } = shown, box = canvas.getBoundingClientRect();
+      onpick?.(...cell);
+      tip.show({ clientX: box.left + left + (cell[1] + 1) * width, clientY: box.top + top + (cell[0] + 1) * height }, ...describe(cell));
+      say(describe(cell).join("; "));
+    }
+    event.preventDefault();
+  });
+  canvas.addEventListener("blur", tip.hide);
   canvas.addEventListener("mouseleave", tip.hide);
   return { root, update };
 }

@@ -43,9 +43,15 @@ function rangeOf(values) {
   return [least, most];
 }
 
-// The place of a value in its table of colours; -1 for what is no number.
+// The place of a value in its table of colours; -1 for what is no number. `oneSided`, 1 or -1: from
+// the middle of the diverging table to one end, for numbers of this sign behind a text: what is near
+// zero has the colour of the paper, and the text can be read.
 function placeOf(scale, value) {
   if (!Number.isFinite(value)) return -1;
+  if (scale.oneSided) {
+    const x = Math.max(0, Math.min(1, (scale.oneSided * value) / scale.high));
+    return 128 - Math.round((scale.root ? Math.sqrt(x) : x) * 128);
+  }
   if (scale.diverging) {
     let x = Math.max(-1, Math.min(1, value / scale.high));
     if (scale.root) x = Math.sign(x) * Math.sqrt(Math.abs(x));
@@ -55,7 +61,7 @@ function placeOf(scale, value) {
   return Math.round((scale.root ? Math.sqrt(x) : x) * 255);
 }
 
-const tableOf = (scale) => (scale.diverging ? DIVERGING[theme()] : SEQUENTIAL);
+const tableOf = (scale) => (scale.diverging || scale.oneSided ? DIVERGING[theme()] : SEQUENTIAL);
 
 // [red, green, blue], or null for what is no number.
 function shade(scale, value) {
@@ -92,7 +98,8 @@ function valueAt(scale, share) {
     const x = 2 * share - 1;
     return (scale.root ? Math.sign(x) * x * x : x) * scale.high;
   }
-  return scale.low + (scale.root ? share * share : share) * (scale.high - scale.low);
+  const x = scale.root ? share * share : share;
+  return scale.oneSided ? scale.oneSided * x * scale.high : scale.low + x * (scale.high - scale.low);
 }
 
 // Shares at which round numbers stand: of a root scale from 0, a tenth and four tenths of its end.
@@ -119,8 +126,8 @@ function legend(scale, unit) {
 
 // Puts the legend into a node, unless it is there already.
 function legendIn(node, scale, unit) {
-  const { low, high, diverging, root, given, over } = scale;
-  const what = JSON.stringify([low, high, diverging, root, given, over, unit, theme()]);
+  const { low, high, diverging, root, given, over, oneSided } = scale;
+  const what = JSON.stringify([low, high, diverging, root, given, over, oneSided, unit, theme()]);
   if (node.what === what) return;
   node.what = what;
   node.replaceChildren(legend(scale, unit));

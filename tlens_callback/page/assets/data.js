@@ -209,9 +209,10 @@ function after(steps, step) {
   return low;
 }
 
-// What a whole key says.
+// What a whole key says. The names that a trainer logs have slashes of their own, and no probe.
 function parts(key) {
   const [instrument, measure, ...rest] = key.split("/");
+  if (instrument === "trainer") return { instrument, measure: [measure, ...rest].join("/"), probe: null };
   return { instrument, measure, probe: rest.length ? rest.join("/") : null };
 }
 

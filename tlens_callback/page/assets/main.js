@@ -29,7 +29,7 @@ function mount(build, root, wanted = () => true) {
   }
   box.append(trouble);
   views.push({ draw(changed) {
-    const shown = data.steps.length > 0 && wanted();
+    const shown = arranged && data.steps.length > 0 && wanted();
     box.hidden = !shown;
     if (!shown) stale = true;
     if (!shown) return;
@@ -52,6 +52,8 @@ function begin() {
   main.append(el("ul", { id: "notes" }), el("p", { id: "empty" }));
   Object.assign(state, readAddress());
   mount(timeView, top);
+  mount(rewardsView, main, hasRewards);
+  mount(rolloutsView, main, hasRollouts);
   const left = el("div", { class: "column" }), right = el("div", { class: "column wide" });
   main.append(el("div", { class: "columns" }, left, right));
   mount(matrixView, left, () => scores().length > 0);
@@ -118,10 +120,13 @@ async function readPacked() {
   show(true);
 }
 
+let arranged = false; // whether `state` says what there is: before that, nothing is drawn
+
 // Brings all to what there is, and draws what is concerned.
 function show(all = false) {
   const before = { ...state };
   settle();
+  arranged = true;
   const changed = Object.keys(state).filter((name) => state[name] !== before[name]);
   document.title = data.about.title ?? "tlens";
   document.getElementById("title").textContent = data.about.title ?? "tlens";

@@ -33,7 +33,7 @@ function ofInstrument(instrument, probe) {
     const own = parts(key), { axes, shape } = data.entry(key, data.first(key));
     return own.instrument === instrument && !shape.includes(0) && (probe === null || own.probe === null || own.probe === probe)
       && !axes.includes("query") && !axes.includes("update") && axes[0] !== "event"
-      && !own.measure.endsWith("_spread") && key !== CHECKPOINT;
+      && !own.measure.endsWith("_spread") && key !== CHECKPOINT && !isShownAsRollouts(key);
   });
 }
 

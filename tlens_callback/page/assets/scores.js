@@ -25,8 +25,9 @@ function allScores() {
   return all;
 }
 
+// Rollouts are others at every step, so that a matrix of one of them has no course.
 function isMatrix({ axes, unit, shape }) {
-  return (axes.length === 2 || axes.length === 3) && axes.at(-2) === "layer"
+  return axes[0] !== "rollout" && (axes.length === 2 || axes.length === 3) && axes.at(-2) === "layer"
     && axes.at(-1) !== "rank" && unit !== "index" && shape.every((size) => size > 0);
 }
 

@@ -10,6 +10,10 @@ const START = Object.freeze({
   probe: null, // whose patterns and tokens are shown
   query: null, // the token that is looked from
   pins: [], // [[layer, head], ...]
+  rollouts: null, // the instrument whose rollouts are shown; null: the first
+  colour: null, // the measure that colours their tokens; null: the usual one
+  contrast: null, // key of the contrast of winners and losers; null: the first
+  numbers: false, // all numbers of a rollout, not only the first few
   curves: null, // keys of further curves; null: the usual ones
 });
 const MOST_PINS = 12;
@@ -68,6 +72,8 @@ function addressOf() {
   if (state.probe !== null) words.set("probe", state.probe);
   if (state.query !== null) words.set("query", state.query);
   if (state.pins.length) words.set("pins", state.pins.map((pin) => pin.join(".")).join(","));
+  for (const name of ["rollouts", "colour", "contrast"]) if (state[name] !== null) words.set(name, state[name]);
+  if (state.numbers) words.set("numbers", 1);
   for (const key of state.curves ?? []) words.append("curves", key);
   if (state.curves && !state.curves.length) words.set("curves", "");
   return words;
@@ -90,6 +96,10 @@ function readAddress() {
     probe: words.get("probe"),
     query: whole(words.get("query")),
     pins: words.get("pins")?.split(",").map(pair).filter(Boolean) ?? [],
+    rollouts: words.get("rollouts"),
+    colour: words.get("colour"),
+    contrast: words.get("contrast"),
+    numbers: words.has("numbers"),
     curves: words.has("curves") ? words.getAll("curves").filter(Boolean) : null,
   };
 }
@@ -113,7 +123,8 @@ function settle() {
 // Entries with layers and heads: of the score that is shown, of other scores, of patterns.
 function headEntries() {
   const keys = [state.score, ...scores()].map((name) => scoreOf(name)?.key);
-  return [...new Set([...keys, ...patterns()])].filter((key) => key && data.first(key) !== null)
+  const attention = [...allRollouts().values()].map((one) => one.attention);
+  return [...new Set([...keys, ...patterns(), ...attention])].filter((key) => key && data.first(key) !== null)
     .map((key) => data.entry(key, data.latest(key, state.step) ?? data.first(key)))
     .filter(({ axes, shape }) => axes.includes("layer") && axes.includes("head") && product(shape));
 }
