@@ -144,7 +144,7 @@ class TLensCallback(TrainerCallback, Watcher):
             self.observer.close()
             self.observer = None
         observer = self.observer or self._new_observer(lambda: default_sinks(args, self.name))
-        if self.recorder:
+        if self.recorder or self.settings.rollouts:
             observer.look = Look(self._look_settings, self.recorder)
         self._join_wandb()
 
@@ -168,6 +168,7 @@ class TLensCallback(TrainerCallback, Watcher):
                 about=_trial(state),
                 training=training_rows(train_dataloader, processing_class),
                 logged=state.log_history,
+                dataset=getattr(train_dataloader, "dataset", None),
             )
         except BaseException:
             self.observer = None

@@ -12,6 +12,7 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.rollouts.inside import Part, inside, last_residuals, parts
 from tlens_callback.rollouts.meanings import DESCRIPTION
+from tlens_callback.rollouts.pairs import preferences
 from tlens_callback.rollouts.readings import Seen, readings_of
 from tlens_callback.rollouts.recorder import Recorder
 from tlens_callback.rollouts.rollout import Rollout, chosen, rollouts_of
@@ -31,6 +32,7 @@ class Look:
         settings: which rollouts, and how closely.
         recorder: where they come from.
         baseline: as an instrument's: how often each contrast was positive and negative.
+        pairs: preferences of the training data, where nothing is sampled.
         has_base: whether the model can be looked at without its adapters; None: not known yet.
     """
 
@@ -41,6 +43,7 @@ class Look:
         self.settings = settings
         self.recorder = recorder
         self.baseline: dict[str, Tensor] = {}
+        self.pairs: list[Rollout] = []
         self.has_base: bool | None = None
         self._said = False
         self._before: tuple[list[Part], list[Tensor], float, Seen] | None = None
@@ -76,9 +79,30 @@ class Look:
         seen.truncated = sum(not one.ended for one in of) / len(of)
         seen.age = None if generation.step is None else step - generation.step
         seen.names = self.recorder.names
-        found = [*readings_of(seen, settings, shadow, batch, self.baseline, step)]
+        return self._read(seen, shadow, batch, step)
+
+    def _read(self, seen: Seen, shadow: Shadow, batch: ProbeBatch, step: int) -> list[Reading]:
+        found = [*readings_of(seen, self.settings, shadow, batch, self.baseline, step)]
         assert len({one.key for one in found}) == len(found)
         return [one.described(DESCRIPTION) for one in found]
+
+    def meet(self, dataset: Any, shadow: Shadow) -> None:
+        """Takes the preferences of the training data, where a trainer samples nothing."""
+        if not self.recorder:
+            longest = min(self.settings.max_tokens, shadow.context or self.settings.max_tokens)
+            self.pairs = preferences(dataset, self.settings.per_observation, longest)
+            if not self.pairs:
+                logger.warning(
+                    "tlens: rollouts=Rollouts(...) has nothing to look at: this trainer was not "
+                    "attached, look.attach(trainer), and its training data has no preferences, "
+                    "neither pairs of chosen_ids and rejected_ids nor completions with labels."
+                )
+
+    def at_pairs(self, shadow: Shadow, batch: ProbeBatch, step: int) -> list[Reading]:
+        """Looks at the preferences of the training data, the same ones at each observation."""
+        if not self.pairs:
+            return []
+        return self._read(self._see(shadow, batch, self.pairs, 1.0), shadow, batch, step)
 
     def after_update(self, shadow: Shadow) -> list[Reading]:
         """Looks at the same rollouts with the weights of now; nothing if none were looked at."""
@@ -136,7 +160,7 @@ class Look:
                 "gained": (compared.gained.cpu(), compared.gained_by.cpu()),
                 "lost": (compared.lost.cpu(), compared.lost_by.cpu()),
             }
-        if self.settings.after_update:
+        if self.settings.after_update and not self.pairs:
             self._before = of, tokens, temperature, seen
         return seen
 

@@ -15,12 +15,12 @@ HEAD_MEASURES = tuple(_HEADS)
 HEAD_UNITS = {name: unit for name, (_, unit) in _HEADS.items()}
 
 TOKEN_MEASURES = {
-    "logp": ("Log probability of the token", "nats"),
-    "base_logp": ("Log probability to the base", "nats"),
     "log_ratio": ("Change of the log probability since the base", "nats"),
     "entropy": ("Entropy of the next token", "nats"),
-    "base_entropy": ("Entropy of the next token to the base", "nats"),
     "js": ("Jensen-Shannon divergence from the base", "nats"),
+    "logp": ("Log probability of the token", "nats"),
+    "base_logp": ("Log probability to the base", "nats"),
+    "base_entropy": ("Entropy of the next token to the base", "nats"),
     "kl": ("KL divergence from the base", "nats"),
     "rank": ("How many tokens are likelier", "rank"),
     "base_rank": ("How many tokens are likelier to the base", "rank"),

@@ -1,5 +1,6 @@
 """Turns what was seen of rollouts into readings."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +45,8 @@ class Seen:
         inside: measure -> [rollout, ...], of heads, MLPs and neurons.
         attention: number of a rollout -> [layer, head, key].
         moved: "gained", "lost" -> ids of the tokens of some positions, and by how much.
-        dead, truncated: shares of all groups and of all rollouts of the generation.
+        dead, truncated: shares of all groups and of all rollouts of the generation; None: nothing
+            was sampled.
         age: updates since they were sampled; None: not known.
         names: of the reward functions.
     """
@@ -56,8 +58,8 @@ class Seen:
     inside: dict[str, Tensor]
     attention: dict[int, Tensor] = field(default_factory=dict)
     moved: dict[str, tuple[Tensor, Tensor]] | None = None
-    dead: float = 0.0
-    truncated: float = 0.0
+    dead: float | None = None
+    truncated: float | None = None
     age: int | None = None
     names: Sequence[str] = ()
 
@@ -107,15 +109,18 @@ class Seen:
 
     def of_tokens(self) -> Iterator[Reading]:
         """Yields the measures of each token."""
-        for name, values in self.tokens.items():
-            limits = {"js": (0.0, 0.7), "trained": (0.0, 1.0)}.get(name)
-            yield self._rows(name, values.numpy(), TOKEN_MEASURES[name][1], limits)
+        for name, (_, unit) in TOKEN_MEASURES.items():
+            if name in self.tokens:
+                limits = {"js": (0.0, math.log(2)), "trained": (0.0, 1.0)}.get(name)
+                yield self._rows(name, self.tokens[name].numpy(), unit, limits)
 
     def of_rollouts(self, measures: Mapping[str, Tensor]) -> Iterator[Reading]:
         """Yields measures of each rollout."""
         for name, values in measures.items():
             unit = ROLLOUT_MEASURES[name][1]
-            yield _reading(name, values.numpy(), ("rollout",), unit, {"rollout": self.labels})
+            limits = (0.0, 1.0) if name == "truncated" else None
+            labels = {"rollout": self.labels}
+            yield _reading(name, values.numpy(), ("rollout",), unit, labels, limits)
 
     def curve(self, name: str, value: float | Tensor) -> Reading:
         """The reading of one number of the observation."""
@@ -189,12 +194,12 @@ def readings_of(
     _add_sampler(seen)
     yield from seen.of_tokens()
     length = torch.tensor([float(len(one.completion)) for one in of])
-    facts = {
-        "advantage": seen.advantage,
-        "weighted_reward": torch.tensor([one.reward for one in of]),
-        "length": length,
-        "truncated": torch.tensor([float(not one.ended) for one in of]),
-    }
+    facts = {"advantage": seen.advantage}
+    if seen.names:
+        facts["weighted_reward"] = torch.tensor([one.reward for one in of])
+    facts["length"] = length
+    if seen.truncated is not None:
+        facts["truncated"] = torch.tensor([float(not one.ended) for one in of])
     for measure in ("logp", "log_ratio"):
         if measure in seen.tokens:
             facts[f"sum_{measure}"] = seen.sums(measure)
@@ -209,7 +214,8 @@ def readings_of(
             texts = token_texts(token, batch)
             yield _reading(name, share, ("rank",), "fraction", {}, (0.0, 1.0), texts)
     yield from _inside(seen, shadow)
-    yield from _contrasts(seen, settings, shadow, baseline, group, length, step)
+    sets = torch.tensor([one.group if one.compared is None else one.compared for one in of])
+    yield from _contrasts(seen, settings, shadow, baseline, sets, length, step)
 
 
 def _add_sampler(seen: Seen) -> None:
@@ -225,8 +231,9 @@ def _add_sampler(seen: Seen) -> None:
 
 def _curves(seen: Seen) -> Iterator[Reading]:
     counted = seen.tokens["trained"] > 0
-    reward = torch.tensor([one.reward for one in seen.rollouts])
-    yield seen.curve("reward_mean", reward.nanmean())
+    if seen.names:
+        reward = torch.tensor([one.reward for one in seen.rollouts])
+        yield seen.curve("reward_mean", reward.nanmean())
     for name in ("entropy", "kl", "js"):
         if name in seen.tokens:
             yield seen.curve(f"{name}_mean", seen.tokens[name][counted].mean())
@@ -237,8 +244,9 @@ def _curves(seen: Seen) -> Iterator[Reading]:
     if "sampler_gap" in seen.tokens:
         ratio = seen.tokens["sampler_gap"].exp()
         yield seen.curve("off_policy", ((ratio - 1).abs() > _OFF)[counted].float().mean())
-    yield seen.curve("dead_groups", seen.dead)
-    yield seen.curve("truncated_share", seen.truncated)
+    if seen.dead is not None and seen.truncated is not None:
+        yield seen.curve("dead_groups", seen.dead)
+        yield seen.curve("truncated_share", seen.truncated)
     if seen.age is not None:
         yield seen.curve("age", seen.age)
 

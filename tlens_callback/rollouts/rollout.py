@@ -33,6 +33,7 @@ class Rollout:
         trained: for each token of the completion, whether it counts in the loss.
         sampled_with: for each token, the log probability that another engine sampled it with; None:
             not known.
+        compared: number of the set inside which winners are compared with losers; None: the group.
     """
 
     prompt: tuple[int, ...]
@@ -45,6 +46,7 @@ class Rollout:
     ended: bool = True
     trained: tuple[bool, ...] = ()
     sampled_with: tuple[float, ...] | None = None
+    compared: int | None = None
 
     @property
     def name(self) -> str:

@@ -122,6 +122,7 @@ class Observer:
         logged: Sequence[Mapping[str, Any]] = (),
         earlier: bool = False,
         last: bool = False,
+        dataset: Any = None,
     ) -> None:
         """Builds the shadow, encodes the probes, checks fidelity, and makes and writes the first
         observation.
@@ -138,6 +139,7 @@ class Observer:
             logged: what the trainer logs, a list that grows.
             earlier: everything logged up to now belongs to this observation, whatever its step.
             last: there will be no other observation.
+            dataset: the training data, which may have preferences to look at.
 
         Raises:
             ValueError: for a model, probe, instrument or hook point that cannot work.
@@ -156,6 +158,8 @@ class Observer:
                 self.cost.begin()
                 self.shadow = self._shadow_of(model)
                 self.model, self._model_shape = model, self.shadow.sizes
+                if self.look is not None:
+                    self.look.meet(dataset, self.shadow)
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
                     tokenizer,
@@ -358,7 +362,9 @@ class Observer:
             self.first_bytes[reading.instrument] += reading.values.nbytes
         if step not in self.steps:
             self.steps.append(step)
-        self._awaits, self._of_rollouts = self.look is not None and not last, []
+        self._of_rollouts = []
+        self._look(lambda look, shadow, batch: look.at_pairs(shadow, batch, step))
+        self._awaits = self.look is not None and bool(self.look.recorder) and not last
         more = partial(self._more, step, self._of_rollouts)
         self.writer.hold(readings, step=step, more=more)
         if not (hold or self._awaits):
@@ -371,32 +377,45 @@ class Observer:
     def look_before_update(self, args: Any, step: int) -> None:
         """Looks at the rollouts that were sampled with the weights of `step`, and hands over the
         observation that waits for them, or keeps it for `look_after_update`."""
-        self._look(
-            lambda look, shadow, batch: look.before_update(shadow, batch, self.model, args, step)
-        )
+        if self._awaits:
+            model = self.model
+            self._look_later(
+                lambda look, shadow, batch: look.before_update(shadow, batch, model, args, step)
+            )
         if self.look is None or not self.look.settings.after_update:
             self._awaits = False
             self.hand_over()
 
     def look_after_update(self) -> None:
         """Looks at the same rollouts after the update, and hands over the observation."""
-        self._look(lambda look, shadow, batch: look.after_update(shadow))
+        if self._awaits:
+            self._look_later(lambda look, shadow, _: look.after_update(shadow))
         self._awaits = False
         self.hand_over()
 
-    def _look(self, act: Callable[[Look, Shadow, ProbeBatch], Sequence[Reading]]) -> None:
-        if not self._awaits or self.look is None or self.shadow is None or self.batch is None:
-            return
+    def _look_later(self, act: Callable[[Look, Shadow, ProbeBatch], Sequence[Reading]]) -> None:
         with self.cost.spending():
-            try:
-                # Who merges adapters to generate leaves the base's weights moved by rounding.
+            # Who merges adapters to generate leaves the base's weights moved by rounding.
+            self._look(act, sync=True)
+
+    def _look(
+        self,
+        act: Callable[[Look, Shadow, ProbeBatch], Sequence[Reading]],
+        *,
+        sync: bool = False,
+    ) -> None:
+        """Adds what a look at rollouts gives to the observation; if it fails, it is the last."""
+        if self.look is None or self.shadow is None or self.batch is None:
+            return
+        try:
+            if sync:
                 self.shadow.sync()
-                self._of_rollouts += act(self.look, self.shadow, self.batch)
-            except Exception as error:
-                if self.settings.on_error == "raise" or (self.ranks and self.ranks.broken):
-                    raise
-                self.look = None
-                report("the look at rollouts", error)
+            self._of_rollouts += act(self.look, self.shadow, self.batch)
+        except Exception as error:
+            if self.settings.on_error == "raise" or (self.ranks and self.ranks.broken):
+                raise
+            self.look = None
+            report("the look at rollouts", error)
 
     def _watch_events(
         self, readings: Sequence[Reading], step: int, *, strict: bool
