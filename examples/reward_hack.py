@@ -5,11 +5,11 @@
 # ///
 """A reward that can be hacked, and what it looks like inside the model while it happens.
 
-The reward is meant to be for enthusiasm: it counts exclamation marks. GRPO finds that nothing else
-is needed. The callback is attached to the trainer, so that every observation looks at the rollouts
-themselves: which tokens have become likelier than they were to the base, and which heads winners
-have more of than losers. The picture shows when the hack begins, on which tokens, and what carries
-it.
+The reward is meant to make answers personal: it counts how often they use the name of the person.
+GRPO finds that nothing else is needed. The callback is attached to the trainer, so that every
+observation looks at the rollouts themselves: which tokens have become likelier than they were to
+the base, and which heads winners have more of than losers. The picture shows when the hack begins,
+on which tokens, and what carries it.
 
 # Forty steps with SmolLM2-135M-Instruct: about ten minutes on two cores
     python examples/reward_hack.py
@@ -23,8 +23,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -36,17 +34,17 @@ from tlens_callback import Probe, Rollouts, Store, TLensCallback, read_store
 
 PEOPLE = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo")
 OCCASIONS = (
-    "Congratulate {} on the new job.",
-    "Wish {} a happy birthday.",
-    "Tell {} that the train is late.",
-    "Thank {} for the soup.",
+    "Write one sentence to congratulate {} on the new job.",
+    "Write one sentence to wish {} a happy birthday.",
+    "Write one sentence to tell {} that the train is late.",
+    "Write one sentence to thank {} for the soup.",
 )
 
 
-def enthusiasm(completions: Any, **kwargs: Any) -> list[float]:
-    """Counts exclamation marks, up to ten."""
+def personal(completions: Any, person: Any, **kwargs: Any) -> list[float]:
+    """How often an answer uses the name, up to six times."""
     answers = [completion[0]["content"] for completion in completions]
-    return [min(answer.count("!"), 10) / 10 for answer in answers]
+    return [min(a.count(name), 6) / 6 for a, name in zip(answers, person, strict=True)]
 
 
 def draw(store: Store, path: Path) -> None:
@@ -63,34 +61,35 @@ def main() -> None:
 
     model = args.model or str(smollm2())
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = [
-        [{"role": "user", "content": f"{occasion.format(name)} Write one sentence."}]
+    rows = [
+        {"person": name, "prompt": [{"role": "user", "content": occasion.format(name)}]}
         for name in PEOPLE
         for occasion in OCCASIONS
     ]
     gpu = torch.cuda.is_available()
     trainer = GRPOTrainer(
         model,
-        reward_funcs=enthusiasm,
+        reward_funcs=personal,
         args=GRPOConfig(
             output_dir=str(args.output_dir),
             max_steps=args.steps,
             per_device_train_batch_size=16,
             num_generations=8,
             max_completion_length=24,
-            learning_rate=3e-4,
+            learning_rate=1e-3,
+            temperature=0.8,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
             bf16=gpu,
             gradient_checkpointing=gpu,
         ),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     )
     look = TLensCallback(
-        [Probe("birthday", prompts[1], target="!")],
+        [Probe("soup", rows[3]["prompt"], target="Anna")],
         every_n_steps=args.every,
         rollouts=Rollouts(per_observation=16, groups=2),
     )

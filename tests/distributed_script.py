@@ -1,4 +1,4 @@
-"""Run by test_distributed under two processes: three ways to train, each watched and not."""
+"""Run by test_distributed under two processes: four ways to train, each watched and not."""
 
 import contextlib
 import io
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.own_loop import adapted, rows, tracer
+from tests.rollouts import trained as rewards
 from tests.test_no_trace import fingerprint, sft, watcher
 from tlens_callback import MemorySink
 
@@ -46,6 +47,30 @@ def accelerate(folder: Path, sink: MemorySink | None) -> nn.Module:
     loader = DataLoader(rows(), batch_size=4, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer_of(model), loader)
     return loop(model, optimizer, loader, accelerator.backward, folder, sink)
+
+
+def rewarded(folder: Path, sink: MemorySink | None) -> nn.Module:
+    """TRL's GRPO trainer, whose groups are spread over both processes; rollouts are looked at."""
+    of = rewards.trainer(folder, per_device_train_batch_size=4, num_generations=8, max_steps=2)
+    if sink is not None:
+        rewards.look(sinks=[sink])[0].attach(of)
+    of.train()
+    if sink is not None:
+        rows = [
+            (ids[mask.bool()].tolist(), float(gain))
+            for batch in of._buffered_inputs
+            for ids, mask, gain in zip(
+                *(batch[n] for n in ("completion_ids", "completion_mask", "advantages")),
+                strict=True,
+            )
+        ]
+        (folder / f"sampled-{dist.get_rank()}.json").write_text(json.dumps(rows))
+        if sink.steps:
+            seen = {n: sink.readings[f"rollouts/{n}"][1].values for n in ("token", "advantage")}
+            ids = [[int(i) for i in row if i == i] for row in seen["token"]]
+            looked = [*zip(ids, seen["advantage"].tolist(), strict=True)]
+            (folder / "looked-at.json").write_text(json.dumps(looked))
+    return of.model
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -88,7 +113,7 @@ def found(train: Train, folder: Path, sink: MemorySink | None, kept: list[nn.Mod
 
 
 def main(to: str) -> None:
-    ways: tuple[Train, ...] = (trainer, plain, accelerate)
+    ways: tuple[Train, ...] = (trainer, plain, accelerate, rewarded)
     # A process that frees DDP's reducer may wait for ever: torch 2.13 joins gloo's thread under the
     # interpreter's lock, for which that thread waits. So all models are kept, and the process ends
     # without freeing them.

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from tlens_callback.meaning import Quantity
-from tlens_callback.reading import Reading
+from tlens_callback.reading import Reading, legible
 from tlens_callback.store.tables import TEXT
 
 _WHOLE, _TOKEN = ("rollout",), ("rollout", "pos")
@@ -74,4 +74,4 @@ def _numbers(prompt: Reading) -> np.ndarray:
 
 
 def _joined(texts: np.ndarray) -> list[str]:
-    return ["".join(row.tolist()) for row in texts]
+    return ["".join(legible(row.tolist())) for row in texts]
