@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 from tlens_callback.rollouts import contrast as module
-from tlens_callback.rollouts.contrast import contrast, false_discovery_rates
+from tlens_callback.rollouts.contrast import contrast, false_discovery_rates, over_observations
 
 
 def drawn(groups=4, size=8, numbers=50, seed=0):
@@ -171,3 +171,45 @@ def test_no_random_number_is_drawn_from_the_training():
     one = compared(*drawn(), permutations=100)
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(one.p, compared(*drawn(), permutations=100).p), "and the same at each call"
+
+
+def test_z_is_the_contrast_over_its_standard_deviation_by_chance():
+    f, gain, group, length = drawn(groups=2, size=4, numbers=6, seed=3)
+    f[:, 5] = 0.3
+    found = compared(f, gain, group, length, permutations=5)
+    a, every = gain.double().numpy(), []
+    centred = (f - torch.stack([f[group == g].mean(0) for g in range(2)])[group]).double().numpy()
+    for one in itertools.permutations(range(4)):
+        for other in itertools.permutations(range(4, 8)):
+            every.append(a[[*one, *other]] @ centred)
+    wanted = (a @ centred[:, :5]) / np.std(every, 0)[:5]
+    np.testing.assert_allclose(found.z[:5], wanted, rtol=1e-5)
+    assert found.z[5] == 0
+
+
+def test_a_run_without_a_difference_finds_nothing():
+    """Eight observations each of 200 runs: the p-values of the sums are uniform."""
+    p, discoveries = [], 0
+    for seed in range(200):
+        sums = sum(compared(*drawn(seed=100 * seed + t), 1, t).z for t in range(8))
+        z, q = over_observations(sums, 8)
+        p.append(float(torch.special.erfc(z[seed % 50].abs() / 2**0.5)))
+        discoveries += bool((q <= 0.05).any())
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+    assert discoveries <= scipy.stats.binom.ppf(0.999, 200, 0.05)
+
+
+def test_a_run_finds_what_no_observation_does():
+    """A small difference that stays, among three thousand numbers."""
+    found = []
+    for t in range(12):
+        f, gain, group, length = drawn(numbers=3000, seed=t)
+        f[:, 1234] += 0.7 * gain
+        found.append(compared(f, gain, group, length, 200, t))
+    assert sum(bool(one.q[1234] <= 0.05) for one in found) <= 2
+    z, q = over_observations(sum(one.z for one in found), 12)
+    assert (q <= 0.05).nonzero().flatten().tolist() == [1234] and z[1234] > 0
+    theirs = scipy.stats.combine_pvalues(
+        scipy.stats.norm.sf([float(one.z[7]) for one in found]), method="stouffer"
+    )
+    assert float(z[7]) == pytest.approx(theirs.statistic, rel=1e-5)

@@ -26,12 +26,14 @@ class Contrast:
         p: [number], two-sided, under permutations of the advantages inside their groups.
         q: [number], the smallest false discovery rate at which it is a discovery.
         length: [number], correlation with the length of the rollout inside the groups.
+        z: [number], value over its standard deviation under permutations; NaN without spread.
     """
 
     value: Float[Tensor, " number"]
     p: Float[Tensor, " number"]
     q: Float[Tensor, " number"]
     length: Float[Tensor, " number"]
+    z: Float[Tensor, " number"]
 
 
 def contrast(
@@ -79,15 +81,36 @@ def contrast(
     known = f.abs().amax(0) > 1e-6 * numbers.double().abs().amax(0)
     value = a @ f / weight
     p, q = torch.ones_like(value), torch.ones_like(value)
+    # A number that is the same in all rollouts is no evidence of anything.
+    scores = torch.where(value.isnan(), value, 0)
     if weight > 0 and known.any():
         f = f[:, known]
         z = f / _variance(a, f, group).sqrt()
+        scores[known] = a @ z
         permutations = max(1, min(permutations, _MOST // f.shape[1]))
         p[known], pooled = _permuted(z, a, group, permutations, seed)
         every = torch.ones_like(value)
         every[known] = pooled
         q = false_discovery_rates(every)
-    return Contrast(value, p, q, length_of)
+    return Contrast(value, p, q, length_of, scores)
+
+
+def over_observations(
+    sums: Float[Tensor, " number"], n: int
+) -> tuple[Float[Tensor, " number"], Float[Tensor, " number"]]:
+    """Puts the contrasts of n observations together, whose z add up to `sums`.
+
+    Returns z = sum / sqrt(n), and q, the false discovery rate over all numbers, from the normal
+    distribution. What the trainer samples next does not depend on how the advantages of this
+    observation would have fallen by chance, so that the z of a number without a difference have
+    mean 0 and variance 1, whatever came before, and their sum is nearly normal.
+
+    Source:
+        Stouffer 1949 (sum of z-scores).
+    """
+    z = sums / n**0.5
+    p = torch.special.erfc(z.abs() / 2**0.5)
+    return z, false_discovery_rates(p.nan_to_num(1.0))
 
 
 def false_discovery_rates(p: Float[Tensor, " number"]) -> Float[Tensor, " number"]:

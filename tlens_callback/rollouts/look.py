@@ -31,7 +31,7 @@ class Look:
     Attributes:
         settings: which rollouts, and how closely.
         recorder: where they come from.
-        baseline: as an instrument's: how often each contrast was positive and negative.
+        baseline: as an instrument's: the sums of what was compared at each observation.
         pairs: preferences of the training data, where nothing is sampled.
         has_base: whether the model can be looked at without its adapters; None: not known yet.
     """

@@ -59,6 +59,7 @@ CURVES = {
     "off_policy": ("Tokens whose sampler is off by more than a tenth", "fraction", "lower"),
     "update_gain": ("How much more the update gave to winners than to losers", "nats", "higher"),
     "discoveries": ("Heads, layers and neurons that tell winners from losers", "count", None),
+    "run_discoveries": ("The same over all observations so far", "count", None),
     "looked_at": ("Heads, layers and neurons that were compared", "count", None),
 }
 """Number of an observation -> title, unit, what good training does."""
@@ -92,6 +93,19 @@ def _contrast(title: str, axes: tuple[str, ...], *, headline: bool = False) -> d
             of_run=True,
             explanation="Inside the groups. If it is large, the contrast may be that of length.",
         ),
+        "_run": Meaning(
+            title=f"The whole run, winners minus losers: {lower}",
+            axes=axes,
+            of_run=True,
+            quantity=Quantity.CONTRAST if heads else None,
+            explanation="All observations so far together, in standard deviations of chance.",
+        ),
+        "_run_q": Meaning(
+            title=f"False discovery rate of the whole run: {lower}",
+            axes=axes,
+            of_run=True,
+            quantity=Quantity.CONTRAST_Q if heads else None,
+        ),
         "_sign": Meaning(
             title=f"Does the sign hold: {lower}",
             axes=axes,
@@ -114,6 +128,8 @@ def _of_heads() -> dict[str, Meaning]:
         "contrast_neuron": "Winners minus losers: top neurons",
         "contrast_neuron_q": "False discovery rate: top neurons",
         "contrast_neuron_length": "Correlation with length: top neurons",
+        "contrast_neuron_run": "The whole run, winners minus losers: top neurons",
+        "contrast_neuron_run_q": "False discovery rate of the whole run: top neurons",
     }
     return found | {
         name: Meaning(title=title, axes=("rank",), of_run=True) for name, title in neurons.items()
