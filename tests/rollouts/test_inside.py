@@ -155,3 +155,43 @@ def test_rollouts_are_cut_at_the_models_context():
     of = parts(few, batch_of(shadow), 512)
     sizes = {i: n for part in of for i, n in zip(part.which, part.sizes, strict=True)}
     assert sizes == {0: tiny.CONTEXT - 60, 1: 4}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_lens_is_that_of_the_hidden_states(family):
+    few = rollouts()
+    model, shadow, rows = found(family, few)
+    base = model.get_base_model()
+    norm = base.transformer.ln_f if family == "gpt2" else base.model.norm
+    cap = getattr(base.config, "final_logit_softcapping", None)
+    for i, one in enumerate(few):
+        out = plain(model, one)
+        n = len(one.completion)
+        spots = [round(x) for x in np.linspace(0, n - 1, 4)]
+        ids = torch.tensor([one.completion[at] for at in spots])
+        logs = []
+        for layer in range(shadow.n_layers):
+            h = out.hidden_states[layer + 1][0, len(one.prompt) - 1 : -1][spots]
+            with torch.no_grad():
+                # The last of them has the final norm already.
+                z = base.lm_head(h if layer == shadow.n_layers - 1 else norm(h))
+            z = z if cap is None else cap * torch.tanh(z / cap)
+            logs.append(z.double().log_softmax(1))
+        own = torch.stack([log.gather(1, ids[:, None])[:, 0] for log in logs])
+        np.testing.assert_allclose(rows[i]["lens_logp"], own.mean(1), atol=3e-5)
+        layers = []
+        for at in range(4):
+            first = shadow.n_layers
+            while first and logs[first - 1][at].argmax() == ids[at]:
+                first -= 1
+            layers.append(first)
+        assert float(rows[i]["lens_layer"]) == pytest.approx(np.mean(layers))
+
+
+def test_a_family_that_unembeds_in_another_way_is_refused(monkeypatch):
+    shadow = Shadow.of(adapted())
+    (part, *_) = parts(rollouts(), batch_of(shadow), 64)
+    usual = module.unembed
+    monkeypatch.setattr(module, "unembed", lambda of, resid: 1.1 * usual(of, resid))
+    with pytest.raises(ValueError, match="Rollouts: norm and unembedding of the last layer"):
+        inside(shadow, part, [])

@@ -300,3 +300,30 @@ def test_few_of_many(tmp_path):
     lengths = (~np.isnan(prompt)).sum(1)[np.array(group, int)] + (~np.isnan(token)).sum(1)
     assert lengths.max() == 14 and np.nanmax(token) < VOCAB
     assert sink.readings["rollouts/length"][0].values.max() == 10, "of the whole completion"
+
+
+@pytest.mark.parametrize("peft", [None, "lora"])
+def test_a_copy_of_the_model_is_the_base(tmp_path, peft):
+    """Under full fine-tuning there is no other; with an adapter it is the model without it."""
+    _, without = watched(tmp_path / "without", peft=peft)
+    _, sink = watched(tmp_path / "copy", peft=peft, rollouts={"base": "copy"})
+    assert ("rollouts/log_ratio" in without.readings) == (peft is not None)
+    first = trainer(tmp_path / "first", peft=peft).model
+    for step in (0, 1, 2):
+        for row in shown(sink, step):
+            ids = torch.tensor([[*row["prompt"], *row["completion"]]])
+            with torch.no_grad():
+                z = first(ids, logits_to_keep=0, return_dict=True).logits[0].float()
+            log = z[len(row["prompt"]) - 1 : -1].log_softmax(1)
+            own = log.gather(1, torch.tensor(row["completion"])[:, None])[:, 0]
+            np.testing.assert_allclose(row["base_logp"], own, atol=2e-5)
+            if step == 0:
+                assert not row["log_ratio"].any() and not row["js"].any()
+    last = max(abs(row["log_ratio"]).max() for row in shown(sink, 2))
+    assert last > 1e-2, "and the model has moved away from it"
+    if peft is not None:
+        for key in ("rollouts/log_ratio", "rollouts/js"):
+            for step, reading in sink.readings[key].items():
+                np.testing.assert_allclose(
+                    reading.values, without.readings[key][step].values, atol=2e-5
+                )

@@ -26,8 +26,9 @@ def planted() -> Any:
     with torch.no_grad():
         # Heads 2 and 3 read the same values; only 2 writes what is in the first of them.
         attention.v_proj.bias[width] = 3.0
+        model.lm_head.weight[TOKEN] *= 2
         direction = model.lm_head.weight[TOKEN] / model.model.norm.weight
-        attention.o_proj.weight[:, HEAD * width] = 2 * direction / direction.norm()
+        attention.o_proj.weight[:, HEAD * width] = 8 * direction / direction.norm()
         for head in set(range(4)) - {HEAD}:
             attention.o_proj.weight[:, head * width] = 0
     return model.eval()
@@ -122,7 +123,7 @@ def test_neurons_are_among_what_is_compared():
     assert found["contrast_neuron"].values.shape == (5,)
     names = found["contrast_neuron"].texts
     assert names is not None and all(name[:1] == "L" and "N" in name for name in names.tolist())
-    assert found["looked_at"].values == 5 * 8 + 2 + 2 * 48
+    assert found["looked_at"].values == 5 * 8 + 2 + 2 + 2 * 48
     q = found["contrast_neuron_q"].values
     assert (np.diff(q) >= 0).all() and len({*names.tolist()}) == 5
 

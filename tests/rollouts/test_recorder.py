@@ -230,6 +230,7 @@ def test_a_second_training_is_listened_to_again(tmp_path):
         ({"groups": 0}, "groups"),
         ({"per_observation": 7}, "needs two rollouts"),
         ({"max_tokens": 1}, "max_tokens"),
+        ({"base": "model"}, "adapter. or .copy"),
         ({"fdr": 0.0}, "between 0 and 1"),
         ({"fdr": float("nan")}, "give a number"),
         ({"texts": 1}, "True or False"),

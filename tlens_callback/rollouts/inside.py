@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,9 +16,10 @@ from tlens_callback.instruments.parts.direct import (
     mlp_hook,
 )
 from tlens_callback.instruments.parts.selection import pattern_hook, resid_hook, z_hook
+from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, unembed
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.rollouts.rollout import Rollout
-from tlens_callback.shadow import Reduce, Shadow
+from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow
 
 _TOKENS = 2048
 """Tokens that are run at once; patterns and logits take memory in proportion."""
@@ -114,13 +116,20 @@ def inside(
     - direct: what the head adds directly to the logit of the next sampled token minus the mean
       logit, before the soft cap; as `LogitAttribution`. `mlp_direct` is that of the MLP.
     - neuron: mean activation.
+    - lens_logp: log probability of the sampled token by the logit lens after each layer, and
+      lens_layer, the first layer after which the token is the likeliest to the end; their number
+      if it never is. Both are means over four of the tokens, evenly among all.
 
     Args:
         keys: the rollouts, by their rows in the part, whose attention to each token is kept.
 
     Returns:
         The residual stream where each sampled token was predicted; measure -> [rollout, layer,
-        head], [rollout, layer] or [rollout, layer, neuron]; and [row of keys, layer, head, key].
+        head], [rollout, layer], [rollout] or [rollout, layer, neuron]; and [row of keys, layer,
+        head, key].
+
+    Raises:
+        ValueError: for a family whose logits are not norm and unembedding of the last layer.
     """
     device = part.row.device
     asks, repeats = part.asks, _repeats(part)
@@ -146,15 +155,30 @@ def inside(
     neurons = [i for i in layers if f"blocks.{i}.mlp.hook_post" in shadow.hooks]
     taps |= dict.fromkeys([f"blocks.{i}.mlp.hook_post" for i in neurons], partial(_mean, part))
     kept: list[Tensor] = []
+    ends: list[Tensor] = []
+    spots, last, first_end = _spots(part), shadow.n_layers - 1, part.batch.last[:1]
 
     def keep(resid: Float[Tensor, "rollout pos d_model"]) -> Float[Tensor, " 0"]:
         kept.append(resid[part.row, part.pos])
+        ends.append(resid[0, first_end])
         return resid.new_empty(0)
 
+    def lens(resid: Float[Tensor, "rollout pos d_model"]) -> Float[Tensor, "spot d_model"]:
+        return resid[part.row[spots], part.pos[spots]]
+
+    def check(logits: Float[Tensor, "rollout vocab"]) -> Float[Tensor, ""]:
+        return gap(unembed(shadow, ends.pop()), logits[:1])
+
     taken: Any
-    last = resid_hook(shadow.n_layers - 1)
-    taken, _ = shadow.run(part.batch, [taps, {last: keep}])
-    found: dict[str, Tensor] = {}
+    of_layers: Any
+    taken, of_layers, ended = shadow.run(
+        part.batch,
+        [taps, {resid_hook(i): lens for i in layers}, {resid_hook(last): keep, LAST_LOGITS: check}],
+    )
+    off = ended[LAST_LOGITS]
+    assert isinstance(off, Tensor)
+    demand_equal(off, shadow, "Rollouts")
+    found = _lens(shadow, part, spots, torch.stack([of_layers[resid_hook(i)] for i in layers]))
     received = None
     if shadow.attention_layers:
         each = [torch.stack(of, 1) for of in zip(*_of(taken, pattern_hook, shadow), strict=True)]
@@ -167,6 +191,41 @@ def inside(
     if posts and len({post.shape for post in posts}) == 1:
         found["neuron"] = torch.stack(posts, 1)
     return kept[0], found, received
+
+
+def _spots(part: Part, most: int = 4) -> Int[Tensor, " spot"]:
+    """Some of the sampled tokens of each rollout, evenly among all; as many of each."""
+    starts = np.cumsum([0, *part.sizes[:-1]])
+    places = [
+        start + np.linspace(0, n - 1, most).round()
+        for start, n in zip(starts, part.sizes, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(places)).long().to(part.row.device)
+
+
+def _lens(
+    shadow: Shadow,
+    part: Part,
+    spots: Int[Tensor, " spot"],
+    resid: Float[Tensor, "layer spot d_model"],
+) -> dict[str, Tensor]:
+    """What the logit lens says of some tokens after each layer; see `inside`."""
+    ids = part.tokens[spots].expand(len(resid), -1).flatten()
+    logps, ranks = [], []
+    rows = max(1, CHUNK // shadow.vocab_size)
+    for few, own in zip(resid.flatten(0, 1).split(rows), ids.split(rows), strict=True):
+        z = unembed(shadow, few)
+        mine = z.gather(1, own[:, None])
+        logps.append(mine[:, 0] - z.logsumexp(1))
+        ranks.append((z > mine).sum(1))
+    each = len(resid), len(part.which), -1
+    best = torch.cat(ranks).view(each) == 0
+    # Layers from the end on after which it is the likeliest without a gap.
+    stays = best.flip(0).cumprod(0).sum(0)
+    return {
+        "lens_logp": torch.cat(logps).view(each).mean(2).T,
+        "lens_layer": (len(resid) - stays).float().mean(1),
+    }
 
 
 def _of(taken: Mapping[str, Any], hook: Any, shadow: Shadow) -> list[Any]:

@@ -1,7 +1,9 @@
 """`Look`: looks at the latest rollouts, before the update that they lead to and after it."""
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from tlens_callback.rollouts.recorder import Recorder
 from tlens_callback.rollouts.rollout import Rollout, chosen, rollouts_of
 from tlens_callback.rollouts.settings import Rollouts
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.refusals import language_model
 
 _MOVED, _POSITIONS = 10, 256
 """How many tokens gained and lost most, at how many positions, evenly among all."""
@@ -33,6 +36,7 @@ class Look:
         recorder: where they come from.
         baseline: as an instrument's: the sums of what was compared at each observation.
         pairs: preferences of the training data, where nothing is sampled.
+        base: the shadow of a copy of the model, if it is compared with one.
         has_base: whether the model can be looked at without its adapters; None: not known yet.
     """
 
@@ -44,6 +48,7 @@ class Look:
         self.recorder = recorder
         self.baseline: dict[str, Tensor] = {}
         self.pairs: list[Rollout] = []
+        self.base: Shadow | None = None
         self.has_base: bool | None = None
         self._said = False
         self._before: tuple[list[Part], list[Tensor], float, Seen] | None = None
@@ -86,8 +91,21 @@ class Look:
         assert len({one.key for one in found}) == len(found)
         return [one.described(DESCRIPTION) for one in found]
 
-    def meet(self, dataset: Any, shadow: Shadow) -> None:
-        """Takes the preferences of the training data, where a trainer samples nothing."""
+    def meet(self, model: Any, dataset: Any, shadow: Shadow) -> None:
+        """Keeps a copy of the model, where it is wanted, and the preferences of the training data,
+        where the trainer samples nothing.
+
+        Raises:
+            ValueError: for a copy of a model that is sharded.
+        """
+        if self.settings.base == "copy":
+            if shadow.ranks is not None and shadow.ranks.sharded:
+                raise ValueError(
+                    "Rollouts(base='copy') copies the whole model, and this one is sharded over "
+                    "several processes. Leave it out, or train an adapter."
+                )
+            kept = copy.deepcopy(language_model(model)).requires_grad_(False)
+            self.base = Shadow.of(kept, device=shadow.device, dtype=shadow.dtype)
         if not self.recorder:
             longest = min(self.settings.max_tokens, shadow.context or self.settings.max_tokens)
             self.pairs = preferences(dataset, self.settings.per_observation, longest)
@@ -138,9 +156,9 @@ class Look:
             for at, row in enumerate(keys if looked is not None else ()):
                 assert looked is not None
                 received[part.which[row]] = looked[at].cpu()
-        if self._can_leave_out(shadow):
-            with shadow.without_adapters():
-                base = [last_residuals(shadow, part) for part in of]
+        if self.base is not None or self._can_leave_out(shadow):
+            with shadow.without_adapters() if self.base is None else nullcontext():
+                base = [last_residuals(self.base or shadow, part) for part in of]
         tokens = [part.tokens for part in of]
         n = sum(len(ids) for ids in tokens)
         compared = compare(
@@ -148,6 +166,7 @@ class Look:
             torch.cat(now),
             torch.cat(base) if base else None,
             torch.cat(tokens),
+            base_shadow=self.base,
             temperature=temperature,
             k=min(_MOVED, shadow.vocab_size) if base else 0,
             every=-(-n // _POSITIONS),

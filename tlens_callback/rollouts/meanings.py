@@ -14,6 +14,9 @@ _HEADS = {
 HEAD_MEASURES = tuple(_HEADS)
 HEAD_UNITS = {name: unit for name, (_, unit) in _HEADS.items()}
 
+LAYER_UNITS = {"mlp_direct": "logit", "lens_logp": "nats"}
+"""Measure of each layer and rollout -> unit."""
+
 TOKEN_MEASURES = {
     "log_ratio": ("Change of the log probability since the base", "nats"),
     "entropy": ("Entropy of the next token", "nats"),
@@ -43,6 +46,7 @@ ROLLOUT_MEASURES = {
     "mean_entropy": ("Mean entropy of a token", "nats"),
     "mean_js": ("Mean divergence of a token from the base", "nats"),
     "mean_kl": ("Mean KL divergence of a token from the base", "nats"),
+    "lens_layer": ("Layer from which the lens reads the tokens", "layer"),
     "sum_step_change": ("Change of the log probability by this update", "nats"),
 }
 """Measure of each rollout -> title, unit."""
@@ -121,6 +125,9 @@ def _of_heads() -> dict[str, Meaning]:
         found[name] = Meaning(title=title, axes=("rollout", "layer", "head"), of_run=True)
         many = _contrast(title, ("layer", "head"), headline=name == "direct")
         found |= {f"contrast_{name}{suffix}": one for suffix, one in many.items()}
+    lens = "What the lens gives the sampled tokens after each layer"
+    found["lens_logp"] = Meaning(title=lens, axes=("rollout", "layer"), of_run=True)
+    found |= {f"contrast_lens_logp{s}": one for s, one in _contrast(lens, ("layer",)).items()}
     mlp = "What each MLP adds to the sampled tokens"
     found["mlp_direct"] = Meaning(title=mlp, axes=("rollout", "layer"), of_run=True)
     found |= {f"contrast_mlp_direct{s}": one for s, one in _contrast(mlp, ("layer",)).items()}

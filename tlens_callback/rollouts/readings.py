@@ -20,6 +20,7 @@ from tlens_callback.rollouts.meanings import (
     CURVES,
     HEAD_MEASURES,
     HEAD_UNITS,
+    LAYER_UNITS,
     ROLLOUT_MEASURES,
     TOKEN_MEASURES,
 )
@@ -206,6 +207,7 @@ def readings_of(
     for measure in ("logp", "log_ratio", "entropy", "js", "kl"):
         if measure in seen.tokens:
             facts[f"mean_{measure}"] = seen.means(measure)
+    facts["lens_layer"] = seen.inside["lens_layer"]
     yield from seen.of_rollouts(facts)
     yield from _curves(seen)
     if seen.moved is not None and settings.texts:
@@ -258,9 +260,10 @@ def _inside(seen: Seen, shadow: Shadow) -> Iterator[Reading]:
             labels = rollout | _layers(name, shadow)
             values = seen.inside[name].numpy()
             yield _reading(name, values, ("rollout", "layer", "head"), HEAD_UNITS[name], labels)
-    if "mlp_direct" in seen.inside:
-        values = seen.inside["mlp_direct"].numpy()
-        yield _reading("mlp_direct", values, ("rollout", "layer"), "logit", rollout)
+    for name in ("mlp_direct", "lens_logp"):
+        if name in seen.inside:
+            values, unit = seen.inside[name].numpy(), LAYER_UNITS[name]
+            yield _reading(name, values, ("rollout", "layer"), unit, rollout)
     if seen.attention:
         width = max(len(seen.rollouts[i].prompt) + seen.sizes[i] for i in seen.attention)
         first = next(iter(seen.attention.values()))
@@ -289,7 +292,7 @@ def _contrasts(
     step: int,
 ) -> Iterator[Reading]:
     """Compares winners and losers by all numbers at once, so that one rate covers all of them."""
-    names = [name for name in (*HEAD_MEASURES, "mlp_direct", "neuron") if name in seen.inside]
+    names = [name for name in (*HEAD_MEASURES, *LAYER_UNITS, "neuron") if name in seen.inside]
     gain = seen.advantage
     if not names or gain.isnan().any():
         return
@@ -309,7 +312,7 @@ def _contrasts(
             yield from _neurons(one, mine, shape[1], settings.neurons)
             continue
         parts = [
-            ("", one.value, HEAD_UNITS.get(name, "logit"), None),
+            ("", one.value, (HEAD_UNITS | LAYER_UNITS)[name], None),
             ("_q", one.q, "fraction", (0.0, 1.0)),
             ("_p", one.p, "fraction", (0.0, 1.0)),
             ("_length", one.length, "correlation", (-1.0, 1.0)),
@@ -368,7 +371,7 @@ def _run(baseline: dict[str, Tensor], found: Contrast) -> tuple[Tensor, Tensor, 
 
 
 def _layers(name: str, shadow: Shadow) -> dict[str, list[str]]:
-    whole = name in ("direct", "mlp_direct")
+    whole = name in ("direct", *LAYER_UNITS)
     layers = range(shadow.n_layers) if whole else shadow.attention_layers
     return dict(layer_labels(list(layers), shadow))
 

@@ -1,6 +1,7 @@
 """`Rollouts`: says which of the sampled completions are looked at, and how."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tlens_callback.demands import demand_numbers
 
@@ -25,6 +26,10 @@ class Rollouts:
         texts: write the tokens of prompts and completions.
         fdr: the false discovery rate at which a head, neuron or layer counts as a discovery.
         permutations: of the advantages inside their groups, for the p-values.
+        base: what the model is compared with. "adapter": the model with its adapters left out,
+            which takes no memory; under full fine-tuning there is none. "copy": a copy of the
+            weights with which this training, or its resumption, begins; it takes their memory
+            again.
         neurons: how many neurons to show, those that differ most between winners and losers.
 
     Raises:
@@ -39,6 +44,7 @@ class Rollouts:
     fdr: float = 0.05
     permutations: int = 1000
     neurons: int = 20
+    base: Literal["adapter", "copy"] = "adapter"
 
     def __post_init__(self) -> None:
         demand_numbers(self, groups=1, max_tokens=2, permutations=1, neurons=0)
@@ -48,5 +54,7 @@ class Rollouts:
                 f"and losers are compared inside a group, so each needs two rollouts at least. "
                 f"Give fewer groups or more rollouts."
             )
+        if self.base not in ("adapter", "copy"):
+            raise ValueError(f"Rollouts(base={self.base!r}): give 'adapter' or 'copy'.")
         if not 0 < self.fdr < 1:
             raise ValueError(f"Rollouts(fdr={self.fdr}) is a share: give one between 0 and 1.")

@@ -159,7 +159,7 @@ class Observer:
                 self.shadow = self._shadow_of(model)
                 self.model, self._model_shape = model, self.shadow.sizes
                 if self.look is not None:
-                    self.look.meet(dataset, self.shadow)
+                    self.look.meet(model, dataset, self.shadow)
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
                     tokenizer,
@@ -320,6 +320,8 @@ class Observer:
         if self.shadow is not None:
             self.extra_bytes = self.shadow.extra_bytes
             self.shadow.release()
+        if self.look is not None:
+            self.look.base = None
         self.shadow = self.model = None
         self._monitor.end()
 

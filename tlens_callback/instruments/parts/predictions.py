@@ -40,6 +40,7 @@ def compare(
     base: Float[Tensor, "position d_model"] | None,
     following: Int[Tensor, " position"],
     *,
+    base_shadow: Shadow | None = None,
     temperature: float = 1.0,
     k: int = 0,
     every: int = 1,
@@ -61,11 +62,12 @@ def compare(
         now, base: the residual stream after the last layer, of the model and of its base; None:
             there is no base, and nothing of it is returned.
         following: the token that comes next at each position.
+        base_shadow: of the base, if it is another model; None: it is the model without adapters.
         temperature: with which it was sampled.
         k: how many tokens are gained and lost, at each position of which `every` is a divisor.
     """
     at_once, inner = (max(1, size // shadow.vocab_size) for size in (CHUNK, _IN_CACHE))
-    outside = _base_of(shadow, base)
+    outside = nullcontext if base_shadow is not None else _base_of(shadow, base)
     found: list[dict[str, Tensor]] = []
     moved: list[tuple[Tensor, ...]] = []
     for start in range(0, len(following), at_once):
@@ -73,7 +75,7 @@ def compare(
         z, z0 = unembed(shadow, now[some]).div_(temperature), None
         if base is not None:
             with outside():
-                z0 = unembed(shadow, base[some]).div_(temperature)
+                z0 = unembed(base_shadow or shadow, base[some]).div_(temperature)
         for at in range(0, len(z), inner):
             here = slice(at, at + inner)
             before = None if z0 is None else z0[here]
