@@ -7,7 +7,8 @@
 
 The model is never shown an answer. It samples eight answers, and the right ones are reinforced. The
 probes ask about countries that are left out of the training: how likely is the opening "The capital
-of ...", after which the model gives the right answer, and how likely is the city after it?
+of ...", after which the model gives the right answer, and how likely is the city after it? The
+callback is attached to the trainer, so that it also looks at the sampled answers themselves.
 
 # Ten steps on a CPU, without a hub or an account: a few minutes on two cores
     python examples/grpo_lora.py
@@ -96,8 +97,8 @@ def main() -> None:
         train_dataset=Dataset.from_list(prompts),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-        callbacks=[callback],
     )
+    callback.attach(trainer)
     trainer.train()
     if trainer.is_world_process_zero():
         show(callback.sinks[0].path)

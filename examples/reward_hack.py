@@ -11,7 +11,7 @@ observation looks at the rollouts themselves: which tokens have become likelier 
 the base, and which heads winners have more of than losers. The picture shows when the hack begins,
 on which tokens, and what carries it.
 
-# Twenty-four steps with SmolLM2-135M-Instruct: about eight minutes on two cores
+# Twenty-four steps with SmolLM2-135M-Instruct: about ten minutes on two cores
     python examples/reward_hack.py
 
 # With a larger model from the Hub, on a GPU
@@ -72,6 +72,7 @@ def draw(store: Store, path: Path) -> None:
     curves.legend(frameon=False)
 
     # The heads of which the whole run says most clearly that winners have more of them, or less.
+    assert "rollouts/contrast_direct_run" in store.keys, "no answer was ever better than another"
     of = store.curve("rollouts/contrast_direct")[1]
     live = ~np.isnan(of[:, 0, 0])
     run, rate = (store.curve(f"rollouts/contrast_direct_run{s}")[1][-1] for s in ("", "_q"))

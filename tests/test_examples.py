@@ -3,6 +3,7 @@
 import ast
 import csv
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -120,6 +121,22 @@ def test_grpo_lora(run, small, tmp_path):
     store = read_store(tmp_path / "runs" / "grpo_lora" / "tlens")
     assert "target_scores/probability/france-opening" in store.keys
     assert store.steps == (0, 1, 2)
+
+
+def test_reward_hack(small, tmp_path, monkeypatch):
+    """With letters for names, since a model with random weights writes no names."""
+    text = (FOLDER / "reward_hack.py").read_text()
+    text, n = re.subn(r"^PEOPLE = .*$", "PEOPLE = ('a', 'e', 'o')", text, flags=re.M)
+    (tmp_path / "letters.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", ["letters.py", "--model", small, "--steps", "3"])
+    runpy.run_path("letters.py", run_name="__main__")
+    assert n == 1
+    store = read_store(tmp_path / "runs" / "reward_hack" / "tlens")
+    assert [len(store.rollouts(step)[0]) for step in (0, 1, 2)] == [16, 16, 16]
+    image = np.asarray(Image.open(tmp_path / "runs" / "reward_hack" / "reward_hack.png"))
+    assert image.shape[1] > 1000 and image.std() > 10
 
 
 def test_the_reward_of_grpo_lora(monkeypatch):

@@ -1,5 +1,6 @@
 """Preferences of the training data: chosen beside rejected, held against TRL's own rewards."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -52,15 +53,22 @@ def trained(folder: Any, kind: str, callback: Any, dropout: float = 0.0) -> Any:
     return trainer
 
 
-def watched(folder: Any, kind: str, **settings: Any) -> tuple[Any, MemorySink]:
-    callback, sink = look(rollouts=settings)
-    return trained(folder, kind, callback), sink
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A function of the kind: a training whose pairs were looked at, the same for all tests."""
+
+    @functools.cache
+    def run(kind: str) -> tuple[Any, MemorySink]:
+        callback, sink = look()
+        return trained(tmp_path_factory.mktemp(kind), kind, callback), sink
+
+    return run
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_rewards_are_the_trainers(tmp_path, kind):
+def test_rewards_are_the_trainers(watched, kind):
     """beta times the change of a completion's log probability is what TRL logs as its reward."""
-    of, sink = watched(tmp_path, kind)
+    of, sink = watched(kind)
     assert sink.readings["rollouts/token"].keys() == {0, 1, 2, 3}, "the last step, too"
     for step in (0, 1, 2):
         rows = shown(sink, step)
@@ -75,8 +83,8 @@ def test_rewards_are_the_trainers(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_tokens_are_those_of_the_training_data(tmp_path, kind):
-    of, sink = watched(tmp_path, kind)
+def test_tokens_are_those_of_the_training_data(watched, kind):
+    of, sink = watched(kind)
     rows, data = shown(sink, 1), of.train_dataset
     if kind == "dpo":
         wanted = [(r["prompt_ids"], r[f"{k}_ids"]) for r in data for k in ("chosen", "rejected")]
@@ -96,9 +104,9 @@ def test_tokens_are_those_of_the_training_data(tmp_path, kind):
     } & {*sink.readings}
 
 
-def test_judgements_are_compared_with_all_others(tmp_path):
+def test_judgements_are_compared_with_all_others(watched):
     """Each has a prompt of its own, so that a group would have nothing to compare."""
-    _, sink = watched(tmp_path, "kto")
+    _, sink = watched("kto")
     direct, gain = (sink.readings[f"rollouts/{n}"][3].values for n in ("direct", "advantage"))
     wanted = np.tensordot(gain, direct, 1) / np.abs(gain).sum()
     found = sink.readings["rollouts/contrast_direct"][3].values
@@ -107,7 +115,7 @@ def test_judgements_are_compared_with_all_others(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("kto", marks=pytest.mark.exhaustive)])
 def test_preference_training_leaves_no_trace(tmp_path, kind):
     plain = trained(tmp_path / "plain", kind, None, dropout=0.3)
     callback, sink = look()

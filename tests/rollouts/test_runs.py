@@ -17,6 +17,7 @@ from tlens_callback import Shadow
 from tlens_callback.rollouts import Look, Recorder, Rollouts
 
 
+@pytest.mark.exhaustive
 def test_memory_stays_flat_over_200_observations():
     shadow, recorder = Shadow.of(planted()), Recorder()
     each, sampled = completions()
