@@ -264,3 +264,22 @@ def test_functions_are_recognised_through_the_listener():
     assert of.reward_funcs[0].__wrapped__ is slowly, "not a listener around a listener"
     recorder.stop()
     assert of.reward_funcs[0] is slowly and not module._forward_hooks
+
+
+def test_a_trainer_of_ones_own_may_say_nothing_of_groups():
+    """Equal prompts in turn are a group then, and advantages are those of GRPO's defaults."""
+    from tests.rollouts.test_planted import planted
+    from tests.rollouts.test_tokens import batch_of
+    from tlens_callback import Shadow
+    from tlens_callback.rollouts import Look
+
+    recorder, shadow = Recorder(), Shadow.of(planted())
+    reward = recorder.reward(lambda completion_ids, **_: [1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
+    ids = [[9, 8], [7], [10, 11], [9], [8], [12]]
+    reward(prompts=[[1, 20]] * 3 + [[1, 21]] * 3, completions=ids, completion_ids=ids)
+    look = Look(Rollouts(), recorder)
+    found = look.before_update(shadow, batch_of(shadow), planted(), SimpleNamespace(), 0)
+    at = {one.key: one.values for one in found}
+    assert at["rollouts/group"].tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_allclose(at["rollouts/advantage"], [-1, 1, 0, 0, 0, 0], atol=1e-3)
+    assert at["rollouts/dead_groups"] == 0.5

@@ -11,7 +11,10 @@ _EPS = 1e-4
 
 
 def advantages(
-    rewards: Float[Tensor, "rollout function"], weights: Float[Tensor, " function"], args: Any
+    rewards: Float[Tensor, "rollout function"],
+    weights: Float[Tensor, " function"],
+    size: int,
+    args: Any,
 ) -> Float[Tensor, " rollout"]:
     """How much better each rollout is than its group, by the settings of a trainer.
 
@@ -29,12 +32,13 @@ def advantages(
     A rollout without any reward has 0, and so has one of a group without spread.
 
     Args:
-        args: the trainer's; `num_generations` rollouts in turn are a group.
+        size: so many rollouts in turn are a group.
+        args: the trainer's; what is not set in them is as in GRPO.
 
     Source:
         trl.GRPOTrainer and trl.RLOOTrainer, `_generate_and_score_completions` (TRL 1.16).
     """
-    n = args.num_generations
+    n = size
     total = weighted(rewards, weights)
     if hasattr(args, "reward_clip_range"):
         if args.reward_clip_range:
@@ -51,7 +55,7 @@ def advantages(
     else:
         groups = total.view(-1, n)
         found = groups - groups.nanmean(1, keepdim=True)
-        match args.scale_rewards:
+        match getattr(args, "scale_rewards", "group"):
             case "group" | True:
                 found = _standardised(groups)
             case "batch":

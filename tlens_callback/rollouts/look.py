@@ -15,9 +15,10 @@ from tlens_callback.reading import Reading
 from tlens_callback.rollouts.inside import Part, inside, last_residuals, parts
 from tlens_callback.rollouts.meanings import DESCRIPTION
 from tlens_callback.rollouts.pairs import preferences
-from tlens_callback.rollouts.readings import Seen, readings_of
+from tlens_callback.rollouts.readings import readings_of
 from tlens_callback.rollouts.recorder import Recorder
 from tlens_callback.rollouts.rollout import Rollout, chosen, rollouts_of
+from tlens_callback.rollouts.seen import Seen
 from tlens_callback.rollouts.settings import Rollouts
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.refusals import language_model

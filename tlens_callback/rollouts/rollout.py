@@ -1,6 +1,6 @@
 """`Rollout`: one completion that a model sampled, and what the trainer makes of it."""
 
-import logging
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,6 @@ from tlens_callback.probes.encoding import token_ids
 from tlens_callback.rollouts.advantages import advantages, weighted
 from tlens_callback.rollouts.buffers import buffered
 from tlens_callback.rollouts.recorder import Generation, Recorder
-
-logger = logging.getLogger("tlens_callback")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +63,14 @@ def rollouts_of(
     Raises:
         ValueError: if the prompts cannot be encoded.
     """
-    size = args.num_generations
+    size = _group_size(generation, args)
     names = recorder.names
     rewards = torch.full((len(generation), len(names)), torch.nan)
     for i, found in generation.rewards.items():
         rewards[:, i] = found
     weights = _weights(recorder, args)
     total = weighted(rewards, weights)
-    gains = _advantages(rewards, weights, args)
+    gains = _advantages(rewards, weights, size, args)
     prompts = _prompts(generation, size, batch)
     exact = None
     if recorder.trainer is not None:
@@ -139,16 +137,27 @@ def _weights(recorder: Recorder, args: Any) -> Float[Tensor, " function"]:
     return torch.as_tensor(given, dtype=torch.float32).cpu()
 
 
-def _advantages(rewards: Tensor, weights: Tensor, args: Any) -> Float[Tensor, " rollout"]:
+def _group_size(generation: Generation, args: Any) -> int:
+    """As the trainer's settings say; else as many as have the first prompt."""
+    if (size := getattr(args, "num_generations", None)) is not None:
+        return size
+    first = generation.prompts[0]
+    same = itertools.takewhile(lambda prompt: prompt == first, generation.prompts)
+    return sum(1 for _ in same)
+
+
+def _advantages(
+    rewards: Tensor, weights: Tensor, size: int, args: Any
+) -> Float[Tensor, " rollout"]:
     """Of several processes each has a part of the batch, and perhaps of a group: unknown then."""
     by_batch = (
         getattr(args, "scale_rewards", "group") == "batch"
         or getattr(args, "multi_objective_aggregation", "") == "normalize_then_sum"
         or getattr(args, "normalize_advantages", False)
     )
-    if len(rewards) % args.num_generations or (by_batch and args.world_size > 1):
+    if len(rewards) % size or (by_batch and args.world_size > 1):
         return torch.full((len(rewards),), torch.nan)
-    return advantages(rewards, weights, args)
+    return advantages(rewards, weights, size, args)
 
 
 def _prompts(generation: Generation, size: int, batch: ProbeBatch) -> list[list[int]]:

@@ -1,0 +1,102 @@
+"""Compares winners with losers, and turns what is found into readings."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tlens_callback.reading import Reading
+from tlens_callback.rollouts.contrast import Contrast, contrast, over_observations
+from tlens_callback.rollouts.meanings import HEAD_MEASURES, HEAD_UNITS, LAYER_UNITS
+from tlens_callback.rollouts.seen import Seen, layers_of, reading
+from tlens_callback.rollouts.settings import Rollouts
+from tlens_callback.shadow import Shadow
+
+
+def contrasts(
+    seen: Seen,
+    settings: Rollouts,
+    shadow: Shadow,
+    baseline: dict[str, Tensor],
+    group: Tensor,
+    length: Tensor,
+    step: int,
+) -> Iterator[Reading]:
+    """Compares winners and losers by all numbers at once, so that one rate covers all of them."""
+    names = [name for name in (*HEAD_MEASURES, *LAYER_UNITS, "neuron") if name in seen.inside]
+    gain = seen.advantage
+    if not names or gain.isnan().any():
+        return
+    flat = [seen.inside[name].flatten(1) for name in names]
+    found = contrast(
+        torch.cat(flat, 1), gain, group, length, permutations=settings.permutations, seed=step
+    )
+    run = _run(baseline, found)
+    at = 0
+    for name, of in zip(names, flat, strict=True):
+        here = slice(at, at + of.shape[1])
+        at += of.shape[1]
+        shape = seen.inside[name].shape[1:]
+        one = Contrast(**{field: value[here] for field, value in vars(found).items()})
+        mine = None if run is None else tuple(part[here] for part in run[:2])
+        if name == "neuron":
+            yield from _neurons(one, mine, shape[1], settings.neurons)
+            continue
+        parts = [
+            ("", one.value, (HEAD_UNITS | LAYER_UNITS)[name], None),
+            ("_q", one.q, "fraction", (0.0, 1.0)),
+            ("_p", one.p, "fraction", (0.0, 1.0)),
+            ("_length", one.length, "correlation", (-1.0, 1.0)),
+        ]
+        if mine is not None and run is not None:
+            parts += [
+                ("_run", mine[0], "sd", None),
+                ("_run_q", mine[1], "fraction", (0.0, 1.0)),
+                ("_sign", run[2][here], "fraction", (-1.0, 1.0)),
+            ]
+        axes, labels = ("layer", "head")[: len(shape)], layers_of(name, shadow)
+        for suffix, values, unit, limits in parts:
+            shaped = values.view(shape).float().numpy()
+            yield reading(f"contrast_{name}{suffix}", shaped, axes, unit, labels, limits)
+    yield seen.curve("discoveries", int((found.q <= settings.fdr).sum()))
+    if run is not None:
+        yield seen.curve("run_discoveries", int((run[1] <= settings.fdr).sum()))
+    yield seen.curve("looked_at", found.q.numel())
+
+
+def _neurons(
+    found: Contrast, run: tuple[Tensor, ...] | None, width: int, k: int
+) -> Iterator[Reading]:
+    """The neurons with the smallest q; of equal ones those farthest from chance."""
+    order = np.lexsort((-found.z.nan_to_num().abs().numpy(), found.q.numpy()))
+    top = torch.from_numpy(order[:k].copy())
+    if not len(top):
+        return
+    texts = np.array([f"L{int(i) // width}N{int(i) % width}" for i in top])
+    parts = [
+        ("", found.value, "activation"),
+        ("_q", found.q, "fraction"),
+        ("_length", found.length, "correlation"),
+    ]
+    if run is not None:
+        parts += [("_run", run[0], "sd"), ("_run_q", run[1], "fraction")]
+    for suffix, values, unit in parts:
+        numbers = values[top].float().numpy()
+        yield reading(f"contrast_neuron{suffix}", numbers, ("rank",), unit, {}, None, texts)
+
+
+def _run(baseline: dict[str, Tensor], found: Contrast) -> tuple[Tensor, Tensor, Tensor] | None:
+    """z and q over all observations so far, with this one, and the mean sign; None before the
+    first with spread."""
+    n, z, signs = (baseline.get(name) for name in ("n", "z", "signs"))
+    if n is None or z is None or signs is None or z.shape != found.z.shape:
+        n, z, signs = torch.tensor(0), torch.zeros_like(found.z), torch.zeros_like(found.z)
+    if not found.value.isnan().all():
+        # A model whose activations are not finite says nothing for a while.
+        n, z = n.cpu() + 1, z.cpu() + found.z.nan_to_num()
+        signs = signs.cpu() + found.value.nan_to_num().sign()
+    baseline |= {"n": n, "z": z, "signs": signs}
+    if not (times := int(n)):
+        return None
+    return *over_observations(z.cpu(), times), signs.cpu() / times
