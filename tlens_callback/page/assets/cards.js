@@ -14,7 +14,7 @@ function rolloutsView(root) {
   const groups = el("div", { class: "groups" }), contrast = contrastBlock();
   const box = el("details", { class: "card section", id: "rollouts", open: true },
     el("summary", {}, el("h2", {}, "Rollouts")),
-    el("p", { class: "told" }, "What the model sampled while it learned from rewards. Each row is one prompt, its best completion first; "
+    el("p", { class: "told" }, "Completions that the model learns from, seen with the weights of this step; a trainer that samples them logs their rewards one step later. Each row is one prompt, its best completion first; "
       + "▲ is better than the mean of its group, ▼ worse."),
     controls, bar, told, groups, contrast.root);
   box.addEventListener("toggle", () => redraw("rollouts", "data"));
