@@ -81,6 +81,7 @@ def test_scipy_gives_the_same_rates():
     np.testing.assert_allclose(false_discovery_rates(p), theirs, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_p_values_of_a_shuffled_reward_are_uniform_and_find_nothing():
     found, discoveries = [], 0
     for seed in range(200):
@@ -92,6 +93,7 @@ def test_p_values_of_a_shuffled_reward_are_uniform_and_find_nothing():
     assert discoveries <= scipy.stats.binom.ppf(0.999, 200, 0.05)
 
 
+@pytest.mark.slow
 def test_p_values_that_are_too_small_are_found_out(monkeypatch):
     """The control of the test above: across groups, prompts count as if they were chance."""
     monkeypatch.setattr(module, "_groups", lambda group: [torch.ones_like(group, dtype=torch.bool)])
@@ -187,6 +189,7 @@ def test_z_is_the_contrast_over_its_standard_deviation_by_chance():
     assert found.z[5] == 0
 
 
+@pytest.mark.slow
 def test_a_run_without_a_difference_finds_nothing():
     """Eight observations each of 200 runs: the p-values of the sums are uniform."""
     p, discoveries = [], 0

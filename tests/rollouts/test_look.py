@@ -11,6 +11,8 @@ from tests.rollouts.trained import distinct, look, short, trainer, watched
 from tests.tiny import VOCAB
 from tlens_callback import MemorySink
 
+pytestmark = pytest.mark.slow
+
 
 class Seeing(GRPOTrainer):
     """Keeps what its loss is computed from."""
@@ -134,7 +136,6 @@ def test_what_is_looked_at_is_what_is_trained_on(tmp_path, accumulates):
             assert curve[step] == pytest.approx(kl[step + 1], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_weights_of_another_step_are_found_out(tmp_path):
     """The control of the test above: after the update the same tokens have other numbers."""
     of, sink = watched(tmp_path, rollouts={"after_update": True}, beta=0.05, temperature=0.8)
@@ -146,7 +147,6 @@ def test_weights_of_another_step_are_found_out(tmp_path):
     assert np.nanmax(np.abs(change[1].values)) > 1e-2
 
 
-@pytest.mark.slow
 def test_the_look_after_an_update_is_a_forward_pass_of_then(tmp_path):
     class Later(Seeing):
         """Runs what it has trained on once more, after the step."""
@@ -238,7 +238,6 @@ def test_rollouts_that_are_cut_off_and_not_trained_on_are_marked(tmp_path):
     assert found == pytest.approx(kept.mean(), abs=1e-6)
 
 
-@pytest.mark.slow
 def test_several_updates_of_one_generation(tmp_path):
     """`num_iterations`, `steps_per_generation`: the rollouts grow older, and stay these."""
     of, sink = watched(
@@ -273,7 +272,6 @@ def test_without_texts_no_token_is_written(tmp_path, attached):
     assert not {f"rollouts/{n}" for n in ("token", "prompt", "gained", "lost")} & names
 
 
-@pytest.mark.slow
 def test_a_wrapped_function_is_enough(tmp_path):
     """`reward_funcs=[look.reward(f)]`, without a word to the trainer."""
     callback, sink = look()
@@ -311,7 +309,6 @@ def test_few_of_many(tmp_path):
     assert sink.readings["rollouts/length"][0].values.max() == 10, "of the whole completion"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("peft", [None, pytest.param("lora", marks=pytest.mark.exhaustive)])
 def test_a_copy_of_the_model_is_the_base(tmp_path, peft):
     """Under full fine-tuning there is no other; with an adapter it is the model without it."""

@@ -18,6 +18,8 @@ from tests.training import trainer as plain_trainer
 from tlens_callback import MemorySink
 from tlens_callback.rollouts.pairs import preferences
 
+pytestmark = pytest.mark.slow
+
 PAIRS = {
     "prompt": [s.rsplit(" ", 2)[0] for s in SENTENCES[:4]],
     "chosen": [" " + s.rsplit(" ", 2)[1] + " Rome yes" for s in SENTENCES[:4]],
@@ -114,7 +116,6 @@ def test_judgements_are_compared_with_all_others(watched):
     assert (sink.readings["rollouts/contrast_direct_p"][3].values < 1).any()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", pytest.param("kto", marks=pytest.mark.exhaustive)])
 def test_preference_training_leaves_no_trace(tmp_path, kind):
     plain = trained(tmp_path / "plain", kind, None, dropout=0.3)

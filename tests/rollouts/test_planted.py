@@ -79,6 +79,7 @@ def test_the_head_that_writes_the_rewarded_token_is_found():
     assert abs(found["contrast_direct_length"].values[LAYER, HEAD]) < 0.9
 
 
+@pytest.mark.slow
 def test_a_shuffled_reward_finds_nothing():
     """Its p-values are uniform over 200 draws, of the numbers that a real model gives."""
     found = seen(counts())

@@ -20,6 +20,8 @@ from tests.training import CAPITAL
 from tlens_callback import Rollouts, TLensCallback
 from tlens_callback.rollouts import Recorder
 
+pytestmark = pytest.mark.slow
+
 
 async def slowly(completion_ids: Any, **_: Any) -> list[float]:
     await asyncio.sleep(0)

@@ -8,6 +8,8 @@ import torch
 from tests.rollouts.trained import distinct, look, short, trainer
 from tests.test_no_trace import differences, state_of
 
+pytestmark = pytest.mark.slow
+
 
 def run(folder: Any, callback: Any, name: str, **args: Any) -> tuple[Any, list[Any]]:
     """The trainer after its run, and its reward functions before it."""
@@ -23,8 +25,8 @@ def run(folder: Any, callback: Any, name: str, **args: Any) -> tuple[Any, list[A
     ("name", "args"),
     [
         pytest.param("grpo", {"beta": 0.05, "gradient_accumulation_steps": 2}, id="grpo"),
-        pytest.param("rloo", {"beta": 0.05}, id="rloo", marks=pytest.mark.slow),
-        pytest.param("grpo", {"bf16": True}, id="bf16", marks=pytest.mark.slow),
+        pytest.param("rloo", {"beta": 0.05}, id="rloo"),
+        pytest.param("grpo", {"bf16": True}, id="bf16"),
         pytest.param("grpo", {"peft": None}, id="full", marks=pytest.mark.exhaustive),
         pytest.param(
             "grpo", {"num_iterations": 2, "steps_per_generation": 2}, id="reused",
@@ -43,7 +45,6 @@ def test_rewarded_training_leaves_no_trace(tmp_path, name, args):
     assert sink.readings["rollouts/step_change"].keys() == {0, 1, 2}
 
 
-@pytest.mark.slow
 def test_a_look_that_draws_a_random_number_is_found_out(tmp_path, monkeypatch):
     """The control of the test above."""
     from tlens_callback.rollouts import look as module

@@ -16,6 +16,8 @@ from tests.rollouts.trained import look, trainer
 from tlens_callback import Shadow
 from tlens_callback.rollouts import Look, Recorder, Rollouts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.exhaustive
 def test_memory_stays_flat_over_200_observations():
@@ -38,7 +40,6 @@ def test_memory_stays_flat_over_200_observations():
     assert sizes[1] - sizes[0] < 20, "MiB"
 
 
-@pytest.mark.slow
 def test_a_resumed_run_goes_on_counting_signs(tmp_path):
     """As the run that was never stopped."""
     runs = {}
