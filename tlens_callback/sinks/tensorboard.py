@@ -171,7 +171,7 @@ class TensorBoardSink:
                 encoded_image_string=png, width=width, height=height, colorspace=3
             )
             summary.value.add(tag=self._keys(key), image=picture)
-        for key, _, table in tables(readings):
+        for key, _, table in tables(readings, step):
             summary.MergeFrom(self._text(self._keys(key), _markdown_table(table())))
         return summary
 

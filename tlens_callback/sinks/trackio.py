@@ -179,7 +179,7 @@ class TrackioSink:
             file = folder / f"{number}.png"
             file.write_bytes(png)
             row[self._keys(key)] = self._trackio.Image(file)
-        for key, _, table in tables(readings):
+        for key, _, table in tables(readings, step):
             columns = excerpt(table())
             data = [list(each) for each in zip(*columns.values(), strict=True)]
             row[self._keys(key)] = self._trackio.Table(columns=list(columns), data=data)
