@@ -16,6 +16,7 @@ from tlens_callback.rollouts.readings import Seen, readings_of
 from tlens_callback.rollouts.recorder import Recorder
 from tlens_callback.rollouts.rollout import Rollout, chosen, rollouts_of
 from tlens_callback.rollouts.settings import Rollouts
+from tlens_callback.rollouts.telling import Discoveries, discoveries
 from tlens_callback.shadow import Shadow
 
 _MOVED, _POSITIONS = 10, 256
@@ -32,6 +33,8 @@ class Look:
         recorder: where they come from.
         baseline: as an instrument's: how often each contrast was positive and negative.
         has_base: whether the model can be looked at without its adapters; None: not known yet.
+        told: step of the latest rollouts that were looked at, and what tells winners from losers
+            there; None: none were looked at yet.
     """
 
     description = DESCRIPTION
@@ -42,6 +45,7 @@ class Look:
         self.recorder = recorder
         self.baseline: dict[str, Tensor] = {}
         self.has_base: bool | None = None
+        self.told: tuple[int, Discoveries | None] | None = None
         self._said = False
         self._before: tuple[list[Part], list[Tensor], float, Seen] | None = None
 
@@ -78,7 +82,9 @@ class Look:
         seen.names = self.recorder.names
         found = [*readings_of(seen, settings, shadow, batch, self.baseline, step)]
         assert len({one.key for one in found}) == len(found)
-        return [one.described(DESCRIPTION) for one in found]
+        told = [one.described(DESCRIPTION) for one in found]
+        self.told = step, discoveries(told)
+        return told
 
     def after_update(self, shadow: Shadow) -> list[Reading]:
         """Looks at the same rollouts with the weights of now; nothing if none were looked at."""
@@ -114,7 +120,7 @@ class Look:
             for at, row in enumerate(keys if looked is not None else ()):
                 assert looked is not None
                 received[part.which[row]] = looked[at].cpu()
-        if self._can_leave_out(shadow):
+        if self.can_leave_out(shadow):
             with shadow.without_adapters():
                 base = [last_residuals(shadow, part) for part in of]
         tokens = [part.tokens for part in of]
@@ -153,7 +159,8 @@ class Look:
             )
         logger.warning("tlens: no rollout is looked at: %s.", why)
 
-    def _can_leave_out(self, shadow: Shadow) -> bool:
+    def can_leave_out(self, shadow: Shadow) -> bool:
+        """Whether the model can be looked at without its adapters."""
         if self.has_base is None:
             try:
                 with shadow.without_adapters():
