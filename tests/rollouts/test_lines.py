@@ -15,9 +15,9 @@ from tests.shadow.test_layers import Living
 from tests.shadow.test_shadow import lora
 from tests.training import CAPITAL, trainer
 from tlens_callback import LocalSink, MemorySink, Reading, Shadow, TLensCallback
+from tlens_callback.events.contrasts import Told, discoveries
 from tlens_callback.rollouts import Look, Recorder, Rollouts
 from tlens_callback.rollouts.bounds import most_tokens, peaks
-from tlens_callback.rollouts.telling import Told, discoveries
 from tlens_callback.sinks.default import outgoing_lines
 
 
@@ -85,7 +85,7 @@ def test_what_tells_winners_from_losers_is_said_at_the_end(tmp_path, capsys, fdr
     assert len(named) == 6 and named[-1] == f"and {found - 5} more"
     for one in named[:5]:
         what, more, measure, value = re.fullmatch(
-            r"(\S+(?: MLP)?) [a-z ]+ (more|less) \((\w+) (\S+) \w+\)(?:, may be length)?", one
+            r"(\S+(?: MLP)?) \w+ (more|less) [a-z ]+ \((\w+) (\S+) \w+\)(?:, may be length)?", one
         ).groups()  # type: ignore[union-attr]
         contrast = at[f"contrast_{measure}"]
         if contrast.texts is not None:
@@ -137,9 +137,9 @@ def test_the_surest_are_named_first():
     )
     assert told is not None and (told.found, told.compared) == (4, 99)
     assert [str(one) for one in told.surest] == [
-        "L9H0 writes the sampled tokens more (direct +0.3 logit)",
-        "L3H1 writes the sampled tokens less (direct -0.2 logit)",
-        "L0N7 is active less (neuron -2 logit)",
+        "L9H0 adds more to the sampled tokens (direct +0.3 logit)",
+        "L3H1 adds less to the sampled tokens (direct -0.2 logit)",
+        "L0N7 is less active (neuron -2 logit)",
     ]
     assert [one.q for one in told.surest] == pytest.approx([0.01, 0.02, 0.02])
     assert [one.length for one in told.surest] == pytest.approx([0.1, 0.8, np.nan], nan_ok=True)

@@ -16,7 +16,6 @@ from tlens_callback.rollouts.readings import Seen, readings_of
 from tlens_callback.rollouts.recorder import Recorder
 from tlens_callback.rollouts.rollout import Rollout, chosen, rollouts_of
 from tlens_callback.rollouts.settings import Rollouts
-from tlens_callback.rollouts.telling import Discoveries, discoveries
 from tlens_callback.shadow import Shadow
 
 _MOVED, _POSITIONS = 10, 256
@@ -33,8 +32,8 @@ class Look:
         recorder: where they come from.
         baseline: as an instrument's: how often each contrast was positive and negative.
         has_base: whether the model can be looked at without its adapters; None: not known yet.
-        told: step of the latest rollouts that were looked at, and what tells winners from losers
-            there; None: none were looked at yet.
+        latest: step of the latest rollouts that were looked at, and the readings that are not of
+            single ones; None: none were looked at yet.
     """
 
     description = DESCRIPTION
@@ -45,7 +44,7 @@ class Look:
         self.recorder = recorder
         self.baseline: dict[str, Tensor] = {}
         self.has_base: bool | None = None
-        self.told: tuple[int, Discoveries | None] | None = None
+        self.latest: tuple[int, list[Reading]] | None = None
         self._said = False
         self._before: tuple[list[Part], list[Tensor], float, Seen] | None = None
 
@@ -82,9 +81,9 @@ class Look:
         seen.names = self.recorder.names
         found = [*readings_of(seen, settings, shadow, batch, self.baseline, step)]
         assert len({one.key for one in found}) == len(found)
-        told = [one.described(DESCRIPTION) for one in found]
-        self.told = step, discoveries(told)
-        return told
+        found = [one.described(DESCRIPTION) for one in found]
+        self.latest = step, [one for one in found if "rollout" not in one.axes]
+        return found
 
     def after_update(self, shadow: Shadow) -> list[Reading]:
         """Looks at the same rollouts with the weights of now; nothing if none were looked at."""

@@ -1,5 +1,6 @@
 """What a run says on the terminal of the rollouts that it looks at."""
 
+from tlens_callback.events.contrasts import discoveries
 from tlens_callback.rollouts.bounds import most_tokens, peaks
 from tlens_callback.run.observer import Observer
 
@@ -39,13 +40,19 @@ def rollouts_summary(observer: Observer) -> list[str]:
     look = observer.look
     if look is None:
         return []
-    if look.told is None:
+    if look.latest is None:
         return ["tlens: rollouts: none was looked at"]
-    step, told = look.told
+    step, readings = look.latest
+    told = discoveries(readings)
     if told is None:
         return [
             f"tlens: rollouts: at step {step}, winners and losers could not be compared, because "
             f"their advantages are not known"
+        ]
+    if not told.spread:
+        return [
+            f"tlens: rollouts: at step {step}, no group has spread, so there are no winners and "
+            f"losers to compare"
         ]
     rate = f"(false discovery rate {look.settings.fdr:.2g})"
     if not told.found:

@@ -12,15 +12,15 @@ LONG = 0.7
 """A correlation with length from which on, in size, a contrast may be one of length."""
 
 _DOES = {
-    "direct": "writes the sampled tokens",
-    "mlp_direct": "writes the sampled tokens",
-    "attention_first": "looks at the first token",
-    "attention_prompt": "looks at the prompt",
-    "attention_answer": "looks at the answer itself",
-    "repetition": "looks at what came after the same token",
-    "neuron": "is active",
+    "direct": "adds {} to the sampled tokens",
+    "mlp_direct": "adds {} to the sampled tokens",
+    "attention_first": "looks {} at the first token",
+    "attention_prompt": "looks {} at the prompt",
+    "attention_answer": "looks {} at the answer itself",
+    "repetition": "looks {} at what came after the same token",
+    "neuron": "is {} active",
 }
-"""What was measured -> what a head, MLP or neuron does with a high value of it."""
+"""What was measured -> what a head, MLP or neuron does more or less in winners."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Told:
     sign: float = float("nan")
 
     def __str__(self) -> str:
-        does = _DOES.get(self.measure, f"has {self.measure.replace('_', ' ')}")
-        more = "more" if self.value > 0 else "less"
-        return f"{self.what} {does} {more} ({self.measure} {self.value:+.2g} {self.unit})"
+        does = _DOES.get(self.measure, "has {} of it")
+        more = does.format("more" if self.value > 0 else "less")
+        return f"{self.what} {more} ({self.measure} {self.value:+.2g} {self.unit})"
 
     @property
     def may_be_length(self) -> bool:
@@ -63,11 +63,13 @@ class Discoveries:
         found: how many numbers do, at the false discovery rate of the run.
         compared: how many numbers were compared.
         surest: those of lowest q, at most `found` of them.
+        spread: whether any group has winners and losers.
     """
 
     found: int
     compared: int
     surest: tuple[Told, ...]
+    spread: bool = True
 
 
 def discoveries(readings: Iterable[Reading], most: int = 5) -> Discoveries | None:
@@ -92,7 +94,9 @@ def discoveries(readings: Iterable[Reading], most: int = 5) -> Discoveries | Non
     found, compared = (int(one.values) if one is not None else 0 for one in counts)
     # Those of equal q in the order of the readings: heads before neurons.
     every.sort(key=lambda told: told.q)
-    return Discoveries(found, compared or len(every), tuple(every[: min(found, most)]))
+    surest = tuple(every[: min(found, most)])
+    spread = bool(np.isfinite(first.values).any())
+    return Discoveries(found, compared or len(every), surest, spread)
 
 
 def _told(own: dict[str, Reading], measure: str) -> Iterable[Told]:
