@@ -152,4 +152,6 @@ class Watcher:
         observer = self.observer
         assert observer is not None and observer.batch is not None
         rows = observer.batch.n_plain if self.settings.prompts is None else 0
-        print_lines([*opening(observer), *outgoing_lines(observer.sinks, rows=rows, args=args)])
+        texts = observer.look is not None and observer.look.settings.texts
+        outgoing = outgoing_lines(observer.sinks, rows=rows, args=args, rollouts=texts)
+        print_lines([*opening(observer), *outgoing])

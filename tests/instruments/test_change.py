@@ -318,7 +318,7 @@ def test_pieces_do_not_matter(monkeypatch):
     of = Shadow.of(lora("gemma2"))
     whole = look(of)
     monkeypatch.setattr(predictions, "CHUNK", 3 * tiny.VOCAB)
-    monkeypatch.setattr(predictions, "_IN_CACHE", 2 * tiny.VOCAB)
+    monkeypatch.setattr(predictions, "IN_CACHE", 2 * tiny.VOCAB)
     for key, reading in look(of).items():
         np.testing.assert_allclose(reading.values, whole[key].values, atol=1e-5, err_msg=key)
 

@@ -135,7 +135,7 @@ def test_the_rate_is_that_of_its_definition():
 
 def test_of_many_numbers_there_are_fewer_permutations(monkeypatch):
     monkeypatch.setattr(module, "_MOST", 50 * 99)
-    monkeypatch.setattr(module, "_AT_ONCE", 50 * 10)
+    monkeypatch.setattr(module, "AT_ONCE", 50 * 10)
     found = compared(*drawn(), permutations=2000)
     assert float(found.p.min()) >= 0.999 / 100
     assert torch.allclose(found.p * 100, (found.p * 100).round(), atol=1e-4)

@@ -40,7 +40,7 @@ def plain(model: Any, one: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [24])
 def test_attention_is_that_of_a_plain_forward_pass(family, tokens, monkeypatch):
-    monkeypatch.setattr(module, "_TOKENS", tokens)
+    monkeypatch.setattr(module, "TOKENS", tokens)
     few = rollouts()
     few[1] = type(few[1])(  # a completion that repeats itself
         few[1].prompt, (9, 10, 9, 11, 9, 10), 0, 1, (1.0,), 1.0, 1.0

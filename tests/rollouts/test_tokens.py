@@ -69,7 +69,7 @@ def plain(model, one, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_measure_is_that_of_a_plain_forward_pass(family, temperature, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 5 * tiny.VOCAB)
-    monkeypatch.setattr(module, "_IN_CACHE", 2 * tiny.VOCAB)
+    monkeypatch.setattr(module, "IN_CACHE", 2 * tiny.VOCAB)
     model = adapted(family, target_modules="all-linear")
     few = rollouts()
     shadow, now, base, ids, order, _ = seen(model, few)
@@ -134,7 +134,7 @@ def test_a_head_that_is_trained_itself_is_left_out_for_the_base():
 def test_tokens_gained_and_lost_are_counted_over_positions(monkeypatch):
     """At every third of them, whatever the pieces are in which they are computed."""
     monkeypatch.setattr(module, "CHUNK", 5 * tiny.VOCAB)
-    monkeypatch.setattr(module, "_IN_CACHE", 2 * tiny.VOCAB)
+    monkeypatch.setattr(module, "IN_CACHE", 2 * tiny.VOCAB)
     model = adapted(target_modules="all-linear")
     few = rollouts()
     shadow, now, base, ids, order, _ = seen(model, few)

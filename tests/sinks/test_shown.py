@@ -40,7 +40,7 @@ def test_every_reading_of_the_samples_has_its_place():
     readings = everything()
     assert [key for key, _ in matrices(readings)] == ["head_scores/heads"]
     assert [key for key, _ in curves(readings)] == ["logit_lens/by_layer"]
-    assert [key for key, *_ in tables(readings)] == [
+    assert [key for key, *_ in tables(readings, 0)] == [
         "top_neurons/table",
         "logit_lens/table",
         "virtual_heads/rank_table",
@@ -78,7 +78,7 @@ def test_what_is_of_many_readings_takes_the_key_of_none():
     for parts, names in (
         (matrices([*own, *other]), ["x/heads_2", "y/heads"]),
         (curves(own), ["x/by_layer_2"]),
-        (tables(own), ["x/table_2", "x/rank_table_2"]),
+        (tables(own, 0), ["x/table_2", "x/rank_table_2"]),
     ):
         assert [key for key, *_ in parts] == names
 

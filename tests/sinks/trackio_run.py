@@ -28,11 +28,20 @@ def alerts(project):
     return _asked(project, "step, level, title, text from alerts")
 
 
+def traces(project):
+    """[(step, key, number among those of its key, messages, metadata)]"""
+    wanted = "step, key, trace_index, messages, metadata from traces"
+    return [
+        (*before, json.loads(messages), json.loads(metadata))
+        for *before, messages, metadata in _asked(project, wanted, order="step, trace_index")
+    ]
+
+
 def media(entry):
     """The file of a picture or page in a row."""
     return DIR / "media" / entry["file_path"]
 
 
-def _asked(project, what):
+def _asked(project, what, order="id"):
     with closing(sqlite3.connect(DIR / f"{project}.db")) as database:
-        return database.execute(f"select {what} order by id").fetchall()
+        return database.execute(f"select {what} order by {order}").fetchall()

@@ -19,6 +19,7 @@ from tlens_callback.offline.changes import (
     probe_of,
     roles_taken,
 )
+from tlens_callback.offline.rollout_summary import rollouts_changed, winners_and_losers
 from tlens_callback.store import Store
 
 WIDTH = 72
@@ -40,6 +41,10 @@ def summary(store: Store) -> str:
 
     - what the trainer logged: `trainer/loss`, `eval_loss` and `reward`, the first value and the
       last, and their steps.
+    - rollouts: reward, length, and the shares that were cut off and of groups without spread, first
+      and last; what tells winners from losers at the last observation that has rollouts, with its
+      false discovery rate q, the share of observations with the same sign, and the correlation with
+      length where that is above 0.7 in size.
     - each probe: probability and rank of its target, first and last; the four probes whose
       probability changed most. A rank is the number of tokens that are likelier.
     - heads whose attention, and parts whose activations, are farthest from the first observation.
@@ -63,6 +68,8 @@ def summary(store: Store) -> str:
         raise ValueError(f"{store.path} has no complete step, so there is nothing to summarise.")
     known = [
         *_logged(history),
+        *map(paragraph, rollouts_changed(history)),
+        *map(paragraph, winners_and_losers(history, whole)),
         *targets(history),
         *moved(history),
         *_roles(history),

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_AT_ONCE = 2**22
+AT_ONCE = 2**22
 """Sums over permutations that are computed at a time."""
 
 _MOST = 2**26
@@ -143,7 +143,7 @@ def _permuted(
     reached = torch.zeros_like(observed)
     beyond = torch.zeros(len(ranked) + 1, device=z.device)
     groups = [own.cpu().numpy() for own in _groups(group)]
-    at_once = max(1, _AT_ONCE // z.shape[1])
+    at_once = max(1, AT_ONCE // z.shape[1])
     for start in range(0, permutations, at_once):
         n = min(at_once, permutations - start)
         shuffled = np.tile(given, (n, 1))

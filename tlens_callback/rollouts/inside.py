@@ -21,7 +21,7 @@ from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.rollouts.rollout import Rollout
 from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow
 
-_TOKENS = 2048
+TOKENS = 2048
 """Tokens that are run at once; patterns and logits take memory in proportion."""
 
 
@@ -69,7 +69,7 @@ def parts(rollouts: Sequence[Rollout], batch: ProbeBatch, longest: int) -> list[
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     groups: list[list[int]] = []
     for i in order:
-        if groups and (len(groups[-1]) + 1) * len(ids[i]) <= _TOKENS:
+        if groups and (len(groups[-1]) + 1) * len(ids[i]) <= TOKENS:
             groups[-1].append(i)
         else:
             groups.append([i])

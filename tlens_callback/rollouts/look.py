@@ -39,6 +39,8 @@ class Look:
         pairs: preferences of the training data, where nothing is sampled.
         base: the shadow of a copy of the model, if it is compared with one.
         has_base: whether the model can be looked at without its adapters; None: not known yet.
+        latest: step of the latest rollouts that were looked at, and the readings that are not of
+            single ones; None: none were looked at yet.
     """
 
     description = DESCRIPTION
@@ -51,6 +53,7 @@ class Look:
         self.pairs: list[Rollout] = []
         self.base: Shadow | None = None
         self.has_base: bool | None = None
+        self.latest: tuple[int, list[Reading]] | None = None
         self._said = False
         self._before: tuple[list[Part], list[Tensor], float, Seen] | None = None
 
@@ -90,7 +93,17 @@ class Look:
     def _read(self, seen: Seen, shadow: Shadow, batch: ProbeBatch, step: int) -> list[Reading]:
         found = [*readings_of(seen, self.settings, shadow, batch, self.baseline, step)]
         assert len({one.key for one in found}) == len(found)
-        return [one.described(DESCRIPTION) for one in found]
+        found = [one.described(DESCRIPTION) for one in found]
+        self.latest = step, [one for one in found if "rollout" not in one.axes]
+        return found
+
+    def announced(self, model: Any) -> list[str]:
+        """Says what a copy of the model will take, before it is made."""
+        if self.settings.base != "copy":
+            return []
+        of = language_model(model)
+        size = sum(p.numel() * p.element_size() for p in of.parameters()) / 2**20
+        return [f"tlens: rollouts: the copy of the model takes {size:,.0f} MiB"]
 
     def meet(self, model: Any, dataset: Any, shadow: Shadow) -> None:
         """Keeps a copy of the model, where it is wanted, and the preferences of the training data,
@@ -157,7 +170,7 @@ class Look:
             for at, row in enumerate(keys if looked is not None else ()):
                 assert looked is not None
                 received[part.which[row]] = looked[at].cpu()
-        if self.base is not None or self._can_leave_out(shadow):
+        if self.base is not None or self.can_leave_out(shadow):
             with shadow.without_adapters() if self.base is None else nullcontext():
                 base = [last_residuals(self.base or shadow, part) for part in of]
         tokens = [part.tokens for part in of]
@@ -197,7 +210,8 @@ class Look:
             )
         logger.warning("tlens: no rollout is looked at: %s.", why)
 
-    def _can_leave_out(self, shadow: Shadow) -> bool:
+    def can_leave_out(self, shadow: Shadow) -> bool:
+        """Whether the model can be looked at without its adapters."""
         if self.has_base is None:
             try:
                 with shadow.without_adapters():

@@ -162,7 +162,11 @@ DESCRIPTION = Description(
             sometimes=True,
         ),
         "group": Meaning(
-            title="Group", axes=("rollout",), quantity=Quantity.ROLLOUT_GROUP, of_run=True
+            title="Rollouts that were looked at",
+            axes=("rollout",),
+            quantity=Quantity.ROLLOUT_GROUP,
+            headline=True,
+            of_run=True,
         ),
         "rewards": Meaning(
             title="Rewards",
@@ -195,7 +199,12 @@ DESCRIPTION = Description(
         },
         **{
             name: Meaning(
-                title=title, axes=(), headline=True, of_run=True, sometimes=True, better=better
+                title=title,
+                axes=(),
+                headline=name != "looked_at",  # the same number at each observation
+                of_run=True,
+                sometimes=True,
+                better=better,
             )
             for name, (title, _, better) in CURVES.items()
         },

@@ -159,6 +159,7 @@ class Observer:
                 self.shadow = self._shadow_of(model)
                 self.model, self._model_shape = model, self.shadow.sizes
                 if self.look is not None:
+                    print_lines(self.look.announced(model))
                     self.look.meet(model, dataset, self.shadow)
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),

@@ -7,6 +7,7 @@ from tlens_callback.probes import ProbeBatch, encoded_lines
 from tlens_callback.reading import Reading
 from tlens_callback.run.observer import Observer
 from tlens_callback.run.printing import sink_lines
+from tlens_callback.run.rollout_lines import rollouts_opening, rollouts_summary
 from tlens_callback.shadow import Shadow
 
 _LARGE = 64 * 2**20
@@ -33,6 +34,7 @@ def opening(observer: Observer) -> list[str]:
         *_attention_lines(shadow),
         *encoded_lines(observer.batch),
         *_size_lines(observer),
+        *rollouts_opening(observer),
         *sink_lines(observer.sinks),
     ]
 
@@ -95,7 +97,7 @@ def summary(observer: Observer) -> list[str]:
             f"tlens: dropped {_plural(dropped, 'observation')}, because the sinks were slower than "
             f"training; use writing='wait' or a larger every_n_steps to keep all of them"
         )
-    return lines + sink_lines(observer.sinks)
+    return [*lines, *rollouts_summary(observer), *sink_lines(observer.sinks)]
 
 
 def saved_model_lines(

@@ -43,13 +43,18 @@ def active_wandb(sinks: Sequence[Sink], name: str) -> WandbSink | None:
 
 
 def outgoing_lines(
-    sinks: Sequence[Sink], *, rows: int, args: TrainingArguments | None = None
+    sinks: Sequence[Sink],
+    *,
+    rows: int,
+    args: TrainingArguments | None = None,
+    rollouts: bool = False,
 ) -> list[str]:
     """Says what of the training data, and of the store, goes out, and where it goes.
 
     Args:
         rows: how many rows of the training data became probes, because no probes were given.
         args: the trainer's; None in a loop without a trainer.
+        rollouts: whether prompts and completions of rollouts are written.
     """
     store = next((sink for sink in sinks if isinstance(sink, LocalSink)), None)
     places = [name for kind, name in _PLACES.items() if any(isinstance(s, kind) for s in sinks)]
@@ -63,13 +68,20 @@ def outgoing_lines(
             f"training data. Their tokens become labels in {' and in '.join(places)}; to show "
             f"other texts, pass probes=[...]"
         )
+    if rollouts:
+        others = [type(sink).__name__ for sink in sinks if not isinstance(sink, tuple(_PLACES))]
+        lines.append(
+            f"tlens: rollouts: their prompts and completions go to "
+            f"{' and to '.join([*places, *dict.fromkeys(others)]) or 'no sink'}; to write numbers "
+            f"only, pass rollouts=Rollouts(texts=False)"
+        )
     if args is not None and args.push_to_hub and store is not None:
         folder = Path(args.output_dir or ".").absolute()
         if folder in store.path.parents:
             lines.append(
                 f"tlens: push_to_hub uploads {folder.name}/{store.path.relative_to(folder)} too, "
-                f"with the tokens of the probes; to keep it, pass sinks=[LocalSink(...)] with "
-                f"another directory"
+                f"with the tokens of the probes{' and of rollouts' * rollouts}; to keep it, pass "
+                f"sinks=[LocalSink(...)] with another directory"
             )
     return lines
 

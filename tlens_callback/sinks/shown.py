@@ -22,6 +22,7 @@ from tlens_callback.render import (
 from tlens_callback.render.plain import number
 from tlens_callback.render.score_panels import curves_as_rows, score_panels
 from tlens_callback.render.scores_png import score_picture
+from tlens_callback.sinks.rollouts import about_rollouts, rollout_table
 
 STEP = "train/global_step"
 """The key under which the Hugging Face trainer logs its step in each row: the x axis."""
@@ -106,14 +107,14 @@ def curves(readings: Sequence[Reading]) -> Iterator[tuple[str, list[Reading]]]:
 
 
 def tables(
-    readings: Sequence[Reading],
+    readings: Sequence[Reading], step: int
 ) -> Iterator[tuple[str, list[Reading], Callable[[], pd.DataFrame]]]:
     """Gives the key of each table, the readings in it, and a function that makes it.
 
     The keys are <instrument>/table for its ("layer", "rank", ...) readings,
     <instrument>/<axis>_rank_table for those of another axis and "rank", and
     <instrument>/<axis>_table for those of one axis that are not curves and have at most 1000
-    entries.
+    entries. The table of rollouts, <instrument>/rollout_table, has all that is known of a rollout.
     """
     for own in by_instrument(readings).values():
         for axis in dict.fromkeys(reading.axes[0] for reading in own if is_ranked(reading)):
@@ -123,7 +124,10 @@ def tables(
         lists = [r for r in lists if 0 < r.values.size <= _MOST_ENTRIES]
         for axis in dict.fromkeys(reading.axes[0] for reading in lists):
             listed = [r for r in lists if r.axes == (axis,)]
-            yield _key(own, table_name(axis)), listed, partial(axis_table, lists, axis)
+            make = partial(axis_table, lists, axis)
+            if about_rollouts(listed):
+                make = partial(rollout_table, step, own)
+            yield _key(own, table_name(axis)), listed, make
 
 
 def pictures(readings: Sequence[Reading], step: int) -> Iterator[tuple[str, bytes]]:
@@ -185,7 +189,7 @@ def cells(frame: pd.DataFrame) -> dict[str, list[object]]:
 
 def excerpt(frame: pd.DataFrame, most: int = _MOST_ROWS) -> dict[str, list[object]]:
     """Gives the `cells` of about 100 `top_rows`, without the column "probe" where it is empty."""
-    if frame["probe"].isna().to_numpy(dtype=bool).all():
+    if "probe" in frame and frame["probe"].isna().to_numpy(dtype=bool).all():
         frame = frame.drop(columns="probe")
     return cells(top_rows(frame, most))
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from tlens_callback.reading import Reading
 from tlens_callback.sinks.event_file import EventFile
+from tlens_callback.sinks.markdown import best_and_worst_text, escaped, markdown_table
+from tlens_callback.sinks.rollouts import TEXTS, overview
 from tlens_callback.sinks.shown import (
     HasPage,
     Keys,
+    by_instrument,
     check_store,
-    excerpt,
     histograms,
     pictures,
     scalars,
@@ -51,10 +51,14 @@ class TensorBoardSink:
         tlens/<instrument>/<axis>_rank_table: the same for another axis and "rank".
         tlens/<instrument>/<axis>_table: the same for its readings of any other single axis, such as
             events ("event_table").
+        tlens/<instrument>/rollout_table: text, a table of the rollouts, without their texts.
+        tlens/<instrument>/best_and_worst: text, the best and the worst rollout of each group, with
+            their prompt and numbers.
         tlens/page: text that says where the page is, since TensorBoard cannot show it.
 
     A table has at most about 100 rows, those of the lowest ranks, and says how many it leaves out.
-    Only the local store has other readings, and those of the axis "update", which are in the
+    Of winners against losers, contrasts and their false discovery rates are shown. Only the local
+    store has other readings, and those of the axis "update", which are in the
     trainer's own curves.
 
     Args:
@@ -109,7 +113,7 @@ class TensorBoardSink:
         """
         if step < 0:
             raise ValueError(f"A step must be 0 or more, got {step}.")
-        summary = self._summary(without_trainer_logs(readings), step)
+        summary = self._summary(overview(without_trainer_logs(readings)), step)
         events = [self._event(step, summary=summary)]
         if self._file is None:
             again = self._choose_folder(step)
@@ -130,7 +134,7 @@ class TensorBoardSink:
             return
         try:
             if self._store is not None and step is not None:
-                said = f"Open in a browser: {_markdown(str(self._store.page()))}"
+                said = f"Open in a browser: {escaped(str(self._store.page()))}"
                 file.add([self._event(step, summary=self._text(self._keys("page"), said))])
         finally:
             self._file = self._last = None
@@ -171,8 +175,12 @@ class TensorBoardSink:
                 encoded_image_string=png, width=width, height=height, colorspace=3
             )
             summary.value.add(tag=self._keys(key), image=picture)
-        for key, _, table in tables(readings):
-            summary.MergeFrom(self._text(self._keys(key), _markdown_table(table())))
+        for key, _, table in tables(readings, step):
+            frame = table().drop(columns=[*TEXTS], errors="ignore")
+            summary.MergeFrom(self._text(self._keys(key), markdown_table(frame)))
+        for instrument, own in by_instrument(readings).items():
+            if text := best_and_worst_text(step, own):
+                summary.MergeFrom(self._text(self._keys(f"{instrument}/best_and_worst"), text))
         return summary
 
 
@@ -186,33 +194,3 @@ def _run_in(path: Path) -> str | None:
 
 def _holds_run(path: Path) -> bool:
     return any(path.glob(_FILES))
-
-
-def _markdown_table(frame: pd.DataFrame) -> str:
-    columns = excerpt(frame)
-    rows = list(zip(*columns.values(), strict=True))
-    lines = [[_markdown(name) for name in columns], ["---"] * len(columns)]
-    lines += [[_cell(cell) for cell in row] for row in rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    if len(rows) < len(frame):
-        text += f"\n\nThe first {len(rows)} of {len(frame)} rows; the local store has all."
-    return text
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else _markdown(str(value))
-
-
-def _markdown(text: str) -> str:
-    """Escapes text so that TensorBoard's markdown shows it letter by letter.
-
-    A character that cannot be seen becomes its escape, and a space at either end a dot.
-    """
-    seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    inner = seen.strip(" ")
-    before = len(seen) - len(seen.lstrip(" "))
-    after = len(seen) - len(inner) - before
-    whole = "·" * before + inner + "·" * after
-    return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in whole)

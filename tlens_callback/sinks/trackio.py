@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from tlens_callback.reading import Reading
+from tlens_callback.sinks.rollouts import TEXTS, about_rollouts, overview
 from tlens_callback.sinks.shown import (
     STEP,
     HasPage,
     Keys,
+    cells,
     check_store,
     events,
     excerpt,
@@ -50,12 +54,16 @@ class TrackioSink:
         tlens/<instrument>/table: table of its ("layer", "rank", ...) readings.
         tlens/<instrument>/<axis>_rank_table: the same for another axis and "rank".
         tlens/<instrument>/<axis>_table: table of its readings of any other single axis.
+        tlens/<instrument>/rollout_table: traces, one for each rollout: the messages are its prompt
+            and completion, the metadata its group, advantage, rewards and the like. A table if this
+            trackio has no traces, or if no texts are kept.
         tlens/page: the page of the store, once, at the end.
 
     A table has at most about 100 rows, those of the lowest ranks, since the dashboard loads all
     tables of all steps at once. Each entry of an ("event",) reading is also an alert, of level
-    WARN. Only the local store has other readings, and those of the axis "update", which are in the
-    trainer's own rows.
+    WARN. Of winners against losers, contrasts and their false discovery rates are shown. Only the
+    local store has other readings, and those of the axis "update", which are in the trainer's own
+    rows.
 
     Args:
         name: first segment of the keys, instead of "tlens".
@@ -74,6 +82,7 @@ class TrackioSink:
             raise ImportError("TrackioSink needs trackio: pip install trackio") from error
         check_store(store)
         self._trackio: Any = trackio
+        self._traces = hasattr(trackio, "Trace")
         self._keys = Keys(name)
         self._store = store
         self._run: Any = None
@@ -94,7 +103,7 @@ class TrackioSink:
             self._warn_once("later readings are not logged there")
             return
         with tempfile.TemporaryDirectory(prefix="tlens-", ignore_cleanup_errors=True) as folder:
-            row = self._row(without_trainer_logs(readings), step, Path(folder))
+            row = self._row(overview(without_trainer_logs(readings)), step, Path(folder))
             # Copies the pictures, which can be removed then.
             run.log({**row, STEP: step}, step=step)
         for sentence, about in events(readings):
@@ -179,11 +188,30 @@ class TrackioSink:
             file = folder / f"{number}.png"
             file.write_bytes(png)
             row[self._keys(key)] = self._trackio.Image(file)
-        for key, _, table in tables(readings):
-            columns = excerpt(table())
+        for key, own, table in tables(readings, step):
+            frame = table()
+            if self._traces and about_rollouts(own) and frame.columns.isin(TEXTS).any():
+                row[self._keys(key)] = self._made_traces(frame)
+                continue
+            columns = excerpt(frame)
             data = [list(each) for each in zip(*columns.values(), strict=True)]
             row[self._keys(key)] = self._trackio.Table(columns=list(columns), data=data)
         return row
+
+    def _made_traces(self, frame: pd.DataFrame) -> list[Any]:
+        """Makes a trace of each rollout: prompt and completion, and its numbers as metadata."""
+        columns = cells(frame)
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [
+            self._trackio.Trace(
+                [
+                    {"role": role, "content": row.pop(text)}
+                    for role, text in (("user", "prompt"), ("assistant", "completion"))
+                ],
+                metadata=row,
+            )
+            for row in rows
+        ]
 
 
 def _before(finish: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:

@@ -7,7 +7,10 @@ import sys
 import pytest
 import wandb
 
+from tests.rollouts.trained import distinct, short, watched
 from tests.sinks.wandb.test_training import FILES, NUMBERS, SOMETIMES
+from tests.sinks.wandb.wandb_file import history, run_file
+from tlens_callback import WandbSink
 from tlens_callback.sinks.shown import Keys
 from tlens_callback.sinks.wandb.workspace import (
     REPEATED,
@@ -85,6 +88,27 @@ def test_an_instrument_of_somebody_else_has_its_panels():
     assert "Others" not in panels(build("me", "it", logged=Logged()))
 
 
+def test_rollouts_have_a_section_with_the_curves_first(offline):
+    view = panels(build("me", "it", logged=Logged(rollouts=True)))
+    assert [*view].index("Rollouts") < [*view].index("Heads")
+    assert "Rollouts" not in panels(build("me", "it", logged=Logged()))
+    shown = view["Rollouts"]
+    kinds = [panel["viewType"] for panel in shown]
+    assert kinds == ["Run History Line Plot"] * 11 + ["Weave", "Media Browser"]
+    assert shown[0]["config"]["chartTitle"] == "Mean reward of the rollouts looked at"
+    keys = {*keys_of({"": shown}), queried(shown[11])}
+    # `off_policy` is known with vLLM only, `update_gain` with Rollouts(after_update=True).
+    sinks, some = [WandbSink()], {"after_update": True}
+    watched(offline / "out", rewards=(distinct, short), sinks=sinks, rollouts=some)
+    wandb.teardown()
+    own = {key for row in history(run_file(offline)) for key in row if "/rollouts/" in key}
+    assert keys == own | {"tlens/rollouts/off_policy"}
+
+
+def queried(panel):
+    return panel["config"]["panel2Config"]["exp"]["fromOp"]["inputs"]["key"]["val"]
+
+
 def test_a_probe_has_the_key_that_the_sink_gives_it():
     odd = "what is 2+2?"
     (picture,) = panels(build("me", "it", probes=[odd]))["Pictures"]
@@ -137,6 +161,8 @@ def test_what_the_latest_run_has_logged(monkeypatch):
                 "tlens/cost/share": 0.1,
                 "tlens/watch/count": 0,
                 "tlens/page": {},
+                "tlens/rollouts/reward_mean": 1.0,
+                "tlens/rollouts/rollout_table": {},
                 "tlens/mine/x/b": 1.0,
                 "tlens/mine/heads": {"_type": "plotly-file"},
                 "slow/attention_patterns/pattern/d": {},
@@ -153,7 +179,7 @@ def test_what_the_latest_run_has_logged(monkeypatch):
             return iter(runs if settings.get("order") == "-created_at" else runs[::-1])
 
     monkeypatch.setattr("wandb.Api", Api)
-    own = Logged(probes=["a c", "b"], numbers=["mine/x/b"], media=["mine/heads"])
+    own = Logged(["a c", "b"], numbers=["mine/x/b"], media=["mine/heads"], rollouts=True)
     assert logged_by("me", "it", name="tlens") == own
     assert logged_by("me", "it", name="slow") == Logged(probes=["d"], numbers=[], media=[])
     monkeypatch.setattr(Api, "runs", lambda *_, **__: iter([]))

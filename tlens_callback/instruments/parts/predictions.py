@@ -12,7 +12,7 @@ from torch import Tensor
 from tlens_callback.instruments.parts.unembed import CHUNK, unembed
 from tlens_callback.shadow import Shadow
 
-_IN_CACHE = 2**20
+IN_CACHE = 2**20
 """Logits that are read at a time, several times over: 4 MiB."""
 
 
@@ -66,7 +66,7 @@ def compare(
         temperature: with which it was sampled.
         k: how many tokens are gained and lost, at each position of which `every` is a divisor.
     """
-    at_once, inner = (max(1, size // shadow.vocab_size) for size in (CHUNK, _IN_CACHE))
+    at_once, inner = (max(1, size // shadow.vocab_size) for size in (CHUNK, IN_CACHE))
     outside = nullcontext if base_shadow is not None else _base_of(shadow, base)
     found: list[dict[str, Tensor]] = []
     moved: list[tuple[Tensor, ...]] = []

@@ -96,7 +96,8 @@ class RowLog:
 
         Args:
             numbers: the row's numbers, and its `train/global_step`.
-            files: its media; the oldest of more than 200 that wait are given up.
+            files: its media; the oldest of more than 200 that wait are given up. A function is
+                called when the row is logged, and returns the medium.
             folder: where their files are; it is removed when they are logged.
         """
         with self._lock:
@@ -219,6 +220,7 @@ class RowLog:
             numbers, files, folder = self._waiting.pop(0)
             _own.logs = True
             try:
+                files = {name: one() if callable(one) else one for name, one in files.items()}
                 if apart and self._log is not None:
                     self.run.log(numbers | files, step=self._count.at + 1, commit=True)
                 else:

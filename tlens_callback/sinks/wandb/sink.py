@@ -10,6 +10,7 @@ from typing import Any
 from tlens_callback.reading import Reading
 from tlens_callback.render import is_curve
 from tlens_callback.render.panels import load_plotly
+from tlens_callback.sinks.rollouts import overview
 from tlens_callback.sinks.shown import (
     STEP,
     HasPage,
@@ -19,6 +20,7 @@ from tlens_callback.sinks.shown import (
     without_trainer_logs,
 )
 from tlens_callback.sinks.wandb.file_budget import FileBudget
+from tlens_callback.sinks.wandb.growing import GrowingTables
 from tlens_callback.sinks.wandb.row_log import RowLog
 from tlens_callback.sinks.wandb.rows import (
     MOST_NUMBERS,
@@ -70,6 +72,8 @@ class WandbSink:
         tlens/<instrument>/<axis>_table: table of its readings of any other single axis ("event",
             "rank", "token", "block"; "layer" where what was read is a token), a row per entry; of
             readings with at most 1000 entries.
+        tlens/<instrument>/rollout_table: table of the rollouts, of log mode "INCREMENTAL": each
+            observation adds its rows, with its step in the column "step".
         tlens/page: the page of `store`, once, when the sink is closed or its run is about to be
             finished.
 
@@ -79,8 +83,9 @@ class WandbSink:
     say; an offline run keeps them in its file.
 
     In keys, characters of a probe's name other than letters, digits, space and `_ - + =` become
-    "_". Readings with other axes are not shown here but only in the local store. Readings with the
-    axis "update" are the trainer's own numbers, which the run has already.
+    "_". Of winners against losers it shows contrasts and their false discovery rates, unless
+    `everything` is set. Readings with other axes are not shown here but only in the local store.
+    Readings with the axis "update" are the trainer's own numbers, which the run has already.
 
     A picture, figure, table or page is a file, and W&B advises fewer than 1000 in a run. All
     observations have their files until half of `most_files` is used. Then only some have, at
@@ -145,6 +150,7 @@ class WandbSink:
         self._rows: RowLog | None = None
         self._files = FileBudget(most_files, page=int(store is not None))
         self._files_run_id: str | None = None
+        self._growing = GrowingTables(wandb)
         self._defined: set[str] = set()
         self._warned: set[str] = set()
         self._checked_heads = False
@@ -160,6 +166,8 @@ class WandbSink:
         """
         run = self._find_run()
         readings = without_trainer_logs(readings)
+        if not self._everything:
+            readings = overview(readings)
         shown, cut_short = numbers(readings, everything=self._everything)
         row: dict[str, Any] = {self._keys(r.key): r.values.item() for r in shown}
         row |= self._head_row(run, readings)
@@ -222,6 +230,7 @@ class WandbSink:
             self._files_run_id = run.id
             self._files = FileBudget(self._most_files, page=self._files.page)
             self._defined.clear()
+            self._growing.clear()
         return run
 
     def _join(self, run: Any) -> None:
@@ -254,10 +263,13 @@ class WandbSink:
         assert self._rows is not None, "a run that is logged to is watched"
         folder = tempfile.TemporaryDirectory(prefix="tlens-", ignore_cleanup_errors=True)
         try:
-            made = {
-                self._keys(file.name): to_wandb(self._wandb, file, Path(folder.name) / f"{i}.png")
-                for i, file in enumerate(files)
-            }
+            made: dict[str, Any] = {}
+            for i, file in enumerate(files):
+                key = self._keys(file.name)
+                if file.kind == "growing":
+                    made[key] = self._growing.adds(key, file.make())
+                else:
+                    made[key] = to_wandb(self._wandb, file, Path(folder.name) / f"{i}.png")
             if row or made:
                 self._rows.log({**row, STEP: step}, made, folder)
             else:

@@ -10,6 +10,7 @@ from tlens_callback.events import Watch
 from tlens_callback.instruments import fast
 from tlens_callback.meaning import Description, Quantity, described
 from tlens_callback.reading import RESERVED
+from tlens_callback.rollouts import Look
 from tlens_callback.sinks.shown import STEP, Keys, figure_name, table_name
 
 REPEATED = "repeat-24-0"
@@ -63,11 +64,13 @@ class Logged:
         probes: the probes whose attention patterns it shows.
         numbers, media: keys, without the name of the callback, of instruments that are not the
             package's own.
+        rollouts: whether it has looked at rollouts.
     """
 
     probes: Sequence[str] = ()
     numbers: Sequence[str] = ()
     media: Sequence[str] = ()
+    rollouts: bool = False
 
 
 def logged_by(entity: str, project: str, *, name: str) -> Logged:
@@ -82,7 +85,10 @@ def logged_by(entity: str, project: str, *, name: str) -> Logged:
         others = sorted(k for k in keys if k.split("/")[0] not in known)
         is_file = {k: hasattr(run.summary[f"{name}/{k}"], "keys") for k in others}
         return Logged(
-            probes, [k for k in others if not is_file[k]], [k for k in others if is_file[k]]
+            probes,
+            [k for k in others if not is_file[k]],
+            [k for k in others if is_file[k]],
+            rollouts=any(k.startswith(f"{Look.name}/") for k in keys),
         )
     return Logged()
 
@@ -102,12 +108,16 @@ def _patterns_prefix() -> str:
     )
 
 
-def _headline_panels(said: Description) -> dict[tuple[str, ...], dict[str, list[str]]]:
-    """Returns axes -> title of a panel -> measures, for panels that have a measure in any run."""
+def _headline_panels(
+    said: Description, *, sometimes: bool = False
+) -> dict[tuple[str, ...], dict[str, list[str]]]:
+    """Returns axes -> title of a panel -> measures, for panels that have a measure in any run; with
+    `sometimes`, also for those that have one in some."""
     found: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    always = {meaning.title for meaning in said.measures.values() if not meaning.sometimes}
-    for measure, meaning in said.measures.items():
-        if meaning.headline and meaning.axes is not None and meaning.title in always:
+    measures = said.measures.items()
+    shown = {meaning.title for _, meaning in measures if sometimes or not meaning.sometimes}
+    for measure, meaning in measures:
+        if meaning.headline and meaning.axes is not None and meaning.title in shown:
             found.setdefault(meaning.axes, {}).setdefault(meaning.title, []).append(measure)
     return found
 
@@ -124,9 +134,10 @@ def build(
     """Builds the view, a `wandb_workspaces.workspaces.Workspace`, without saving it.
 
     It has these sections, in this order: Training (loss, reward and gradient norm, evaluation loss,
-    and what watching costs), Events, one for each group of instruments with their headlines (Heads,
-    Answers, ...), Pictures, Tables, Page. Curves are over `train/global_step`; a media panel shows
-    one step, with a slider.
+    and what watching costs), Events, Rollouts (curves, winners against losers, and the rollouts
+    themselves) if the run has looked at some, one for each group of instruments with their
+    headlines (Heads, Answers, ...), Pictures, Tables, Page. Curves are over `train/global_step`; a
+    media panel shows one step, with a slider.
 
     Args:
         name: the first segment of the keys, `name=` of the callback.
@@ -169,6 +180,22 @@ def build(
             for key, heading in media
         ]
 
+    def rollouts() -> list[Any]:
+        found: list[Any] = []
+        media: list[Any] = []
+        for axes, titled in _headline_panels(Look.description, sometimes=True).items():
+            if not axes:
+                by_title = {t: [keys(f"{Look.name}/{of}") for of in ms] for t, ms in titled.items()}
+                found += curves(*by_title.items())
+            elif len(axes) == 2:
+                title = "Winners minus losers, and the false discovery rates"
+                media += shown([(f"{Look.name}/{figure_name(*axes)}", title)])
+            else:
+                # A media browser shows no table of log mode "INCREMENTAL", a query panel does.
+                key = keys(f"{Look.name}/{table_name(*axes)}")
+                media.append(reports.WeavePanelSummaryTable(table_name=key))
+        return found + media
+
     groups: dict[str, list[Any]] = {"Heads": [[], []]}
     tables: list[tuple[str, str]] = []
     for instrument, said in _descriptions():
@@ -208,6 +235,7 @@ def build(
                 *shown([(f"{watch.name}/{table_name('event')}", "What happened")]),
             ],
         ),
+        *([("Rollouts", rollouts())] if logged is not None and logged.rollouts else []),
         *(
             (group, [*searched(*numbers), *shown(figures)])
             for group, (numbers, figures) in groups.items()
