@@ -73,8 +73,23 @@ def test_what_tells_winners_from_losers(run):
         assert f", same sign in {same:.0%} of observations" in rest
         long = at[f"contrast_{measure}_length"].values[place]
         assert ("may be length" in rest) == (abs(long) > 0.7)
-    every = [r.values.ravel() for m, r in at.items() if re.fullmatch(r"contrast_\w+_q", m)]
+    every = [r.values.ravel() for m, r in at.items() if re.fullmatch(r"contrast_\w+(?<!_run)_q", m)]
     assert q == sorted(np.concatenate(every))[:3]
+
+
+def test_what_the_whole_run_tells(run):
+    (line,) = [line for line in flat(run) if line.startswith("Over all observations so far: ")]
+    at = {r.measure: r for r in run.readings(3)}
+    found, of = (int(at[name].values) for name in ("run_discoveries", "looked_at"))
+    assert f"{found} of {of} numbers compared tell them apart: " in line
+    measure, value, rate = re.search(r"\((\w+) ([-+][\d.e-]+) sd\), q ([\d.e-]+)", line).groups()
+    place = re.search(r"apart: L(\d+)(?:H(\d+))?", line)
+    q, z = (at[f"contrast_{measure}_run{x}"].values for x in ("_q", ""))
+    at_place = tuple(int(one) for one in place.groups() if one is not None)
+    assert float(rate) == pytest.approx(q[at_place], rel=0.06)
+    assert float(value) == pytest.approx(z[at_place], rel=0.06)
+    every = [r.values.min() for m, r in at.items() if re.fullmatch(r"contrast_\w+_run_q", m)]
+    assert q[at_place] == min(every)
 
 
 def test_the_command_says_the_same(run):
@@ -86,7 +101,7 @@ def test_the_command_says_the_same(run):
 
 def test_nothing_tells_them_apart(tmp_path):
     store = stored(tmp_path, rollouts={"fdr": 1e-6}, max_steps=1)
-    line = "Winners and losers at step 0: none of 138 numbers compared tells them apart"
+    line = "Winners and losers at step 0: none of 140 numbers compared tells them apart"
     assert line in flat(store)
     (changed,) = [line for line in flat(store) if line.startswith("Rollouts, step 0: ")]
     assert "->" not in changed

@@ -83,7 +83,7 @@ def test_tensorboard_shows_the_best_and_the_worst(tmp_path):
     memory, store = watch(tmp_path, lambda: TensorBoardSink(tmp_path / "tb"))
     found = read(tmp_path / "tb")
     curves = [tag for tag in found.Tags()["scalars"] if "/rollouts/" in tag]
-    assert len(curves) == 10
+    assert len(curves) == 11
     for tag in curves:
         for event in found.Scalars(tag):
             reading = memory.readings[tag.removeprefix("tlens/")][event.step]

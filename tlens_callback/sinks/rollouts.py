@@ -24,7 +24,7 @@ def overview(readings: Sequence[Reading]) -> list[Reading]:
     """Leaves out what only the store and the page have of rollouts.
 
     Of an instrument that compares winners with losers, the matrices of heads are left out that are
-    neither a contrast nor its false discovery rate: three more of each contrast.
+    neither a contrast of the observation nor its false discovery rate: five more of each contrast.
     """
     comparing = {r.instrument for r in readings if r.meaning.quantity is Quantity.CONTRAST}
     return [
@@ -32,7 +32,7 @@ def overview(readings: Sequence[Reading]) -> list[Reading]:
         for reading in readings
         if reading.instrument not in comparing
         or reading.axes != ("layer", "head")
-        or reading.meaning.quantity in _SHOWN
+        or (reading.meaning.quantity in _SHOWN and "_run" not in reading.measure)
     ]
 
 

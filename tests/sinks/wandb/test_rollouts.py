@@ -74,7 +74,7 @@ def test_what_lands_of_all_readings(offline):
     curves = set(ours) - set(files)
     assert curves == {
         *("reward_mean", "entropy_mean", "kl_mean", "kl_k3", "js_mean", "dead_groups"),
-        *("truncated_share", "age", "discoveries"),
+        *("truncated_share", "age", "discoveries", "run_discoveries"),
     }
     assert len(read) > 70, "the store has the rest"
     for name in curves:
@@ -84,7 +84,7 @@ def test_what_lands_of_all_readings(offline):
     contrasts = ("direct", "attention_first", "attention_prompt", "attention_answer", "repetition")
     assert {f"contrast_{name}" for name in contrasts} <= said
     assert {f"contrast_{name}_q" for name in contrasts} <= said
-    assert not any(text.endswith(("_p", "_length", "_sign")) for text in said)
+    assert not any(text.endswith(("_p", "_length", "_sign", "_run")) for text in said)
 
 
 def test_everything_has_all_matrices(offline):

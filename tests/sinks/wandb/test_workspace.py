@@ -94,9 +94,9 @@ def test_rollouts_have_a_section_with_the_curves_first(offline):
     assert "Rollouts" not in panels(build("me", "it", logged=Logged()))
     shown = view["Rollouts"]
     kinds = [panel["viewType"] for panel in shown]
-    assert kinds == ["Run History Line Plot"] * 11 + ["Weave", "Media Browser"]
+    assert kinds == ["Run History Line Plot"] * 12 + ["Weave", "Media Browser"]
     assert shown[0]["config"]["chartTitle"] == "Mean reward of the rollouts looked at"
-    keys = {*keys_of({"": shown}), queried(shown[11])}
+    keys = {*keys_of({"": shown}), queried(shown[12])}
     # `off_policy` is known with vLLM only, `update_gain` with Rollouts(after_update=True).
     sinks, some = [WandbSink()], {"after_update": True}
     watched(offline / "out", rewards=(distinct, short), sinks=sinks, rollouts=some)
