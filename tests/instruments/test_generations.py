@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import random
 from typing import Any
 
 import numpy as np
@@ -238,7 +237,8 @@ def test_vision_models(family):
 
 
 def random_states() -> list[Any]:
-    return [torch.random.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
+    # Python's is not among them: the checker of shapes draws from it.
+    return [torch.random.get_rng_state().tolist(), repr(np.random.get_state())]
 
 
 @pytest.mark.parametrize("weights", ["resident", "streamed"])

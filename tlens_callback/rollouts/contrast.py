@@ -141,7 +141,7 @@ def _permuted(
     far = int((ranked < _FAR).sum())
     least = ranked[far] if far < len(ranked) else torch.inf
     reached = torch.zeros_like(observed)
-    beyond = torch.zeros(len(ranked) + 1, device=z.device)
+    beyond = torch.zeros(len(ranked) + 1, dtype=torch.int64, device=z.device)
     groups = [own.cpu().numpy() for own in _groups(group)]
     at_once = max(1, AT_ONCE // z.shape[1])
     for start in range(0, permutations, at_once):

@@ -43,13 +43,13 @@ def readings_of(
         yield reading("rewards", rewards, ("rollout", "function"), "reward", both)
     _add_sampler(seen)
     yield from seen.of_tokens()
-    length = torch.tensor([float(len(one.completion)) for one in of])
+    length = torch.tensor([float(len(one.completion)) for one in of], dtype=torch.float32)
     facts = {"advantage": seen.advantage}
     if seen.names:
-        facts["weighted_reward"] = torch.tensor([one.reward for one in of])
+        facts["weighted_reward"] = torch.tensor([one.reward for one in of], dtype=torch.float32)
     facts["length"] = length
     if seen.truncated is not None:
-        facts["truncated"] = torch.tensor([float(not one.ended) for one in of])
+        facts["truncated"] = torch.tensor([float(not one.ended) for one in of], dtype=torch.float32)
     for measure in ("logp", "log_ratio"):
         if measure in seen.tokens:
             facts[f"sum_{measure}"] = seen.sums(measure)
@@ -75,7 +75,8 @@ def _add_sampler(seen: Seen) -> None:
     trained = [t for one, n in pairs for t in (one.trained or (True,) * n)[:n]]
     seen.tokens["trained"] = torch.tensor(trained, dtype=torch.float32)
     if all(one.sampled_with is not None for one in seen.rollouts):
-        sampler = torch.tensor([x for one, n in pairs for x in (one.sampled_with or ())[:n]])
+        known = [x for one, n in pairs for x in (one.sampled_with or ())[:n]]
+        sampler = torch.tensor(known, dtype=torch.float32)
         seen.tokens["sampler_logp"] = sampler
         seen.tokens["sampler_gap"] = seen.tokens["logp"] - sampler
 
@@ -83,7 +84,7 @@ def _add_sampler(seen: Seen) -> None:
 def _curves(seen: Seen) -> Iterator[Reading]:
     counted = seen.tokens["trained"] > 0
     if seen.names:
-        reward = torch.tensor([one.reward for one in seen.rollouts])
+        reward = torch.tensor([one.reward for one in seen.rollouts], dtype=torch.float32)
         yield seen.curve("reward_mean", reward.nanmean())
     for name in ("entropy", "kl", "js"):
         if name in seen.tokens:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -65,7 +66,7 @@ def rollouts_of(
     """
     size = _group_size(generation, args)
     names = recorder.names
-    rewards = torch.full((len(generation), len(names)), torch.nan)
+    rewards = torch.full((len(generation), len(names)), torch.nan, dtype=torch.float32)
     for i, found in generation.rewards.items():
         rewards[:, i] = found
     weights = _weights(recorder, args)
@@ -122,7 +123,7 @@ def chosen(rollouts: Sequence[Rollout], groups: int, most: int, tokens: int) -> 
         share = (most - len(found)) // (len(kept) - at)
         ranked = sorted(group, key=lambda one: -one.advantage)
         if len(ranked) > share:
-            places = torch.linspace(0, len(ranked) - 1, share).round().int().tolist()
+            places = np.linspace(0, len(ranked) - 1, share).round().astype(int).tolist()
             ranked = [ranked[place] for place in places]
         found += sorted(ranked, key=lambda one: one.number)
     return found
@@ -156,7 +157,7 @@ def _advantages(
         or getattr(args, "normalize_advantages", False)
     )
     if len(rewards) % size or (by_batch and args.world_size > 1):
-        return torch.full((len(rewards),), torch.nan)
+        return torch.full((len(rewards),), torch.nan, dtype=torch.float32)
     return advantages(rewards, weights, size, args)
 
 

@@ -85,7 +85,7 @@ class Seen:
     @property
     def advantage(self) -> Float[Tensor, " rollout"]:
         """The advantage of each rollout."""
-        return torch.tensor([one.advantage for one in self.rollouts])
+        return torch.tensor([one.advantage for one in self.rollouts], dtype=torch.float32)
 
     def sums(self, measure: str) -> Float[Tensor, " rollout"]:
         """Sums a measure over the tokens of each rollout."""
