@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from tests import tiny, tiny_vision
 from tests.instruments.common import PROBES, TEXTS, encoded
 from tests.instruments.test_change import lora
+from tests.marks import exhaustive
 from tlens_callback import Generations, Probe, ProbeBatch, Reading, Shadow, observe
 from tlens_callback.shadow.generation import UNKNOWN, greedy
 
@@ -56,7 +57,7 @@ def wanted(model: Any, batch: ProbeBatch, most: int = TOKENS, ends: Any = (2,)) 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("weights", ["resident", "streamed"])
+@pytest.mark.parametrize("weights", exhaustive(["resident", "streamed"], ["streamed"]))
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_equals_generate_of_the_merged_live_model(family, weights):
     # A tiny Gemma 2 with a tied head repeats the last token, whatever the adapter does.
@@ -93,8 +94,10 @@ PROMPTS = [[1, *range(20, 20 + n)] for n in (3, 40, 11, 3, 1, 25)]
 
 
 @pytest.mark.parametrize("ends", [(), tuple(range(0, tiny.VOCAB, 2))])
-@pytest.mark.parametrize("most", [1, 5, TOKENS, 90])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize("most", exhaustive([1, 5, TOKENS, 90], [1, 5]))
+@pytest.mark.parametrize(
+    "family", exhaustive(["llama", "mistral", "gpt2", "opt", "gemma2"], ["llama", "opt"])
+)
 def test_neither_padding_nor_the_cache_matters(family, most, ends):
     """Prompts of many lengths, to the end of the context, and answers of different lengths."""
     of = Shadow.of(tiny.model(family))
@@ -223,7 +226,9 @@ def test_without_a_tokenizer():
     assert texts(got["answer"]) == [" ".join(map(str, answers(got)[0]))]
 
 
-@pytest.mark.parametrize("family", tiny_vision.FAMILIES)
+@pytest.mark.parametrize(
+    "family", exhaustive(tiny_vision.FAMILIES, {*tiny_vision.FAMILIES} - {*tiny_vision.MAIN})
+)
 def test_vision_models(family):
     """One length at a time: their positions are not told of padding. No image is written."""
     model = tiny_vision.model(family)

@@ -191,15 +191,15 @@ def test_z_is_the_contrast_over_its_standard_deviation_by_chance():
 
 @pytest.mark.slow
 def test_a_run_without_a_difference_finds_nothing():
-    """Eight observations each of 200 runs: the p-values of the sums are uniform."""
+    """Five observations each of 100 runs: the p-values of the sums are uniform."""
     p, discoveries = [], 0
-    for seed in range(200):
-        sums = sum(compared(*drawn(seed=100 * seed + t), 1, t).z for t in range(8))
-        z, q = over_observations(sums, 8)
+    for seed in range(100):
+        sums = sum(compared(*drawn(seed=100 * seed + t), 1, t).z for t in range(5))
+        z, q = over_observations(sums, 5)
         p.append(float(torch.special.erfc(z[seed % 50].abs() / 2**0.5)))
         discoveries += bool((q <= 0.05).any())
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
-    assert discoveries <= scipy.stats.binom.ppf(0.999, 200, 0.05)
+    assert discoveries <= scipy.stats.binom.ppf(0.999, 100, 0.05)
 
 
 def test_a_run_finds_what_no_observation_does():

@@ -138,12 +138,12 @@ def test_what_is_looked_at_is_what_is_trained_on(tmp_path, accumulates):
 
 def test_weights_of_another_step_are_found_out(tmp_path):
     """The control of the test above: after the update the same tokens have other numbers."""
-    of, sink = watched(tmp_path, rollouts={"after_update": True}, beta=0.05, temperature=0.8)
-    entropy = logged(of, "entropy")
-    off = [sink.readings["rollouts/entropy_mean"][s + 1].values - entropy[s + 1] for s in (0, 1)]
-    assert np.abs(off).max() > 1e-3
+    some = {"beta": 0.05, "temperature": 0.8, "max_steps": 2}
+    of, sink = watched(tmp_path, rollouts={"after_update": True}, **some)
+    off = sink.readings["rollouts/entropy_mean"][1].values - logged(of, "entropy")[1]
+    assert np.abs(off) > 1e-3
     change = sink.readings["rollouts/step_change"]
-    assert change.keys() == {0, 1, 2}
+    assert change.keys() == {0, 1}
     assert np.nanmax(np.abs(change[1].values)) > 1e-2
 
 
@@ -170,8 +170,9 @@ def test_the_look_after_an_update_is_a_forward_pass_of_then(tmp_path):
                 model.train()
             return super().training_step(*args, **kwargs)
 
-    of, sink = watched(tmp_path, trains=Later, rollouts={"after_update": True}, temperature=0.8)
-    for step in (0, 1):
+    some = {"after_update": True}
+    of, sink = watched(tmp_path, trains=Later, rollouts=some, temperature=0.8, max_steps=2)
+    for step in (0,):
         for row in shown(sink, step):
             after = of.after[step, tuple(row["completion"])]
             np.testing.assert_allclose(row["step_change"], after - row["logp"], atol=3e-5)
@@ -196,7 +197,10 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("name", "args", "private"),
     # The buffers hold what the trainer computed, whatever its settings are.
-    [(*of, False) for of in SETTINGS]
+    [
+        pytest.param(*of, False, marks=[pytest.mark.exhaustive] * (i in (1, 2, 5)))
+        for i, of in enumerate(SETTINGS)
+    ]
     + [pytest.param(*of, True, marks=pytest.mark.exhaustive) for of in SETTINGS[1:]]
     + [(*SETTINGS[0], True)],
 )
@@ -277,12 +281,12 @@ def test_a_wrapped_function_is_enough(tmp_path):
     callback, sink = look()
     of = trainer(
         tmp_path,
-        max_steps=2,
+        max_steps=1,
         rewards=[callback.reward(distinct), callback.reward(short)],
         callbacks=[callback],
     )
     of.train()
-    plain, others = watched(tmp_path / "attached", max_steps=2, rewards=[distinct, short])
+    plain, others = watched(tmp_path / "attached", max_steps=1, rewards=[distinct, short])
     assert sink.readings.keys() == others.readings.keys()
     for key in sink.readings:
         if key.startswith("rollouts/"):

@@ -159,6 +159,7 @@ def test_an_iterator_is_left_to_the_trainer(tmp_path):
     assert [*of._logs["rewards"]["<lambda>"]] == [1.0, 2.0] * 4
 
 
+@pytest.mark.exhaustive
 def test_generations_of_evaluations_are_left_out(tmp_path):
     _, plain = watched(tmp_path / "plain", max_steps=2)
     _, sink = watched(tmp_path / "evaluates", max_steps=2, evaluates=True)

@@ -40,6 +40,7 @@ def test_memory_stays_flat_over_200_observations():
     assert sizes[1] - sizes[0] < 20, "MiB"
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_goes_on_counting_signs(tmp_path):
     """As the run that was never stopped."""
     runs = {}
