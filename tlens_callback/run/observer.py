@@ -368,14 +368,10 @@ class Observer:
         self._of_rollouts = []
         self._look(lambda look, shadow, batch: look.at_pairs(shadow, batch, step))
         self._awaits = self.look is not None and bool(self.look.recorder) and not last
-        more = partial(self._more, step, self._of_rollouts)
+        more = partial(_more, self.logs, step, self._of_rollouts)
         self.writer.hold(readings, step=step, more=more)
         if not (hold or self._awaits):
             self.writer.release()
-
-    def _more(self, step: int, of_rollouts: Sequence[Reading]) -> list[Reading]:
-        """What belongs to an observation and is known after it."""
-        return [*self.logs.take(step), *of_rollouts]
 
     def look_before_update(self, args: Any, step: int) -> None:
         """Looks at the rollouts that were sampled with the weights of `step`, and hands over the
@@ -439,3 +435,9 @@ class Observer:
             if reading.texts is not None:
                 print_lines([f"tlens: step {step}: {event}" for event in reading.texts.tolist()])
         return found
+
+
+def _more(logs: TrainerLogs, step: int, of_rollouts: Sequence[Reading]) -> list[Reading]:
+    """What belongs to an observation and is known after it. It holds no model, since the writer may
+    keep it until the end of the program."""
+    return [*logs.take(step), *of_rollouts]

@@ -67,7 +67,9 @@ def _continue(
     padded = any(len(prompt) < width for prompt in prompts)
     model: Any = shadow.bridge.original_model
     takes = inspect.signature(type(model).forward).parameters
-    about: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    # What a mixture of experts adds to its loss is not asked for; it does not know of the cache.
+    wanted = {"logits_to_keep": 1, "output_router_logits": False}
+    about: dict[str, Any] = {name: value for name, value in wanted.items() if name in takes}
     rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     tokens = torch.tensor(rows, device=shadow.device)
     real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
