@@ -286,3 +286,12 @@ def test_a_trainer_of_ones_own_may_say_nothing_of_groups():
     assert at["rollouts/group"].tolist() == [0, 0, 0, 1, 1, 1]
     np.testing.assert_allclose(at["rollouts/advantage"], [-1, 1, 0, 0, 0, 0], atol=1e-3)
     assert at["rollouts/dead_groups"] == 0.5
+
+
+@pytest.mark.parametrize("given", [None, np.zeros(2), "ab", [1], 3.5, [None, None]])
+def test_odd_arguments_reach_the_function_and_do_no_harm(given):
+    recorder = Recorder()
+    reward = recorder.reward(lambda prompts, completion_ids: [1.0, 2.0])
+    assert reward(prompts=given, completion_ids=[[1], [2]]) == [1.0, 2.0]
+    assert recorder.latest is not None and [*recorder.latest.prompts] == [None, None]
+    assert reward(prompts=given, completion_ids=given) == [1.0, 2.0]

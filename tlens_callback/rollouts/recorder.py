@@ -165,8 +165,8 @@ class Recorder:
             step = getattr(given.get("trainer_state"), "global_step", None)
             self._given = ids
             self.latest = Generation(
-                list(given.get("prompts") or [None] * len(ids)),
-                list(given.get("completions") or [None] * len(ids)),
+                _listed(given.get("prompts"), len(ids)),
+                _listed(given.get("completions"), len(ids)),
                 [*ids],
                 step,
                 dict(self._waiting),
@@ -190,6 +190,12 @@ class Recorder:
             of.rewards[i] = rewards
         else:
             self._waiting[i] = rewards
+
+
+def _listed(given: Any, n: int) -> list[Any]:
+    """A list of n, whatever a trainer of somebody's own gives its reward functions."""
+    known = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == n
+    return list(given) if known else [None] * n
 
 
 def _numbers(found: Any) -> Tensor | None:
