@@ -13,7 +13,7 @@ from tlens_callback.shadow import Shadow
 
 def most_tokens(settings: Rollouts, shadow: Shadow) -> int:
     """Returns how many tokens one pass over all rollouts has at most."""
-    return settings.per_observation * _longest(settings, shadow)
+    return settings.per_observation * settings.longest(shadow.context)
 
 
 def peaks(settings: Rollouts, shadow: Shadow, *, has_base: bool) -> dict[str, float]:
@@ -33,7 +33,7 @@ def peaks(settings: Rollouts, shadow: Shadow, *, has_base: bool) -> dict[str, fl
     The first two are on the shadow's device.
     """
     cfg: Any = shadow.bridge.cfg
-    longest, tokens = _longest(settings, shadow), most_tokens(settings, shadow)
+    longest, tokens = settings.longest(shadow.context), most_tokens(settings, shadow)
     at_once = min(max(TOKENS, longest), tokens)
     bytes_each = shadow.dtype.itemsize
     neurons = getattr(cfg, "d_mlp", None) or 4 * shadow.d_model
@@ -49,7 +49,3 @@ def peaks(settings: Rollouts, shadow: Shadow, *, has_base: bool) -> dict[str, fl
         "compare": 2 * resid + 4 * read,
         "contrast": 4 * 8 * settings.per_observation * numbers + 4 * sums,
     }
-
-
-def _longest(settings: Rollouts, shadow: Shadow) -> int:
-    return min(settings.max_tokens, shadow.context or settings.max_tokens)

@@ -77,7 +77,7 @@ class Look:
         if generation is None:
             return []
         of, settings = rollouts_of(generation, self.recorder, batch, args, model), self.settings
-        longest = min(settings.max_tokens, batch.context or settings.max_tokens)
+        longest = settings.longest(batch.context)
         few = chosen(of, settings.groups, settings.per_observation, longest)
         if not few:
             self._say_why_not(of, longest)
@@ -121,7 +121,7 @@ class Look:
             kept = copy.deepcopy(language_model(model)).requires_grad_(False)
             self.base = Shadow.of(kept, device=shadow.device, dtype=shadow.dtype)
         if not self.recorder:
-            longest = min(self.settings.max_tokens, shadow.context or self.settings.max_tokens)
+            longest = self.settings.longest(shadow.context)
             self.pairs = preferences(dataset, self.settings.per_observation, longest)
             if not self.pairs:
                 logger.warning(

@@ -58,3 +58,7 @@ class Rollouts:
             raise ValueError(f"Rollouts(base={self.base!r}): give 'adapter' or 'copy'.")
         if not 0 < self.fdr < 1:
             raise ValueError(f"Rollouts(fdr={self.fdr}) is a share: give one between 0 and 1.")
+
+    def longest(self, context: int | None) -> int:
+        """How many tokens of a rollout are read, by a model with this context; None: no limit."""
+        return self.max_tokens if context is None else min(self.max_tokens, context)

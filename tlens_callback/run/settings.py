@@ -83,7 +83,6 @@ class Settings:
         name: separates several callbacks of one training. It is the directory of the default local
             store, the section in W&B and the other sinks, and the name of the file `<name>.memory`
             in each checkpoint, which a resumed run compares its observations with.
-
         rollouts: which of the completions that a trainer samples are looked at; None: `Rollouts()`,
             if there are any.
 
