@@ -30,6 +30,7 @@ from .instruments import VirtualHeads as VirtualHeads
 from .instruments import fast as fast
 from .interfaces import Instrument as Instrument
 from .interfaces import Sink as Sink
+from .interfaces import TokenFeatures as TokenFeatures
 from .meaning import Description as Description
 from .meaning import Meaning as Meaning
 from .meaning import Needs as Needs

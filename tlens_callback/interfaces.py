@@ -1,13 +1,43 @@
 """Defines `Instrument` and `Sink`, the two interfaces that a user may implement."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tlens_callback.reading import Reading
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tlens_callback.probes import ProbeBatch
     from tlens_callback.shadow import Reduce, Shadow, Taken
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFeatures:
+    """Numbers of each token that can be read from one activation: features, projections.
+
+    Attributes:
+        hook: hook point of the activation, [probe, pos, ...]; its heads are concatenated.
+        encode: [token, width], float32 on the shadow's device -> [token, feature], of each token
+            by itself.
+        names: of the features, each another one, without "/".
+        shown: numbers of those that are of interest whatever they do.
+
+    Raises:
+        ValueError: for names that are given twice, empty or with "/".
+    """
+
+    hook: str
+    encode: "Callable[[Tensor], Tensor]"
+    names: Sequence[str]
+    shown: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.names)) < len(self.names) or not all(self.names):
+            raise ValueError(f"TokenFeatures at {self.hook!r} needs a name for each feature.")
+        if wrong := [name for name in self.names if "/" in name]:
+            raise ValueError(f"TokenFeatures at {self.hook!r}: {wrong[0]!r} has a slash in it.")
 
 
 @runtime_checkable
@@ -30,6 +60,8 @@ class Instrument(Protocol):
     - `between(first, last) -> Iterable[Reading]`: computes those of its readings that compare with
       the first observation of a run. `first` and `last` are key -> reading of any two observations;
       `first` takes the place of the first observation. It is used to compare two runs.
+    - `token_features(shadow) -> Iterable[TokenFeatures]`: what can be read at any token. Where
+      rollouts are looked at, these features are read at the sampled tokens, too.
     """
 
     @property

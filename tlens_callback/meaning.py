@@ -78,8 +78,9 @@ class Quantity(StrEnum):
         ROLLOUT_REWARD: what each reward function gives: [rollout, function].
         ROLLOUT_ATTENTION: attention of a rollout's sampled tokens to each token of its prompt and
             to each token sampled, mean over the sampled ones: [rollout, layer, head, key].
-        CONTRAST: how much more winners have than losers, of each head: [layer, head].
-        CONTRAST_Q: the smallest false discovery rate at which that is a discovery: [layer, head].
+        CONTRAST: how much more winners have than losers, of each head: [layer, head]; or of those
+            neurons or features that differ most, with their names as texts: [rank].
+        CONTRAST_Q: the smallest false discovery rate at which that is a discovery.
     """
 
     ATTENTION = auto()

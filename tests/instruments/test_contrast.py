@@ -15,7 +15,7 @@ from tests.instruments.common import MIXED_MOE, encoded, hugging_face, readings,
 from tests.instruments.test_drift import layers_of
 from tlens_callback import Contrast, Probe, Shadow, observe
 from tlens_callback.instruments import contrast
-from tlens_callback.instruments.contrast import auroc
+from tlens_callback.instruments.parts.auroc import auroc
 
 HAVING = (
     "The capital of France is Paris",

@@ -10,6 +10,7 @@ import torch
 from tests import tiny
 from tests.rollouts.test_tokens import adapted, batch_of, rollouts
 from tlens_callback import Shadow
+from tlens_callback.instruments.parts.selection import neuron_layers
 from tlens_callback.rollouts import inside as module
 from tlens_callback.rollouts.inside import inside, parts
 
@@ -22,7 +23,7 @@ def found(family: str, few: Any, **settings: Any) -> tuple[Any, Shadow, dict[int
     shadow = Shadow.of(model, **settings)
     rows: dict[int, Any] = {}
     for part in parts(few, batch_of(shadow), 64):
-        _, measures, received = inside(shadow, part, range(len(part.which)))
+        _, measures, received, _ = inside(shadow, part, range(len(part.which)))
         assert received is not None
         for row, i in enumerate(part.which):
             rows[i] = {name: value[row] for name, value in measures.items()}
@@ -195,3 +196,32 @@ def test_a_family_that_unembeds_in_another_way_is_refused(monkeypatch):
     monkeypatch.setattr(module, "unembed", lambda of, resid: 1.1 * usual(of, resid))
     with pytest.raises(ValueError, match="Rollouts: norm and unembedding of the last layer"):
         inside(shadow, part, [])
+
+
+@pytest.mark.parametrize("dense", [[], [1], [0, 1]])
+def test_neurons_are_those_of_layers_that_have_them(dense):
+    """In a mixture of experts the bridge's hook_post is the layer's output; it has no neurons."""
+    model: Any = tiny.model("qwen3_moe", mlp_only_layers=dense).eval()
+    shadow = Shadow.of(model)
+    assert neuron_layers(shadow) == dense
+    for part in parts(rollouts(), batch_of(shadow), 64):
+        numbers = inside(shadow, part, []).numbers
+        if not dense:
+            assert "neuron" not in numbers
+            continue
+        assert numbers["neuron"].shape[1] == len(dense)
+        for row, i in enumerate(part.which):
+            one = rollouts()[i]
+            for at, layer in enumerate(dense):
+                wanted = neurons(model.model.layers[layer].mlp, model, one)
+                np.testing.assert_allclose(numbers["neuron"][row, at], wanted, atol=1e-5)
+
+
+@torch.no_grad()
+def neurons(mlp: Any, model: Any, one: Any) -> Any:
+    """Mean over the sampled tokens of what enters the down projection."""
+    kept: list[Any] = []
+    handle = mlp.down_proj.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    model(torch.tensor([[*one.prompt, *one.completion]]))
+    handle.remove()
+    return kept[0].view(-1, kept[0].shape[-1])[len(one.prompt) :].mean(0)

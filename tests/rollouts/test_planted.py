@@ -48,15 +48,18 @@ def completions() -> tuple[Any, Any]:
     return each, ids[:, 7:].tolist()
 
 
-def seen(rewards: Any, **settings: Any) -> dict[str, Reading]:
-    shadow = Shadow.of(planted())
+def seen(
+    rewards: Any, instruments: Any = (), model: Any = None, **settings: Any
+) -> dict[str, Reading]:
+    model = planted() if model is None else model
+    shadow = Shadow.of(model)
     recorder = Recorder()
     each, sampled = completions()
     reward = recorder.reward(lambda completion_ids, **_: rewards)
     reward(prompts=each, completions=sampled, completion_ids=sampled)
     args = SimpleNamespace(num_generations=SIZE, scale_rewards="none", temperature=1.0)
     look = Look(Rollouts(**settings), recorder)
-    found = look.before_update(shadow, batch_of(shadow), planted(), args, 0)
+    found = look.before_update(shadow, batch_of(shadow), model, args, 0, instruments)
     return {one.key.removeprefix("rollouts/"): one for one in found}
 
 
@@ -127,6 +130,13 @@ def test_neurons_are_among_what_is_compared():
     assert found["looked_at"].values == 5 * 8 + 2 + 2 + 2 * 48
     q = found["contrast_neuron_q"].values
     assert (np.diff(q) >= 0).all() and len({*names.tolist()}) == 5
+
+
+def test_neurons_are_named_by_their_own_layer():
+    """Here only the second layer has neurons; the first is a mixture of experts."""
+    model = tiny.model("qwen3_moe", mlp_only_layers=[1])
+    names = seen(counts(), model=model, neurons=9)["contrast_neuron"].texts
+    assert names is not None and {name[:3] for name in names.tolist()} == {"L1N"}
 
 
 def test_signs_are_counted_over_observations():

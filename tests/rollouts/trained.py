@@ -88,7 +88,8 @@ def look(**settings: Any) -> tuple[TLensCallback, MemorySink]:
 
 def watched(folder: Any, name: str = "grpo", **given: Any) -> tuple[Any, MemorySink]:
     """Trains while the rollouts of every step are looked at."""
-    looks = {k: given.pop(k) for k in ("rollouts", "sinks", "every_n_steps") if k in given}
+    of_look = ("rollouts", "sinks", "every_n_steps", "instruments")
+    looks = {k: given.pop(k) for k in of_look if k in given}
     of = trainer(folder, name, **given)
     callback, sink = look(**looks)
     callback.attach(of)

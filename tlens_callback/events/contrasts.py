@@ -20,6 +20,7 @@ _DOES = {
     "lens_logp": "reads {} of the sampled tokens",
     "repetition": "looks {} at what came after the same token",
     "neuron": "is {} active",
+    "feature": "is {} active",
 }
 """What was measured -> what a head, MLP or neuron does more or less in winners."""
 

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tlens_callback.demands import demand_numbers
+from tlens_callback.instruments.parts.auroc import auroc, percentile_95, shuffled
 from tlens_callback.instruments.parts.baseline import first_value
 from tlens_callback.instruments.parts.distance import cosine_distance
 from tlens_callback.instruments.parts.selection import (
@@ -19,7 +21,9 @@ from tlens_callback.instruments.parts.selection import (
     neuron_hook,
     neuron_layers,
     resid_hook,
+    similar_lengths,
 )
+from tlens_callback.interfaces import TokenFeatures
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import Probe, ProbeBatch, token_ids
 from tlens_callback.reading import Reading
@@ -27,9 +31,6 @@ from tlens_callback.shadow import Reduce, Shadow, Taken
 
 TOKENS = 2048
 """Tokens in one forward pass, with padding; a longer text has a pass of its own."""
-
-SHUFFLES = 1000
-"""Number of random labellings that give the chance level."""
 
 
 @dataclass(frozen=True)
@@ -180,19 +181,18 @@ class Contrast:
         resid, norm, neurons = self._means(shadow, batch, weight.to(shadow.device))
         fit = weight[:2].to(shadow.device)[:, None, :, None]  # [group, layer, text, d_model]
         direction = (fit[0] * resid).sum(1) - (fit[1] * resid).sum(1)  # [layer, d_model]
-        texts = zlib.crc32(repr((self.having, self.without, self.held_out)).encode())
-        first = first_value(self.baseline, f"direction of {texts}", direction)
+        first = first_value(self.baseline, self._kept_as, direction)
         scale = (norm * fit[..., 0]).sum((0, 2)) / 2
         # Products and sums, not matmuls: a trainer may have switched those to TF32.
         along = (resid * direction[:, None]).sum(2)[:, torch.tensor(held, device=resid.device)]
         scores, labels = along.double().cpu().numpy(), has[held]
         real = auroc(scores, labels[None])[:, 0]
-        null = auroc(scores, _shuffled_labels(labels))
+        null = auroc(scores, shuffled(labels))
         by_layer = {
             "auroc": (real, "probability", (0.0, 1.0)),
-            "chance": (_percentile_95(null), "probability", (0.0, 1.0)),
+            "chance": (percentile_95(null), "probability", (0.0, 1.0)),
             "best": (real.max(), "probability", (0.0, 1.0)),
-            "best_chance": (_percentile_95(null.max(0)), "probability", (0.0, 1.0)),
+            "best_chance": (percentile_95(null.max(0)), "probability", (0.0, 1.0)),
             "cosine": (_to_numpy(1 - cosine_distance(direction, first)), "cosine", (-1.0, 1.0)),
             "norm": (_to_numpy(direction.norm(dim=1) / scale), "fraction", (0.0, 2.0)),
         }
@@ -216,6 +216,21 @@ class Contrast:
                     unit="index" if measure == "neuron" else "activation",
                     labels=layer_labels(list(neurons), shadow),
                 )
+
+    def token_features(self, shadow: Shadow) -> Iterator[TokenFeatures]:
+        """The projection h . d / |d| of a token's residual stream after each layer, with d of the
+        first observation; none before it."""
+        first = self.baseline.get(self._kept_as)
+        if first is None:
+            return
+        for layer, d in enumerate(first):
+            along = d / d.norm()
+            yield TokenFeatures(resid_hook(layer), partial(_along, along), [f"L{layer}"])
+
+    @property
+    def _kept_as(self) -> str:
+        texts = zlib.crc32(repr((self.having, self.without, self.held_out)).encode())
+        return f"direction of {texts}"
 
     def _held_out(self, n: int) -> list[bool]:
         """Which of n texts are held out: floor(n * held_out) of them, spread evenly."""
@@ -243,7 +258,7 @@ class Contrast:
         sums: dict[int, Tensor] = {}
         # Without the tokenizer, which token ids do not need and encoding would copy.
         bare = replace(batch, tokenizer=None)
-        for part in _batches([len(probe.content) for probe in texts]):
+        for part in similar_lengths([len(probe.content) for probe in texts], TOKENS):
             some = bare.beside([texts[i] for i in part])
             at = torch.tensor(part, device=weight.device)
             counted = some.mask.clone()
@@ -288,41 +303,6 @@ class Contrast:
         return probes
 
 
-def auroc(
-    scores: Float[np.ndarray, "layer text"], labels: Bool[np.ndarray, "labelling text"]
-) -> Float[np.ndarray, "layer labelling"]:
-    """Computes the area under the ROC curve of each layer's scores for each labelling.
-
-    It is the share of pairs of a text with the label and one without in which the former scores
-    higher; ties count half.
-    """
-    ahead = np.sign(scores[:, :, None] - scores[:, None, :])  # [layer, text, text]
-    won = np.einsum("nt,ltu,nu->ln", labels, ahead, ~labels, optimize=True)
-    pairs = labels.sum(1) * (~labels).sum(1)
-    return 0.5 + won / (2 * pairs)
-
-
-def _shuffled_labels(labels: Bool[np.ndarray, " text"]) -> Bool[np.ndarray, "labelling text"]:
-    generator = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(len(labels), generator=generator).numpy() for _ in range(SHUFFLES)]
-    return np.stack([labels[order] for order in orders])
-
-
-def _percentile_95(null: Float[np.ndarray, "*layer labelling"]) -> np.ndarray:
-    return np.asarray(np.quantile(null, 0.95, axis=-1, method="inverted_cdf"))
-
-
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Groups texts of similar length into batches of at most `TOKENS` tokens, with padding."""
-    parts: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if parts and (len(parts[-1]) + 1) * lengths[i] <= TOKENS:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
-
-
 def _mean_and_norm(counted: Bool[Tensor, "text pos"]) -> Reduce:
     def reduce(
         resid: Float[Tensor, "text pos d_model"],
@@ -344,6 +324,12 @@ def _mean(
     values: Float[Tensor, "text pos unit"], counted: Bool[Tensor, "text pos"]
 ) -> Float[Tensor, "text unit"]:
     return values.masked_fill(~counted[:, :, None], 0).sum(1) / counted.sum(1, keepdim=True)
+
+
+def _along(
+    direction: Float[Tensor, " d_model"], resid: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "token 1"]:
+    return (resid * direction).sum(1, keepdim=True)
 
 
 def _to_numpy(values: Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.selection import checked_selection, index_or_nan, plain_rows
+from tlens_callback.interfaces import TokenFeatures
 from tlens_callback.meaning import Description, Meaning, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading, legible
@@ -201,9 +202,8 @@ class SparseFeatures:
             first = mean
             self.baseline.update(mean=mean.clone(), shown=largest(mean, self.k))
         drift = mean - first
-        shown = self.baseline["shown"]
-        if self.features is not None:
-            shown = torch.tensor(self.features, device=mean.device)
+        given = self.features
+        shown = self.baseline["shown"] if given is None else torch.tensor(given, device=mean.device)
         labels = {"feature": [str(i) for i in shown.tolist()]}
 
         yield from feature_readings(self.name, seen, shown, batch, rows, self.tokens)
@@ -226,6 +226,13 @@ class SparseFeatures:
         dead = float(silent.mean()) if seen.is_known else float("nan")
         yield scalar(self.name, "dead", dead, "fraction", (0.0, 1.0))
         yield from fit_readings(self.name, seen)
+
+    def token_features(self, shadow: Shadow) -> Iterator[TokenFeatures]:
+        """All features at the autoencoder's hook point."""
+        sae = self.sae.to(shadow.device)
+        names = [str(i) for i in range(sae.n_features)]
+        shown = [int(i) for i in self.features or ()]
+        yield TokenFeatures(self._at, sae.encode, names, shown)
 
     @property
     def _at(self) -> str:
@@ -269,11 +276,10 @@ def feature_readings(
     """Yields frequency, mean, activation and top tokens of each feature that is shown."""
     labels = {"feature": [str(i) for i in shown.tolist()]}
     chosen, counted = seen.features[:, shown].cpu(), seen.counted.cpu()  # [token, shown]
-    axes = ("feature",)
     yield Reading(
         key=f"{name}/frequency",
         values=(chosen > 0).double().masked_fill(chosen.isnan(), torch.nan).mean(0).numpy(),
-        axes=axes,
+        axes=("feature",),
         unit="fraction",
         labels=labels,
         limits=(0.0, 1.0),
@@ -281,7 +287,7 @@ def feature_readings(
     yield Reading(
         key=f"{name}/mean",
         values=chosen.double().mean(0).numpy(),
-        axes=axes,
+        axes=("feature",),
         unit="activation",
         labels=labels,
     )

@@ -15,6 +15,7 @@ from tlens_callback.instruments.features import (
     scalar,
     text_rows,
 )
+from tlens_callback.interfaces import TokenFeatures
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
@@ -264,6 +265,13 @@ class TrainedFeatures:
         yield scalar(self.name, "resampled", resampled, "count")
         yield scalar(self.name, "fvu_before", before, "fraction")
         yield from fit_readings(self.name, seen)
+
+    def token_features(self, shadow: Shadow) -> Iterator[TokenFeatures]:
+        """All features as trained so far; none before the first observation."""
+        if "W_enc" in self.baseline:
+            sae = autoencoder(self.baseline)
+            names = [str(i) for i in range(sae.n_features)]
+            yield TokenFeatures(self.hook, sae.encode, names)
 
     def _training(self) -> Training:
         return Training(l1=self.l1, lr=self.lr, batch=self.batch, seed=self.seed)

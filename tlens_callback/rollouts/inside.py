@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,18 @@ from tlens_callback.instruments.parts.direct import (
     has_direct_path,
     mlp_hook,
 )
-from tlens_callback.instruments.parts.selection import pattern_hook, resid_hook, z_hook
+from tlens_callback.instruments.parts.selection import (
+    neuron_hook,
+    neuron_layers,
+    pattern_hook,
+    resid_hook,
+    similar_lengths,
+    z_hook,
+)
 from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, unembed
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.rollouts.rollout import Rollout
-from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow
+from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
 
 TOKENS = 2048
 """Tokens that are run at once; patterns and logits take memory in proportion."""
@@ -57,6 +64,24 @@ class Part:
         return weight / weight.sum(1, keepdim=True)
 
 
+class Inside(NamedTuple):
+    """What a pass over a part gives.
+
+    Attributes:
+        resid: [token, d_model], the residual stream where each sampled token was predicted.
+        numbers: measure -> [rollout, layer, head], [rollout, layer], [rollout] or [rollout, layer,
+            neuron].
+        received: [row of keys, layer, head, key], attention to each token; None: it has no layer
+            with attention patterns.
+        more: what the reductions that were added returned.
+    """
+
+    resid: Float[Tensor, "token d_model"]
+    numbers: dict[str, Tensor]
+    received: Float[Tensor, "row layer head key"] | None
+    more: dict[str, Taken]
+
+
 def parts(rollouts: Sequence[Rollout], batch: ProbeBatch, longest: int) -> list[Part]:
     """Puts rollouts of similar length together, each cut to `longest` tokens.
 
@@ -66,15 +91,8 @@ def parts(rollouts: Sequence[Rollout], batch: ProbeBatch, longest: int) -> list[
     if batch.context is not None:
         longest = min(longest, batch.context)
     ids = [[*one.prompt, *one.completion][:longest] for one in rollouts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(groups[-1]) + 1) * len(ids[i]) <= TOKENS:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
     found = []
-    for which in groups:
+    for which in similar_lengths([len(one) for one in ids], TOKENS):
         here = batch.beside([Probe(str(i), ids[i]) for i in which])
         device = here.tokens.device
         row, pos = [], []
@@ -102,8 +120,8 @@ def last_residuals(shadow: Shadow, part: Part) -> Float[Tensor, "token d_model"]
 
 
 def inside(
-    shadow: Shadow, part: Part, keys: Sequence[int]
-) -> tuple[Float[Tensor, "token d_model"], dict[str, Tensor], Tensor | None]:
+    shadow: Shadow, part: Part, keys: Sequence[int], more: Mapping[str, Reduce] | None = None
+) -> Inside:
     """Runs a part once, and reduces attention, direct effects and neurons to numbers of a rollout.
 
     With S the tokens that a rollout samples, each measure of a head is a mean over them:
@@ -122,11 +140,7 @@ def inside(
 
     Args:
         keys: the rollouts, by their rows in the part, whose attention to each token is kept.
-
-    Returns:
-        The residual stream where each sampled token was predicted; measure -> [rollout, layer,
-        head], [rollout, layer], [rollout] or [rollout, layer, neuron]; and [row of keys, layer,
-        head, key].
+        more: reductions that are to be run in the same pass.
 
     Raises:
         ValueError: for a family whose logits are not norm and unembedding of the last layer.
@@ -152,8 +166,8 @@ def inside(
     directs = has_direct_path(shadow)
     if directs:
         taps |= _direct_taps(shadow, part)
-    neurons = [i for i in layers if f"blocks.{i}.mlp.hook_post" in shadow.hooks]
-    taps |= dict.fromkeys([f"blocks.{i}.mlp.hook_post" for i in neurons], partial(_mean, part))
+    neurons = neuron_layers(shadow)
+    taps |= dict.fromkeys(map(neuron_hook, neurons), partial(_mean, part))
     kept: list[Tensor] = []
     ends: list[Tensor] = []
     spots, last, first_end = _spots(part), shadow.n_layers - 1, part.batch.last[:1]
@@ -171,10 +185,9 @@ def inside(
 
     taken: Any
     of_layers: Any
-    taken, of_layers, ended = shadow.run(
-        part.batch,
-        [taps, {resid_hook(i): lens for i in layers}, {resid_hook(last): keep, LAST_LOGITS: check}],
-    )
+    lenses = {resid_hook(i): lens for i in layers}
+    at_end = {resid_hook(last): keep, LAST_LOGITS: check}
+    taken, of_layers, ended, added = shadow.run(part.batch, [taps, lenses, at_end, more or {}])
     off = ended[LAST_LOGITS]
     assert isinstance(off, Tensor)
     demand_equal(off, shadow, "Rollouts")
@@ -187,10 +200,10 @@ def inside(
         found |= dict(zip(names, shares, strict=True))
     if directs:
         found |= _directs(shadow, part, taken)
-    posts = [taken[f"blocks.{i}.mlp.hook_post"] for i in neurons]
+    posts = [taken[neuron_hook(i)] for i in neurons]
     if posts and len({post.shape for post in posts}) == 1:
         found["neuron"] = torch.stack(posts, 1)
-    return kept[0], found, received
+    return Inside(kept[0], found, received, added)
 
 
 def _spots(part: Part, most: int = 4) -> Int[Tensor, " spot"]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from tlens_callback.instruments.parts.predictions import compare
+from tlens_callback.interfaces import Instrument
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
+from tlens_callback.rollouts.features import Features
 from tlens_callback.rollouts.inside import Part, inside, last_residuals, parts
 from tlens_callback.rollouts.meanings import DESCRIPTION
 from tlens_callback.rollouts.pairs import preferences
@@ -58,13 +60,20 @@ class Look:
         self._before: tuple[list[Part], list[Tensor], float, Seen] | None = None
 
     def before_update(
-        self, shadow: Shadow, batch: ProbeBatch, model: Any, args: Any, step: int
+        self,
+        shadow: Shadow,
+        batch: ProbeBatch,
+        model: Any,
+        args: Any,
+        step: int,
+        instruments: Sequence[Instrument] = (),
     ) -> list[Reading]:
         """Looks at the latest rollouts with the weights that the shadow holds.
 
         Args:
             batch: any of the run, for its tokenizer and vocabulary.
             model, args: of the trainer.
+            instruments: those whose features are read at the sampled tokens.
 
         Returns:
             The readings; none if nothing was sampled that can be looked at.
@@ -83,7 +92,7 @@ class Look:
             self._say_why_not(of, longest)
             return []
         temperature = float(getattr(args, "temperature", 1.0) or 1.0)
-        seen = self._see(shadow, batch, few, temperature)
+        seen = self._see(shadow, batch, few, temperature, instruments)
         seen.dead = _dead_groups(of)
         seen.truncated = sum(not one.ended for one in of) / len(of)
         seen.age = None if generation.step is None else step - generation.step
@@ -92,6 +101,7 @@ class Look:
 
     def _read(self, seen: Seen, shadow: Shadow, batch: ProbeBatch, step: int) -> list[Reading]:
         found = [*readings_of(seen, self.settings, shadow, batch, self.baseline, step)]
+        seen.features = None  # what it keeps on the device
         assert len({one.key for one in found}) == len(found)
         found = [one.described(DESCRIPTION) for one in found]
         self.latest = step, [one for one in found if "rollout" not in one.axes]
@@ -105,13 +115,17 @@ class Look:
         size = sum(p.numel() * p.element_size() for p in of.parameters()) / 2**20
         return [f"tlens: rollouts: the copy of the model takes {size:,.0f} MiB"]
 
-    def meet(self, model: Any, dataset: Any, shadow: Shadow) -> None:
+    def meet(
+        self, model: Any, dataset: Any, shadow: Shadow, instruments: Sequence[Instrument] = ()
+    ) -> None:
         """Keeps a copy of the model, where it is wanted, and the preferences of the training data,
         where the trainer samples nothing.
 
         Raises:
-            ValueError: for a copy of a model that is sharded.
+            ValueError: for a copy of a model that is sharded; for features of an instrument at a
+                hook point that the model does not have.
         """
+        Features.of(instruments, shadow)
         if self.settings.base == "copy":
             if shadow.ranks is not None and shadow.ranks.sharded:
                 raise ValueError(
@@ -130,11 +144,18 @@ class Look:
                     "neither pairs of chosen_ids and rejected_ids nor completions with labels."
                 )
 
-    def at_pairs(self, shadow: Shadow, batch: ProbeBatch, step: int) -> list[Reading]:
+    def at_pairs(
+        self,
+        shadow: Shadow,
+        batch: ProbeBatch,
+        step: int,
+        instruments: Sequence[Instrument] = (),
+    ) -> list[Reading]:
         """Looks at the preferences of the training data, the same ones at each observation."""
         if not self.pairs:
             return []
-        return self._read(self._see(shadow, batch, self.pairs, 1.0), shadow, batch, step)
+        seen = self._see(shadow, batch, self.pairs, 1.0, instruments)
+        return self._read(seen, shadow, batch, step)
 
     def after_update(self, shadow: Shadow) -> list[Reading]:
         """Looks at the same rollouts with the weights of now; nothing if none were looked at."""
@@ -154,7 +175,12 @@ class Look:
         return [one.described(DESCRIPTION) for one in _after(seen)]
 
     def _see(
-        self, shadow: Shadow, batch: ProbeBatch, few: Sequence[Rollout], temperature: float
+        self,
+        shadow: Shadow,
+        batch: ProbeBatch,
+        few: Sequence[Rollout],
+        temperature: float,
+        instruments: Sequence[Instrument],
     ) -> Seen:
         of = parts(few, batch, self.settings.max_tokens)
         pair = _pair(few)
@@ -162,10 +188,13 @@ class Look:
         base: list[Tensor] = []
         each: list[Mapping[str, Tensor]] = []
         received: dict[int, Tensor] = {}
+        features = Features.of(instruments, shadow)
         for part in of:
             keys = [row for row, i in enumerate(part.which) if i in pair]
-            resid, found, looked = inside(shadow, part, keys)
+            resid, found, looked, more = inside(shadow, part, keys, features.taps(part))
             now.append(resid)
+            if features.names:
+                found["feature"] = features.means(more)
             each.append({name: value.float().cpu() for name, value in found.items()})
             for at, row in enumerate(keys if looked is not None else ()):
                 assert looked is not None
@@ -188,6 +217,7 @@ class Look:
         measures = {name: value.cpu() for name, value in compared.numbers.items()}
         seen = Seen.of(few, of, measures, each)
         seen.attention = {i: received[i] for i in pair if i in received}
+        seen.features = features if features.names else None
         if base:
             seen.moved = {
                 "gained": (compared.gained.cpu(), compared.gained_by.cpu()),

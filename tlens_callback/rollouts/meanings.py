@@ -29,6 +29,7 @@ TOKEN_MEASURES = {
     "base_rank": ("How many tokens are likelier to the base", "rank"),
     "sampler_logp": ("Log probability when it was sampled", "nats"),
     "sampler_gap": ("Log probability now minus when it was sampled", "nats"),
+    "feature": ("Feature of the sampled token", "activation"),
     "trained": ("Counts in the loss", "fraction"),
     "step_change": ("Change of the log probability by this update", "nats"),
 }
@@ -47,6 +48,7 @@ ROLLOUT_MEASURES = {
     "mean_js": ("Mean divergence of a token from the base", "nats"),
     "mean_kl": ("Mean KL divergence of a token from the base", "nats"),
     "lens_layer": ("Layer from which the lens reads the tokens", "layer"),
+    "mean_feature": ("Mean of a feature over the sampled tokens", "activation"),
     "sum_step_change": ("Change of the log probability by this update", "nats"),
 }
 """Measure of each rollout -> title, unit."""
@@ -131,15 +133,27 @@ def _of_heads() -> dict[str, Meaning]:
     mlp = "What each MLP adds to the sampled tokens"
     found["mlp_direct"] = Meaning(title=mlp, axes=("rollout", "layer"), of_run=True)
     found |= {f"contrast_mlp_direct{s}": one for s, one in _contrast(mlp, ("layer",)).items()}
-    neurons = {
-        "contrast_neuron": "Winners minus losers: top neurons",
-        "contrast_neuron_q": "False discovery rate: top neurons",
-        "contrast_neuron_length": "Correlation with length: top neurons",
-        "contrast_neuron_run": "The whole run, winners minus losers: top neurons",
-        "contrast_neuron_run_q": "False discovery rate of the whole run: top neurons",
+    return found | _top("neuron", "top neurons") | _top("feature", "top features")
+
+
+def _top(name: str, title: str) -> dict[str, Meaning]:
+    """The meanings of the contrasts of some of many: those that tell winners from losers best."""
+    titles = {
+        "": ("Winners minus losers", Quantity.CONTRAST),
+        "_q": ("False discovery rate", Quantity.CONTRAST_Q),
+        "_length": ("Correlation with length", None),
+        "_run": ("The whole run, winners minus losers", None),
+        "_run_q": ("False discovery rate of the whole run", None),
     }
-    return found | {
-        name: Meaning(title=title, axes=("rank",), of_run=True) for name, title in neurons.items()
+    return {
+        f"contrast_{name}{suffix}": Meaning(
+            title=f"{what}: {title}",
+            axes=("rank",),
+            of_run=True,
+            sometimes=name == "feature",
+            quantity=quantity,
+        )
+        for suffix, (what, quantity) in titles.items()
     }
 
 

@@ -11,6 +11,7 @@ from tlens_callback.instruments.parts.selection import layer_labels
 from tlens_callback.instruments.parts.unembed import token_texts
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
+from tlens_callback.rollouts.features import Features
 from tlens_callback.rollouts.meanings import HEAD_MEASURES, HEAD_UNITS, LAYER_UNITS
 from tlens_callback.rollouts.seen import Seen, layers_of, reading
 from tlens_callback.rollouts.settings import Rollouts
@@ -66,7 +67,32 @@ def readings_of(
             yield reading(name, share, ("rank",), "fraction", {}, (0.0, 1.0), texts)
     yield from _inside(seen, shadow)
     sets = torch.tensor([one.group if one.compared is None else one.compared for one in of])
-    yield from contrasts(seen, settings, shadow, baseline, sets, length, step)
+    compared = [*contrasts(seen, settings, shadow, baseline, sets, length, step)]
+    yield from compared
+    if seen.features is not None:
+        told = (one for one in compared if one.measure == "contrast_feature")
+        top = next((one.texts for one in told if np.isfinite(one.values).any()), None)
+        yield from _features(seen, seen.features, top, settings.features)
+
+
+def _features(
+    seen: Seen, features: Features, top: np.ndarray | None, most: int
+) -> Iterator[Reading]:
+    """Some features of each rollout and of each token: those that are of interest in any case, and
+    those that differ most between winners and losers, or else those of largest mean."""
+    means = seen.inside["feature"]
+    numbers = {name: i for i, name in enumerate(features.names)}
+    others = [numbers[str(name)] for name in top] if top is not None else []
+    if top is None:
+        others = means.abs().mean(0).argsort(descending=True, stable=True)[:most].tolist()
+    shown = list(dict.fromkeys([*features.shown, *others]))[:most]
+    if not shown:
+        return
+    values = features.at_tokens(shown).cpu()[:, seen.back].numpy()
+    for i, of in zip(shown, values, strict=True):
+        name = features.names[i]
+        yield from seen.of_rollouts({f"mean_feature/{name}": means[:, i]})
+        yield seen.row_reading(f"feature/{name}", of, "activation")
 
 
 def _add_sampler(seen: Seen) -> None:

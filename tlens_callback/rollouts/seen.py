@@ -12,6 +12,7 @@ from torch import Tensor
 from tlens_callback.instruments.parts.selection import layer_labels
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
+from tlens_callback.rollouts.features import Features
 from tlens_callback.rollouts.inside import Part
 from tlens_callback.rollouts.meanings import CURVES, LAYER_UNITS, ROLLOUT_MEASURES, TOKEN_MEASURES
 from tlens_callback.rollouts.rollout import Rollout
@@ -30,8 +31,9 @@ class Seen:
         sizes: [rollout], how many tokens of each completion were looked at.
         tokens: measure -> [token], those of all rollouts in turn.
         order: [token], where each token of the passes, in their order, is among those.
-        inside: measure -> [rollout, ...], of heads, MLPs and neurons.
+        inside: measure -> [rollout, ...], of heads, MLPs, neurons and features.
         attention: number of a rollout -> [layer, head, key].
+        features: those of instruments; None: there are none.
         moved: "gained", "lost" -> ids of the tokens of some positions, and by how much.
         dead, truncated: shares of all groups and of all rollouts of the generation; None: nothing
             was sampled.
@@ -45,6 +47,7 @@ class Seen:
     order: Int[Tensor, " token"]
     inside: dict[str, Tensor]
     attention: dict[int, Tensor] = field(default_factory=dict)
+    features: Features | None = None
     moved: dict[str, tuple[Tensor, Tensor]] | None = None
     dead: float | None = None
     truncated: float | None = None
@@ -100,12 +103,12 @@ class Seen:
         for name, (_, unit) in TOKEN_MEASURES.items():
             if name in self.tokens:
                 limits = {"js": (0.0, math.log(2)), "trained": (0.0, 1.0)}.get(name)
-                yield self._rows(name, self.tokens[name].numpy(), unit, limits)
+                yield self.row_reading(name, self.tokens[name].numpy(), unit, limits)
 
     def of_rollouts(self, measures: Mapping[str, Tensor]) -> Iterator[Reading]:
         """Yields measures of each rollout."""
         for name, values in measures.items():
-            unit = ROLLOUT_MEASURES[name][1]
+            unit = ROLLOUT_MEASURES[name.split("/")[0]][1]
             limits = (0.0, 1.0) if name == "truncated" else None
             labels = {"rollout": self.labels}
             yield reading(name, values.numpy(), ("rollout",), unit, labels, limits)
@@ -119,7 +122,7 @@ class Seen:
         """Names of the rollouts."""
         return [one.name for one in self.rollouts]
 
-    def _rows(
+    def row_reading(
         self,
         name: str,
         values: np.ndarray,
@@ -145,7 +148,7 @@ class Seen:
             i for one, n in zip(self.rollouts, self.sizes, strict=True) for i in one.completion[:n]
         ]
         name = {i: batch.token_text(i) for i in {*ids}}
-        yield self._rows("token", np.array(ids), "index", None, [name[i] for i in ids])
+        yield self.row_reading("token", np.array(ids), "index", None, [name[i] for i in ids])
         groups = list(dict.fromkeys((one.group, one.prompt) for one in self.rollouts))
         width = max(len(prompt) for _, prompt in groups)
         rows = np.full((len(groups), width), np.nan, np.float32)

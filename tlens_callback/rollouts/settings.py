@@ -31,6 +31,9 @@ class Rollouts:
             weights with which this training, or its resumption, begins; it takes their memory
             again.
         neurons: how many neurons to show, those that differ most between winners and losers.
+        features: how many features of instruments to show, `SparseFeatures(sae)` and
+            `Contrast(...)` among them: those that differ most, each also at every token, after
+            those that the instrument was told to show.
 
     Raises:
         ValueError: for a number that is too small, or groups > per_observation / 2.
@@ -44,10 +47,11 @@ class Rollouts:
     fdr: float = 0.05
     permutations: int = 1000
     neurons: int = 20
+    features: int = 8
     base: Literal["adapter", "copy"] = "adapter"
 
     def __post_init__(self) -> None:
-        demand_numbers(self, groups=1, max_tokens=2, permutations=1, neurons=0)
+        demand_numbers(self, groups=1, max_tokens=2, permutations=1, neurons=0, features=0)
         if self.per_observation < 2 * self.groups:
             raise ValueError(
                 f"Rollouts(per_observation={self.per_observation}, groups={self.groups}): winners "

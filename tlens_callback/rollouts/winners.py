@@ -1,11 +1,12 @@
 """Compares winners with losers, and turns what is found into readings."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tlens_callback.instruments.parts.selection import neuron_layers
 from tlens_callback.reading import Reading
 from tlens_callback.rollouts.contrast import Contrast, contrast, over_observations
 from tlens_callback.rollouts.meanings import HEAD_MEASURES, HEAD_UNITS, LAYER_UNITS
@@ -24,7 +25,8 @@ def contrasts(
     step: int,
 ) -> Iterator[Reading]:
     """Compares winners and losers by all numbers at once, so that one rate covers all of them."""
-    names = [name for name in (*HEAD_MEASURES, *LAYER_UNITS, "neuron") if name in seen.inside]
+    every = (*HEAD_MEASURES, *LAYER_UNITS, "neuron", "feature")
+    names = [name for name in every if name in seen.inside]
     gain = seen.advantage
     if not names or gain.isnan().any():
         return
@@ -41,7 +43,18 @@ def contrasts(
         one = Contrast(**{field: value[here] for field, value in vars(found).items()})
         mine = None if run is None else tuple(part[here] for part in run[:2])
         if name == "neuron":
-            yield from _neurons(one, mine, shape[1], settings.neurons)
+            layers = neuron_layers(shadow)
+            yield from _top(
+                name,
+                one,
+                mine,
+                settings.neurons,
+                lambda i, n=shape[1], layers=layers: f"L{layers[i // n]}N{i % n}",
+            )
+            continue
+        if name == "feature":
+            assert seen.features is not None
+            yield from _top(name, one, mine, settings.features, seen.features.names.__getitem__)
             continue
         parts = [
             ("", one.value, (HEAD_UNITS | LAYER_UNITS)[name], None),
@@ -65,15 +78,19 @@ def contrasts(
     yield seen.curve("looked_at", found.q.numel())
 
 
-def _neurons(
-    found: Contrast, run: tuple[Tensor, ...] | None, width: int, k: int
+def _top(
+    measure: str,
+    found: Contrast,
+    run: tuple[Tensor, ...] | None,
+    k: int,
+    name_of: Callable[[int], str],
 ) -> Iterator[Reading]:
-    """The neurons with the smallest q; of equal ones those farthest from chance."""
+    """The neurons or features with the smallest q; of equal ones those farthest from chance."""
     order = np.lexsort((-found.z.nan_to_num().abs().numpy(), found.q.numpy()))
     top = torch.from_numpy(order[:k].copy())
     if not len(top):
         return
-    texts = np.array([f"L{int(i) // width}N{int(i) % width}" for i in top])
+    texts = np.array([name_of(i) for i in top.tolist()])
     parts = [
         ("", found.value, "activation"),
         ("_q", found.q, "fraction"),
@@ -83,7 +100,7 @@ def _neurons(
         parts += [("_run", run[0], "sd"), ("_run_q", run[1], "fraction")]
     for suffix, values, unit in parts:
         numbers = values[top].float().numpy()
-        yield reading(f"contrast_neuron{suffix}", numbers, ("rank",), unit, {}, None, texts)
+        yield reading(f"contrast_{measure}{suffix}", numbers, ("rank",), unit, {}, None, texts)
 
 
 def _run(baseline: dict[str, Tensor], found: Contrast) -> tuple[Tensor, Tensor, Tensor] | None:

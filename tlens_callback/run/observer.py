@@ -160,7 +160,7 @@ class Observer:
                 self.model, self._model_shape = model, self.shadow.sizes
                 if self.look is not None:
                     print_lines(self.look.announced(model))
-                    self.look.meet(model, dataset, self.shadow)
+                    self.look.meet(model, dataset, self.shadow, self.instruments)
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
                     tokenizer,
@@ -366,7 +366,8 @@ class Observer:
         if step not in self.steps:
             self.steps.append(step)
         self._of_rollouts = []
-        self._look(lambda look, shadow, batch: look.at_pairs(shadow, batch, step))
+        instruments = self.instruments
+        self._look(lambda look, shadow, batch: look.at_pairs(shadow, batch, step, instruments))
         self._awaits = self.look is not None and bool(self.look.recorder) and not last
         more = partial(_more, self.logs, step, self._of_rollouts)
         self.writer.hold(readings, step=step, more=more)
@@ -377,9 +378,11 @@ class Observer:
         """Looks at the rollouts that were sampled with the weights of `step`, and hands over the
         observation that waits for them, or keeps it for `look_after_update`."""
         if self._awaits:
-            model = self.model
+            model, instruments = self.model, self.instruments
             self._look_later(
-                lambda look, shadow, batch: look.before_update(shadow, batch, model, args, step)
+                lambda look, shadow, batch: look.before_update(
+                    shadow, batch, model, args, step, instruments
+                )
             )
         if self.look is None or not self.look.settings.after_update:
             self._awaits = False

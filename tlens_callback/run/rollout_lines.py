@@ -6,6 +6,7 @@ from tlens_callback.events.contrasts import Discoveries, discoveries
 from tlens_callback.reading import Reading
 from tlens_callback.rollouts import Look
 from tlens_callback.rollouts.bounds import most_tokens, peaks
+from tlens_callback.rollouts.features import Features
 from tlens_callback.run.observer import Observer
 
 
@@ -23,7 +24,8 @@ def rollouts_opening(observer: Observer) -> list[str]:
     if not has_base:
         how = "run with the weights of now; without adapters there is no base to compare with"
     tokens = most_tokens(settings, shadow) * (1 + has_base + settings.after_update)
-    most = peaks(settings, shadow, has_base=has_base)
+    features = Features.of(observer.instruments, shadow)
+    most = peaks(settings, shadow, has_base=has_base, features=features)
     on_cpu = most.pop("contrast")
     memory = f"{max(most.values()) / 2**20:.0f} MiB of memory on {shadow.device}"
     if shadow.device.type == "cpu":
@@ -39,6 +41,8 @@ def rollouts_opening(observer: Observer) -> list[str]:
         f"tlens: rollouts: at most {tokens} tokens go through the shadow at an observation, and "
         f"take up to about {memory}",
     ]
+    if features.names:
+        lines.append(f"tlens: rollouts: {len(features.names)} features of instruments are read")
     if not settings.texts:
         lines.append("tlens: rollouts: only numbers are written, no prompts and completions")
     return lines

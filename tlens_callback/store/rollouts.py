@@ -39,7 +39,7 @@ def rollout_frames(
         whole["completion"] = pd.array(_joined(token.texts), dtype=TEXT)
     for one in found:
         if one.axes == _WHOLE and one is not groups:
-            whole[one.measure] = one.values
+            whole[_column(one)] = one.values
     if rewards is not None:
         for i, name in enumerate(rewards.labels["function"]):
             whole[f"reward_{name}"] = rewards.values[:, i]
@@ -61,12 +61,17 @@ def rollout_frames(
         if token.texts is not None:
             each["token"] = pd.Categorical(token.texts[real].astype(object))
     for one in measures:
-        each[one.measure] = one.values[real]
+        each[_column(one)] = one.values[real]
     return pd.DataFrame(whole), pd.DataFrame(each)
 
 
 def _of(readings: Iterable[Reading], quantity: Quantity) -> Reading | None:
     return next((one for one in readings if one.meaning.quantity is quantity), None)
+
+
+def _column(reading: Reading) -> str:
+    """The key without its instrument: "entropy", or "feature/contrast L5"."""
+    return reading.key.removeprefix(f"{reading.instrument}/")
 
 
 def _numbers(prompt: Reading) -> np.ndarray:

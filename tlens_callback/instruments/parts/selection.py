@@ -153,6 +153,18 @@ def neuron_hook(layer: int) -> str:
     return f"blocks.{layer}.mlp.hook_post"
 
 
+def similar_lengths(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Groups texts of similar length, by their numbers, into batches of at most `tokens` tokens
+    with padding; a longer text has a batch of its own."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if parts and (len(parts[-1]) + 1) * lengths[i] <= tokens:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
 def layer_labels(layers: Sequence[int], shadow: Shadow) -> dict[str, list[str]]:
     """Returns labels for the layers, if they are not all layers of the model in order."""
     return (
