@@ -1,11 +1,16 @@
 """Which heads tell winners from losers, and what they look at in one of each."""
 
+import numpy as np
 import pytest
 
 from tests.browser import drawn, needs_browser
 from tests.page.cells import MINUS, Cells, is_said, tip
 from tests.page.pages import page_of
-from tests.page.rollouts import NAME, RUN, put, ready, sample, value
+from tests.page.rollouts import MEASURES, NAME, RUN, put, ready, sample, token, value
+from tlens_callback.meaning import Description, Meaning, Quantity
+from tlens_callback.reading import Reading
+
+CONTRAST, CONTRAST_Q = Quantity.CONTRAST, Quantity.CONTRAST_Q
 
 pytestmark = needs_browser()
 
@@ -114,3 +119,90 @@ def test_a_head_can_be_chosen_where_nothing_contrasts_the_heads(opens, tab):
     looks = next(one for one in some if one.axes[-1] == "key")
     page.locator(".looksat .t").first.hover()
     assert is_said(tip(page)[-1].split()[1], looks.values[0, 2, 5, 0])
+
+
+LISTED = Description(
+    title="Rollouts",
+    group="Rollouts",
+    measures={
+        **MEASURES,
+        "contrast_unit": Meaning(title="Winners minus losers: top neurons", quantity=CONTRAST),
+        "contrast_unit_q": Meaning(quantity=CONTRAST_Q),
+        "contrast_felt": Meaning(title="Winners minus losers: top features", quantity=CONTRAST),
+        "felt": Meaning(title="Feature of the token"),
+    },
+)
+
+
+def listed(step=1):
+    """A sample with neurons and features that are compared, one of them at each token."""
+    found, draw = sample(step), np.random.default_rng(step)
+    texts = {"unit": ["L1N50", "L0N3", "L2N7"], "felt": ["sae 3", "sae </b>9"]}
+
+    def add(measure, values, axes=("rank",), unit="activation", **more):
+        key = f"{NAME}/{measure}"
+        found[key] = Reading(
+            key=key, values=np.asarray(values, np.float32), axes=axes, unit=unit, **more
+        )
+
+    for name, names in texts.items():
+        values = draw.normal(size=len(names))
+        add(f"contrast_{name}", values, texts=np.array(names))
+        add(f"contrast_{name}_length", draw.uniform(-1, 1, len(names)), unit="correlation")
+    add("contrast_unit_q", [0.001, 0.04, 0.3], unit="fraction")
+    add("contrast_direct_length", draw.uniform(-1, 1, (4, 6)), ("layer", "head"), "correlation")
+    add("contrast_direct_sign", draw.uniform(-1, 1, (4, 6)), ("layer", "head"), "fraction")
+    entropy = found[f"{NAME}/entropy"]
+    for name in texts["felt"][:1]:
+        values = np.where(np.isnan(entropy.values), np.nan, draw.random(entropy.values.shape))
+        add(f"felt/{name}", values, ("rollout", "pos"), labels=dict(entropy.labels))
+    return {key: reading.described(LISTED) for key, reading in found.items()}
+
+
+def test_neurons_and_features_that_tell_most_are_listed(opens, tab):
+    (folder := tab[2] / "listed").mkdir()
+    made = listed()
+    page = ready(opens(page_of(folder, {1: list(made.values())})))
+    tables = page.locator(".ranked .table:visible")
+    assert tables.count() == 2
+    names, *rest = tables.locator("caption").all_inner_texts()
+    assert [names, *rest] == [
+        "Winners minus losers: top neurons",
+        "Winners minus losers: top features",
+    ]
+    rows = [
+        [cell.inner_text() for cell in row.locator("td").all()]
+        for row in tables.first.locator("tbody tr").all()
+    ]
+    for i, (name, *numbers) in enumerate(rows):
+        assert name == made[f"{NAME}/contrast_unit"].texts[i]
+        beside = ("", "_q", "_length")
+        for said, suffix in zip(numbers, beside, strict=True):
+            assert is_said(said, made[f"{NAME}/contrast_unit{suffix}"].values[i])
+    assert tables.first.locator("td.found").all_inner_texts() == ["L1N50", "L0N3"]
+    # A feature whose activation at each token is there colours the tokens.
+    second = tables.nth(1).locator("tbody tr")
+    assert second.nth(1).locator("td").first.inner_text() == "sae </b>9"
+    assert not second.nth(1).locator("button").count()
+    second.first.locator("button").click()
+    drawn(page)
+    assert page.input_value("#rollouttint") == "felt/sae 3"
+    chosen = page.locator("#rollouttint option:checked").inner_text()
+    assert chosen == "Feature of the token: sae 3"
+    token(page, "1.1", 2).hover()
+    said = next(line for line in tip(page) if line.startswith(chosen))
+    assert is_said(said.split()[-2], made[f"{NAME}/felt/sae 3"].values[0, 2])
+    assert page.evaluate("location.hash").count("felt")
+
+
+def test_what_else_is_known_of_a_head_is_said_and_no_map_of_its_own(opens, tab):
+    (folder := tab[2] / "beside").mkdir()
+    made = listed()
+    page = ready(opens(page_of(folder, {1: list(made.values())})))
+    cells = Cells(page, ".contrastmap canvas", r"^(\S+) (\S+) winners", every=2)
+    said = cells.says[2][4]
+    for words, suffix in (("correlation with length", "length"), ("mean sign so far", "sign")):
+        (line,) = [line for line in said if line.startswith(words)]
+        assert is_said(line.split()[-1], made[f"{NAME}/contrast_direct_{suffix}"].values[2, 4])
+    others = page.locator(f"details[data-instrument={NAME}]").all_inner_texts()
+    assert not any("contrast" in text or "length" in text for text in others)

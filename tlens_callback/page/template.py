@@ -14,7 +14,7 @@ _SCRIPTS = [
     f"{name}.js"
     for name in (
         "codes data names colour state draw time curves scores matrix heatmap pattern words tokens "
-        "lens charts rewards rollouts tints tokentext cards contrast tables panels live main"
+        "lens charts rewards rollouts ranked tints tokentext cards contrast tables panels live main"
     ).split()
 ]
 

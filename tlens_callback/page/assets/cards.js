@@ -32,7 +32,7 @@ function rolloutsView(root) {
     if (one && changed.has("data")) fillChoices(one);
     if (got) {
       const tinted = tintOf(got), key = tintKey(one);
-      tint.value = key === null ? "" : parts(key).measure;
+      tint.value = key === null ? "" : withoutInstrument(key);
       all.checked = state.numbers;
       const rearranged = ["data", "step", "rollouts", "numbers"].some((name) => changed.has(name));
       if (rearranged || !shown) arrange(got, tinted);
@@ -191,7 +191,7 @@ const advantageOf = ({ advantage }) => (Number.isNaN(advantage) ? "unknown"
 function factsOf({ one, step }, i) {
   const there = one.facts.filter((key) => data.has(key, step));
   const [is, numbers] = [there.filter(isYesOrNo), there.filter((key) => !isYesOrNo(key))];
-  const words = (key) => parts(key).measure.replaceAll("_", " ");
+  const words = (key) => parts(key).measure.replaceAll("_", " ") + ofWhat(key);
   return [...(state.numbers ? numbers : numbers.slice(0, FACTS_AT_FIRST)).map((key) =>
     [key, [words(key), saidOf(key, data.number(key, step, i))]]),
   ...is.map((key) => {

@@ -10,10 +10,10 @@ function contrastBlock() {
   const marksTold = el("p", { class: "told marks" }, el("i", { class: "mark" }), " tells winners from losers ",
     el("i", { class: "mark chosen" }), " the head that is shown");
   const map = heatMap("winners minus losers", pick), frame = el("div", { class: "contrastmap" }, map.root, marksTold);
-  const looks = attentionLines();
+  const looks = attentionLines(), ranked = rankedBlock();
   const root = el("section", { id: "contrasts" },
     el("h3", {}, "Which heads tell winners from losers? ", choose), explained, found,
-    el("div", { class: "contrastrow" }, frame, looks.root));
+    el("div", { class: "contrastrow" }, frame, looks.root), ranked.root);
   let entry = null, room = 0;
 
   function pick(row, column) {
@@ -23,7 +23,8 @@ function contrastBlock() {
   function draw(changed, got) {
     const keys = contrasts(), key = keys.find((one) => one === state.contrast) ?? keys[0] ?? null;
     const step = key && data.latest(key, state.step);
-    root.hidden = !keys.length && !got?.one.attention;
+    ranked.draw(got);
+    root.hidden = !keys.length && !got?.one.attention && ranked.root.hidden;
     choose.hidden = explained.hidden = found.hidden = frame.hidden = step === null;
     if (step !== null) {
       fillContrasts(choose, keys);
@@ -46,8 +47,8 @@ function contrastBlock() {
       unit: entry.unit + late(step), marks: places.map(cell), chosen: place < 0 ? null : cell(place),
       scale: scaleOf(entry, data.range(key), { change: true, over: "range of all steps" }),
       room,
-      more: (i) => (q ? [Number.isNaN(q[i]) ? "not tested"
-        : `false discovery rate ${fmt(q[i])}${q[i] < DISCOVERY ? ": tells winners from losers" : ""}`] : []) });
+      more: (i) => [...(q ? [Number.isNaN(q[i]) ? "not tested"
+        : `false discovery rate ${fmt(q[i])}${q[i] < DISCOVERY ? ": tells winners from losers" : ""}`] : []), ...saidBeside(key, step, i)] });
     found.replaceChildren(...(q ? discoveryWords(places, rows * columns, cell) : ["These contrasts were not tested at this step."]));
   }
 
@@ -71,6 +72,12 @@ function qAt(key, step) {
   const beside = `${key}_q`, entry = data.entry(beside, step);
   const fits = entry && meaningOf(beside).quantity === "contrast_q" && entry.shape.join() === data.entry(key, step).shape.join();
   return fits ? data.values(beside, step) : null;
+}
+
+// What else is known of one head's contrast, in words.
+function saidBeside(key, step, i) {
+  return Object.entries(BESIDE).filter(([suffix, words]) => words && data.has(`${key}${suffix}`, step))
+    .map(([suffix, words]) => `${words} ${fmt(data.number(`${key}${suffix}`, step, i))}`);
 }
 
 // Indices of the discoveries, the surest first.

@@ -24,6 +24,14 @@ const allRollouts = remembered(() => {
 const contrasts = remembered(() => data.keys().filter((key) => meaningOf(key).quantity === "contrast"
   && data.entry(key, data.first(key)).axes.join() === "layer,head"));
 
+// Whether a key says more of a contrast: "contrast_direct_length" of "contrast_direct".
+function isBesideContrast(key) {
+  const of = [...contrasts(), ...rankedContrasts()].find((one) => key.startsWith(`${one}_`));
+  return of !== undefined && key.slice(of.length) in BESIDE;
+}
+const BESIDE = { _p: "share of chance that does as much", _length: "correlation with length", _sign: "mean sign so far",
+  _run: "", _run_q: "" };
+
 const hasRollouts = () => allRollouts().size > 0 || contrasts().length > 0;
 
 // What is asked for often and changes only with the data.
@@ -38,7 +46,7 @@ function remembered(make) {
 // Whether the section of rollouts shows a reading, so that no other panel has to.
 function isShownAsRollouts(key) {
   const { axes } = data.entry(key, data.first(key)), { quantity } = meaningOf(key);
-  if (quantity === "contrast" || quantity === "contrast_q") return true;
+  if (quantity === "contrast" || quantity === "contrast_q" || isBesideContrast(key)) return true;
   const along = axes.join();
   return allRollouts().has(parts(key).instrument)
     && (["rollout", "rollout,pos"].includes(along) || Object.values(ROLLOUT_AXES).includes(along));
@@ -93,9 +101,14 @@ function tokensOfRow(entry, row) {
 
 // The name of a measure in plain words: its title, where no other of these has the same.
 function titleIn(keys, key) {
-  const { title } = meaningOf(key), measure = parts(key).measure.replaceAll("_", " ");
-  return title && keys.filter((other) => meaningOf(other).title === title).length < 2 ? title : measure;
+  const { title } = meaningOf(key), { measure } = parts(key);
+  const alone = (other) => meaningOf(other).title !== title || parts(other).measure === measure;
+  return (title && keys.every(alone) ? title : measure.replaceAll("_", " ")) + ofWhat(key);
 }
+// What a measure is of, where there are several: ": sparse_features 5".
+const ofWhat = (key) => (parts(key).probe === null ? "" : `: ${parts(key).probe}`);
+
+const withoutInstrument = (key) => key.slice(parts(key).instrument.length + 1);
 
 // Whether all values of a reading are yes or no, 1 or 0.
 const yesOrNo = new Map(); // key -> {version, is}

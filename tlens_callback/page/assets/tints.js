@@ -6,13 +6,13 @@ const SHARE_COLOURED = 0.99; // of all tokens: a few far out would leave all oth
 // The choices: [value, words], a measure of tokens each, and last the attention of a head.
 function tintChoices(one) {
   return [...one.measures, ...(one.attention ? [one.attention] : [])]
-    .map((key) => [parts(key).measure, key === one.attention ? "attention of the chosen head" : titleIn(one.measures, key)]);
+    .map((key) => [withoutInstrument(key), key === one.attention ? "attention of the chosen head" : titleIn(one.measures, key)]);
 }
 
 // The reading that colours the tokens: the chosen one, or else a headline, or else the first.
 function tintKey(one) {
   const keys = [...one.measures, ...(one.attention ? [one.attention] : [])];
-  return keys.find((key) => parts(key).measure === state.colour)
+  return keys.find((key) => withoutInstrument(key) === state.colour)
     ?? keys.find((key) => meaningOf(key).headline) ?? keys[0] ?? null;
 }
 
