@@ -73,6 +73,22 @@ def rewarded(folder: Path, sink: MemorySink | None) -> nn.Module:
     return of.model
 
 
+def unlike(folder: Path, kept: list[nn.Module]) -> str:
+    """What is said if only rank 0 attaches the callback, which all processes have."""
+    of = rewards.trainer(folder, per_device_train_batch_size=4, num_generations=8, max_steps=2)
+    look, _ = rewards.look()
+    kept.append(of.model)
+    if dist.get_rank() == 0:
+        look.attach(of)
+    else:
+        of.add_callback(look)
+    try:
+        of.train()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
 
@@ -118,7 +134,7 @@ def main(to: str) -> None:
     # interpreter's lock, for which that thread waits. So all models are kept, and the process ends
     # without freeing them.
     kept: list[nn.Module] = []
-    results: dict[str, dict[str, dict]] = {}
+    results: dict[str, Any] = {}
     # What is not watched comes first: nothing of the package has run by then.
     for which in ("without", "watched"):
         results[which] = {}
@@ -126,6 +142,7 @@ def main(to: str) -> None:
             sink = MemorySink() if which == "watched" else None
             folder = Path(to) / train.__name__
             results[which][train.__name__] = found(train, folder, sink, kept)
+    results["unlike"] = unlike(Path(to) / "unlike", kept)
     (Path(to) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
     # A process that ends with gloo's threads at work may be aborted.
     dist.barrier()

@@ -2,8 +2,9 @@
 
     torchrun ... -m tests.engines_script FOLDER "ENGINE: TRAINER TUNER [HOLDING...]"...
 
-The trainer is "sft" or "grpo", the tuner "lora", "dora", "full" or "nf4" (LoRA on such a base), and
-the weights are held as said, or "auto". What each process found is written to FOLDER/rank-N.json.
+The trainer is "sft", "grpo" or "rollouts", which is GRPO that the callback is attached to; the
+tuner is "lora", "dora", "full" or "nf4" (LoRA on such a base), and the weights are held as said, or
+"auto". What each process found is written to FOLDER/rank-N.json.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from tests import tiny
 from tests.test_no_trace import fingerprint, peft_config
 from tests.training import CAPITAL, SENTENCES
-from tlens_callback import FrozenWeights, HeadAblation, MemorySink, TLensCallback
+from tlens_callback import FrozenWeights, HeadAblation, MemorySink, Rollouts, TLensCallback
 from tlens_callback.instruments import fast
 
 STEPS = 4
@@ -73,7 +74,7 @@ def trainer(
         seed=7,
         **engines.arguments(engine),
     )
-    if kind == "grpo":
+    if kind in ("grpo", "rollouts"):
         # Without an adapter TRL would load the reference model from the Hub.
         beta = 0.0 if tuner == "full" else 0.05
         settings |= dict(num_generations=4, max_completion_length=6, beta=beta)
@@ -165,7 +166,7 @@ def watched(engine: str, kind: str, tuner: str, holding: Any, **args: Any) -> di
     instruments = list({one.name: one for one in instruments}.values())
     look = TLensCallback(
         [CAPITAL], instruments=instruments, every_n_steps=1, sinks=[sink], on_error="raise",
-        weights=holding,
+        weights=holding, rollouts=Rollouts(after_update=True) if kind == "rollouts" else None,
     )  # fmt: skip
     extra: list[int] = []
 
@@ -177,6 +178,8 @@ def watched(engine: str, kind: str, tuner: str, holding: Any, **args: Any) -> di
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = trainer(engine, kind, tuner, [look, Counts()], folder, **args)
+        if kind == "rollouts":
+            look.attach(done)
         done.train()
     of = {**traces(done), "seconds": time.perf_counter() - began, "steps": list(sink.steps)}
     KEPT.append(done)
@@ -193,6 +196,14 @@ def watched(engine: str, kind: str, tuner: str, holding: Any, **args: Any) -> di
             for key, by_step in sink.readings.items()
             if 0 in by_step and not key.startswith(("cost/", "trainer/", "fidelity/"))
         }
+    if kind == "rollouts" and sink.steps:
+        of["looked at"] = [*sink.readings["rollouts/entropy"]]
+        of["changed by steps"] = [
+            float(np.nanmax(np.abs(one.values)))
+            for one in sink.readings["rollouts/step_change"].values()
+        ]
+        ratio = sink.readings.get("rollouts/log_ratio", {})
+        of["from the base"] = [float(np.nanmax(np.abs(one.values))) for one in ratio.values()]
     return of
 
 

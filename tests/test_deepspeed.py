@@ -7,7 +7,14 @@ from tests.engines import changed, trained
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
-RUNS = ["zero3: sft lora", "zero3: sft full", "zero3 kept: grpo lora", "zero2: sft lora"]
+LOOKED_AT = ["zero3: rollouts lora", "zero3: rollouts dora", "zero2: rollouts lora"]
+RUNS = [
+    "zero3: sft lora",
+    "zero3: sft full",
+    "zero3 kept: grpo lora",
+    "zero2: sft lora",
+    *LOOKED_AT,
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +30,16 @@ def test_training_is_bit_for_bit_the_same(ranks, run):
     assert of["steps"] == [0, 1, 2, 3, 4] and ranks[1][run]["auto"]["steps"] == []
     assert 0 < of["fidelity"] < 1e-4 and of["kl"] < 1e-6
     assert (of["gathers"] > 0) == run.startswith("zero3")
+
+
+@pytest.mark.parametrize("run", LOOKED_AT)
+def test_rollouts_are_looked_at_with_the_weights_that_sampled_them(ranks, run):
+    """The engine updates the weights before the trainer says that it will."""
+    of = ranks[0][run]["auto"]
+    assert of["looked at"] == [0, 1, 2, 3]
+    assert min(of["changed by steps"]) > 0.01
+    first, *later = of["from the base"]
+    assert first == 0 and min(later) > 0.01
 
 
 def test_a_resumed_training_goes_on_in_the_same_way(ranks):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder) -> list[dict[str, dict[str, dict]]]:
+def ranks(folder) -> list[dict[str, Any]]:
     """What each rank found; both train in all ways, one after the other."""
     done = subprocess.run(
         [*torchrun(2), "-m", "tests.distributed_script", str(folder)],
@@ -61,6 +62,12 @@ def test_the_rollouts_looked_at_are_rank_0s(ranks, folder):
     assert sorted(ids for ids, _ in looked) == sorted(ids for ids, _ in read[0])
     assert sum(gain for _, gain in read[0] + read[1]) == pytest.approx(0, abs=1e-3)
     assert abs(sum(gain for _, gain in looked)) > 1e-2, "not standardised among themselves"
+
+
+def test_processes_that_would_wait_for_each_other_are_told(ranks):
+    """Rank 0 alone looks at rollouts, in which the others would have to help."""
+    assert ranks[0]["unlike"] == ranks[1]["unlike"]
+    assert "attached is True in rank 0, False in rank 1" in ranks[0]["unlike"]
 
 
 def test_the_ways_to_train_differ(ranks):

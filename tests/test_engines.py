@@ -15,11 +15,11 @@ pytestmark = pytest.mark.slow
 RUNS = {
     "fsdp2: sft lora": ["auto", "resident"],
     "fsdp2: sft full": ["auto"],
-    "fsdp2: grpo lora": ["auto"],
+    "fsdp2: rollouts lora": ["auto"],
     "fsdp2 kept: sft dora": ["auto"],
     "fsdp1: sft lora": ["auto"],
 }
-ALIKE = {"fsdp2: grpo lora", "fsdp2 kept: sft dora"}
+ALIKE = {"fsdp2 kept: sft dora"}
 EACH = exhaustive(
     [pytest.param(run, how) for run, holdings in RUNS.items() for how in holdings], ALIKE
 )
@@ -90,6 +90,14 @@ def test_a_resumed_training_goes_on_in_the_same_way(ranks):
     assert changed(ranks(run), run, "auto") == []
     assert of["auto"]["steps"] == [2, 3, 4]
     assert of["auto"]["drift"] == of["not stopped"]["drift"] and len(of["auto"]["drift"]) > 5
+
+
+def test_rollouts_are_looked_at_with_the_help_of_the_others(ranks):
+    of = ranks("fsdp2: rollouts lora")[0]["fsdp2: rollouts lora"]["auto"]
+    assert of["looked at"] == STEPS[:-1]
+    assert min(of["changed by steps"]) > 0.01
+    first, *later = of["from the base"]
+    assert first == 0 and min(later) > 0.01
 
 
 def test_layers_are_gathered_one_at_a_time(ranks):

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Unpack
@@ -68,6 +69,7 @@ class TLensCallback(TrainerCallback, Watcher):
         self.name = self.settings.name
         self.recorder = Recorder()
         self._batch_size = 0
+        self._looked = -1
 
     def attach(self, trainer: Any) -> "TLensCallback":
         """Lets the callback see what a trainer with reward functions samples: its rollouts.
@@ -114,7 +116,16 @@ class TLensCallback(TrainerCallback, Watcher):
         **kwargs: Any,
     ) -> None:
         self.recorder.listen(model)
-        self._meet(model, state.global_step)
+        self._looked = -1
+        if self.recorder and updates_in_backward(args):
+            look = partial(self._look_before_update, args, state)
+            self.recorder.before_training_passes(look)
+        self._meet(
+            model,
+            state.global_step,
+            attached=bool(self.recorder),
+            after_update=self._look_settings.after_update,
+        )
         self._begin(
             lambda: self._start(args, state, model, processing_class, train_dataloader),
             first=state.is_world_process_zero,
@@ -145,7 +156,7 @@ class TLensCallback(TrainerCallback, Watcher):
             self.observer = None
         observer = self.observer or self._new_observer(lambda: default_sinks(args, self.name))
         if self.recorder or self.settings.rollouts:
-            observer.look = Look(self._look_settings, self.recorder)
+            observer.looking.look = Look(self._look_settings, self.recorder)
         self._join_wandb()
 
         def probes(shadow: Shadow) -> list[Probe]:
@@ -205,8 +216,13 @@ class TLensCallback(TrainerCallback, Watcher):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._look_before_update(args, state)
+
+    @guarded
+    def _look_before_update(self, args: TrainingArguments, state: TrainerState) -> None:
         step = state.global_step
-        if self._looks_at(step):
+        if self._looks_at(step) and self._looked != step:
+            self._looked = step
             self._together(lambda of: of.look_before_update(args, step))
 
     @property
@@ -315,6 +331,14 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     saved = [at for at in folders if (at / TRAINER_STATE_NAME).exists()]
     times = {at: (at / TRAINER_STATE_NAME).stat().st_mtime_ns for at in saved}
     return max(saved, key=times.__getitem__, default=output / name)
+
+
+def updates_in_backward(args: TrainingArguments) -> bool:
+    """Whether the weights change before `on_pre_optimizer_step`: DeepSpeed's engine updates them
+    when it goes backward, and so do optimizers that free each gradient at once."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    at_once = "layerwise" in optimizer or "lomo" in optimizer
+    return at_once or getattr(args, "deepspeed_plugin", None) is not None
 
 
 def _trial(state: TrainerState) -> dict[str, Any]:

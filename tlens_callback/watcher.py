@@ -44,11 +44,16 @@ class Watcher:
         self.observer = Observer(self.settings, self.sinks, self.ranks)
         return self.observer
 
-    def _meet(self, model: nn.Module, step: int) -> None:
-        """Begins a run of several processes at this step; every one calls it."""
+    def _meet(self, model: nn.Module, step: int, **more: object) -> None:
+        """Begins a run of several processes at this step; every one calls it.
+
+        Args:
+            more: what else has to be the same in all of them, so that they come together.
+        """
         self.ranks = self.ranks or Ranks.meet(model, self.settings.name)
         if self.ranks is not None:
             self.ranks.begin(model, step)
+            self.ranks.demand_alike({"every_n_steps": self.settings.every_n_steps, **more})
         elif is_first_process() and has_other_processes():
             print_lines(
                 [
@@ -152,6 +157,6 @@ class Watcher:
         observer = self.observer
         assert observer is not None and observer.batch is not None
         rows = observer.batch.n_plain if self.settings.prompts is None else 0
-        texts = observer.look is not None and observer.look.settings.texts
+        texts = observer.looking.look is not None and observer.looking.look.settings.texts
         outgoing = outgoing_lines(observer.sinks, rows=rows, args=args, rollouts=texts)
         print_lines([*opening(observer), *outgoing])

@@ -100,6 +100,20 @@ class Recorder:
                 functions[i] = self._listening(function, i)
                 self._undo.append(functools.partial(_put_back, functions, functions[i], function))
 
+    def before_training_passes(self, act: Callable[[], object]) -> None:
+        """Acts before each forward pass that is trained on, until `stop`.
+
+        For a trainer that updates the weights while it goes backward: `on_pre_optimizer_step` is
+        too late there.
+        """
+
+        def call(module: nn.Module, _: Any) -> None:
+            if module.training and torch.is_grad_enabled():
+                act()
+
+        assert self.model is not None
+        self._undo.append(self.model.register_forward_pre_hook(call).remove)
+
     def reward(self, function: Reward) -> Reward:
         """Returns the function, listened to."""
         self.names.append(_name_of(function))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.rollouts import Look
 from tlens_callback.run import baselines
 from tlens_callback.run.claims import claim
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
+from tlens_callback.run.looking import Looking, Observed
 from tlens_callback.run.observe import observe
 from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.schedule import Schedule, has_rare
@@ -65,7 +65,7 @@ class Observer:
         steps: the observed steps.
         first_bytes: instrument -> bytes of its readings at the first observation.
         checks: step -> fidelity, for the steps where it was computed.
-        look: looks at the rollouts of each observation; None where there are none.
+        looking: looks at the rollouts of each observation.
     """
 
     def __init__(
@@ -89,9 +89,7 @@ class Observer:
         self._model_shape: tuple[int, ...] = ()
         self._run = ""
         self._watch_before: tuple[int, dict[str, Tensor]] = (-1, {})
-        self.look: Look | None = None
-        self._awaits = False
-        self._of_rollouts: list[Reading] = []
+        self.looking = Looking(settings, ranks)
 
     @property
     def watching(self) -> bool:
@@ -158,9 +156,9 @@ class Observer:
                 self.cost.begin()
                 self.shadow = self._shadow_of(model)
                 self.model, self._model_shape = model, self.shadow.sizes
-                if self.look is not None:
-                    print_lines(self.look.announced(model))
-                    self.look.meet(model, dataset, self.shadow, self.instruments)
+                if (look := self.looking.look) is not None:
+                    print_lines(look.announced(model))
+                    look.meet(model, dataset, self.shadow, self.instruments)
                 self.batch = ProbeBatch.encode(
                     probes(self.shadow),
                     tokenizer,
@@ -171,7 +169,7 @@ class Observer:
                     placeholders=self.shadow.placeholders,
                 )
             assert self.batch is not None
-            held = baselines.of([*self.instruments, self.watch, self.look])
+            held = baselines.of([*self.instruments, self.watch, self.looking.look])
             own = baselines.of([self.logs, self._schedule])
             for one in [*held.values(), *own.values()]:
                 one.clear()
@@ -186,7 +184,7 @@ class Observer:
             self._first_step = step
             self._observe_now(step, fidelity, last=last)
             baselines.demand_tensors(held)
-            if not self._awaits:
+            if not self.looking.awaits:
                 self.writer.drain()
             for name, one in held.items():
                 if recalled and one and name not in recalled:
@@ -223,7 +221,7 @@ class Observer:
         with self.cost.spending():
             try:
                 about = baselines.conditions(self.batch, self.shadow.dtype, run)
-                held = baselines.of([*self.instruments, self.watch, self.look])
+                held = baselines.of([*self.instruments, self.watch, self.looking.look])
                 if self.watch is not None and self._watch_before[0] == step:
                     held[self.watch.name] = self._watch_before[1]
                 if any(held.values()) or has_rare(self.instruments) or always:
@@ -321,8 +319,7 @@ class Observer:
         if self.shadow is not None:
             self.extra_bytes = self.shadow.extra_bytes
             self.shadow.release()
-        if self.look is not None:
-            self.look.base = None
+        self.looking.end()
         self.shadow = self.model = None
         self._monitor.end()
 
@@ -365,59 +362,35 @@ class Observer:
             self.first_bytes[reading.instrument] += reading.values.nbytes
         if step not in self.steps:
             self.steps.append(step)
-        self._of_rollouts = []
-        instruments = self.instruments
-        self._look(lambda look, shadow, batch: look.at_pairs(shadow, batch, step, instruments))
-        self._awaits = self.look is not None and bool(self.look.recorder) and not last
-        more = partial(_more, self.logs, step, self._of_rollouts)
+        of = self._observed
+        assert of is not None
+        self.looking.observed(of, step, last=last)
+        more = partial(_more, self.logs, step, self.looking.readings)
         self.writer.hold(readings, step=step, more=more)
-        if not (hold or self._awaits):
+        if not (hold or self.looking.awaits):
             self.writer.release()
 
     def look_before_update(self, args: Any, step: int) -> None:
         """Looks at the rollouts that were sampled with the weights of `step`, and hands over the
         observation that waits for them, or keeps it for `look_after_update`."""
-        if self._awaits:
-            model, instruments = self.model, self.instruments
-            self._look_later(
-                lambda look, shadow, batch: look.before_update(
-                    shadow, batch, model, args, step, instruments
-                )
-            )
-        if self.look is None or not self.look.settings.after_update:
-            self._awaits = False
+        with self.cost.spending():
+            if self._observed is not None:
+                self.looking.before_update(self._observed, args, step)
+        if not self.looking.awaits:
             self.hand_over()
 
     def look_after_update(self) -> None:
         """Looks at the same rollouts after the update, and hands over the observation."""
-        if self._awaits:
-            self._look_later(lambda look, shadow, _: look.after_update(shadow))
-        self._awaits = False
+        with self.cost.spending():
+            if self._observed is not None:
+                self.looking.after_update(self._observed)
         self.hand_over()
 
-    def _look_later(self, act: Callable[[Look, Shadow, ProbeBatch], Sequence[Reading]]) -> None:
-        with self.cost.spending():
-            # Who merges adapters to generate leaves the base's weights moved by rounding.
-            self._look(act, sync=True)
-
-    def _look(
-        self,
-        act: Callable[[Look, Shadow, ProbeBatch], Sequence[Reading]],
-        *,
-        sync: bool = False,
-    ) -> None:
-        """Adds what a look at rollouts gives to the observation; if it fails, it is the last."""
-        if self.look is None or self.shadow is None or self.batch is None:
-            return
-        try:
-            if sync:
-                self.shadow.sync()
-            self._of_rollouts += act(self.look, self.shadow, self.batch)
-        except Exception as error:
-            if self.settings.on_error == "raise" or (self.ranks and self.ranks.broken):
-                raise
-            self.look = None
-            report("the look at rollouts", error)
+    @property
+    def _observed(self) -> Observed | None:
+        if self.model is None or self.shadow is None or self.batch is None:
+            return None
+        return Observed(self.model, self.shadow, self.batch, self.instruments)
 
     def _watch_events(
         self, readings: Sequence[Reading], step: int, *, strict: bool

@@ -12,7 +12,7 @@ from tlens_callback.run.observer import Observer
 
 def rollouts_opening(observer: Observer) -> list[str]:
     """Says which rollouts are looked at and what that takes at most; nothing without rollouts."""
-    look, shadow = observer.look, observer.shadow
+    look, shadow = observer.looking.look, observer.shadow
     if look is None or shadow is None or not (look.recorder or look.pairs):
         return []
     settings = look.settings
@@ -50,7 +50,7 @@ def rollouts_opening(observer: Observer) -> list[str]:
 
 def rollouts_summary(observer: Observer) -> list[str]:
     """Says what tells winners from losers at the last observation that has rollouts."""
-    look = observer.look
+    look = observer.looking.look
     if look is None:
         return []
     if look.latest is None:

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -15,7 +15,7 @@ from tlens_callback.shadow.gather import Gather, Shards
 from tlens_callback.shadow.layers import layer_of, layer_paths
 from tlens_callback.shadow.live import logits_of
 from tlens_callback.shadow.refusals import language_model, refuse
-from tlens_callback.shadow.shards import FSDP1, ZERO3, in_zero_forward, sharded, share_again
+from tlens_callback.shadow.shards import FSDP1, ZERO3, sharded, share_again, zero_forward
 from tlens_callback.shadow.skeleton import skeleton
 from tlens_callback.shadow.weights import parts, resolve, unwrap
 
@@ -145,6 +145,23 @@ class Ranks:
             raise ValueError(_not_all(how))
         return None
 
+    def demand_alike(self, own: Mapping[str, object]) -> None:
+        """Compares what the processes were given; every one calls it.
+
+        Raises:
+            ValueError: in all of them, if it is not the same: they would wait for each other.
+        """
+        each: list[Any] = [None] * self.world
+        dist.all_gather_object(each, dict(own), group=self.group)
+        for name, value in each[0].items():
+            values = [one[name] for one in each]
+            if any(other != value for other in values):
+                raise ValueError(
+                    f"The callback of each process has to be given the same, and {name} is "
+                    f"{', '.join(f'{other!r} in rank {i}' for i, other in enumerate(values))}. "
+                    f"Make it, and attach it to the trainer, in all processes in the same way."
+                )
+
     def due(self, step: int, *, observe: bool, last: bool = False) -> bool:
         """Whether all processes observe after this step; each of them comes to the same answer."""
         check = self.next_check is not None and step >= self.next_check
@@ -158,8 +175,10 @@ class Ranks:
             fatal: whether an error in the block ends the training. They then raise a `RankError`.
         """
         try:
-            self._find_shards()
-            yield
+            # It may be asked for in the middle of the engine's own pass.
+            with zero_forward(self.model, going_on=False):
+                self._find_shards()
+                yield
         except BaseException as error:
             self.watching = False
             fatal = fatal or not isinstance(error, Exception)
@@ -177,7 +196,8 @@ class Ranks:
                 serve it: rank 0 then waits for it until it ends.
         """
         try:
-            self._serve()
+            with zero_forward(self.model, going_on=False):
+                self._serve()
         except RankError:
             raise
         except Exception as error:
@@ -247,7 +267,7 @@ class Ranks:
         wrapped = self.sharded != ZERO3
         model = self.model if wrapped else unwrap(self.model)
         tokens = tokens.to(self.shards.device)
-        with in_zero_forward(model):
+        with zero_forward(model, going_on=True):
             logits = logits_of(model, tokens, eager=bool(eager), autocast=kind, wrapped=wrapped)
         share_again(self.model)
         return logits

@@ -123,18 +123,23 @@ def shares(model: nn.Module) -> list[Share]:
 
 
 @contextmanager
-def in_zero_forward(model: nn.Module) -> Iterator[None]:
-    """As DeepSpeed's engine does it around a pass: parameters that a module reads from another one
-    (DoRA does) are gathered too."""
+def zero_forward(model: nn.Module, *, going_on: bool) -> Iterator[None]:
+    """Says to ZeRO-3 whether a forward pass goes on, as DeepSpeed's engine does it around its own.
+
+    In a pass each parameter that is read is gathered, also one of another module (DoRA reads such
+    ones), and kept in mind for the passes to come.
+    """
     containers: list[Any] = [module._parameters for module in model.modules()]
     zero = [container for container in containers if hasattr(container, "_in_forward")]
+    before = [container._in_forward for container in zero]
     try:
         for container in zero:
-            container._in_forward = True
+            container._in_forward = going_on
         yield
     finally:
-        for container in zero:
-            container._in_forward = False
+        # The engine may be in a pass of its own.
+        for container, was in zip(zero, before, strict=True):
+            container._in_forward = was
 
 
 def _of_dtensor(at: list[tuple[nn.Module, str]]) -> Share:
