@@ -123,6 +123,7 @@ def test_grpo_lora(run, small, tmp_path):
     assert store.steps == (0, 1, 2)
 
 
+@pytest.mark.slow
 def test_reward_hack(small, tmp_path, monkeypatch):
     """With letters for names, since a model with random weights writes no names."""
     text = (FOLDER / "reward_hack.py").read_text()

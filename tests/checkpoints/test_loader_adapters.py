@@ -86,6 +86,7 @@ def run(base: Path, folder: Path, config, steps=(1, 2, 3)):
     return live, known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", exhaustive(mostly_slow(KINDS), ALIKE))
 def test_in_any_order_nothing_stays_of_the_one_before(base, tmp_path, name):
     live, known = run(base, tmp_path, CONFIGS[name])

@@ -14,6 +14,8 @@ from tlens_callback import TargetScores, read_store
 from tlens_callback.cli import main
 from tlens_callback.store.format import steps_in
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -48,7 +50,6 @@ def test_a_program_that_is_interrupted(copied):
 import os, signal, sys
 from tlens_callback.checkpoints.loader import Loader
 from tlens_callback.cli import main
-
 # What a shell starts in the background inherits that Ctrl-C is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 load, left = Loader.load, [3]

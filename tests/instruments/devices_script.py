@@ -149,8 +149,12 @@ def culprits() -> None:
         observe(shadow, batch, strict([Culprit(reduce)]))
 
 
-def spread() -> None:
-    """A live model on two devices has a shadow on either, which reads what it reads on one."""
+def spread(devices: str) -> None:
+    """A live model on two devices has a shadow on either, which reads what it reads on one.
+
+    `devices` are those of the shadow and of the model's first layer, "far of near".
+    """
+    device, first = ({"far": DEVICE, "near": "cpu"}[one] for one in devices.split(" of "))
 
     def looks(model: Any, device: Any) -> list[Reading]:
         shadow, batch = Shadow.of(model, device=device), batch_on(device)
@@ -166,17 +170,15 @@ def spread() -> None:
         return lora(tiny.model("llama"), lora_dropout=0.0)
 
     wanted = looks(adapted(), "cpu")
-    for device in (DEVICE, "cpu"):
-        for first in (DEVICE, "cpu"):
-            model, other = adapted(), adapted()
-            far: Any = pretend_device.to_device(other)
-            mixed, rest = (far, model) if first == DEVICE else (model, far)
-            mixed.base_model.model.model.layers[1] = rest.base_model.model.model.layers[1]
-            assert next(mixed.parameters()).device == torch.device(first)
-            assert len({parameter.device for parameter in mixed.parameters()}) == 2
-            for one, other in zip(wanted, looks(mixed, device), strict=True):
-                assert one.key == other.key
-                np.testing.assert_allclose(other.values, one.values, atol=1e-5, err_msg=one.key)
+    model, other = adapted(), adapted()
+    far: Any = pretend_device.to_device(other)
+    mixed, rest = (far, model) if first == DEVICE else (model, far)
+    mixed.base_model.model.model.layers[1] = rest.base_model.model.model.layers[1]
+    assert next(mixed.parameters()).device == torch.device(first)
+    assert len({parameter.device for parameter in mixed.parameters()}) == 2
+    for one, other in zip(wanted, looks(mixed, device), strict=True):
+        assert one.key == other.key
+        np.testing.assert_allclose(other.values, one.values, atol=1e-5, err_msg=one.key)
 
 
 def main(what: str, *args: str) -> None:

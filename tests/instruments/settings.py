@@ -33,6 +33,7 @@ SETTINGS: dict[str, list[dict]] = {
             "k": 4,
         }
     ],
+    "Generations": [{"tokens": 3}],
     "HeadScores": [{}, {"strict": False}],
     "LogitAttribution": [{}, {"neurons": 3}],
     "LogitLens": [{}, {"every_token": True}],

@@ -134,6 +134,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("weights", ["resident", "streamed"])
 @pytest.mark.parametrize("model", MODELS)

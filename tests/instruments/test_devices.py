@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
+from tests.marks import exhaustive
 from tests.processes import python
 
 pytestmark = pytest.mark.skipif(
@@ -34,9 +35,9 @@ def run(*what: str) -> None:
 @pytest.mark.parametrize(
     ("families", "dtypes"),
     [
-        ("llama,gpt2", "float32"),
+        ("gpt2", "float32"),
         ("mixtral", "bfloat16"),
-        pytest.param("mixtral", "float32", marks=pytest.mark.exhaustive),
+        pytest.param("llama,mixtral", "float32", marks=pytest.mark.exhaustive),
         pytest.param("llama,gpt2", "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("gemma2,gpt_neox,opt", "float32,bfloat16", marks=pytest.mark.exhaustive),
     ],
@@ -51,5 +52,11 @@ def test_what_a_gpu_refuses_or_waits_for_is_found():
 
 
 @pytest.mark.slow
-def test_a_model_spread_over_two_devices_reads_as_on_one():
-    run("spread")
+@pytest.mark.parametrize(
+    "devices",
+    exhaustive(["far of near", "near of far", "far of far", "near of near"],
+               ["far of far", "near of near"]),
+)  # fmt: skip
+def test_a_model_spread_over_two_devices_reads_as_on_one(devices):
+    """The shadow is on the one device, the first layer of the model on the other or the same."""
+    run("spread", devices)

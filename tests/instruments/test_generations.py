@@ -17,7 +17,7 @@ from tests.marks import exhaustive
 from tlens_callback import Generations, Probe, ProbeBatch, Reading, Shadow, observe
 from tlens_callback.shadow.generation import UNKNOWN, greedy
 
-TOKENS = 24
+TOKENS = 12
 
 
 def look(of: Shadow, probes=TEXTS, tokens: int = TOKENS, only: Any = None) -> dict[str, Reading]:
@@ -56,6 +56,7 @@ def wanted(model: Any, batch: ProbeBatch, most: int = TOKENS, ends: Any = (2,)) 
     return [generated(model, prompt, most, ends) for prompt in prompts]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("weights", exhaustive(["resident", "streamed"], ["streamed"]))
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -93,6 +94,7 @@ def by_positions(of: Shadow, prompts: list[list[int]], most: int, ends: Any) -> 
 PROMPTS = [[1, *range(20, 20 + n)] for n in (3, 40, 11, 3, 1, 25)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [(), tuple(range(0, tiny.VOCAB, 2))])
 @pytest.mark.parametrize("most", exhaustive([1, 5, TOKENS, 90], [1, 5]))
 @pytest.mark.parametrize(
@@ -226,6 +228,7 @@ def test_without_a_tokenizer():
     assert texts(got["answer"]) == [" ".join(map(str, answers(got)[0]))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", exhaustive(tiny_vision.FAMILIES, {*tiny_vision.FAMILIES} - {*tiny_vision.MAIN})
 )

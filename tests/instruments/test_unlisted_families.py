@@ -124,6 +124,7 @@ def slab(head: int) -> slice:
     return slice(head * D_HEAD, (head + 1) * D_HEAD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_and_residual_streams_are_hugging_faces(family):
     of, probes = built(FAMILIES[family]), batch()

@@ -92,6 +92,7 @@ def test_what_the_whole_run_tells(run):
     assert q[at_place] == min(every)
 
 
+@pytest.mark.slow
 def test_the_command_says_the_same(run):
     command = [sys.executable, "-m", "tlens_callback", "summary", str(run.path)]
     told = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -261,22 +261,25 @@ def test_an_instrument_that_the_page_does_not_know(shown):
     values = next(r.values for r in readings(8) if r.key == "somebodys/spin")
     for season, name in enumerate(["dry", "wet"]):
         theirs.locator("select").select_option(name)
-        told = hovered(page, theirs.locator("canvas"), 3, 4)
+        told = hovered(theirs.locator("canvas"), 3, 4)
         assert np.allclose(told, values[season], atol=0.006)
 
 
-def hovered(page, canvas, n_rows, n_columns):
+def hovered(canvas, n_rows, n_columns):
     """[row, column], the numbers that the tooltip says over the cells of a map."""
-    box = canvas.bounding_box()
     # The cells are squares of one size, of 9 px at least, at the lower right of the canvas.
-    said = """() => { const tip = document.getElementById("tip");
-      return tip.checkVisibility() ? [...tip.children].map((line) => line.textContent) : null; }"""
-    found = {}
-    for y in range(2, int(box["height"]), 8):
-        for x in range(2, int(box["width"]), 8):
-            page.mouse.move(box["x"] + x, box["y"] + y)
-            if lines := page.evaluate(said):
-                found.setdefault(lines[0], lines[1])
+    found = canvas.evaluate("""(canvas) => {
+      const box = canvas.getBoundingClientRect(), tip = document.getElementById("tip"), found = {};
+      for (let y = 2; y < box.height; y += 8) {
+        for (let x = 2; x < box.width; x += 8) {
+          const place = { clientX: box.left + x, clientY: box.top + y };
+          canvas.dispatchEvent(new MouseEvent("mousemove", place));
+          const lines = tip.checkVisibility() ? [...tip.children] : [];
+          if (lines.length) found[lines[0].textContent] ??= lines[1].textContent;
+        }
+      }
+      return found;
+    }""")
     assert len(found) == n_rows * n_columns
     return np.array([number(text) for text in found.values()]).reshape(n_rows, n_columns)
 

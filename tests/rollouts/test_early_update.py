@@ -24,6 +24,7 @@ def rollouts_of(sink: Any) -> dict[tuple[str, int], np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_they_are_looked_at_before_the_pass_that_is_trained_on(name, tmp_path, monkeypatch):
     args = dict(dropout=0.1, rollouts={"after_update": True}, gradient_accumulation_steps=2)

@@ -165,6 +165,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_memory_that_is_announced_is_what_it_takes(size):
     """With rollouts of the longest length, each phase takes no more and not much less."""

@@ -8,6 +8,8 @@ from tests.run.test_writer import Notes, one
 from tlens_callback.run import writer as module
 from tlens_callback.run.writer import Writer
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 1.0
 """Seconds; long enough for a call that does nothing, on a machine that has much else to do."""
 

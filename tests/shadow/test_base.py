@@ -107,6 +107,7 @@ def test_every_family_has_its_base(family, how):
     check(lora(tiny.model(family), lora_dropout=0.0), tiny.model(family), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIED)
 def test_tied_embeddings(name):
     check(adapt(llama(tied=True), TIED[name]), llama(tied=True))

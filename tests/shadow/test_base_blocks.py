@@ -21,7 +21,7 @@ from tlens_callback.shadow.interventions import captured
 from tlens_callback.shadow.weights import unwrap
 
 # PEFT warns about many of the configurations; none of the warnings is ours.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 CHEAP = [("resident", None, 0.01), ("streamed", None, 0.01)]
 

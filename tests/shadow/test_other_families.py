@@ -73,6 +73,7 @@ def model(name: str, settings: dict[str, Any]) -> transformers.PreTrainedModel:
     return built
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_family_on_no_list_is_watched_with_what_it_has(tmp_path, caplog, family):
     memory = MemorySink()

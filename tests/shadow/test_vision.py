@@ -14,6 +14,8 @@ from tests.shadow.test_shadow import batch_for, gap, hugging_face_logits, lora, 
 from tlens_callback import AdapterSpectrum, Shadow, UpdateSparsity, fast, observe
 from tlens_callback.shadow.fidelity import compare, sees_ahead
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [
     pytest.param(family, marks=[pytest.mark.slow] * (family not in tiny_vision.MAIN))
     for family in tiny_vision.FAMILIES

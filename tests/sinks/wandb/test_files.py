@@ -15,7 +15,10 @@ from tlens_callback import Reading, WandbSink
 from tlens_callback.sinks.wandb.file_budget import FileBudget
 
 # An artifact of wandb 0.31, which a table makes, leaves its directory to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+]
 
 STEP = "train/global_step"
 MOSAIC, FIGURE, TABLE = "tlens/a/pattern/p", "tlens/a/heads", "tlens/a/rank_table"

@@ -12,7 +12,10 @@ from tests.sinks.wandb.wandb_file import history, run_file
 from tlens_callback import LocalSink, MemorySink, WandbSink, read_store
 
 # An artifact of wandb 0.31, which a table makes, leaves its directory to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+]
 
 STEP, TABLE = "train/global_step", "tlens/rollouts/rollout_table"
 
