@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -293,17 +293,6 @@ def mostly_slow(names: Iterable[str], *, turn: int | None = None) -> list[Any]:
         marks = [pytest.mark.slow] * (name not in QUICK)
         marks += [pytest.mark.exhaustive] * (bool(marks) and turn is not None and i % 2 != turn)
         found.append(pytest.param(name, marks=marks))
-    return found
-
-
-def in_turns(names: Iterable[Any], ways: Sequence[str]) -> list[Any]:
-    """Parameters for each name and way; of each name all ways but one are marked as exhaustive."""
-    found = []
-    for i, name in enumerate(names):
-        values, marks = getattr(name, "values", (name,)), getattr(name, "marks", ())
-        for j, way in enumerate(ways):
-            more = [pytest.mark.exhaustive] * (i % len(ways) != j)
-            found.append(pytest.param(*values, way, marks=[*marks, *more]))
     return found
 
 

@@ -21,6 +21,7 @@ from tests.instruments.common import (
     shadow,
 )
 from tests.instruments.surgery import OUTPUT, kept, module, replaced
+from tests.marks import in_turns
 from tlens_callback import HeadAblation, Probe, Shadow
 from tlens_callback.instruments.ablation import _errors
 
@@ -111,8 +112,7 @@ def test_the_mean_is_that_of_the_plain_probes_tokens(family):
     assert far > 1e-2  # zero and mean are told apart
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("mode", ["mean", "zero"])
+@pytest.mark.parametrize(("family", "mode"), in_turns(tiny.FAMILIES, ["mean", "zero"]))
 def test_first_order_is_the_derivative(family, mode):
     """Along the way from z to what takes its place: by central differences in float64."""
     got = readings(HeadAblation(mode=mode, method="first_order", tokens=True), shadow(family))

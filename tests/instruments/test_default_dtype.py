@@ -10,6 +10,7 @@ import torch
 import tlens_callback
 from tests import tiny
 from tests.instruments.common import encoded
+from tests.marks import in_turns
 from tests.shadow.test_shadow import lora
 from tests.test_no_trace_instruments import every_instrument
 from tlens_callback import ProbeBatch, Shadow, observe
@@ -47,8 +48,9 @@ def looks(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"), in_turns(["llama", "gpt2"], [torch.float64, torch.bfloat16])
+)
 def test_every_reading_is_the_same(default, family, dtype):
     models = []
     for _ in range(2):

@@ -9,6 +9,7 @@ import torch
 from tests import tiny
 from tests.instruments.common import PROBES, TEXTS, encoded, hugging_face, ids, readings, shadow
 from tests.instruments.surgery import kept, replaced
+from tests.marks import in_turns
 from tlens_callback import ActivationPatching, Probe, Shadow, observe, read_probes
 from tlens_callback.shadow.interventions import Variants, captured, edited, effects
 
@@ -55,8 +56,11 @@ def by_hand(
     return fractions, clean, base
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("corrupt", [CORRUPT, WORDY], ids=lambda probe: probe.name)
+@pytest.mark.parametrize(
+    ("family", "corrupt"),
+    in_turns(tiny.FAMILIES, [CORRUPT, WORDY]),
+    ids=lambda given: getattr(given, "name", given),
+)
 def test_equals_one_patch_at_a_time(family, corrupt):
     got = readings(ActivationPatching("capital", corrupt), shadow(family))
     expected, clean, base = by_hand(family, corrupt)

@@ -12,13 +12,13 @@ from tests.adapters import (
     EXPERTS,
     adapt,
     build,
-    in_turns,
     llama,
     mostly_slow,
     state,
     tuner,
 )
 from tests.adapters import lora as config
+from tests.marks import in_turns
 from tests.shadow.test_layers import activations
 from tests.shadow.test_shadow import hugging_face_logits, lora, train
 from tests.shadow.test_shadow_tuners import batch_for

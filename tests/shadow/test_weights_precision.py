@@ -25,6 +25,7 @@ from tests.adapters import (
     plain,
     state,
 )
+from tests.marks import in_turns
 from tlens_callback.shadow import weights
 from tlens_callback.shadow.weights import fill, innermost, live_leaves
 
@@ -137,8 +138,9 @@ def test_rounding_the_update_first_would_be_seen():
     assert not torch.equal(twice, exact.bfloat16())
 
 
-@pytest.mark.parametrize("name", mostly_slow(CONFIGS))
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "adapter_dtype"), in_turns(mostly_slow(CONFIGS), [torch.float32, torch.bfloat16])
+)
 def test_a_bfloat16_base_gives_the_float32_result_rounded_once(name, adapter_dtype):
     live = build(name, torch.bfloat16)
     for path, parameter in live.named_parameters():
