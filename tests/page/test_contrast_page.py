@@ -195,6 +195,19 @@ def test_neurons_and_features_that_tell_most_are_listed(opens, tab):
     assert page.evaluate("location.hash").count("felt")
 
 
+def test_features_of_other_steps_are_not_offered(opens, tab):
+    """Each step shows those that differ most at it; the one that is chosen stays."""
+    (folder := tab[2] / "changing").mkdir()
+    steps = {1: list(listed(1).values()), 2: [one.described(LISTED) for one in sample(2).values()]}
+    page = ready(opens(page_of(folder, steps) + "#step=2"))
+    offered = page.locator("#rollouttint option")
+    assert "Feature of the token: sae 3" not in offered.all_inner_texts()
+    put(page, step=1)
+    assert "Feature of the token: sae 3" in offered.all_inner_texts()
+    put(page, colour="felt/sae 3", step=2)
+    assert page.input_value("#rollouttint") == "felt/sae 3"
+
+
 def test_what_else_is_known_of_a_head_is_said_and_no_map_of_its_own(opens, tab):
     (folder := tab[2] / "beside").mkdir()
     made = listed()

@@ -28,6 +28,7 @@ from tlens_callback.rollouts import features as module
 from tlens_callback.rollouts.features import Features
 from tlens_callback.rollouts.inside import inside, parts
 from tlens_callback.sae import Autoencoder
+from tlens_callback.sinks.rollouts import rollout_table
 
 TEXTS: Any = {
     "having": ["The cat is red", "A dog sat on mat", [1, 20, 21], "Paris is in France then"],
@@ -208,3 +209,5 @@ def test_a_training_shows_the_features_of_its_rollouts(tmp_path, capsys):
         mean = tokens.groupby("rollout", observed=True)["feature/own one"].mean()
         np.testing.assert_allclose(wholes["mean_feature/own one"], mean, rtol=1e-4)
     assert wholes.filter(like="mean_feature/sparse_features").shape[1] == 48
+    shown = rollout_table(1, store.readings(1))
+    assert not [name for name in shown if "feature" in name] and "advantage" in shown

@@ -160,3 +160,6 @@ def test_signs_are_counted_over_observations():
     run = sink.readings["rollouts/contrast_direct_run"]
     z = [run[step].values[LAYER, HEAD] for step in range(3)]
     assert z[1] == pytest.approx(2**0.5 * z[0]) and z[2] == pytest.approx(z[0] / 3**0.5)
+    # The neurons that are shown are the surest of this observation or of all so far.
+    sure, run = (sink.readings[f"rollouts/contrast_neuron{s}"][1].values for s in ("_q", "_run_q"))
+    assert (np.diff(np.minimum(sure, run)) >= 0).all() and (np.diff(sure) < 0).any()

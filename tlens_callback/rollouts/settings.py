@@ -30,7 +30,8 @@ class Rollouts:
             which takes no memory; under full fine-tuning there is none. "copy": a copy of the
             weights with which this training, or its resumption, begins; it takes their memory
             again.
-        neurons: how many neurons to show, those that differ most between winners and losers.
+        neurons: how many neurons to show, those that differ most between winners and losers, at
+            this observation or over all so far.
         features: how many features of instruments to show, `SparseFeatures(sae)` and
             `Contrast(...)` among them: those that differ most, each also at every token, after
             those that the instrument was told to show.

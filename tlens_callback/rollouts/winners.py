@@ -85,8 +85,12 @@ def _top(
     k: int,
     name_of: Callable[[int], str],
 ) -> Iterator[Reading]:
-    """The neurons or features with the smallest q; of equal ones those farthest from chance."""
-    order = np.lexsort((-found.z.nan_to_num().abs().numpy(), found.q.numpy()))
+    """The neurons or features with the smallest q, of this observation or of the run so far; of
+    equal ones those farthest from chance."""
+    q, far = found.q, found.z.nan_to_num().abs()
+    if run is not None:
+        q, far = torch.minimum(q, run[1]), torch.maximum(far, run[0].nan_to_num().abs())
+    order = np.lexsort((-far.numpy(), q.numpy()))
     top = torch.from_numpy(order[:k].copy())
     if not len(top):
         return

@@ -37,8 +37,11 @@ def overview(readings: Sequence[Reading]) -> list[Reading]:
 
 
 def rollout_table(step: int, readings: Sequence[Reading]) -> pd.DataFrame:
-    """Makes a table with a row for each rollout; `Store.rollouts` explains its columns."""
-    frames = rollout_frames(step, readings)
+    """Makes a table with a row for each rollout; `Store.rollouts` explains its columns.
+
+    Features are left out, since each step shows others, and W&B's table keeps its first columns.
+    """
+    frames = rollout_frames(step, [reading for reading in readings if reading.probe is None])
     assert frames is not None, "about_rollouts"
     return frames[0]
 

@@ -29,7 +29,7 @@ function rolloutsView(root) {
     if (!box.open || !mine.some((name) => changed.has(name))) return;
     const one = chosenRollouts(), got = one && rolloutsAt(one, state.step), now = ++turn;
     for (const node of [controls, bar, groups]) node.hidden = !got;
-    if (one && changed.has("data")) fillChoices(one);
+    if (one && ["data", "step", "rollouts", "colour"].some((name) => changed.has(name))) fillChoices(one, got?.step ?? null);
     if (got) {
       const tinted = tintOf(got), key = tintKey(one);
       tint.value = key === null ? "" : withoutInstrument(key);
@@ -64,7 +64,7 @@ function rolloutsView(root) {
     return found;
   }
 
-  function fillChoices(one) {
+  function fillChoices(one, step) {
     const fill = (select, items) => {
       const words = JSON.stringify(items);
       if (select.words === words) return;
@@ -74,7 +74,7 @@ function rolloutsView(root) {
     fill(which, [...allRollouts().keys()].map((name) => [name, name]));
     which.value = one.instrument;
     which.hidden = allRollouts().size < 2;
-    const choices = tintChoices(one);
+    const choices = tintChoices(one, step);
     fill(tint, choices);
     tinting.hidden = !one.token || !choices.length;
   }

@@ -24,7 +24,7 @@ function rankedBlock() {
   function fill({ update }, key, step, got) {
     const entry = data.entry(key, step), values = data.values(key, step) ?? [], q = qAt(key, step);
     const beside = Object.entries(BESIDE_RANKED).filter(([suffix]) => data.entry(`${key}${suffix}`, step)?.shape.join() === entry.shape.join());
-    update(["", entry.unit + late(step), ...(q ? ["false discovery rate"] : []), ...beside.map(([, words]) => words)],
+    update(["name", entry.unit + late(step), ...(q ? ["false discovery rate"] : []), ...beside.map(([, words]) => words)],
       Array.from(values, (value, i) => [nameCell(entry.texts[i], q?.[i], got), numeric(value), ...(q ? [numeric(q[i])] : []),
         ...beside.map(([suffix]) => numeric(data.number(`${key}${suffix}`, step, i)))]));
   }

@@ -3,9 +3,11 @@
 const MOST_SAMPLED = 200_000;
 const SHARE_COLOURED = 0.99; // of all tokens: a few far out would leave all others pale
 
-// The choices: [value, words], a measure of tokens each, and last the attention of a head.
-function tintChoices(one) {
-  return [...one.measures, ...(one.attention ? [one.attention] : [])]
+// The choices: [value, words], a measure of tokens each, and last the attention of a head. Of features
+// each step may have others: those of this one, and the one that is chosen.
+function tintChoices(one, step) {
+  const here = one.measures.filter((key) => parts(key).probe === null || data.has(key, step) || key === tintKey(one));
+  return [...here, ...(one.attention ? [one.attention] : [])]
     .map((key) => [withoutInstrument(key), key === one.attention ? "attention of the chosen head" : titleIn(one.measures, key)]);
 }
 
