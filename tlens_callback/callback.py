@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tlens_callback.probes import Probe
 from tlens_callback.probes.builtin import training_rows
 from tlens_callback.rollouts import Look, Recorder, Rollouts
+from tlens_callback.rollouts.recorder import updates_in_backward
 from tlens_callback.run.guard import guarded
 from tlens_callback.run.printing import print_lines
 from tlens_callback.run.settings import Options, Settings
@@ -115,11 +116,7 @@ class TLensCallback(TrainerCallback, Watcher):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.recorder.listen(model)
         self._looked = -1
-        if self.recorder and updates_in_backward(args):
-            look = partial(self._look_before_update, args, state)
-            self.recorder.before_training_passes(look)
         self._meet(
             model,
             state.global_step,
@@ -130,6 +127,10 @@ class TLensCallback(TrainerCallback, Watcher):
             lambda: self._start(args, state, model, processing_class, train_dataloader),
             first=state.is_world_process_zero,
         )
+        self.recorder.listen(model)
+        if self.recorder and updates_in_backward(args):
+            look = partial(self._look_before_update, args, state)
+            self.recorder.before_training_passes(look)
 
     def _start(
         self,
@@ -331,14 +332,6 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     saved = [at for at in folders if (at / TRAINER_STATE_NAME).exists()]
     times = {at: (at / TRAINER_STATE_NAME).stat().st_mtime_ns for at in saved}
     return max(saved, key=times.__getitem__, default=output / name)
-
-
-def updates_in_backward(args: TrainingArguments) -> bool:
-    """Whether the weights change before `on_pre_optimizer_step`: DeepSpeed's engine updates them
-    when it goes backward, and so do optimizers that free each gradient at once."""
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    at_once = "layerwise" in optimizer or "lomo" in optimizer
-    return at_once or getattr(args, "deepspeed_plugin", None) is not None
 
 
 def _trial(state: TrainerState) -> dict[str, Any]:

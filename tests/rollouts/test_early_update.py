@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tests.rollouts.trained import look, trainer, watched
 from tests.test_no_trace import fingerprint
-from tlens_callback.callback import updates_in_backward
+from tlens_callback.rollouts.recorder import updates_in_backward
 from tlens_callback.shadow.moved import TrainedSample
 
 

@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from tests import tiny
 from tests.rollouts.test_look import shown
 from tests.rollouts.trained import distinct, look, trainer, watched
+from tests.sae.by_hand import random_sae
 from tests.training import CAPITAL
-from tlens_callback import Rollouts, TLensCallback
+from tlens_callback import Rollouts, SparseFeatures, TLensCallback
 from tlens_callback.rollouts import Recorder
 
 pytestmark = pytest.mark.slow
@@ -132,6 +133,14 @@ def test_errors_of_reward_functions_are_the_trainers(tmp_path, function, error, 
             of.train()
         texts.append((type(raised.value), str(raised.value)))
     assert texts[0] == texts[1] and isinstance(raised.value, BaseException)
+
+
+def test_a_run_that_does_not_begin_leaves_the_functions_as_they_are(tmp_path):
+    of = trainer(tmp_path, rewards=[distinct], max_steps=1)
+    callback, _ = look(instruments=[SparseFeatures(random_sae(), hook="blocks.9.hook_mlp_out")])
+    with pytest.raises(ValueError, match="no hook point"):
+        callback.attach(of).on_train_begin(of.args, of.state, of.control, model=of.model)
+    assert of.reward_funcs == [distinct] and of.reward_funcs[0] is distinct
 
 
 def test_another_version_of_trl_is_said_once(tmp_path, caplog, monkeypatch):

@@ -206,6 +206,14 @@ class Recorder:
             self._waiting[i] = rewards
 
 
+def updates_in_backward(args: Any) -> bool:
+    """Whether the weights change before `on_pre_optimizer_step`: DeepSpeed's engine updates them
+    when it goes backward, and so do optimizers that free each gradient at once."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    at_once = "layerwise" in optimizer or "lomo" in optimizer
+    return at_once or getattr(args, "deepspeed_plugin", None) is not None
+
+
 def _listed(given: Any, n: int) -> list[Any]:
     """A list of n, whatever a trainer of somebody's own gives its reward functions."""
     known = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == n
