@@ -117,20 +117,15 @@ class TLensCallback(TrainerCallback, Watcher):
         **kwargs: Any,
     ) -> None:
         self._looked = -1
-        self._meet(
-            model,
-            state.global_step,
-            attached=bool(self.recorder),
-            after_update=self._look_settings.after_update,
-        )
+        after = self._look_settings.after_update
+        self._meet(model, state.global_step, attached=bool(self.recorder), after_update=after)
         self._begin(
             lambda: self._start(args, state, model, processing_class, train_dataloader),
             first=state.is_world_process_zero,
         )
         self.recorder.listen(model)
         if self.recorder and updates_in_backward(args):
-            look = partial(self._look_before_update, args, state)
-            self.recorder.before_training_passes(look)
+            self.recorder.before_training_passes(partial(self._look_before_update, args, state))
 
     def _start(
         self,
