@@ -186,8 +186,9 @@ class Wrong:
 
 
 def test_what_an_instrument_gets_wrong_is_said_early(tmp_path):
-    with pytest.raises(ValueError, match=r"no hook point 'blocks\.9\.hook_resid_post'"):
+    with pytest.raises(ValueError, match=r"no hook point 'blocks\.9\.hook_resid_post'") as raised:
         watched(tmp_path, instruments=[Wrong("blocks.9.hook_resid_post")])
+    assert raised.value.__notes__ == ["(raised for the features of the instrument 'own')"]
     with pytest.raises(ValueError, match=r"encode gave \(\d+, 3\) .* there are 2 names"):
         seen(counts(), instruments=[Wrong(HOOK, 3)])
     with pytest.raises(ValueError, match="a name for each"):

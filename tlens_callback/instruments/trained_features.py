@@ -267,7 +267,11 @@ class TrainedFeatures:
         yield from fit_readings(self.name, seen)
 
     def token_features(self, shadow: Shadow) -> Iterator[TokenFeatures]:
-        """All features as trained so far; none before the first observation."""
+        """All features as trained so far; none before the first observation.
+
+        While it is trained a feature may become another one (`cosine`). What rollouts say of a
+        whole run is then of both.
+        """
         if "W_enc" in self.baseline:
             sae = autoencoder(self.baseline)
             names = [str(i) for i in range(sae.n_features)]

@@ -42,9 +42,13 @@ class Features:
         found = []
         for instrument in instruments:
             asked = getattr(instrument, "token_features", None)
-            for one in asked(shadow) if asked is not None else ():
-                shadow.hook(one.hook)
-                found.append((instrument.name, one))
+            try:
+                for one in asked(shadow) if asked is not None else ():
+                    shadow.hook(one.hook)
+                    found.append((instrument.name, one))
+            except Exception as error:
+                error.add_note(f"(raised for the features of the instrument {instrument.name!r})")
+                raise
         return cls(found)
 
     @property
