@@ -116,6 +116,7 @@ class TLensCallback(TrainerCallback, Watcher):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        self.recorder.stop()  # of a training that was interrupted
         self._looked = -1
         after = self._look_settings.after_update
         self._meet(model, state.global_step, attached=bool(self.recorder), after_update=after)

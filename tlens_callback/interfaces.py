@@ -21,21 +21,32 @@ class TokenFeatures:
         hook: hook point of the activation, [probe, pos, ...]; its heads are concatenated.
         encode: [token, width], float32 on the shadow's device -> [token, feature], of each token
             by itself.
-        names: of the features, each another one, without "/".
-        shown: numbers of those that are of interest whatever they do.
+        names: of the features, each different, without "/".
+        shown: indices of those that are of interest whatever they do.
+        fixed: whether a feature stays the same one over the run; if not, nothing is said of it over
+            several observations.
 
     Raises:
-        ValueError: for names that are given twice, empty or with "/".
+        ValueError: for names that are given twice, empty or with "/", or `shown` beyond them.
     """
 
     hook: str
     encode: "Callable[[Tensor], Tensor]"
     names: Sequence[str]
     shown: Sequence[int] = ()
+    fixed: bool = True
 
     def __post_init__(self) -> None:
-        if len(set(self.names)) < len(self.names) or not all(self.names):
-            raise ValueError(f"TokenFeatures at {self.hook!r} needs a name for each feature.")
+        texts = all(isinstance(name, str) and name for name in self.names)
+        if not self.names or not texts or len(set(self.names)) < len(self.names):
+            raise ValueError(
+                f"TokenFeatures at {self.hook!r} needs a name for each feature, a text of its own."
+            )
+        if not all(0 <= i < len(self.names) for i in self.shown):
+            raise ValueError(
+                f"TokenFeatures at {self.hook!r}: shown={list(self.shown)} has to be indices of "
+                f"its {len(self.names)} names."
+            )
         if wrong := [name for name in self.names if "/" in name]:
             raise ValueError(f"TokenFeatures at {self.hook!r}: {wrong[0]!r} has a slash in it.")
 
@@ -61,7 +72,8 @@ class Instrument(Protocol):
       the first observation of a run. `first` and `last` are key -> reading of any two observations;
       `first` takes the place of the first observation. It is used to compare two runs.
     - `token_features(shadow) -> Iterable[TokenFeatures]`: what can be read at any token. Where
-      rollouts are looked at, these features are read at the sampled tokens, too.
+      rollouts are looked at, these features are read at the sampled tokens, too. It is asked before
+      the first observation, too, and may return nothing then.
     """
 
     @property

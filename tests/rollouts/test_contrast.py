@@ -9,7 +9,12 @@ import scipy.stats
 import torch
 
 from tlens_callback.rollouts import contrast as module
-from tlens_callback.rollouts.contrast import contrast, false_discovery_rates, over_observations
+from tlens_callback.rollouts.contrast import (
+    contrast,
+    false_discovery_rates,
+    over_observations,
+    tails,
+)
 
 
 def drawn(groups=4, size=8, numbers=50, seed=0):
@@ -194,12 +199,40 @@ def test_a_run_without_a_difference_finds_nothing():
     """Five observations each of 100 runs: the p-values of the sums are uniform."""
     p, discoveries = [], 0
     for seed in range(100):
-        sums = sum(compared(*drawn(seed=100 * seed + t), 1, t).z for t in range(5))
-        z, q = over_observations(sums, 5)
+        z, q = together([compared(*drawn(seed=100 * seed + t), 99, t) for t in range(5)])
         p.append(float(torch.special.erfc(z[seed % 50].abs() / 2**0.5)))
         discoveries += bool((q <= 0.05).any())
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
     assert discoveries <= scipy.stats.binom.ppf(0.999, 100, 0.05)
+
+
+def together(found):
+    sums, of_tails = (
+        sum(each) for each in zip(*((one.z, tails(one)) for one in found), strict=True)
+    )
+    return over_observations(sums, of_tails, torch.full_like(sums, len(found)))
+
+
+@pytest.mark.parametrize("observations", [2, 5, 10, 40])
+def test_rare_numbers_are_no_discoveries_of_a_run(observations):
+    """Features that differ in one or two rollouts, and one winner in each group: their sums of z
+    are far from normal after few observations."""
+    group, size = torch.arange(4).repeat_interleave(8), 3000
+    gain = torch.where(torch.arange(32) % 8 == 0, 7.0, -1.0)
+    false, by_z = 0, 0
+    for seed in range(3):
+        draw, found = torch.Generator().manual_seed(seed), []
+        for t in range(observations):
+            f = torch.zeros(32, size)
+            for _ in range(1 + seed % 2):
+                f[torch.randint(0, 32, (size,), generator=draw), torch.arange(size)] += 1
+            found.append(compared(f, gain, group, torch.ones(32), 200, t))
+        z, q = together(found)
+        false += bool((q <= 0.05).any())
+        normal = torch.special.erfc(z.abs() / 2**0.5)
+        by_z += bool((false_discovery_rates(normal) <= 0.05).any())
+    assert false == 0
+    assert by_z == 3 or observations > 5, "the control: the sums of z alone find some"
 
 
 def test_a_run_finds_what_no_observation_does():
@@ -210,7 +243,7 @@ def test_a_run_finds_what_no_observation_does():
         f[:, 1234] += 0.7 * gain
         found.append(compared(f, gain, group, length, 200, t))
     assert sum(bool(one.q[1234] <= 0.05) for one in found) <= 2
-    z, q = over_observations(sum(one.z for one in found), 12)
+    z, q = together(found)
     assert (q <= 0.05).nonzero().flatten().tolist() == [1234] and z[1234] > 0
     theirs = scipy.stats.combine_pvalues(
         scipy.stats.norm.sf([float(one.z[7]) for one in found]), method="stouffer"

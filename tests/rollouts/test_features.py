@@ -1,10 +1,13 @@
 """Features of instruments at sampled tokens, held against plain hidden states and numpy."""
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests import tiny
 from tests.rollouts.test_planted import HEAD, LAYER, TOKEN, completions, counts, planted, seen
@@ -24,6 +27,7 @@ from tlens_callback import (
     read_store,
 )
 from tlens_callback.events.contrasts import discoveries
+from tlens_callback.rollouts import Look, Recorder, Rollouts
 from tlens_callback.rollouts import features as module
 from tlens_callback.rollouts.features import Features
 from tlens_callback.rollouts.inside import inside, parts
@@ -120,10 +124,8 @@ def reading_the_token() -> SparseFeatures:
     """Feature 3 of 5 fires where the residual stream says the rewarded token."""
     draw = torch.Generator().manual_seed(2)
     encoder = torch.randn(32, 5, generator=draw) / 6
-    weight = planted().model.layers[LAYER].self_attn.o_proj.weight[:, HEAD * 8].detach()
     embedded = planted().model.embed_tokens.weight[TOKEN].detach()
     encoder[:, 3] = embedded / embedded.norm()
-    assert weight.shape == embedded.shape
     sae = Autoencoder(encoder, torch.zeros(5), encoder.T, torch.zeros(32))
     return SparseFeatures(sae, hook="blocks.0.hook_resid_pre", features=[1])
 
@@ -136,7 +138,9 @@ def test_a_feature_that_reads_the_rewarded_token_is_found():
     assert found["contrast_feature"].values[0] > 0
     told = discoveries([*found.values()], 100)
     assert told is not None
-    assert any(str(one).startswith("sparse_features 3 is more active") for one in told.surest)
+    assert any(
+        str(one).startswith("sparse_features 3 has more of this feature") for one in told.surest
+    )
     # At each token: it fires where the token stands, and nothing is said where there is none.
     each = found["feature/sparse_features 3"].values
     ids = completions()[1]
@@ -159,6 +163,7 @@ def test_as_many_features_are_shown_as_asked_for():
     assert sum(key.startswith("feature/") for key in found) == 2
     none = seen(counts(), instruments=[reading_the_token()], features=0)
     assert not any("feature" in key for key in none)
+    assert none["looked_at"].values == 5 * 8 + 2 + 2 + 2 * 48, "they are not read either"
 
 
 def test_without_winners_and_losers_those_of_largest_mean_are_shown():
@@ -193,8 +198,59 @@ def test_what_an_instrument_gets_wrong_is_said_early(tmp_path):
         seen(counts(), instruments=[Wrong(HOOK, 3)])
     with pytest.raises(ValueError, match="a name for each"):
         TokenFeatures(HOOK, lambda x: x, ["one", "one"])
+    for names in ([], [1, 2], ["", "two"]):
+        with pytest.raises(ValueError, match="a name for each"):
+            TokenFeatures(HOOK, lambda x: x, names)
+    for shown in ([2], [-1]):
+        with pytest.raises(ValueError, match="indices of its 2 names"):
+            TokenFeatures(HOOK, lambda x: x, ["one", "two"], shown)
+    with pytest.raises(ValueError, match=r"'own one' is there twice"):
+        seen(counts(), instruments=[Wrong(HOOK), Wrong(HOOK)])
+    with pytest.raises(ValueError, match=r"features are read from \[probe, pos"):
+        seen(counts(), instruments=[Wrong("blocks.0.attn.hook_pattern")])
     with pytest.raises(ValueError, match="has a slash"):
         TokenFeatures(HOOK, lambda x: x, ["one/two"])
+
+
+class Changing(SparseFeatures):
+    """Its features may become others, as those that are trained."""
+
+    def token_features(self, shadow: Any) -> Any:
+        for one in super().token_features(shadow):
+            yield dataclasses.replace(one, fixed=False)
+
+
+def test_what_is_said_of_a_run_is_of_the_same_numbers():
+    """Heads go on where the features are others; features that change are of no run."""
+    shadow, recorder = Shadow.of(planted()), Recorder()
+    each, sampled = completions()
+    reward = recorder.reward(lambda completion_ids, **_: counts())
+    args = SimpleNamespace(num_generations=8, scale_rewards="none", temperature=1.0)
+    look, batch = Look(Rollouts(features=48), recorder), batch_of(shadow)
+    some, others = [SparseFeatures(random_sae(seed=s, n=n)) for s, n in ((0, 48), (1, 40))]
+    head, features = [], []
+    for step, instruments in enumerate(([some], [some], [others], [], [Changing(random_sae())])):
+        ids = [*sampled]
+        reward(prompts=each, completions=ids, completion_ids=ids)
+        found = look.before_update(shadow, batch, planted(), args, step, instruments)
+        by = {one.key.removeprefix("rollouts/"): one.values for one in found}
+        head.append(float(by["contrast_direct_run"][LAYER, HEAD]))
+        features.append(by.get("contrast_feature_run"))
+    z = head[0]
+    assert head == [pytest.approx(z * n**0.5) for n in (1, 2, 3, 4, 5)]
+    first, second, third, none, changing = features
+    assert np.nanmax(np.abs(second)) == pytest.approx(2**0.5 * np.nanmax(np.abs(first)))
+    assert 0 < np.nanmax(np.abs(third)) < 4 and none is None and np.isnan(changing).all()
+
+
+def test_an_encoder_that_has_gradients_is_read_without_them():
+    torch.manual_seed(0)
+    instrument, layer = Wrong(HOOK), nn.Linear(32, 40)
+    names = [str(i) for i in range(40)]
+    instrument.of = TokenFeatures(HOOK, layer, names, shown=[7])
+    found = seen(counts(), instruments=[instrument], features=3)
+    each = found["feature/own 7"].values
+    np.testing.assert_allclose(found["mean_feature/own 7"].values, each.mean(1), rtol=1e-5)
 
 
 def test_a_training_shows_the_features_of_its_rollouts(tmp_path, capsys):

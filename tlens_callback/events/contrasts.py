@@ -1,4 +1,4 @@
-"""Says in words which heads, layers and neurons tell winners from losers."""
+"""Says in words which heads, layers, neurons and features tell winners from losers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _DOES = {
     "lens_logp": "reads {} of the sampled tokens",
     "repetition": "looks {} at what came after the same token",
     "neuron": "is {} active",
-    "feature": "is {} active",
+    "feature": "has {} of this feature",
 }
 """What was measured -> what a head, MLP or neuron does more or less in winners."""
 
@@ -30,7 +30,7 @@ class Told:
     """One number that was compared between winners and losers.
 
     Attributes:
-        what: "L5H2", "L5 MLP" or "L5N210".
+        what: "L5H2", "L5 MLP", "L5N210" or "sparse_features 12".
         measure: what was measured, "direct".
         value: how much more winners have of it, in `unit`; half the distance, as `contrast` says.
         q: the smallest false discovery rate at which it is a discovery.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from os import PathLike
 from typing import ClassVar
 
@@ -229,10 +230,9 @@ class SparseFeatures:
 
     def token_features(self, shadow: Shadow) -> Iterator[TokenFeatures]:
         """All features at the autoencoder's hook point."""
-        sae = self.sae.to(shadow.device)
-        names = [str(i) for i in range(sae.n_features)]
-        shown = [int(i) for i in self.features or ()]
-        yield TokenFeatures(self._at, sae.encode, names, shown)
+        there = lru_cache(self.sae.to)  # once, and only if they are read
+        names, shown = map(str, range(self.sae.n_features)), map(int, self.features or ())
+        yield TokenFeatures(self._at, lambda x: there(x.device).encode(x), [*names], [*shown])
 
     @property
     def _at(self) -> str:

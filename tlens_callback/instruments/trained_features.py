@@ -269,13 +269,12 @@ class TrainedFeatures:
     def token_features(self, shadow: Shadow) -> Iterator[TokenFeatures]:
         """All features as trained so far; none before the first observation.
 
-        While it is trained a feature may become another one (`cosine`). What rollouts say of a
-        whole run is then of both.
+        A feature may become another one while it is trained (`cosine`).
         """
         if "W_enc" in self.baseline:
             sae = autoencoder(self.baseline)
             names = [str(i) for i in range(sae.n_features)]
-            yield TokenFeatures(self.hook, sae.encode, names)
+            yield TokenFeatures(self.hook, sae.encode, names, fixed=False)
 
     def _training(self) -> Training:
         return Training(l1=self.l1, lr=self.lr, batch=self.batch, seed=self.seed)

@@ -95,21 +95,34 @@ def contrast(
     return Contrast(value, p, q, length_of, scores)
 
 
+def tails(of: Contrast) -> Float[Tensor, " number"]:
+    """The z of the normal distribution that has the contrast's p, with the contrast's sign."""
+    size = 2**0.5 * torch.special.erfinv(1 - of.p)
+    return (size * of.value.sign()).nan_to_num()
+
+
 def over_observations(
-    sums: Float[Tensor, " number"], n: int
+    sums: Float[Tensor, " number"],
+    of_tails: Float[Tensor, " number"],
+    n: Float[Tensor, " number"],
 ) -> tuple[Float[Tensor, " number"], Float[Tensor, " number"]]:
-    """Puts the contrasts of n observations together, whose z add up to `sums`.
+    """Puts the contrasts of n observations together, whose z add up to `sums`, and whose `tails`
+    to `of_tails`.
 
     Returns z = sum / sqrt(n), and q, the false discovery rate over all numbers, from the normal
     distribution. What the trainer samples next does not depend on how the advantages of this
     observation would have fallen by chance, so that the z of a number without a difference have
-    mean 0 and variance 1, whatever came before, and their sum is nearly normal.
+    mean 0 and variance 1, whatever came before, and their sum is nearly normal after many
+    observations. After few it is not, where a number differs in one or two rollouts only, as a rare
+    feature does: its z is large more often than a normal one. The tails are large as often as
+    their p says. So the p-value is the larger one of the two sums'. NaN and 1 where n is 0.
 
     Source:
         Stouffer 1949 (sum of z-scores).
     """
-    z = sums / n**0.5
-    p = torch.special.erfc(z.abs() / 2**0.5)
+    z = sums / n.sqrt()
+    both = torch.stack([z, of_tails / n.sqrt()])
+    p = torch.special.erfc(both.abs() / 2**0.5).amax(0)
     return z, false_discovery_rates(p.nan_to_num(1.0))
 
 

@@ -1,5 +1,6 @@
 """Reads what instruments find in activations, features and projections, at sampled tokens."""
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ class Features:
 
     Attributes:
         names: of all features, "<instrument> <name>".
-        shown: numbers of those that are of interest whatever they do.
+        shown: indices of those that are of interest whatever they do.
     """
 
     def __init__(self, of: Sequence[tuple[str, TokenFeatures]]) -> None:
@@ -49,7 +50,24 @@ class Features:
             except Exception as error:
                 error.add_note(f"(raised for the features of the instrument {instrument.name!r})")
                 raise
-        return cls(found)
+        features = cls(found)
+        if len(set(features.names)) < len(features.names):
+            twice = next(name for name in features.names if features.names.count(name) > 1)
+            raise ValueError(
+                f"The features of an instrument need different names, and {twice!r} is there "
+                f"twice. Put the layer into the name, such as 'L5 12'."
+            )
+        return features
+
+    @property
+    def fixed(self) -> list[bool]:
+        """Whether each feature stays the same one over the run."""
+        return [one.fixed for _, one in self._of for _ in one.names]
+
+    @property
+    def identity(self) -> int:
+        """Tells these features from others of the same number."""
+        return zlib.crc32(repr([(self.names, self.hooks)]).encode())
 
     @property
     def sizes(self) -> list[tuple[str, int]]:
@@ -91,6 +109,11 @@ class Features:
     def _read(
         self, part: Part, hook: str, values: Float[Tensor, "rollout pos ..."]
     ) -> tuple[Float[Tensor, "rollout feature"], ...]:
+        if values.shape[:2] != part.batch.tokens.shape or values.dim() < 3:
+            raise ValueError(
+                f"{hook!r} has shape {tuple(values.shape)}; features are read from [probe, pos, "
+                f"...], such as 'blocks.0.hook_resid_post'."
+            )
         # At the sampled tokens themselves, not where they were predicted.
         own = values.flatten(2)[part.row, part.pos + 1].float()
         means = []
@@ -122,7 +145,8 @@ def _encoded(
     one: TokenFeatures, activation: Float[Tensor, "token width"]
 ) -> Iterator[Float[Tensor, "token feature"]]:
     for few in activation.split(max(1, CHUNK // len(one.names))):
-        found = one.encode(few)
+        with torch.no_grad(), torch.autocast(few.device.type, enabled=False):
+            found = one.encode(few)
         if found.shape != (len(few), len(one.names)):
             raise ValueError(
                 f"TokenFeatures at {one.hook!r}: encode gave {tuple(found.shape)} for "

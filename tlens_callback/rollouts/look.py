@@ -125,7 +125,9 @@ class Look:
             ValueError: for a copy of a model that is sharded; for features of an instrument at a
                 hook point that the model does not have.
         """
-        Features.of(instruments, shadow)
+        # One that does not fit the model is left out if it is optional, by who asks it first.
+        asked = [one for one in instruments if not getattr(one, "optional", False)]
+        Features.of(asked if self.settings.features else (), shadow)
         if self.settings.base == "copy":
             if shadow.ranks is not None and shadow.ranks.sharded:
                 raise ValueError(
@@ -188,7 +190,7 @@ class Look:
         base: list[Tensor] = []
         each: list[Mapping[str, Tensor]] = []
         received: dict[int, Tensor] = {}
-        features = Features.of(instruments, shadow)
+        features = Features.of(instruments if self.settings.features else (), shadow)
         for part in of:
             keys = [row for row, i in enumerate(part.which) if i in pair]
             resid, found, looked, more = inside(shadow, part, keys, features.taps(part))

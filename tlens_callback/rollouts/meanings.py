@@ -64,9 +64,13 @@ CURVES = {
     "age": ("Updates since the rollouts were sampled", "count", None),
     "off_policy": ("Tokens whose sampler is off by more than a tenth", "fraction", "lower"),
     "update_gain": ("How much more the update gave to winners than to losers", "nats", "higher"),
-    "discoveries": ("Heads, layers and neurons that tell winners from losers", "count", None),
+    "discoveries": (
+        "Numbers that tell winners from losers",
+        "count",
+        None,
+    ),
     "run_discoveries": ("The same over all observations so far", "count", None),
-    "looked_at": ("Heads, layers and neurons that were compared", "count", None),
+    "looked_at": ("Numbers that were compared", "count", None),
 }
 """Number of an observation -> title, unit, what good training does."""
 

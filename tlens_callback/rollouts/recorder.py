@@ -112,7 +112,9 @@ class Recorder:
                 act()
 
         assert self.model is not None
-        self._undo.append(self.model.register_forward_pre_hook(call).remove)
+        # A compiled model would be compiled anew, with all that is done here inside it.
+        apart: Any = torch.compiler.disable(call)
+        self._undo.append(self.model.register_forward_pre_hook(apart).remove)
 
     def reward(self, function: Reward) -> Reward:
         """Returns the function, listened to."""

@@ -33,8 +33,9 @@ class Rollouts:
         neurons: how many neurons to show, those that differ most between winners and losers, at
             this observation or over all so far.
         features: how many features of instruments to show, `SparseFeatures(sae)` and
-            `Contrast(...)` among them: those that differ most, each also at every token, after
-            those that the instrument was told to show.
+            `Contrast(...)` among them: those that differ most, at this observation or over all so
+            far, each also at every token, after those that the instrument was told to show. 0: they
+            are not read.
 
     Raises:
         ValueError: for a number that is too small, or groups > per_observation / 2.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tlens_callback.instruments.parts.selection import neuron_layers
 from tlens_callback.reading import Reading
-from tlens_callback.rollouts.contrast import Contrast, contrast, over_observations
+from tlens_callback.rollouts.contrast import Contrast, contrast, over_observations, tails
+from tlens_callback.rollouts.features import Features
 from tlens_callback.rollouts.meanings import HEAD_MEASURES, HEAD_UNITS, LAYER_UNITS
 from tlens_callback.rollouts.seen import Seen, layers_of, reading
 from tlens_callback.rollouts.settings import Rollouts
@@ -34,7 +35,7 @@ def contrasts(
     found = contrast(
         torch.cat(flat, 1), gain, group, length, permutations=settings.permutations, seed=step
     )
-    run = _run(baseline, found)
+    run = _run(baseline, found, seen.features)
     at = 0
     for name, of in zip(names, flat, strict=True):
         here = slice(at, at + of.shape[1])
@@ -107,17 +108,35 @@ def _top(
         yield reading(f"contrast_{measure}{suffix}", numbers, ("rank",), unit, {}, None, texts)
 
 
-def _run(baseline: dict[str, Tensor], found: Contrast) -> tuple[Tensor, Tensor, Tensor] | None:
+def _run(
+    baseline: dict[str, Tensor], found: Contrast, features: Features | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """z and q over all observations so far, with this one, and the mean sign; None before the
-    first with spread."""
-    n, z, signs = (baseline.get(name) for name in ("n", "z", "signs"))
-    if n is None or z is None or signs is None or z.shape != found.z.shape:
-        n, z, signs = torch.tensor(0), torch.zeros_like(found.z), torch.zeros_like(found.z)
+    first with spread. Features begin anew where they are others than before."""
+    fixed = torch.ones_like(found.z)
+    own = 0 if features is None else len(features.names)
+    if features is not None:
+        fixed[len(fixed) - own :] = torch.tensor(features.fixed, dtype=fixed.dtype)
+    which = torch.tensor(0 if features is None else features.identity)
+    same = int(baseline.get("features", which)) == int(which)
+    sums = {name: torch.zeros_like(found.z) for name in ("n", "z", "tails", "signs")}
+    others = len(found.z) - own
+    for name, zeros in sums.items():
+        before = baseline.get(name)
+        if before is None or before.ndim != 1:
+            continue
+        if same and before.shape == zeros.shape:
+            sums[name] = before.cpu().clone()
+        elif len(before) >= others:
+            zeros[:others] = before[:others].cpu()
     if not found.value.isnan().all():
         # A model whose activations are not finite says nothing for a while.
-        n, z = n.cpu() + 1, z.cpu() + found.z.nan_to_num()
-        signs = signs.cpu() + found.value.nan_to_num().sign()
-    baseline |= {"n": n, "z": z, "signs": signs}
-    if not (times := int(n)):
+        sums["n"] += fixed
+        sums["z"] += fixed * found.z.nan_to_num()
+        sums["tails"] += fixed * tails(found)
+        sums["signs"] += fixed * found.value.nan_to_num().sign()
+    baseline |= {**sums, "features": which}
+    if not sums["n"].any():
         return None
-    return *over_observations(z.cpu(), times), signs.cpu() / times
+    z, q = over_observations(sums["z"], sums["tails"], sums["n"])
+    return z, q, sums["signs"] / sums["n"]

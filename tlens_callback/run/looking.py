@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from tlens_callback.interfaces import Instrument
@@ -42,36 +43,59 @@ class Looking:
         self.awaits = False
         self.readings: list[Reading] = []
         self._sampled_with: TrainedSample | None = None
+        self._said = False
 
     def observed(self, of: Observed, step: int, *, last: bool) -> None:
         """Begins with the rollouts of an observation: looks at preferences of the training data,
         and waits for what the trainer will sample, unless it is the last observation."""
         self.readings = []
-        self._act(lambda look: look.at_pairs(of.shadow, of.batch, step, of.instruments))
-        self.awaits = self.look is not None and bool(self.look.recorder) and not last
-        if self.awaits:
-            self._sampled_with = TrainedSample(of.model)
+        self.awaits = False
+
+        def begin(look: Look) -> list[Reading]:
+            found = look.at_pairs(of.shadow, of.batch, step, of.instruments)
+            if look.recorder and not last:
+                self._sampled_with = TrainedSample(of.model)
+                self.awaits = True
+            return found
+
+        self._act(begin)
 
     def before_update(self, of: Observed, args: Any, step: int) -> None:
         """Looks at the rollouts that were sampled with the weights of `step`."""
         if not self.awaits:
             return
-        assert self._sampled_with is not None
-        if self._sampled_with.still(of.model):
-            given = (of.shadow, of.batch, of.model, args, step, of.instruments)
-            self._act(lambda look: look.before_update(*given), of.shadow)
-        else:
-            warn(
-                "tlens: the rollouts of step %d are not looked at: the weights were changed before "
-                "on_pre_optimizer_step, and are not those that sampled them.",
-                step,
-            )
+
+        def see(look: Look) -> list[Reading]:
+            assert self._sampled_with is not None
+            if self._sampled_with.still(of.model):
+                of.shadow.sync()
+                given = (of.shadow, of.batch, of.model, args, step, of.instruments)
+                # The trainer may be in a pass of its own, in a lower precision.
+                with torch.autocast(of.shadow.device.type, enabled=False):
+                    return look.before_update(*given)
+            if not self._said:
+                warn(
+                    "tlens: the rollouts of step %d are not looked at: the weights were changed "
+                    "before on_pre_optimizer_step, and are not those that sampled them. If the "
+                    "optimizer updates in the backward pass, take another one. This is said once.",
+                    step,
+                )
+            self._said = True
+            return []
+
+        self._act(see)
         self.awaits = self.look is not None and self.look.settings.after_update
 
     def after_update(self, of: Observed) -> None:
         """Looks at the same rollouts after the update, where that is asked for."""
+
+        def see(look: Look) -> list[Reading]:
+            # Who merges adapters to generate leaves the base's weights moved by rounding.
+            of.shadow.sync()
+            return look.after_update(of.shadow)
+
         if self.awaits:
-            self._act(lambda look: look.after_update(of.shadow), of.shadow)
+            self._act(see)
         self.awaits = False
 
     def end(self) -> None:
@@ -79,14 +103,11 @@ class Looking:
         if self.look is not None:
             self.look.base = None
 
-    def _act(self, act: Callable[[Look], Sequence[Reading]], sync: Shadow | None = None) -> None:
+    def _act(self, act: Callable[[Look], Sequence[Reading]]) -> None:
         """Adds what a look gives; if it fails, it is the last."""
         if self.look is None:
             return
         try:
-            if sync is not None:
-                # Who merges adapters to generate leaves the base's weights moved by rounding.
-                sync.sync()
             self.readings += act(self.look)
         except Exception as error:
             if self._settings.on_error == "raise" or (self._ranks and self._ranks.broken):

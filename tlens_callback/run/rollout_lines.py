@@ -24,7 +24,7 @@ def rollouts_opening(observer: Observer) -> list[str]:
     if not has_base:
         how = "run with the weights of now; without adapters there is no base to compare with"
     tokens = most_tokens(settings, shadow) * (1 + has_base + settings.after_update)
-    features = Features.of(observer.instruments, shadow)
+    features = Features.of(observer.instruments if settings.features else (), shadow)
     most = peaks(settings, shadow, has_base=has_base, features=features)
     on_cpu = most.pop("contrast")
     memory = f"{max(most.values()) / 2**20:.0f} MiB of memory on {shadow.device}"
@@ -60,10 +60,15 @@ def rollouts_summary(observer: Observer) -> list[str]:
 
 
 def _over_the_run(look: Look, readings: Sequence[Reading]) -> list[str]:
-    told, times = discoveries(readings, run=True), int(look.baseline.get("n", 0))
+    told, times = discoveries(readings, run=True), _observations(look)
     if told is None or times < 2:
         return []
     return [_found(look, told, f"over {times} observations")]
+
+
+def _observations(look: Look) -> int:
+    n = look.baseline.get("n")
+    return 0 if n is None else int(n.max())
 
 
 def _at_step(look: Look, step: int, readings: Sequence[Reading]) -> list[str]:

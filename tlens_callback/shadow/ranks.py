@@ -116,8 +116,7 @@ class Ranks:
         Args:
             name: of the callback or tracer.
 
-        Returns:
-            None if the model is not sharded, and there is one process or not all have come.
+        Returns None if the model is not sharded, and there is one process or not all have come.
 
         Raises:
             ValueError: if the model is sharded and not all processes have come.
@@ -153,13 +152,13 @@ class Ranks:
         """
         each: list[Any] = [None] * self.world
         dist.all_gather_object(each, dict(own), group=self.group)
-        for name, value in each[0].items():
-            values = [one[name] for one in each]
-            if any(other != value for other in values):
+        for name in own:
+            values = [one.get(name) for one in each]
+            if any(other != values[0] for other in values):
+                said = ", ".join(f"{other!r} in rank {i}" for i, other in enumerate(values))
                 raise ValueError(
-                    f"The callback of each process has to be given the same, and {name} is "
-                    f"{', '.join(f'{other!r} in rank {i}' for i, other in enumerate(values))}. "
-                    f"Make it, and attach it to the trainer, in all processes in the same way."
+                    f"The callback of each process has to be the same, and {name} is {said}. Make "
+                    f"it, and attach it to the trainer, in all processes in the same way."
                 )
 
     def due(self, step: int, *, observe: bool, last: bool = False) -> bool:
@@ -175,7 +174,7 @@ class Ranks:
             fatal: whether an error in the block ends the training. They then raise a `RankError`.
         """
         try:
-            # It may be asked for in the middle of the engine's own pass.
+            # Rollouts are looked at in the middle of the engine's own pass.
             with zero_forward(self.model, going_on=False):
                 self._find_shards()
                 yield

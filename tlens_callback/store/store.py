@@ -238,7 +238,8 @@ class Store:
         advantage, length, mean_entropy; and "reward_<function>" for each reward function.
 
         Those of the second are: step; rollout; pos, counted from 0; token_id and token, if they
-        were kept; what was measured of each token, such as logp, change, entropy, js.
+        were kept; what was measured of each token, such as logp, log_ratio, entropy, js. Features
+        that are shown have columns "mean_feature/<name>" in the first and "feature/<name>" here.
 
         Raises:
             ValueError: if the store does not have this step, or the step no rollouts.

@@ -93,6 +93,8 @@ function rolloutsView(root) {
     const lines = got.step === state.step ? [] : [`Sampled at step ${got.step}.`];
     const gone = one.token && !data.has(one.token, got.step);
     const read = tintKey(one) === one.attention && one.attention ? data.entry(one.attention, got.step) : null;
+    const tinted = tintKey(one);
+    if (tinted !== null && tinted !== one.attention && !data.has(tinted, got.step)) lines.push(`${titleIn(one.measures, tinted)} was not read at this step.`);
     if (read?.labels.rollout) lines.push(`Attention was read of the rollouts ${read.labels.rollout.map(plain).join(" and ")}.`);
     if (gone) lines.push("The texts of this step are not in this page, for want of room. ");
     told.replaceChildren(lines.join(" "), ...(gone ? [linkToNearest(one.token, got.step)] : []));

@@ -6,7 +6,8 @@ const SHARE_COLOURED = 0.99; // of all tokens: a few far out would leave all oth
 // The choices: [value, words], a measure of tokens each, and last the attention of a head. Of features
 // each step may have others: those of this one, and the one that is chosen.
 function tintChoices(one, step) {
-  const here = one.measures.filter((key) => parts(key).probe === null || data.has(key, step) || key === tintKey(one));
+  const chosen = tintKey(one);
+  const here = one.measures.filter((key) => parts(key).probe === null || data.has(key, step) || key === chosen);
   return [...here, ...(one.attention ? [one.attention] : [])]
     .map((key) => [withoutInstrument(key), key === one.attention ? "attention of the chosen head" : titleIn(one.measures, key)]);
 }
