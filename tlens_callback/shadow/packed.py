@@ -89,7 +89,7 @@ def dequantised(module: Any) -> Tensor:
             return _of_blocks(module)
     if _is_torchao(weight):
         return weight.detach().dequantize()
-    from bitsandbytes import functional
+    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     state = getattr(weight, "quant_state", None)
     if state is not None:
