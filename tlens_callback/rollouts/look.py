@@ -107,6 +107,10 @@ class Look:
         self.latest = step, [one for one in found if "rollout" not in one.axes]
         return found
 
+    def features(self, shadow: Shadow, instruments: Sequence[Instrument]) -> Features:
+        """The features of instruments that are read; none if none are to be shown."""
+        return Features.of(instruments if self.settings.features else (), shadow)
+
     def announced(self, model: Any) -> list[str]:
         """Says what a copy of the model will take, before it is made."""
         if self.settings.base != "copy":
@@ -127,7 +131,7 @@ class Look:
         """
         # One that does not fit the model is left out if it is optional, by who asks it first.
         asked = [one for one in instruments if not getattr(one, "optional", False)]
-        Features.of(asked if self.settings.features else (), shadow)
+        self.features(shadow, asked)
         if self.settings.base == "copy":
             if shadow.ranks is not None and shadow.ranks.sharded:
                 raise ValueError(
@@ -190,7 +194,7 @@ class Look:
         base: list[Tensor] = []
         each: list[Mapping[str, Tensor]] = []
         received: dict[int, Tensor] = {}
-        features = Features.of(instruments if self.settings.features else (), shadow)
+        features = self.features(shadow, instruments)
         for part in of:
             keys = [row for row, i in enumerate(part.which) if i in pair]
             resid, found, looked, more = inside(shadow, part, keys, features.taps(part))

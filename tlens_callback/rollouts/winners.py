@@ -113,22 +113,17 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """z and q over all observations so far, with this one, and the mean sign; None before the
     first with spread. Features begin anew where they are others than before."""
-    fixed = torch.ones_like(found.z)
-    own = 0 if features is None else len(features.names)
-    if features is not None:
-        fixed[len(fixed) - own :] = torch.tensor(features.fixed, dtype=fixed.dtype)
+    own = [] if features is None else features.fixed
     which = torch.tensor(0 if features is None else features.identity)
-    same = int(baseline.get("features", which)) == int(which)
+    others, every = len(found.z) - len(own), len(found.z)
+    fixed = torch.ones_like(found.z)
+    fixed[others:] = torch.tensor(own, dtype=fixed.dtype)
+    kept = every if int(baseline.get("features", which)) == int(which) else others
     sums = {name: torch.zeros_like(found.z) for name in ("n", "z", "tails", "signs")}
-    others = len(found.z) - own
     for name, zeros in sums.items():
         before = baseline.get(name)
-        if before is None or before.ndim != 1:
-            continue
-        if same and before.shape == zeros.shape:
-            sums[name] = before.cpu().clone()
-        elif len(before) >= others:
-            zeros[:others] = before[:others].cpu()
+        if before is not None and before.ndim == 1 and len(before) >= kept:
+            zeros[:kept] = before[:kept].cpu()
     if not found.value.isnan().all():
         # A model whose activations are not finite says nothing for a while.
         sums["n"] += fixed

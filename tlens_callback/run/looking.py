@@ -68,6 +68,7 @@ class Looking:
         def see(look: Look) -> list[Reading]:
             assert self._sampled_with is not None
             if self._sampled_with.still(of.model):
+                # Who merges adapters to generate leaves the base's weights moved by rounding.
                 of.shadow.sync()
                 given = (of.shadow, of.batch, of.model, args, step, of.instruments)
                 # The trainer may be in a pass of its own, in a lower precision.
@@ -90,7 +91,6 @@ class Looking:
         """Looks at the same rollouts after the update, where that is asked for."""
 
         def see(look: Look) -> list[Reading]:
-            # Who merges adapters to generate leaves the base's weights moved by rounding.
             of.shadow.sync()
             return look.after_update(of.shadow)
 

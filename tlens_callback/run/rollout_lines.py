@@ -6,7 +6,6 @@ from tlens_callback.events.contrasts import Discoveries, discoveries
 from tlens_callback.reading import Reading
 from tlens_callback.rollouts import Look
 from tlens_callback.rollouts.bounds import most_tokens, peaks
-from tlens_callback.rollouts.features import Features
 from tlens_callback.run.observer import Observer
 
 
@@ -24,7 +23,7 @@ def rollouts_opening(observer: Observer) -> list[str]:
     if not has_base:
         how = "run with the weights of now; without adapters there is no base to compare with"
     tokens = most_tokens(settings, shadow) * (1 + has_base + settings.after_update)
-    features = Features.of(observer.instruments if settings.features else (), shadow)
+    features = look.features(shadow, observer.instruments)
     most = peaks(settings, shadow, has_base=has_base, features=features)
     on_cpu = most.pop("contrast")
     memory = f"{max(most.values()) / 2**20:.0f} MiB of memory on {shadow.device}"

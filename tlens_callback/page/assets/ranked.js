@@ -31,7 +31,7 @@ function rankedBlock() {
   return { root, draw };
 }
 
-const BESIDE_RANKED = { _length: "correlation with length", _run: "the whole run, in sd", _run_q: "its false discovery rate" };
+const BESIDE_RANKED = { _length: BESIDE._length, _run: "the whole run, in sd", _run_q: "its false discovery rate" };
 
 // The name of a neuron or feature; where its activation at each token is at hand, a button shows it.
 function nameCell(name, q, got) {
