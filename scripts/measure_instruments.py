@@ -1,24 +1,30 @@
-"""Measures the cost of each instrument: time, bytes that leave the device, forward passes.
+"""Measures the cost of each instrument: time, what the machine could do it in, forward passes.
 
     python scripts/measure_instruments.py
     python scripts/measure_instruments.py --device cuda --dtype bfloat16
 
 The shapes of SmolLM2-135M with random weights, LoRA with r=16 on all linear layers, four texts
-of 48 tokens and the built-in repeated blocks. An instrument's time is that of its `taps`, its
-reductions and its `read`, taken while it alone shares the forward pass; on a GPU the device is
-waited for around each of them. Forwards of its own are counted in layers that run, of the whole
-batch of probes: 1.00 is what the shared forward pass takes. At the end all fast instruments
-together are compared with the bare Hugging Face forward pass of the same tokens, taking turns.
+of 48 tokens and the built-in repeated blocks. An instrument's time is that of its `taps`, of
+gathering and reducing, of its share of the unembedding, and of its `read`, taken while it alone
+shares the forward pass; on a GPU the device is waited for around each of them. Beside it are the
+kernels of the same work, the bytes that it reads and writes, its floating point operations, and the
+time that the machine needs for them at least, by a copy and a product that are timed first
+(`scripts/counted.py`). Forwards of its own are counted in layers that run, of the whole batch of
+probes: 1.00 is what the shared forward pass takes. At the end all fast instruments together are
+compared with the bare Hugging Face forward pass of the same tokens, taking turns, and the kernels
+of a layer are counted.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from counted import Counted, launches, machine
 from measure_overhead import SHAPES, lora_model, take_turns
 from transformers import LlamaForCausalLM
 
@@ -34,7 +40,8 @@ from tlens_callback.instruments import (
     fast,
 )
 from tlens_callback.probes.builtin import repeated_blocks
-from tlens_callback.shadow.taps import as_tuple
+from tlens_callback.shadow import Stack, taps
+from tlens_callback.shadow.stacks import Gathering, as_tuple
 
 
 def texts(vocabulary: int, rows: int, tokens: int = 48) -> list[list[int]]:
@@ -56,42 +63,70 @@ def slow(vocabulary: int) -> list[Instrument]:
 
 
 class Meter:
-    """Times an instrument, and counts the bytes that it takes and the forward passes it runs."""
+    """Times an instrument, and counts what it takes and the forward passes that it runs.
 
-    def __init__(self, instrument: Instrument, shadow: Shadow, batch: ProbeBatch) -> None:
+    Args:
+        counts: counts what it runs instead of timing it.
+    """
+
+    def __init__(
+        self, instrument: Instrument, shadow: Shadow, batch: ProbeBatch, counts: Counted | None
+    ) -> None:
         self.instrument, self.name = instrument, instrument.name
         self.seconds, self.taken, self.layers = 0.0, 0, 0.0
         self.whole = shadow.n_layers * batch.tokens.numel()
-        self.device = shadow.device
+        self.device, self.counts, self.inside = shadow.device, counts, False
 
     @contextmanager
     def clock(self):
+        if self.inside:
+            yield
+            return
+        self.inside = True
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
-        yield
+        with self.counts or nullcontext():
+            yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - began
+        self.inside = False
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> dict[str, Callable]:
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> dict[Any, Any]:
         with self.clock(), self.counted(shadow):
             taps = self.instrument.taps(shadow, batch)
-
-        def timed(reduce: Callable) -> Callable:
-            def take(value: Any) -> Any:
-                with self.clock():
-                    result = reduce(value)
-                self.taken += sum(t.numel() * t.element_size() for t in as_tuple(result))
-                return result
-
-            return take
-
-        return {name: timed(reduce) for name, reduce in taps.items()}
+        return {
+            key: reduce if isinstance(key, Stack) else self._timed(reduce)
+            for key, reduce in taps.items()
+        }
 
     def read(self, taken: Any, shadow: Shadow, batch: ProbeBatch) -> list[Any]:
+        self.taken = sum(
+            t.numel() * t.element_size() for value in taken.values() for t in as_tuple(value)
+        )
         with self.clock(), self.counted(shadow):
             return list(self.instrument.read(taken, shadow, batch))
+
+    def observe(self, shadow: Shadow, batch: ProbeBatch) -> None:
+        """Makes an observation with this instrument alone."""
+        whole = (Gathering, "take"), (taps._Run, "unembed")
+        for of, name in whole:
+            method = getattr(of, name)
+            setattr(of, name, self._timed(method))
+        try:
+            observe(shadow, batch, [self])
+        finally:
+            for of, name in whole:
+                setattr(of, name, getattr(of, name).__wrapped__)
+
+    def _timed(self, method: Callable) -> Callable:
+        @functools.wraps(method)
+        def act(*args: Any) -> Any:
+            with self.clock():
+                return method(*args)
+
+        return act
 
     @contextmanager
     def counted(self, shadow: Shadow):
@@ -115,6 +150,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slow", action="store_true", help="the slow instruments, too")
     parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
     args = parser.parse_args()
     model = lora_model(args.shape, args.device, getattr(torch, args.dtype)).eval()
@@ -130,26 +166,39 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.device}, {args.dtype}, {args.shape}, "
           f"{batch.tokens.numel()} probe tokens, {torch.get_num_threads()} threads, "
           f"median of {args.rounds}, of 1 below the line\n")  # fmt: skip
-    print("| instrument | ms | KiB | forwards |\n| --- | --- | --- | --- |")
+    speed = machine(shadow.device, shadow.dtype)
+    print(f"a copy moves {speed[0] / 1e9:,.1f} GB/s, a product computes "
+          f"{speed[1] / 1e9:,.0f} GFLOP/s\n")  # fmt: skip
+    print("| instrument | ms | at least | kernels | MB | GFLOP | KiB that leave | forwards |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for instrument in fast():
-        show(instrument, shadow, batch, args.rounds)
-    print("| | | | |")
-    for instrument in slow(vocabulary):
-        show(instrument, shadow, batch, 1)
+        show(instrument, shadow, batch, args.rounds, speed)
+    print("| | | | | | | | |")
+    for instrument in slow(vocabulary) if args.slow else []:
+        show(instrument, shadow, batch, 1, speed)
     together(model, shadow, batch, args.rounds)
 
 
-def show(instrument: Instrument, shadow: Shadow, batch: ProbeBatch, rounds: int) -> None:
+def show(
+    instrument: Instrument,
+    shadow: Shadow,
+    batch: ProbeBatch,
+    rounds: int,
+    speed: tuple[float, float],
+) -> None:
     times: list[float] = []
-    meter = Meter(instrument, shadow, batch)
     for turn in range(rounds + (rounds > 1)):
-        meter = Meter(instrument, shadow, batch)
-        observe(shadow, batch, [meter])
+        meter = Meter(instrument, shadow, batch, None)
+        meter.observe(shadow, batch)
         if turn or rounds == 1:  # the first turn warms up
             times.append(meter.seconds)
-    ms = 1e3 * statistics.median(times)
-    print(f"| {type(instrument).__name__} | {ms:,.1f} | {meter.taken / 1024:,.1f} "
-          f"| {meter.layers:.2f} |", flush=True)  # fmt: skip
+    ms, counts = 1e3 * statistics.median(times), Counted()
+    meter = Meter(instrument, shadow, batch, counts)
+    meter.observe(shadow, batch)
+    least = 1e3 * max(counts.bytes / speed[0], counts.flops / speed[1])
+    print(f"| {type(instrument).__name__} | {ms:,.1f} | {least:,.1f} | {counts.kernels:,} "
+          f"| {counts.bytes / 1e6:,.1f} | {counts.flops / 1e9:,.2f} "
+          f"| {meter.taken / 1024:,.1f} | {meter.layers:.2f} |", flush=True)  # fmt: skip
 
 
 def together(model: Any, shadow: Shadow, batch: ProbeBatch, rounds: int) -> None:
@@ -170,6 +219,12 @@ def together(model: Any, shadow: Shadow, batch: ProbeBatch, rounds: int) -> None
     print(f"\nall fast instruments in one observation {ms['fast']:,.1f} ms, bare Hugging Face "
           f"forward {ms['bare']:,.1f} ms, shadow's forward {ms['shadow']:,.1f} ms: "
           f"{ms['fast'] / ms['bare']:.2f} times the bare forward")  # fmt: skip
+    kernels = {name: launches(act, shadow.device) / shadow.n_layers for name, act in work.items()}
+    every_pass = [one for one in instruments if one.taps(shadow, batch)]
+    inside = launches(lambda: observe(shadow, batch, every_pass), shadow.device) / shadow.n_layers
+    print(f"kernels a layer: bare {kernels['bare']:.1f}, shadow {kernels['shadow']:.1f}, with all "
+          f"that share the pass {inside:.1f}: {inside / kernels['bare']:.2f} times the bare "
+          f"forward")  # fmt: skip
 
 
 if __name__ == "__main__":

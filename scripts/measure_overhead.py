@@ -3,7 +3,7 @@
     python scripts/measure_overhead.py
     python scripts/measure_overhead.py --device cuda --dtype bfloat16 --rounds 20
 
-Five things are measured in turn, so that a busy machine slows all of them equally:
+Six things are measured in turn, so that a busy machine slows all of them equally:
 
 (a) a default observation of this callback, as training sees it: sync, forward pass, instruments,
     and the hand-over to the thread that writes; that thread then works while nothing is measured;
@@ -13,7 +13,9 @@ Five things are measured in turn, so that a busy machine slows all of them equal
     without adapters (and, below it, with the logits of the last tokens only, as the shadow has);
 (c) a memory copy of the weights that the adapter changes;
 (d) the same by hand: deep copy, `merge_and_unload`, bridge, `run_with_cache` of everything, one
-    plotly figure for each head of each pictured probe.
+    plotly figure for each head of each pictured probe;
+(e) one forward pass of the live model itself that returns its attentions and hidden states, and
+    nothing more: no hooks, no merged weights, no numbers about them.
 
 The models have random weights: the shapes of SmolLM2-135M, and a tiny Llama. LoRA with r=16 on
 all linear layers.
@@ -225,6 +227,11 @@ def measure(
         with torch.no_grad():
             plain(tokens, attention_mask=mask, use_cache=False, **kwargs)
 
+    def live() -> None:
+        with torch.no_grad():
+            kept = dict(output_attentions=True, output_hidden_states=True)
+            model(tokens, attention_mask=mask, use_cache=False, **kept)
+
     def memory_copy() -> None:
         with torch.no_grad():
             for own, weight in zip(copies, adapted, strict=True):
@@ -250,6 +257,7 @@ def measure(
         "b, last logits": lambda: forward(logits_to_keep=last),
         "c": memory_copy,
         "d": lambda: by_hand(model, tokens, [0, 1, 2]),
+        "e": live,
         "sync": shadow.sync,
         "shadow forward": lambda: shadow.run(watcher.batch, [{"last_logits": lambda t: t}]),
         "with reductions": lambda: shadow.run(watcher.batch, taps),
@@ -275,7 +283,7 @@ def measure(
 
 
 def report(shape: str, found: dict[str, float]) -> None:
-    a, inline, b, c, d = (found[name] for name in ("a", "a'", "b", "c", "d"))
+    a, inline, b, c, d, e = (found[name] for name in ("a", "a'", "b", "c", "d", "e"))
     ms = {name: f"{1e3 * found[name]:,.1f} ms" for name in found}
     rows = [
         ("(a) a default observation, as training sees it", ms["a"]),
@@ -292,10 +300,13 @@ def report(shape: str, found: dict[str, float]) -> None:
         ("    with the logits of the last tokens only", ms["b, last logits"]),
         ("(c) memory copy of the adapted weights", ms["c"]),
         ("(d) by hand: deepcopy, merge, cache everything, a figure a head", ms["d"]),
+        ("(e) a forward of the live model with attentions and hidden states", ms["e"]),
         ("once, when training begins: build, check, first observation", ms["start"]),
+        ("that / (b)", f"{found['start'] / b:.1f}"),
         ("sync / (c)", f"{found['sync'] / c:.2f}"),
         ("(a) / ((b) + (c)), (a') / ((b) + (c))",
          f"{a / (b + c):.2f}, {inline / (b + c):.2f}"),
+        ("(a) / (e)", f"{a / e:.2f}"),
         ("((d) - (b)) / ((a) - (b))", f"{(d - b) / (a - b):.1f}" if a > b else "(a) is below (b)"),
         ("extra memory / adapted weights",
          f"{found['extra bytes'] / found['adapted bytes']:.3f} "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tlens_callback.reading import Reading
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tlens_callback.probes import ProbeBatch
-    from tlens_callback.shadow import Reduce, Shadow, Taken
+    from tlens_callback.shadow import Shadow, Taken, Taps
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,19 +81,21 @@ class Instrument(Protocol):
         """The first segment of all its keys."""
         ...
 
-    def taps(self, shadow: "Shadow", batch: "ProbeBatch") -> "Mapping[str, Reduce]":
+    def taps(self, shadow: "Shadow", batch: "ProbeBatch") -> "Taps":
         """Returns the hook points that the instrument needs, each with its reduction.
 
         It is called at each observation, before the forward pass. Besides TransformerLens's names
         (`blocks.0.attn.hook_pattern`) there are two names for the model's output: `logits`,
-        [probe, pos, vocab], and `last_logits`, [probe, vocab] at each probe's last token.
+        [probe, pos, vocab], and `last_logits`, [probe, vocab] at each probe's last token. In place
+        of a name there may be a `Stack`: one hook point of several layers, which are reduced
+        together; its `Unembedded` reads the logits that its residual streams would give.
         An instrument that reads only weights returns an empty mapping. An activation without a
         probe axis (router outputs) arrives in the shape that the model gives it.
         """
         ...
 
     def read(
-        self, taken: "Mapping[str, Taken]", shadow: "Shadow", batch: "ProbeBatch"
+        self, taken: "Mapping[Any, Taken]", shadow: "Shadow", batch: "ProbeBatch"
     ) -> Iterable[Reading]:
         """Turns what the reductions returned into readings; `taken` has the names and the order of
         `taps`."""

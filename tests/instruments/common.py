@@ -1,15 +1,20 @@
 """The models and probes that the instruments' tests look at, and Hugging Face's own account."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from tests import tiny
 from tlens_callback import Instrument, Probe, ProbeBatch, Reading, Shadow, observe
+from tlens_callback.shadow import Taken, Taps
+from tlens_callback.shadow.taps import run_taps
 
 TEXTS = (
     Probe("capital", "The capital of France is", target=" Paris", foil=" London"),
@@ -83,3 +88,72 @@ def attentions(model: Any, probe: Probe) -> np.ndarray:
     """[layer, head, query, key], from a forward pass of this probe alone."""
     got = model(ids(probe), output_attentions=True, use_cache=False).attentions
     return torch.stack([layer[0] for layer in got]).double().numpy()
+
+
+class Played:
+    """A shadow whose forward passes show these activations, which no model made.
+
+    Its reductions run as those of any other. A residual stream is its own unembedding.
+
+    Args:
+        activations: name of a hook point -> [probe, ...], in the order in which they are reached.
+        logits: [probe, pos, vocab]; if there are none, zeros.
+        of: the shadow to which all else belongs.
+    """
+
+    def __init__(
+        self,
+        activations: Mapping[str, Tensor],
+        logits: Tensor | None = None,
+        *,
+        of: Shadow | None = None,
+    ) -> None:
+        self._activations, self._logits = activations, logits
+        self._of = shadow("llama") if of is None else of
+        self.hooks = {name: HookPoint() for name in activations}
+        head = nn.Identity()
+        head.weight = nn.Parameter(torch.empty(tiny.VOCAB, 0))
+        config = SimpleNamespace(get_text_config=SimpleNamespace)
+        self.bridge = SimpleNamespace(
+            original_model=SimpleNamespace(config=config, get_output_embeddings=lambda: None),
+            unembed=SimpleNamespace(original_component=head),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+    def hook(self, name: str) -> HookPoint:
+        return self.hooks[name]
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        for name, value in self._activations.items():
+            self.hooks[name](value)
+        return torch.zeros(*tokens.shape, tiny.VOCAB) if self._logits is None else self._logits
+
+    def run(
+        self,
+        batch: ProbeBatch,
+        taps: Sequence[Taps],
+        *,
+        on_error: Callable[[int, Exception], None] | None = None,
+    ) -> list[dict[Any, Taken]]:
+        return run_taps(self, batch, taps, on_error)
+
+
+def of_layers(end: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Activations of the hook points of this end, one for each layer."""
+    return {f"blocks.{layer}.{end}": value for layer, value in enumerate(values)}
+
+
+def played(
+    instrument: Instrument,
+    batch: ProbeBatch,
+    activations: Mapping[str, Tensor],
+    logits: Tensor | None = None,
+    *,
+    of: Shadow | None = None,
+) -> dict[str, Reading]:
+    """Readings of activations that no model made."""
+    made: Any = Played(activations, logits, of=of)
+    return {reading.key: reading for reading in observe(made, batch, [instrument])}

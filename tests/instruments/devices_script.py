@@ -23,7 +23,7 @@ from tests.shadow.test_shadow import lora
 from tests.test_no_trace_instruments import every_instrument
 from tlens_callback import ProbeBatch, Reading, Shadow, observe
 from tlens_callback.run import baselines
-from tlens_callback.shadow import Reduce, Taken
+from tlens_callback.shadow import Reduce, Stack, Taken, Taps, Unembedded
 
 ROWS = [[1, *((7 * row + i) % 80 + 10 for i in range(20))] for row in range(8)]
 
@@ -41,19 +41,22 @@ class Strict:
     def __getattr__(self, name: str) -> Any:  # name, baseline, optional
         return getattr(self.instrument, name)
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        def strict(hook: str, reduce: Reduce) -> Reduce:
-            def reduction(value: Tensor) -> Taken:
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        def strict(key: str | Stack, reduce: Any) -> Any:
+            if isinstance(reduce, Unembedded):
+                return Unembedded(strict(key, reduce.reduce))
+
+            def reduction(*args: Tensor | slice) -> Taken:
                 before = len(pretend_device.waits)
-                taken = reduce(value)
+                taken = reduce(*args)
                 if found := pretend_device.waits[before:]:
-                    raise Waits(f"{self.instrument.name} at {hook}: {found}")
+                    raise Waits(f"{self.instrument.name} at {key}: {found}")
                 return taken
 
             return reduction
 
         taps = self.instrument.taps(shadow, batch)
-        return {hook: strict(hook, reduce) for hook, reduce in taps.items()}
+        return {key: strict(key, reduce) for key, reduce in taps.items()}
 
 
 def strict(instruments: Iterable[Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from tests.instruments.common import (
     shadow,
 )
 from tlens_callback import AttentionPatterns, Probe
+from tlens_callback.instruments import PatternChange
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -94,11 +95,12 @@ def test_labels_are_the_tokens():
 
 def test_only_what_is_selected_leaves_the_device():
     taps = AttentionPatterns(probes=["bare"], layers=[1]).taps(shadow("llama"), encoded())
-    taken: dict[str, Any]
+    taken: dict[Any, Any]
     (taken,) = shadow("llama").run(encoded(), [taps])
-    assert {name: tuple(value.shape) for name, value in taken.items()} == {
-        "blocks.1.attn.hook_pattern": (4 * 4 * 4,)
-    }
+    ((stack, (pattern,)),) = taken.items()
+    assert stack.hooks == ["blocks.1.attn.hook_pattern"]
+    assert pattern.shape == (1, 4, 4, 4)
+    assert pattern.untyped_storage().nbytes() == pattern.nbytes
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,30 @@ def test_selections_that_cannot_be_meant(settings, message):
 def test_probe_of_one_token():
     got = readings(AttentionPatterns(), shadow("gpt2"), [Probe("one", [7]), TEXTS[1]])
     assert (got["attention_patterns/pattern/one"].values == 1).all()
+
+
+@pytest.mark.parametrize("tokens", [17, 16, 9])
+@pytest.mark.parametrize("kind", [AttentionPatterns, PatternChange])
+def test_large_patterns_are_pooled(kind, tokens):
+    """Each block of queries attends to each block of keys as its queries do on average."""
+    probes = [Probe("long", list(range(5, 5 + tokens))), Probe("short", [5, 6, 7])]
+    heads = shadow("llama").n_layers * shadow("llama").n_heads
+    looks = []
+    for instrument in (kind(), kind(most=heads * 25)):
+        for seed in (0, 1):  # the second is compared with the first
+            looks.append(readings(instrument, shadow("llama", seed=seed), probes))
+    (_, whole), (_, pooled) = looks[:2], looks[2:]
+    key = f"{kind().name}/pattern/long"
+    blocks = [range(tokens)[i : i + 4] for i in range(0, tokens, 4)] if tokens > 9 else None
+    blocks = blocks or [range(tokens)[i : i + 2] for i in range(0, tokens, 2)]
+    expected = [
+        [whole[key].values[:, :, q][..., k].sum(-1).mean(-1) for k in blocks] for q in blocks
+    ]
+    np.testing.assert_allclose(pooled[key].values, np.transpose(expected, (2, 3, 0, 1)), atol=1e-6)
+    names = whole[key].labels["key"]
+    wanted = [f"{names[b[0]]}..{names[b[-1]]}" if len(b) > 1 else names[b[0]] for b in blocks]
+    assert list(pooled[key].labels["query"]) == list(pooled[key].labels["key"]) == wanted
+    short = f"{kind().name}/pattern/short"
+    np.testing.assert_array_equal(pooled[short].values, whole[short].values)
+    with pytest.raises(ValueError, match="most"):
+        kind(most=0)

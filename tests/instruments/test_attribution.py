@@ -89,13 +89,15 @@ def _no_gain(monkeypatch):
 
 
 def _no_post_norm(monkeypatch):
-    monkeypatch.setattr(attribution, "_attn_norm_hook", lambda layer: "nowhere")
+    monkeypatch.setattr(attribution, "ATTN_NORM", "nowhere")
 
 
 def _no_output_bias(monkeypatch):
     heads = attribution.head_writes
     monkeypatch.setattr(
-        attribution, "head_writes", lambda *args: heads(*args[:3], lambda: None, args[4])
+        attribution,
+        "head_writes",
+        lambda layers, w_o, b_o, direction: heads(layers, w_o, lambda layer: None, direction),
     )
 
 
@@ -109,7 +111,9 @@ def _every_head_the_first(monkeypatch):
     monkeypatch.setattr(
         attribution,
         "head_writes",
-        lambda a, b, w, *rest: heads(a, b, lambda: w()[:1].expand(4, -1, -1), *rest),
+        lambda layers, w_o, *rest: heads(
+            layers, lambda layer: w_o(layer)[:1].expand(4, -1, -1), *rest
+        ),
     )
 
 

@@ -22,6 +22,7 @@ from tlens_callback import (
     observe,
 )
 from tlens_callback.meaning import described
+from tlens_callback.shadow import Stack, Unembedded, stacks
 
 EXPORTED = [
     exported
@@ -170,8 +171,10 @@ def test_says_what_it_reads_costs_and_comes_from(exported):
 def test_reads_the_hooks_it_documents(exported):
     text = " ".join(section(exported, "Reads").split())
     for family, mixed in (("llama", False), ("gemma2", False), ("qwen3_moe", True)):
-        for name in first(exported).taps(shadow(family, mixed=mixed), encoded()):
-            assert re.sub(r"blocks\.\d+\.", "blocks.{layer}.", name) in text, name
+        for key, reduce in first(exported).taps(shadow(family, mixed=mixed), encoded()).items():
+            for name in key.hooks if isinstance(key, Stack) else [key]:
+                assert re.sub(r"blocks\.\d+\.", "blocks.{layer}.", name) in text, name
+            assert not isinstance(reduce, Unembedded) or "unembedded" in text
 
 
 @pytest.mark.parametrize("exported", EXPORTED)
@@ -190,6 +193,36 @@ def test_two_looks_are_equal(exported):
     for one, other in zip(*looks, strict=True):
         assert one.key == other.key
         np.testing.assert_array_equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_one_batch_serves_several_models(exported):
+    """What is kept with the batch depends on nothing else."""
+    batch = encoded()
+    for family, mixed in (("llama", False), ("qwen3_moe", True), ("llama", False)):
+        of = shadow(family, mixed=mixed)
+        again = observe(of, batch, [first(exported)])
+        for one, other in zip(again, observe(of, encoded(), [first(exported)]), strict=True):
+            assert one.key == other.key
+            np.testing.assert_array_equal(one.values, other.values, err_msg=one.key)
+
+
+@pytest.mark.parametrize("exported", EXPORTED)
+def test_groups_of_layers_give_what_single_layers_give(exported, monkeypatch):
+    """On a GPU more layers are reduced together than on a CPU."""
+    looks = []
+    for limit in (0, 2**28):
+        monkeypatch.setattr(stacks, "_ON_CPU", limit)
+        instrument = first(exported)
+        for seed in (0, 1):  # the second is compared with the first
+            of = shadow("qwen3_moe", seed=seed, mixed=True)
+            looks.append(observe(of, encoded(), [instrument]))
+    for alone, together in zip(looks[:2], looks[2:], strict=True):
+        for one, other in zip(alone, together, strict=True):
+            assert one.key == other.key
+            np.testing.assert_allclose(
+                other.values, one.values, atol=1e-6, rtol=1e-5, err_msg=one.key
+            )
 
 
 @pytest.mark.parametrize("exported", EXPORTED)

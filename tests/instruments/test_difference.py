@@ -13,7 +13,7 @@ from tests.instruments.common import BLOCKS, PROBES, TEXTS, encoded, readings
 from tests.instruments.naive_lens import final_norm, residuals, unembedded
 from tlens_callback import DifferenceLens, Probe, Reading, Shadow, observe
 from tlens_callback.instruments import difference as difference_module
-from tlens_callback.instruments.parts.unembed import unembed
+from tlens_callback.shadow.unembed import unembed
 
 OUTPUT_BIAS = {
     "gpt2": "transformer.h.{}.mlp.c_proj",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.distance import jensenshannon
+from scipy.spatial.distance import cosine, jensenshannon
 
 from tests import tiny
 from tests.instruments.common import (
@@ -25,8 +25,11 @@ from tests.instruments.parts.test_distance import cka
 from tests.shadow.test_other_families import OTHERS
 from tests.shadow.test_other_families import model as other_model
 from tlens_callback import ActivationDrift, AttentionDrift, PatternChange, Probe, Shadow
+from tlens_callback.instruments import activations as activations_module
+from tlens_callback.instruments import drift
 from tlens_callback.render import is_mosaic
 
+LONG = [Probe(f"long{i}", (np.random.default_rng(i).integers(4, 90, 60))) for i in range(5)]
 DRIFTS = (AttentionDrift, ActivationDrift, PatternChange)
 PARTED = ("llama", "gpt2", "gemma2", "mixtral")
 
@@ -38,13 +41,13 @@ def twice(instrument: Any, family: str, probes=PROBES) -> tuple[dict, dict]:
     )
 
 
-def divergence(now: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """[layer, head], of [layer, head, query, key]."""
+def divergence(now: np.ndarray, first: np.ndarray, queries: Any = None) -> np.ndarray:
+    """[layer, head], of [layer, head, query, key], over some queries or all but the first."""
     out = np.zeros(now.shape[:2])
     for layer, head in np.ndindex(out.shape):
         rows = [
             jensenshannon(now[layer, head, q], first[layer, head, q], base=2) ** 2
-            for q in range(1, now.shape[2])
+            for q in (range(1, now.shape[2]) if queries is None else queries)
         ]
         out[layer, head] = sum(rows) / len(rows)
     return out
@@ -88,7 +91,10 @@ def test_half_precision_is_kept_as_it_is(kind):
     instrument, of = kind(), Shadow.of(tiny.model("llama").bfloat16())
     first = readings(instrument, of)
     assert all(not reading.values.any() for reading in first.values())
-    assert {kept.dtype for kept in instrument.baseline.values()} == {torch.bfloat16}
+    kept = {key: first.dtype for key, first in instrument.baseline.items()}
+    # Gram matrices are in float64 from the start: they are few numbers.
+    assert {dtype for key, dtype in kept.items() if "gram" not in key} == {torch.bfloat16}
+    assert {dtype for key, dtype in kept.items() if "gram" in key} <= {torch.float64}
     wide = twice(kind(), "llama")[1]
     moved = readings(instrument, Shadow.of(tiny.model("llama", seed=1).bfloat16()))
     for key, reading in moved.items():
@@ -116,12 +122,53 @@ def test_memory_is_of_the_chosen_probes_real_tokens(kind):
     instrument = kind()
     readings(instrument, shadow("llama"))
     lengths = [len(ids(probe)[0]) for probe in TEXTS]
+    after_first = sum(n - 1 for n in lengths)
     numbers = {
-        AttentionDrift: 2 * 4 * sum(n * (n - 1) for n in lengths),
-        ActivationDrift: 2 * 3 * 32 * sum(n - 1 for n in lengths),
+        # Query q sees q + 1 keys, and query 0 is left out.
+        AttentionDrift: 2 * 4 * sum(n * (n + 1) // 2 - 1 for n in lengths),
+        ActivationDrift: 2 * 3 * (32 * after_first + after_first**2),
         PatternChange: 2 * 4 * sum(n * n for n in lengths),
     }
     assert sum(kept.numel() for kept in instrument.baseline.values()) == numbers[kind]
+
+
+@pytest.mark.parametrize("kind", (AttentionDrift, ActivationDrift))
+def test_memory_does_not_grow_with_long_probes(kind, monkeypatch):
+    """Of so many tokens at most, and of one probe's pattern so many queries."""
+    monkeypatch.setattr(drift, "QUERIES", 7)
+    monkeypatch.setattr(activations_module, "TOKENS", 50)
+    monkeypatch.setattr(activations_module, "CKA_TOKENS", 6)
+    instrument = kind()
+    readings(instrument, shadow("llama"), LONG)
+    queries = np.round(np.linspace(1, 59, 7)).astype(int)
+    numbers = {
+        AttentionDrift: 2 * 4 * len(LONG) * int((queries + 1).sum()),
+        ActivationDrift: 2 * 3 * (32 * 50 + 6**2),
+    }
+    assert sum(kept.numel() for kept in instrument.baseline.values()) == numbers[kind]
+    assert all(
+        kept.untyped_storage().nbytes() == kept.nbytes for kept in instrument.baseline.values()
+    )
+
+
+def test_of_long_patterns_evenly_spaced_queries_are_compared(monkeypatch):
+    monkeypatch.setattr(drift, "QUERIES", 7)
+    _, got = twice(AttentionDrift(), "gpt2", LONG[:2])
+    queries = np.round(np.linspace(1, 59, 7)).astype(int)
+    for probe in LONG[:2]:
+        now, first = (attentions(hugging_face("gpt2", seed), probe) for seed in (1, 0))
+        expected, every = divergence(now, first, queries), divergence(now, first)
+        js = got[f"attention_drift/js/{probe.name}"].values
+        np.testing.assert_allclose(js, expected, atol=2e-5)
+        assert np.abs(expected - every).max() > 1e-3
+
+
+def test_as_many_queries_and_tokens_are_compared_as_is_documented():
+    assert [drift._queries(n) for n in (2, 3, 129)] == [[1], [1, 2], list(range(1, 129))]
+    many = drift._queries(1000)
+    assert len(many) == 128 and (many[0], many[-1]) == (1, 999)
+    assert set(np.diff(many)) == {7, 8}
+    assert (activations_module.TOKENS, activations_module.CKA_TOKENS) == (256, 64)
 
 
 @pytest.mark.parametrize("kind", DRIFTS)
@@ -210,10 +257,10 @@ def test_activation_drift_equals_plain_arithmetic(family):
         h = now[layer, part]
         pairs = list(zip(h, h0, strict=True))
         norm = np.linalg.norm
-        cosine = np.mean([1 - a @ b / (norm(a) * norm(b)) for a, b in pairs])
+        turned = np.mean([1 - a @ b / (norm(a) * norm(b)) for a, b in pairs])
         relative = np.mean([norm(a - b) / norm(b) for a, b in pairs])
         for measure, value in (
-            ("cosine", cosine),
+            ("cosine", turned),
             ("relative", relative),
             ("cka", 1 - cka(h, h0)),
         ):
@@ -223,15 +270,24 @@ def test_activation_drift_equals_plain_arithmetic(family):
     assert len(np.unique(values.round(4))) == values.size
 
 
-def test_cka_takes_some_of_many_tokens_and_four_at_least():
-    long = [Probe(f"long{i}", (np.random.default_rng(i).integers(4, 90, 60))) for i in range(5)]
-    _, got = twice(ActivationDrift(), "gpt2", long)
-    first, now = (activations("gpt2", seed, long) for seed in (0, 1))
-    some = np.round(np.linspace(0, 5 * 59 - 1, 64)).astype(int)
+def test_some_of_many_tokens_are_compared_by_cka_fewer_and_four_at_least():
+    _, got = twice(ActivationDrift(), "gpt2", LONG)
+    first, now = (activations("gpt2", seed, LONG) for seed in (0, 1))
+    some = np.round(np.linspace(0, 5 * 59 - 1, 256)).astype(int)
+    fewer = some[np.round(np.linspace(0, 255, 64)).astype(int)]
+    apart = []
     for (layer, part), h0 in first.items():
-        at = ["resid", "attn", "mlp"].index(part)
-        expected = 1 - cka(now[layer, part][some], h0[some])
-        assert got["activation_drift/cka"].values[layer, at] == pytest.approx(expected, abs=1e-4)
+        at, h = ["resid", "attn", "mlp"].index(part), now[layer, part]
+        far = np.linalg.norm(h - h0, axis=1) / np.linalg.norm(h0, axis=1)
+        apart.append(abs(far[some].mean() - far.mean()))
+        for measure, expected in (
+            ("cosine", np.mean([cosine(a, b) for a, b in zip(h[some], h0[some], strict=True)])),
+            ("relative", far[some].mean()),
+            ("cka", 1 - cka(h[fewer], h0[fewer])),
+        ):
+            value = got[f"activation_drift/{measure}"].values[layer, at]
+            assert value == pytest.approx(expected, abs=1e-5), (measure, layer, part)
+    assert max(apart) > 1e-3  # of all tokens it would be another number
     few = readings(ActivationDrift(), shadow("gpt2"), [Probe("few", [5, 6, 7, 8])])
     assert list(few) == ["activation_drift/cosine", "activation_drift/relative"]
 

@@ -16,6 +16,8 @@ from tests.instruments.common import (
     attentions,
     encoded,
     hugging_face,
+    of_layers,
+    played,
     readings,
     shadow,
 )
@@ -213,11 +215,8 @@ def made_by_hand(heads: dict[str, Rule], probes: list[Probe], instrument: HeadSc
             for q in range(batch.lengths[row]):
                 for k, weight in heads[name](q, probe.block).items():
                     patterns[i // HEADS, row, i % HEADS, q, k] = weight
-    taps = instrument.taps(shadow("llama"), batch)
-    taken = {
-        name: reduce(layer) for (name, reduce), layer in zip(taps.items(), patterns, strict=True)
-    }
-    got = {r.key.split("/")[1]: r for r in instrument.read(taken, shadow("llama"), batch)}
+    read = played(instrument, batch, of_layers("attn.hook_pattern", patterns))
+    got = {key.split("/")[1]: reading for key, reading in read.items()}
     return lambda measure, head: got[measure].values[..., *divmod(names.index(head), HEADS)], got
 
 
@@ -307,8 +306,12 @@ def test_half_precision_patterns_are_widened_first():
     width = batch.tokens.shape[1]
     pattern = torch.rand(len(PROBES), HEADS, width, width).tril()
     pattern = (pattern / pattern.sum(-1, keepdim=True)).bfloat16()
-    reduce: Any = HeadScores().taps(shadow("llama"), batch)["blocks.0.attn.hook_pattern"]
-    assert torch.equal(reduce(pattern), reduce(pattern.float()))
+    half, full = (
+        played(HeadScores(), batch, of_layers("attn.hook_pattern", [given] * LAYERS))
+        for given in (pattern, pattern.float())
+    )
+    for key, reading in full.items():
+        np.testing.assert_array_equal(half[key].values, reading.values)
 
 
 def test_padding_company_and_order_do_not_matter():

@@ -18,12 +18,16 @@ from tests.instruments.common import (
     encoded,
     hugging_face,
     ids,
+    of_layers,
+    played,
     readings,
     shadow,
 )
 from tests.instruments.naive_lens import residuals, unembedded
 from tlens_callback import LogitLens, Probe, Shadow, TargetScores, observe
 from tlens_callback.instruments import lens as lens_module
+from tlens_callback.shadow import stacks
+from tlens_callback.shadow import unembed as unembed_module
 
 TOKEN: Any = tiny.tokenizer().convert_tokens_to_ids
 ANSWERS = {
@@ -141,18 +145,16 @@ def test_first_layer_in_a_deep_model():
     [([3, 0, 1, 0, 0], 3), ([0, 0, 0, 0, 0], 0), ([0, 0, 0, 0, 1], 5), ([9, 9, 9, 9, 0], 4)],
 )
 def test_first_layer_of_made_up_ranks(rank, first):
-    numbers = torch.zeros(5, 1, 5)
-    numbers[:, 0, 0] = torch.tensor(rank)
-    taken = {
-        "last_logits": (
-            torch.zeros(()),
-            torch.zeros(5, 1, 5, dtype=torch.long),
-            torch.zeros(5, 1, 5),
-            numbers,
-        )
-    }
+    batch = encoded(TEXTS[1:2])
+    logits = torch.zeros(5, *batch.tokens.shape, tiny.VOCAB)
+    for layer, above in enumerate(rank):
+        others = [token for token in range(tiny.VOCAB) if token != batch.targets[0]]
+        logits[layer, ..., others[:above]] = 2.0
+    logits[..., batch.targets[0]] = 1.0
     of = Shadow.of(tiny.model("llama", num_hidden_layers=5))
-    made = {r.key: r for r in LogitLens().read(taken, of, encoded(TEXTS[1:2]))}
+    streams = of_layers("hook_resid_post", logits)
+    made = played(LogitLens(), batch, streams, logits[-1], of=of)
+    assert made["logit_lens/rank/story"].values.tolist() == rank
     assert made["logit_lens/first_layer/story"].values == first
 
 
@@ -180,11 +182,16 @@ def test_every_token(family):
         assert texts is not None and texts.shape == values("token_by_pos").shape
 
 
-@pytest.mark.parametrize("chunk", [1, 200, 1000])
-def test_chunks_do_not_matter(chunk, monkeypatch):
+@pytest.mark.parametrize("chunk", [1, 200, 300, 1000])
+@pytest.mark.parametrize("inner", [1, 200, 2**20])
+def test_chunks_do_not_matter(chunk, inner, monkeypatch):
+    """Of one row, of the two layers of a probe, and of one probe's rows with some of another's."""
     of = shadow("gpt2")
     whole = readings(LogitLens(every_token=True), of)
-    monkeypatch.setattr(lens_module, "CHUNK", chunk)
+    for module in (lens_module, unembed_module):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(unembed_module, "IN_CACHE", inner)
+    monkeypatch.setattr(stacks, "_ON_CPU", inner)
     for key, reading in readings(LogitLens(every_token=True), of).items():
         np.testing.assert_allclose(reading.values, whole[key].values, atol=2e-6, rtol=2e-6)
 

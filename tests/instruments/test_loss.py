@@ -16,11 +16,14 @@ from tests.instruments.common import (
     encoded,
     hugging_face,
     ids,
+    of_layers,
+    played,
     readings,
     shadow,
 )
 from tlens_callback import Probe, RepeatLoss, TokenLoss
-from tlens_callback.instruments import loss as loss_module
+from tlens_callback.shadow import taps
+from tlens_callback.shadow import unembed as unembed_module
 
 
 def losses(model: Any, probe: Probe) -> list[float]:
@@ -35,19 +38,10 @@ def losses(model: Any, probe: Probe) -> list[float]:
     return out
 
 
-@pytest.fixture
-def made_up(monkeypatch):
-    """Readings of logits that no model made: a residual stream that is its own unembedding."""
-
-    def read(instrument: Any, batch: Any, logits: torch.Tensor) -> dict[str, np.ndarray]:
-        monkeypatch.setattr(loss_module, "unembed", lambda of, resid: resid.float())
-        monkeypatch.setattr(loss_module, "gap", lambda made, output: torch.zeros(()))
-        of = shadow("llama")
-        resid, output = instrument.taps(of, batch).items()
-        taken = {resid[0]: resid[1](logits), output[0]: output[1](logits[:, -1])}
-        return {r.key: r.values for r in instrument.read(taken, of, batch)}
-
-    return read
+def made_up(instrument: Any, batch: Any, logits: torch.Tensor) -> dict[str, np.ndarray]:
+    """Readings of logits that no model made: those of the residual stream after the last layer."""
+    streams = of_layers("hook_resid_post", [torch.zeros_like(logits), logits])
+    return {key: r.values for key, r in played(instrument, batch, streams, logits).items()}
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -115,7 +109,7 @@ def test_one_token_has_no_loss():
     assert readings(TokenLoss(), shadow("llama"), [one, BLOCKS[0]]) == {}
 
 
-def test_only_the_positions_that_count_are_read(made_up):
+def test_only_the_positions_that_count_are_read():
     """Logits of padding, of the last token and of other rows may be anything."""
     batch = encoded()
     logits = torch.full((*batch.tokens.shape, tiny.VOCAB), float("nan"))
@@ -128,21 +122,23 @@ def test_only_the_positions_that_count_are_read(made_up):
         np.testing.assert_allclose(uniform, math.log(tiny.VOCAB), rtol=1e-6)
 
 
-def test_a_large_vocabulary_bit_by_bit(made_up, monkeypatch):
+def test_a_large_vocabulary_bit_by_bit(monkeypatch):
     """The pieces are small, of any number of positions, and nothing overflows or is left out."""
-    monkeypatch.setattr(loss_module, "CHUNK", 5 * tiny.VOCAB)
+    monkeypatch.setattr(unembed_module, "CHUNK", 5 * tiny.VOCAB)
+    monkeypatch.setattr(unembed_module, "IN_CACHE", 2 * tiny.VOCAB)
     batch = encoded([Probe("long", list(range(1, 24))), Probe("short", [3, 4])])
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 23, tiny.VOCAB, generator=generator).mul(9).add(300)
-    sizes, whole = [], loss_module.F.cross_entropy
+    sizes, whole = [], unembed_module.unembed
 
-    def recorded(wide, *args, **kwargs):
-        sizes.append(len(wide))
-        return whole(wide, *args, **kwargs)
+    def recorded(of, resid):
+        sizes.append(len(resid))
+        return whole(of, resid)
 
-    monkeypatch.setattr(loss_module.F, "cross_entropy", recorded)
+    monkeypatch.setattr(unembed_module, "unembed", recorded)
     got = made_up(TokenLoss(), batch, logits)
-    assert max(sizes) == 5 and sum(sizes) == 23
+    # One row more than there are losses: the one that is compared with the model's output.
+    assert max(sizes) == 5 and sum(sizes) == 24
     for row, name in enumerate(["long", "short"]):
         expected = [
             scipy.special.logsumexp(at) - at[token]
@@ -157,8 +153,8 @@ def test_a_large_vocabulary_bit_by_bit(made_up, monkeypatch):
 
 def test_an_output_made_in_another_way_is_refused(monkeypatch):
     """The control of taking the losses from the residual stream."""
-    whole = loss_module.gap
-    monkeypatch.setattr(loss_module, "gap", lambda made, output: whole(made, 2 * output))
+    whole = taps.gap
+    monkeypatch.setattr(taps, "gap", lambda made, output: whole(made, 2 * output))
     for instrument in (TokenLoss(), RepeatLoss()):
         with pytest.raises(ValueError, match="does not know; leave the instrument out"):
             readings(instrument, shadow("llama"))
@@ -202,7 +198,7 @@ def copied(batch: Any, source: Any) -> torch.Tensor:
     return logits
 
 
-def test_perfect_induction_learns_at_every_length(made_up):
+def test_perfect_induction_learns_at_every_length():
     """Also where it is wrong about the second block's first token: nothing could foresee it."""
     batch = encoded(BLOCKS)
     logits = copied(batch, lambda t, s: t - s if t > s + 1 else 1 if t == s + 1 else None)
@@ -215,7 +211,7 @@ def test_perfect_induction_learns_at_every_length(made_up):
         assert got["repeat_loss/max_difference"] == pytest.approx(-uniform, abs=1e-4)
 
 
-def test_a_positional_copy_does_not(made_up):
+def test_a_positional_copy_does_not():
     """From nine back: right in blocks of nine, and in those of five wrong with confidence."""
     batch = encoded(BLOCKS)
     got = made_up(RepeatLoss(), batch, copied(batch, lambda t, s: t - 9 if t > 9 else None))
@@ -228,7 +224,7 @@ def test_a_positional_copy_does_not(made_up):
     assert got["repeat_loss/max_difference"] < -4
 
 
-def test_repeat_loss_reads_two_blocks_without_their_first_tokens(made_up):
+def test_repeat_loss_reads_two_blocks_without_their_first_tokens():
     batch = encoded()
     logits = torch.full((*batch.tokens.shape, tiny.VOCAB), float("nan"))
     for row, probe in enumerate(batch.probes):

@@ -22,6 +22,7 @@ from tests.instruments.common import (
 )
 from tlens_callback import Probe, Shadow, TopNeurons
 from tlens_callback.instruments.parts.direct import has_direct_path
+from tlens_callback.shadow import Stack
 
 DENSE = [family for family in tiny.FAMILIES if family not in ("qwen3_moe", "mixtral")]
 CAPITAL, STORY, BARE = TEXTS
@@ -373,10 +374,17 @@ def test_half_precision_is_widened_first():
     """The same neurons from a bfloat16 activation and from its exact float32 copy."""
     batch = encoded()
     post = torch.randn(*batch.tokens.shape, 48).bfloat16()
-    top: Any = TopNeurons(k=6).taps(shadow("llama"), batch)["blocks.0.mlp.hook_post"]
-    for half, full in zip(top(post), top(post.float()), strict=True):
+    top: Any
+    (top,) = (
+        reduce
+        for key, reduce in TopNeurons(k=6).taps(shadow("llama"), batch).items()
+        if isinstance(key, Stack) and key.end == "mlp.hook_post"
+    )
+    rows = post[[row for row, probe in enumerate(PROBES) if probe.block is None]]
+    both, each = torch.stack([rows, -rows]), slice(0, 2)
+    for half, full in zip(top(both, each), top(both.float(), each), strict=True):
         assert torch.equal(half, full)
-    assert top(post)[2].dtype == torch.float32
+    assert top(both, each)[2].dtype == torch.float32
 
 
 def test_what_cannot_be_shown():

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tests.instruments.common import BLOCKS, PROBES, TEXTS, encoded, hugging_face, ids, readings
+from tests.instruments.common import (
+    BLOCKS,
+    PROBES,
+    TEXTS,
+    encoded,
+    hugging_face,
+    ids,
+    of_layers,
+    played,
+    readings,
+)
 from tests.instruments.common import shadow as shadow_of
 from tlens_callback import Probe, ResidualNorms
 
@@ -68,11 +78,10 @@ def test_first_tokens_padding_and_repeated_blocks_are_left_out():
     resid = torch.full((*batch.tokens.shape, 2), float("nan"))
     resid[0, 1], resid[0, 2] = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0])
     resid[3, 1], resid[3, 2] = torch.tensor([6.0, 8.0]), torch.tensor([-2.0, 0.0])
-    instrument, of = ResidualNorms(), shadow_of("llama")
+    instrument = ResidualNorms()
     for scale, dtype in ((1.0, torch.float32), (2.0, torch.bfloat16)):
-        taps = instrument.taps(of, batch)
-        taken: Any = {name: reduce((scale * resid).to(dtype)) for name, reduce in taps.items()}
-        got = {r.measure: r.values for r in instrument.read(taken, of, batch)}
+        streams = of_layers("hook_resid_post", [(scale * resid).to(dtype)] * 2)
+        got = {r.measure: r.values for r in played(instrument, batch, streams).values()}
         # Norms 1, 2, 5, 10.
         np.testing.assert_array_equal(got["median"], [3.5 * scale] * 2)
         np.testing.assert_array_equal(got["spread"], [4.5 * scale] * 2)

@@ -11,6 +11,7 @@ from tests import tiny
 from tests.instruments.common import encoded
 from tests.shadow.test_shadow import batch_for, train
 from tlens_callback import Reading, Shadow, observe
+from tlens_callback.instruments import frozen
 from tlens_callback.instruments.frozen import FrozenWeights, checksum
 from tlens_callback.instruments.parts.module_grid import ModuleGrid
 from tlens_callback.instruments.sparsity import UpdateSparsity, _entries
@@ -286,14 +287,29 @@ def test_merging_and_unmerging_is_found():
     assert "model.layers.0.self_attn.q_proj.weight" in changed(instrument, shadow)
 
 
-def test_the_checksum_against_python():
-    golden = 0x9E3779B97F4A7C15
-    weight = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
-    x = weight.numpy().view(np.int32).reshape(6, 5).astype(object)
-    rows = sum((1 + 2 * i * golden) * int(row.sum()) for i, row in enumerate(x))
-    columns = sum((1 + 2 * i * golden) * int(column.sum()) for i, column in enumerate(x.T))
-    got = [int(n) % 2**64 for n in checksum(weight)]
-    assert got == [rows % 2**64, columns % 2**64]
+@pytest.mark.parametrize(("columns", "bits"), [(5, np.int32), (6, np.int64), (600, np.int64)])
+@pytest.mark.parametrize("at_once", [1, 2**15])
+def test_the_checksum_against_python(columns, bits, at_once, monkeypatch):
+    monkeypatch.setattr(frozen, "_IN_CACHE", at_once)
+    weight = torch.randn(3, 2, columns, generator=torch.Generator().manual_seed(0))
+    x = weight.numpy().view(bits).reshape(6, -1).astype(object)
+
+    def hashed(sums: list[int]) -> int:
+        words = [(s + 2**63) % 2**64 - 2**63 for s in sums]
+        return sum((1 + 2 * i * 0x9E3779B97F4A7C15) * (s ^ (s >> 32)) for i, s in enumerate(words))
+
+    expected = hashed(x.sum(1).tolist()), hashed(x.sum(0).tolist())
+    assert [int(n) % 2**64 for n in checksum(weight)] == [n % 2**64 for n in expected]
+
+
+def test_exchanged_entries_are_seen():
+    """Also those that differ in nothing but their sign, in the upper half of a word."""
+    first = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    first[0, 3], first[2, 5] = -first[0, 1], -first[0, 1]
+    for (r, c), (s, d) in (((0, 1), (0, 3)), ((0, 1), (2, 5)), ((1, 0), (3, 0)), ((1, 2), (1, 6))):
+        other = first.clone()
+        other[r, c], other[s, d] = first[s, d], first[r, c]
+        assert not torch.equal(checksum(first), checksum(other)), (r, c, s, d)
 
 
 def test_special_values_and_shapes():

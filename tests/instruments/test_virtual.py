@@ -18,6 +18,8 @@ from tests.instruments.common import (
     attentions,
     encoded,
     hugging_face,
+    of_layers,
+    played,
     readings,
     shadow,
 )
@@ -209,10 +211,7 @@ def made_by_hand(heads: Mapping[Head, Rule], probes=BLOCKS, **settings) -> dict[
             weights = heads.get((layer, head), back(1000))(q, probe.block)
             for k, weight in weights.items():
                 patterns[layer, row, head, q, k] = weight
-    instrument = VirtualHeads(**settings)
-    taps = instrument.taps(shadow("llama"), batch)
-    taken = {name: reduce(a) for (name, reduce), a in zip(taps.items(), patterns, strict=True)}
-    return {r.key: r for r in instrument.read(taken, shadow("llama"), batch)}
+    return played(VirtualHeads(**settings), batch, of_layers("attn.hook_pattern", patterns))
 
 
 def test_two_hops_make_an_induction_head():
@@ -284,11 +283,12 @@ def test_half_precision_patterns_are_widened_first():
     generator = torch.Generator().manual_seed(0)
     pattern = torch.rand(2, len(PROBES), HEADS, width, width, generator=generator).tril()
     pattern = (pattern / pattern.sum(-1, keepdim=True)).bfloat16()
-    looks = []
-    for given in (pattern, pattern.float()):
-        taps: Any = VirtualHeads().taps(shadow("llama"), batch).values()
-        looks.append([reduce(a) for reduce, a in zip(taps, given, strict=True)][-1])
-    assert all(torch.equal(a, b) for a, b in zip(*looks, strict=True))
+    half, full = (
+        played(VirtualHeads(), batch, of_layers("attn.hook_pattern", given))
+        for given in (pattern, pattern.float())
+    )
+    for key, reading in full.items():
+        np.testing.assert_array_equal(half[key].values, reading.values)
 
 
 def test_padding_company_and_order_do_not_matter():

@@ -208,8 +208,8 @@ def test_of_a_longer_answer_the_first_token_is_explained_and_that_is_said(asker)
 
 
 def test_a_shadow_that_is_not_the_model(asker, monkeypatch):
-    def off(*given):
-        fidelity, logits = compare(*given)
+    def off(*given, **named):
+        fidelity, logits = compare(*given, **named)
         return replace(fidelity, kl=1.0), logits
 
     compare = fidelity_monitor.compare

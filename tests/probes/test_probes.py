@@ -1,5 +1,7 @@
 """Probes are encoded as the tokenizer does it, and leave the tokenizer as it was."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -298,3 +300,40 @@ def test_a_target_may_be_several_tokens_and_that_is_said(caplog):
     caplog.clear()
     encode(Probe("p", "the cat", target=" sat", foil=" sat"))
     assert caplog.text == ""
+
+
+def test_what_depends_on_a_batch_is_made_once():
+    """For each batch and each key; also a batch that is made from another has its own."""
+    batch = encode(Probe("a", [9, 8, 7]), Probe("b", [6]))
+    made: list[str] = []
+
+    def make(what: str) -> list[str]:
+        made.append(what)
+        return [what]
+
+    first = batch.once("key", lambda: make("first"))
+    assert batch.once("key", lambda: make("second")) is first == ["first"]
+    assert batch.once(("key", 1), lambda: make("other")) == ["other"]
+    assert batch.once("nothing", lambda: None) is batch.once("nothing", lambda: make("no")) is None
+    assert made == ["first", "other"]
+    for beside in (
+        batch.beside([Probe("c", [5, 4])]),
+        dataclasses.replace(batch, training=lambda n: []),
+        encode(Probe("a", [9, 8, 7])),
+    ):
+        assert beside.once("key", lambda: make("beside")) == ["beside"]
+    assert batch.once("key", lambda: make("again")) is first
+    assert "first" not in repr(batch)
+
+
+def test_what_fails_to_be_made_is_made_again():
+    batch = encode(Probe("a", [9, 8, 7]))
+    with pytest.raises(ZeroDivisionError):
+        batch.once("key", lambda: 1 // 0)
+    assert batch.once("key", lambda: 2) == 2
+
+
+def test_what_is_made_for_a_batch_may_ask_for_more():
+    batch = encode(Probe("a", [9, 8, 7]), Probe("b", [6]))
+    assert batch.once("sum", lambda: batch.last.sum() + batch.once("one", lambda: 1)) == 3
+    assert batch.last is batch.last and batch.last.tolist() == [2, 0]

@@ -146,7 +146,8 @@ def test_a_bar_that_cannot_be_drawn_still_counts(monkeypatch, stream):
 def test_an_observation_that_takes_much_memory_says_so_once_at_the_start(capsys, tokens):
     model = tiny.model("llama", num_hidden_layers=2, max_position_embeddings=2048)
     probe = Probe("long", [3 + i % 90 for i in range(tokens)])
-    with tracer(model, probes=[probe], instruments=[AttentionPatterns()], sinks=[]):
+    patterns = AttentionPatterns(most=2**25)
+    with tracer(model, probes=[probe], instruments=[patterns], sinks=[]):
         pass
     lines = [line for line in capsys.readouterr().out.splitlines() if "MiB, " in line]
     expected = 2 * 4 * 1500**2 * 4 / 2**20  # layers, heads, patterns, float32
@@ -154,3 +155,14 @@ def test_an_observation_that_takes_much_memory_says_so_once_at_the_start(capsys,
     if lines:
         assert f"{expected:.0f} of them those of attention_patterns" in lines[0]
         assert "long, has 1500 tokens" in lines[0]
+
+
+@pytest.mark.parametrize("tokens", [16, 1500])
+def test_patterns_that_are_pooled_are_named_once_at_the_start(capsys, tokens):
+    model = tiny.model("llama", num_hidden_layers=2, max_position_embeddings=2048)
+    probe = Probe("long", [3 + i % 90 for i in range(tokens)])
+    with tracer(model, probes=[probe], instruments=[AttentionPatterns()], sinks=[]) as traced:
+        del traced
+    lines = [line for line in capsys.readouterr().out.splitlines() if "pooled" in line]
+    assert len(lines) == (tokens == 1500)
+    assert all("'long'" in line and "2 by 2 tokens" in line for line in lines)

@@ -23,7 +23,7 @@ def found(shadow: Shadow) -> dict[str, LowRankUpdate]:
 
 def merged(shadow: Shadow, update: LowRankUpdate) -> torch.Tensor:
     """The effective weight, as the shadow holds it."""
-    weights = shadow.mirror.weights()
+    weights = list(shadow.mirror.weights())
     weight = next(weight for weight in weights if weight.name == f"{update.name}.weight")
     with shadow.layer(weight.layer):
         return weight.value.clone()

@@ -117,7 +117,7 @@ def test_other_packings_of_hqq_and_biases(nbits, axis, tuner):
     shadow, behind = Shadow.of(model), Shadow.of(model, weights="resident")
     batch = batch_for(shadow)
     assert compare(model, shadow, batch)[0].relative < 1e-5
-    found = shadow.mirror.weights()
+    found = list(shadow.mirror.weights())
     modules = [name for name, module in tiny.model("llama", **SHAPE).named_parameters()]
     assert [w.name for w in found if w.name not in biases] == modules
     for weight in found:

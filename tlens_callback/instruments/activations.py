@@ -2,31 +2,30 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_value, probes_suffix, rows_to_compare
-from tlens_callback.instruments.parts.distance import (
-    cka_distance,
-    cosine_distance,
-    relative_distance,
+from tlens_callback.instruments.parts.baseline import (
+    FirstLayers,
+    probes_suffix,
+    rows_to_compare,
 )
-from tlens_callback.instruments.parts.selection import after_first, checked_selection
+from tlens_callback.instruments.parts.distance import cka_distance, distances, unit_gram
+from tlens_callback.instruments.parts.selection import checked_selection, tokens_after_first
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow import Shadow, Stack, Taken, Taps
 
 PARTS = {"resid": "hook_resid_post", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
 """Name of a part of a layer -> how the name of its hook point ends."""
 
-CKA_TOKENS = 64
-"""At most this many tokens are compared by CKA, whose cost grows with their square. Of more
-tokens, evenly spaced ones are taken."""
+TOKENS, CKA_TOKENS = 256, 64
+"""At most this many tokens are compared, whose first activations are kept, and by CKA, the cost of
+which grows with their square. Of more tokens, evenly spaced ones are taken."""
 
 
 @dataclass(frozen=True)
@@ -112,38 +111,37 @@ class ActivationDrift:
     def __post_init__(self) -> None:
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction for each layer and part: [measure]."""
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """One reduction of all layers and parts: [layer, part, measure]."""
         rows = rows_to_compare(type(self).__name__, self.probes, batch)
-        names = probes_suffix(batch, rows)
-        row, pos = after_first(batch, rows)
-        some = (
-            torch.linspace(0, len(row) - 1, min(len(row), CKA_TOKENS), dtype=torch.float32)
-            .round()
-            .long()
-            .to(row.device)
-        )
+        tokens = _spread(tokens_after_first(batch, rows), TOKENS)
+        of = probes_suffix(batch, rows)
+        few = _spread(tuple(range(len(tokens))), CKA_TOKENS)
+        some = batch.once(("some", few), lambda: torch.tensor(few, device=batch.tokens.device))
 
-        def drift(hook: str) -> Reduce:
-            def measures(h: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " measure"]:
-                now = h[row, pos]
-                first = first_value(self.baseline, hook + names, now).float()
-                now = now.float()
-                far = [cosine_distance(now, first).mean(), relative_distance(now, first).mean()]
-                if len(now) > 3:
-                    far.append(cka_distance(now[some], first[some]).float())
-                return torch.stack(far)
+        parts = _parts(shadow)
+        first = FirstLayers(self.baseline, f"{parts}{of}", shadow.n_layers)
+        first_gram = FirstLayers(self.baseline, f"{parts} gram{of}", shadow.n_layers)
 
-            return measures
+        def drift(
+            now: Float[Tensor, "layer part token d_model"], layers: slice
+        ) -> Float[Tensor, "layer part measure"]:
+            far = [far.mean(2) for far in distances(now, first.of(now, layers))]
+            if len(tokens) > 3:
+                gram = unit_gram(now[:, :, some])
+                far.append(cka_distance(gram, first_gram.of(gram, layers)).float())
+            return torch.stack(far, 2)
 
-        return {hook: drift(hook) for hooks in _hooks_by_part(shadow).values() for hook in hooks}
+        ends = tuple(PARTS[part] for part in parts)
+        return {Stack(ends, tuple(range(shadow.n_layers)), tokens=tokens): drift}
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields one matrix for each measure."""
-        parts = _hooks_by_part(shadow)
-        values = np.stack([[taken[hook].numpy() for hook in hooks] for hooks in parts.values()])  # type: ignore[union-attr]
+        measures: Any
+        (measures,) = taken.values()
+        values = measures.numpy()
         kinds = (
             ("cosine", "cosine distance", (0.0, 2.0)),
             ("relative", "fraction", None),
@@ -152,17 +150,24 @@ class ActivationDrift:
         for i, (measure, unit, limits) in enumerate(kinds[: values.shape[2]]):
             yield Reading(
                 key=f"{self.name}/{measure}",
-                values=values[:, :, i].T,
+                values=values[:, :, i],
                 axes=("layer", "part"),
                 unit=unit,
-                labels={"part": list(parts)},
+                labels={"part": _parts(shadow)},
                 limits=limits,
             )
 
 
-def _hooks_by_part(shadow: Shadow) -> dict[str, list[str]]:
-    """Part -> its hook point in every layer, for the parts that all layers have."""
-    hooks = {
-        part: [f"blocks.{i}.{end}" for i in range(shadow.n_layers)] for part, end in PARTS.items()
-    }
-    return {part: own for part, own in hooks.items() if set(own) <= set(shadow.hooks)}
+def _parts(shadow: Shadow) -> list[str]:
+    """The parts that all layers have."""
+    layers = range(shadow.n_layers)
+    return [
+        p for p, end in PARTS.items() if all(f"blocks.{i}.{end}" in shadow.hooks for i in layers)
+    ]
+
+
+def _spread(of: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """Returns at most n of these, evenly spaced."""
+    if len(of) <= n:
+        return of
+    return tuple(of[round(i * (len(of) - 1) / (n - 1))] for i in range(n))

@@ -1,28 +1,27 @@
 """Reads the attention pattern of every head, and its change since the first observation."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_value, probes_suffix
+from tlens_callback.demands import demand_numbers
+from tlens_callback.instruments.parts.baseline import FirstLayers
 from tlens_callback.instruments.parts.selection import (
     attention_layers,
     block_rows,
     checked_selection,
     layer_labels,
-    pattern_hook,
     plain_rows,
     rows_named,
 )
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow import Shadow, Stack, Taken, Taps
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,19 @@ class AttentionPatterns:
     attention sinks of its own), and keys after the query have zero. With grouped key-value heads
     there is one pattern per query head. Padding is cut off.
 
+    Patterns of more than `most` values are pooled: with blocks of s tokens, the value for the query
+    block Q and the key block K is the mean over q in Q of the sum over k in K of pattern[q, k].
+    Rows still sum to one. s is the smallest number with which there are at most `most` values; a
+    line says it when the run begins.
+
     Args:
         probes: names of the probes to show. Default: every probe that is not a repeated block, and
             the first of the longest repeated blocks, on which an induction head shows as an
             off-diagonal stripe.
         layers: layers to show. Default: all.
+        most: values of all patterns of a probe, above which they are pooled. With the default,
+            whole patterns are shown of 249 tokens in SmolLM2-135M, of 128 in Llama-3-8B, and of 57
+            in Llama-3-70B.
 
     Keys:
         attention_patterns/pattern/<probe>: [layer, head, query, key], probability, 0..1
@@ -47,13 +54,14 @@ class AttentionPatterns:
         blocks.{layer}.attn.hook_pattern
 
     Cost:
-        layers * n_heads * length^2 per probe.
+        layers * n_heads * length^2 per probe, at most `most`.
 
     Source:
         Vaswani et al. 2017, section 3.2.
 
     Raises:
-        ValueError: an empty or repeated selection; from `taps`, an unknown probe or layer.
+        ValueError: most < 1; an empty or repeated selection; from `taps`, an unknown probe or
+            layer.
     """
 
     description: ClassVar[Description] = Description(
@@ -71,46 +79,64 @@ class AttentionPatterns:
 
     probes: Sequence[str] | None = None
     layers: Sequence[int] | None = None
+    most: int = 2**24
     name: str = "attention_patterns"
 
     def __post_init__(self) -> None:
+        demand_numbers(self, most=1)
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
         object.__setattr__(self, "layers", checked_selection(self.layers, "layers"))
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction for each layer: the chosen rows, cropped to their tokens, end to end."""
-        rows = [(row, batch.lengths[row]) for row in self._rows(batch)]
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """One reduction of all layers: each chosen row, cropped to its tokens, or pooled."""
+        rows = self._rows(batch)
+        sizes = [(batch.lengths[row], self._block(shadow, batch.lengths[row])) for row in rows]
 
-        def crop(pattern: Float[Tensor, "probe head query key"]) -> Float[Tensor, " entry"]:
-            # Concatenated: no view keeps the whole pattern alive, and only one tensor is moved.
-            return torch.cat([pattern[row, :, :n, :n].flatten() for row, n in rows])
+        def crop(
+            pattern: Float[Tensor, "layer row head query key"], part: slice
+        ) -> tuple[Tensor, ...]:
+            return tuple(
+                # A copy: no view keeps the whole pattern alive.
+                own.clone() if block == 1 else _pooled(own, block)
+                for i, (n, block) in enumerate(sizes)
+                for own in (pattern[:, i, :, :n, :n],)
+            )
 
-        return {pattern_hook(layer): crop for layer in self._layers(shadow)}
+        return {Stack("attn.hook_pattern", tuple(self._layers(shadow)), tuple(rows)): crop}
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterable[Reading]:
         """Yields one reading for each probe, with all layers and heads."""
-        layers, rows = self._layers(shadow), self._rows(batch)
-        labels = layer_labels(layers, shadow)
-        flat: list[Any] = [taken[pattern_hook(i)] for i in layers]
-        start = 0
-        for row in rows:
-            n = batch.lengths[row]
-            size = shadow.n_heads * n * n
-            # One probe after another, and read-only, which spares two copies of all patterns.
-            shape = shadow.n_heads, n, n
-            values = np.stack([part[start : start + size].view(shape).numpy() for part in flat])
-            values.setflags(write=False)
-            start += size
+        labels = layer_labels(self._layers(shadow), shadow)
+        (patterns,) = taken.values()
+        for row, pattern in zip(self._rows(batch), patterns, strict=True):
+            block = self._block(shadow, batch.lengths[row])
+            tokens = _block_names(batch.labels[row], block)
             yield Reading(
                 key=f"{self.name}/pattern/{batch.probes[row].name}",
-                values=values,
+                values=pattern.numpy(),
                 axes=("layer", "head", "query", "key"),
                 unit="probability",
-                labels={**labels, "query": batch.labels[row], "key": batch.labels[row]},
+                labels={**labels, "query": tokens, "key": tokens},
                 limits=(0.0, 1.0),
             )
+
+    def pooled(self, shadow: Shadow, batch: ProbeBatch) -> dict[str, int]:
+        """Probe -> how many tokens its patterns are pooled by, for those that are pooled."""
+        blocks = {
+            batch.probes[row].name: self._block(shadow, batch.lengths[row])
+            for row in self._rows(batch)
+        }
+        return {probe: block for probe, block in blocks.items() if block > 1}
+
+    def _block(self, shadow: Shadow, length: int) -> int:
+        heads = len(self._layers(shadow)) * shadow.n_heads
+        return next(
+            s
+            for s in range(1, length + 1)
+            if heads * (-(-length // s)) ** 2 <= self.most or s == length
+        )
 
     def _layers(self, shadow: Shadow) -> list[int]:
         with_patterns = attention_layers(shadow, type(self).__name__)
@@ -134,13 +160,35 @@ class AttentionPatterns:
         return plain_rows(batch) + (blocks[max(blocks)][:1] if blocks else [])
 
 
+def _pooled(
+    pattern: Float[Tensor, "layer head query key"], block: int
+) -> Float[Tensor, "layer head query_block key_block"]:
+    """Returns the attention from each block of queries to each block of keys."""
+    n = pattern.shape[-1]
+    blocks = -(-n // block)
+    room = blocks * block - n
+    padded = torch.nn.functional.pad(pattern.float(), (0, room, 0, room))
+    sums = padded.unflatten(3, (blocks, block)).sum(4).unflatten(2, (blocks, block)).sum(3)
+    sums[:, :, :-1] /= block
+    sums[:, :, -1] /= block - room
+    return sums
+
+
+def _block_names(labels: Sequence[str], block: int) -> Sequence[str]:
+    """Names each block of tokens by its first and its last."""
+    if block == 1:
+        return labels
+    blocks = [labels[i : i + block] for i in range(0, len(labels), block)]
+    return [names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}" for names in blocks]
+
+
 @dataclass(frozen=True)
 class PatternChange(AttentionPatterns):
     """Reads the attention pattern of every head minus its pattern at the first observation.
 
     `pattern[layer, head, query, key]` is A - A0, positive where the head attends more than it did.
     A row of keys sums to zero (or to what the model's own attention sinks lost). Exactly 0 at the
-    first observation. Padding is cut off.
+    first observation. Padding is cut off, and large patterns are pooled as by `AttentionPatterns`.
 
     Args:
         probes: names of the probes to show. Default: every probe that is not a repeated block; if
@@ -181,23 +229,24 @@ class PatternChange(AttentionPatterns):
     baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "pattern_change"
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction for each layer: the chosen rows, cropped to their tokens, end to end."""
-        names = probes_suffix(batch, self._rows(batch))
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """One reduction of all layers: each chosen row, cropped to its tokens, or pooled."""
+        stack: Stack
+        crop: Any
+        ((stack, crop),) = super().taps(shadow, batch).items()
+        keys = [f"{stack.layers} of {batch.probes[row].name}" for row in self._rows(batch)]
+        firsts = [FirstLayers(self.baseline, key, len(stack.layers)) for key in keys]
 
-        def change(hook: str, crop: Callable[[Tensor], Any]) -> Reduce:
-            def minus_first(
-                pattern: Float[Tensor, "probe head query key"],
-            ) -> Float[Tensor, " entry"]:
-                now = crop(pattern)
-                return now.float() - first_value(self.baseline, hook + names, now).float()
+        def change(pattern: Tensor, part: slice) -> tuple[Tensor, ...]:
+            return tuple(
+                now.float() - first.of(now, part).float()
+                for now, first in zip(crop(pattern, part), firsts, strict=True)
+            )
 
-            return minus_first
-
-        return {hook: change(hook, crop) for hook, crop in super().taps(shadow, batch).items()}
+        return {stack: change}
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields one reading for each probe, with all layers and heads."""
         for reading in super().read(taken, shadow, batch):

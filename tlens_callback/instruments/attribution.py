@@ -1,8 +1,7 @@
 """Direct logit attribution: measures what each head, MLP and neuron adds to the answer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlens_callback.demands import demand_numbers
-from tlens_callback.instruments.neurons import FINAL
+from tlens_callback.instruments.neurons import FINAL, NEURONS
 from tlens_callback.instruments.parts.baseline import changes, first_value
 from tlens_callback.instruments.parts.direct import (
     before_norm,
@@ -19,30 +18,31 @@ from tlens_callback.instruments.parts.direct import (
     head_writes,
     high_precision,
     minus_foil,
-    mlp_hook,
     neuron_writes,
-    soft_cap,
-    through_norm,
     uncapped,
     unembedding_directions,
 )
 from tlens_callback.instruments.parts.selection import (
+    alike,
     checked_selection,
     index_or_nan,
+    last_tokens,
     layer_labels,
-    mlp_norm_hook,
-    neuron_hook,
     neuron_layers,
+    of_layers,
     plain_rows,
     rows_named,
-    z_hook,
 )
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
+from tlens_callback.shadow import LAST_LOGITS, Shadow, Stack, Taken, Taps
+from tlens_callback.shadow.unembed import soft_cap
 
 EMBED = "blocks.0.hook_resid_pre"
+HEADS, MLP = "attn.hook_z", "hook_mlp_out"
+ATTN_NORM, MLP_NORM = "ln1_post", "ln2_post"
+"""The norms behind attention and MLP, which few families have."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class LogitAttribution:
             )
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
         """One number for each component and row, before the norms divide, and the norms' scales."""
         rows = self._rows(batch)
         if not rows:
@@ -182,67 +182,82 @@ class LogitAttribution:
         demand_direct_path(shadow, type(self).__name__)
         bridge: Any = shadow.bridge
         targets, foils = [batch.targets[i] for i in rows], [batch.foils[i] for i in rows]
-        row = torch.tensor(rows, device=batch.tokens.device)
-        last = batch.last[row]
+        row = batch.once(("rows", *rows), lambda: torch.tensor(rows, device=batch.tokens.device))
+        last, tokens = batch.last[row], last_tokens(batch, rows)
         read = unembedding_directions(shadow, targets, foils)
-        direction = before_norm(bridge.ln_final, read)
+        direction = high_precision(before_norm(bridge.ln_final, read))
         constant = minus_foil(bridge.b_U, targets, foils)
         if getattr(bridge.ln_final, "bias", None) is not None:
             constant = constant + dots(bridge.ln_final.bias[None], read)[:, 0]
+        layers = tuple(range(shadow.n_layers))
 
-        def scale(of: Float[Tensor, "probe pos 1"]) -> Float[Tensor, " row"]:
-            return of[row, last, 0]
+        def through(norm: str) -> Callable[[int], Float[Tensor, "row d_model"]]:
+            """Returns the direction in front of a layer's norm of this name, if it has one."""
+
+            def to(layer: int) -> Float[Tensor, "row d_model"]:
+                if f"blocks.{layer}.{norm}.hook_scale" not in shadow.hooks:
+                    return direction
+                return before_norm(getattr(bridge.blocks[layer], norm), direction)
+
+            return to
 
         def scale_and_constant(of: Float[Tensor, "probe pos 1"]) -> tuple[Tensor, Tensor]:
-            return scale(of), constant
+            return of[row, last, 0], constant
 
-        def part(x: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " row"]:
-            return (high_precision(x[row, last]) * high_precision(direction)).sum(1)
+        def part(x: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
+            return (high_precision(x) * direction).sum(-1)
 
         def lead(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, " row"]:
             each = zip(uncapped(shadow, logits[row]), targets, foils, strict=True)
             return torch.cat([minus_foil(logit, [t], [f]) for logit, t, f in each])
 
-        taps: dict[str, Reduce] = {EMBED: part}
-        for i in range(shadow.n_layers):
-            block, norm = bridge.blocks[i], None
-            if _attn_norm_hook(i) in shadow.hooks:
-                norm = block.ln1_post
-                taps[_attn_norm_hook(i)] = scale
-            w_o = partial(getattr, block.attn, "W_O")
-            b_o = partial(getattr, block.attn, "b_O", None)
-            taps[z_hook(i)] = head_writes(row, last, w_o, b_o, through_norm(norm, direction))
-            taps[mlp_hook(i)] = part
-        taps[FINAL] = scale_and_constant
-        taps[LAST_LOGITS] = lead
-        for i in neuron_layers(shadow) if self.neurons else []:
-            block, norm = bridge.blocks[i], None
-            if self.neurons > (there := len(block.mlp.W_out)):
+        taps: dict[Any, Any] = {
+            EMBED: lambda x: part(x[row, last]),
+            Stack(HEADS, layers, tokens=tokens): head_writes(
+                layers,
+                lambda i: bridge.blocks[i].attn.W_O,
+                lambda i: getattr(bridge.blocks[i].attn, "b_O", None),
+                through(ATTN_NORM),
+            ),
+            Stack(MLP, layers, tokens=tokens): lambda x, _: part(x),
+            FINAL: scale_and_constant,
+            LAST_LOGITS: lead,
+        }
+        neurons = neuron_layers(shadow) if self.neurons else []
+        for alike_layers in alike(neurons, lambda i: len(bridge.blocks[i].mlp.W_out)):
+            if self.neurons > (there := len(bridge.blocks[alike_layers[0]].mlp.W_out)):
                 raise ValueError(
-                    f"LogitAttribution(neurons={self.neurons}): layer {i} has {there} neurons."
+                    f"LogitAttribution(neurons={self.neurons}): layer {alike_layers[0]} has "
+                    f"{there} neurons."
                 )
-            if mlp_norm_hook(i) in shadow.hooks:
-                norm = block.ln2_post
-                taps[mlp_norm_hook(i)] = scale
-            w_out, through = partial(getattr, block.mlp, "W_out"), through_norm(norm, direction)
-            taps[neuron_hook(i)] = neuron_writes(self.neurons, row, last, w_out, through)
+            taps[Stack(NEURONS, alike_layers, tokens=tokens)] = neuron_writes(
+                self.neurons, alike_layers, lambda i: bridge.blocks[i].mlp.W_out, through(MLP_NORM)
+            )
+        for norm, of in ((ATTN_NORM, layers), (MLP_NORM, tuple(neurons))):
+            end = f"{norm}.hook_scale"
+            if scaled := tuple(i for i in of if f"blocks.{i}.{end}" in shadow.hooks):
+                taps[Stack(end, scaled, tokens=tokens)] = lambda scale, _: scale[..., 0]
         return taps
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields for each probe the parts, their sum, the remainder, and the changes."""
         got: Any = taken
         final, constant = (part.double() for part in got[FINAL])  # [row]
         layers = range(shadow.n_layers)
 
-        def scales(hooks: list[str]) -> Float[Tensor, "layer row"]:
-            return torch.stack([final * got.get(hook, torch.ones_like(final)) for hook in hooks])
+        def scales(norm: str, of: Sequence[int]) -> Float[Tensor, "layer row"]:
+            there = of_layers(taken, f"{norm}.hook_scale")
+            none = torch.ones_like(final)
+            return torch.stack([final * there.get(i, (none,))[0] for i in of])
 
-        after = scales([_attn_norm_hook(i) for i in layers])
-        head = torch.stack([got[z_hook(i)][0] for i in layers]) / after[:, :, None]
-        bias = torch.stack([got[z_hook(i)][1] for i in layers]) / after
-        mlp = torch.stack([got[mlp_hook(i)] for i in layers]) / final
+        after = scales(ATTN_NORM, layers)
+        (heads, biases), mlps = (
+            next(value for key, value in got.items() if isinstance(key, Stack) and key.end == end)
+            for end in (HEADS, MLP)
+        )
+        head, bias, mlp = heads / after[:, :, None], biases / after, mlps / final
         embed = got[EMBED] / final
         constant = bias.sum(0) + constant
         total = embed + head.sum((0, 2)) + mlp.sum(0) + constant
@@ -256,6 +271,7 @@ class LogitAttribution:
             "remainder": remainder,
         }
         neurons = neuron_layers(shadow) if self.neurons else []
+        of_neurons = of_layers(taken, NEURONS)
         for at, row in enumerate(self._rows(batch)):
             probe = batch.probes[row].name
             yield from self._with_change("head", probe, head[:, at], ("layer", "head"))
@@ -266,9 +282,9 @@ class LogitAttribution:
             if neurons:
                 index, write = (
                     torch.stack([part[at] for part in parts])
-                    for parts in zip(*(got[neuron_hook(i)] for i in neurons), strict=True)
+                    for parts in zip(*(of_neurons[i] for i in neurons), strict=True)
                 )
-                write = write / scales([mlp_norm_hook(i) for i in neurons])[:, at, None]
+                write = write / scales(MLP_NORM, neurons)[:, at, None]
                 axes, labels = ("layer", "rank"), layer_labels(neurons, shadow)
                 known = index_or_nan(index, write)
                 yield self._reading("neuron", probe, known, axes, "index", labels)
@@ -329,7 +345,3 @@ def _check_sum(off: Tensor, shadow: Shadow) -> None:
             f"sum, and rounding explains at most {allowed:.0e}. This family computes its logits in "
             f"a way that the parts do not cover; leave the instrument out."
         )
-
-
-def _attn_norm_hook(layer: int) -> str:
-    return f"blocks.{layer}.ln1_post.hook_scale"

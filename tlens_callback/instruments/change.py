@@ -13,11 +13,12 @@ from torch import Tensor
 from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.predictions import Compared, compare, most_frequent
 from tlens_callback.instruments.parts.selection import checked_selection, chosen_rows, resid_hook
-from tlens_callback.instruments.parts.unembed import demand_equal, gap, token_texts, unembed
+from tlens_callback.instruments.parts.texts import token_texts
 from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
+from tlens_callback.shadow.unembed import demand_equal, gap, unembed
 
 _UNITS = {
     "log_ratio": "nats",

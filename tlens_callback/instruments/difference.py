@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,17 +12,18 @@ from torch import Tensor
 from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.baseline import first_value, probes_suffix
 from tlens_callback.instruments.parts.selection import (
-    after_first,
     checked_selection,
     chosen_rows,
     index_or_nan,
-    resid_hook,
+    last_tokens,
+    tokens_after_first,
 )
-from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, token_texts, unembed
+from tlens_callback.instruments.parts.texts import token_texts
 from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
+from tlens_callback.shadow import LAST_LOGITS, Shadow, Stack, Taken, Taps
+from tlens_callback.shadow.unembed import CHUNK, demand_equal, gap, unembed
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class DifferenceLens:
             raise ValueError(f"DifferenceLens(k={self.k}) shows no token; give k >= 1.")
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
         """Keeps the layers' means on the device until all of them are unembedded together."""
         rows = chosen_rows(batch, self.probes)
         if not rows:
@@ -115,41 +116,47 @@ class DifferenceLens:
             raise ValueError(
                 f"DifferenceLens(k={self.k}): the vocabulary has {shadow.vocab_size} tokens."
             )
-        row, pos = after_first(batch, rows)
-        if len(row) == 0:
+        tokens = tokens_after_first(batch, rows)
+        if not tokens:
             raise ValueError(
                 "DifferenceLens leaves out the first token of each probe, and the probes have no "
                 "other tokens. Give probes of at least two tokens."
             )
-        chosen = torch.tensor(rows, device=batch.tokens.device)
-        last, names = batch.last[chosen], probes_suffix(batch, rows)
-        means: list[Tensor] = []
-        sizes: list[Tensor] = []
+        names, n_layers = probes_suffix(batch, rows), shadow.n_layers
+        kept: list[tuple[Tensor, Tensor]] = []
+        row = batch.once(("rows", *rows), lambda: torch.tensor(rows, device=batch.tokens.device))
         ends: list[Tensor] = []
 
-        def keep(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " 0"]:
-            h = resid[row, pos].float()
-            means.append(h.mean(0))
-            sizes.append(h.norm(dim=1).quantile(0.5))
-            ends[:] = [resid[chosen, last]]  # at the end, that of the last layer
-            return resid.new_empty(0)
+        def keep(resid: Float[Tensor, "layer token d_model"], part: slice) -> tuple[()]:
+            size = torch.linalg.vector_norm(resid, dim=2, dtype=torch.float32)
+            kept.append((resid.mean(1, dtype=torch.float32), size.quantile(0.5, dim=1)))
+            return ()
+
+        def keep_ends(resid: Float[Tensor, "1 row d_model"], part: slice) -> tuple[()]:
+            ends.append(resid[0])
+            return ()
 
         def read(logits: Float[Tensor, "probe vocab"]) -> tuple[Tensor, ...]:
-            mean, size, end = torch.stack(means), torch.stack(sizes), ends[0]
-            for kept in (means, sizes, ends):
-                kept.clear()
+            mean, size = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            end = ends.pop()
+            kept.clear()
             difference = mean - first_value(self.baseline, "mean" + names, mean)
             norm = difference.norm(dim=1) / first_value(self.baseline, "size" + names, size)
             # Zero and the last layer share one unembedding, which costs as much as one row.
             bias, *unembedded = unembed(shadow, torch.cat([torch.zeros_like(end[:1]), end]))
-            off = gap(torch.stack(unembedded), logits[chosen])
+            off = gap(torch.stack(unembedded), logits[row])
             return off, norm, *_read(shadow, difference, bias, end.dtype, self.k)
 
-        layers = range(shadow.n_layers)
-        return {resid_hook(i): keep for i in layers} | {LAST_LOGITS: read}
+        layers = tuple(range(n_layers))
+        last = Stack("hook_resid_post", layers[-1:], tokens=last_tokens(batch, rows))
+        return {
+            Stack("hook_resid_post", layers, tokens=tokens): keep,
+            last: keep_ends,
+            LAST_LOGITS: read,
+        }
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields for each layer the tokens, their probabilities and the size of the change."""
         if not taken:

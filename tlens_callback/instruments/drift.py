@@ -2,26 +2,28 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.parts.baseline import first_value, probes_suffix, rows_to_compare
-from tlens_callback.instruments.parts.distance import js_terms, with_sink
+from tlens_callback.instruments.parts.baseline import FirstLayers, probes_suffix, rows_to_compare
+from tlens_callback.instruments.parts.distance import js_terms
 from tlens_callback.instruments.parts.selection import (
     attention_layers,
     checked_selection,
     layer_labels,
-    pattern_hook,
 )
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow import Shadow, Stack, Taken, Taps
+from tlens_callback.shadow.stacks import StackReduce
+
+QUERIES = 128
+"""At most this many rows of a probe's pattern are compared."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class AttentionDrift:
     Let p = A[q, :] be a row of a head's pattern now, p0 the same row at the first observation, and
     m = (p + p0) / 2:
 
-    - js: mean over the queries q >= 1 of the probe (query 0 has one key) of the Jensen-Shannon
-      divergence JS(p, p0) = 1/2 sum_k p log2(p / m) + 1/2 sum_k p0 log2(p0 / m); for several
-      probes, the mean over them. 0 if the head attends as before, 1 if it attends only to tokens
-      that it did not attend to before.
+    - js: mean over the queries q >= 1 of the probe (query 0 has one key; of more than 128, evenly
+      spaced ones are taken) of the Jensen-Shannon divergence JS(p, p0) =
+      1/2 sum_k p log2(p / m) + 1/2 sum_k p0 log2(p0 / m); for several probes, the mean over them. 0
+      if the head attends as before, 1 if it attends only to tokens that it did not attend to
+      before.
     - max, mean: maximum and mean of js over the heads of all layers.
 
     Exactly 0 at the first observation. Padding is cut off. Keys outside a sliding window have no
@@ -55,8 +58,9 @@ class AttentionDrift:
         blocks.{layer}.attn.hook_pattern
 
     Cost:
-        layers * n_heads per probe; keeps the first patterns on the device, layers * n_heads *
-        (length - 1) * length numbers per probe in the model's precision.
+        layers * n_heads per probe; keeps the compared rows of the first patterns on the device,
+        without later tokens: layers * n_heads * length^2 / 2 numbers per probe in the model's
+        precision, and for probes of more than 129 tokens layers * n_heads * length * 64.
 
     Source:
         Lin 1991 (the divergence); Clark et al. 2019, section 6 (between heads); Hao et al. 2020
@@ -98,38 +102,48 @@ class AttentionDrift:
     def __post_init__(self) -> None:
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction for each layer: [probe, head]."""
-        rows = [
-            (row, batch.lengths[row])
-            for row in rows_to_compare(type(self).__name__, self.probes, batch)
-        ]
-        names = probes_suffix(batch, [row for row, _ in rows])
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """One reduction of all layers: [layer, probe, head]."""
+        rows = rows_to_compare(type(self).__name__, self.probes, batch)
+        queries = [_queries(batch.lengths[row]) for row in rows]
+        width, of = batch.tokens.shape[1], probes_suffix(batch, rows)
+        entries = batch.once(
+            ("entries", *rows),
+            lambda: [_entries(q, width).to(batch.tokens.device) for q in queries],
+        )
 
-        def drift(hook: str) -> Reduce:
-            sinks = _has_sinks(shadow, hook)
+        def drift(layers: tuple[int, ...], sinks: bool) -> StackReduce:
+            first = FirstLayers(self.baseline, f"{layers}{of}", len(layers))
 
-            def js(pattern: Float[Tensor, "probe head query key"]) -> Float[Tensor, "row head"]:
-                cut = [pattern[row, :, 1:n, :n] for row, n in rows]
+            def js(
+                pattern: Float[Tensor, "layer row head query key"], part: slice
+            ) -> Float[Tensor, "layer row head"]:
+                flat = pattern.flatten(3)
+                found = [flat[:, i].index_select(2, at) for i, at in enumerate(entries)]
                 if sinks:
-                    cut = [with_sink(p.float()) for p in cut]
-                now = torch.cat([p.flatten(1) for p in cut], 1)
-                first = first_value(self.baseline, hook + names, now)
-                return _js(now, first, [p.shape[1:] for p in cut])
+                    rest = (1 - pattern.float().sum(-1)).clamp(min=0)
+                    found += [rest[:, i][..., q] for i, q in enumerate(queries)]
+                now = torch.cat(found, 2)
+                return _js(now, first.of(now, part), [part.shape[2] for part in found], queries)
 
             return js
 
-        layers = attention_layers(shadow, type(self).__name__)
-        return {pattern_hook(i): drift(pattern_hook(i)) for i in layers}
+        return {
+            Stack("attn.hook_pattern", layers, rows=tuple(rows)): drift(layers, sinks)
+            for sinks, layers in self._layers(shadow).items()
+        }
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields a matrix for the mean over the probes and for each probe, and two numbers."""
-        labels = layer_labels(attention_layers(shadow, type(self).__name__), shadow)
-        js = torch.stack(list(taken.values()), 1).numpy()  # type: ignore[arg-type]
+        layers = attention_layers(shadow, type(self).__name__)
+        order = np.argsort([i for some in self._layers(shadow).values() for i in some])
+        found: Any = list(taken.values())
+        js = torch.cat(found).numpy()[order].swapaxes(0, 1)
         rows = rows_to_compare(type(self).__name__, self.probes, batch)
-        yield from self._readings([batch.probes[row].name for row in rows], js, labels)
+        names = [batch.probes[row].name for row in rows]
+        yield from self._readings(names, js, layer_labels(layers, shadow))
 
     def between(
         self, first: Mapping[str, Reading], last: Mapping[str, Reading]
@@ -156,6 +170,14 @@ class AttentionDrift:
         layers = {axis: n for axis, n in patterns[probes[0]][2].items() if axis == "layer"}
         yield from self._readings(probes, js, layers)
 
+    def _layers(self, shadow: Shadow) -> dict[bool, tuple[int, ...]]:
+        """The layers whose attention has no sinks of its own, and those where it has."""
+        of: dict[bool, tuple[int, ...]] = {}
+        for layer in attention_layers(shadow, type(self).__name__):
+            sinks = _has_sinks(shadow, layer)
+            of[sinks] = (*of.get(sinks, ()), layer)
+        return of
+
     def _readings(
         self,
         probes: Sequence[str],
@@ -177,39 +199,61 @@ class AttentionDrift:
             yield Reading(key=key, values=np.array(value), unit="bits", limits=(0.0, 1.0))
 
 
+def _queries(length: int) -> list[int]:
+    """Returns the queries of a probe that are compared: at most `QUERIES`, evenly spaced."""
+    n = min(length - 1, QUERIES)
+    return [1 + round(i * (length - 2) / max(1, n - 1)) for i in range(n)]
+
+
+def _entries(queries: Sequence[int], width: int) -> Int[Tensor, " entry"]:
+    """Returns the places of these queries' keys in a flattened pattern, without later tokens."""
+    return torch.tensor([q * width + k for q in queries for k in range(q + 1)])
+
+
 def _js(
-    now: Float[Tensor, "head entry"],
-    first: Float[Tensor, "head entry"],
-    shapes: Sequence[Sequence[int]],
-) -> Float[Tensor, "row head"]:
+    now: Float[Tensor, "*layers head entry"],
+    first: Float[Tensor, "*layers head entry"],
+    sizes: Sequence[int],
+    queries: Sequence[Sequence[int]],
+) -> Float[Tensor, "*layers row head"]:
     """Returns the mean divergence over the queries of each pattern.
 
     Args:
-        now, first: the patterns of one layer, flattened and concatenated.
-        shapes: number of queries and of keys of each pattern.
+        now, first: the patterns' entries, end to end; where there are sinks, then those.
+        sizes: number of entries of each pattern, and of its sinks.
+        queries: those that are compared, of each pattern.
     """
-    shares = js_terms(now.float(), first.float()).split([prod(shape) for shape in shapes], 1)
-    means = [share.sum(1) / shape[0] for share, shape in zip(shares, shapes, strict=True)]
-    return torch.stack(means).clamp(0, 1)
+    shares = js_terms(now.float(), first.float()).split(list(sizes), -1)
+    sums = [share.sum(-1) for share in shares]
+    found = []
+    for i, of in enumerate(queries):
+        total = sums[i] + sums[i + len(queries)] if len(sums) > len(queries) else sums[i]
+        found.append(total / len(of))
+    return torch.stack(found, -2).clamp(0, 1)
 
 
 def _js_of_patterns(
     now: Float[np.ndarray, "layer head query key"], first: Float[np.ndarray, "layer head query key"]
 ) -> Float[np.ndarray, "layer head"]:
-    """Returns `_js` of one probe's whole patterns, leaving out query 0."""
+    """Returns `_js` of one probe's whole patterns."""
+    queries = _queries(now.shape[2])
+    at = _entries(queries, now.shape[3])
     found = []
     for layers in zip(now, first, strict=True):
-        both = [torch.from_numpy(np.array(heads[:, 1:])) for heads in layers]
+        both = [torch.from_numpy(np.array(heads)) for heads in layers]
+        parts = [[heads.flatten(1)[:, at]] for heads in both]
+        rests = [1 - heads[:, queries].float().sum(-1) for heads in both]
         # The model has attention sinks of its own if a row lacks more than rounding explains.
-        if min(float(heads.sum(-1).min()) for heads in both) < 1 - 2**-7:
-            both = [with_sink(heads) for heads in both]
-        one, other = both
-        js = _js(one.flatten(1), other.flatten(1), [one.shape[1:]])
-        found.append(js[0].numpy())
+        if max(float(rest.max()) for rest in rests) > 2**-7:
+            for part, rest in zip(parts, rests, strict=True):
+                part.append(rest.clamp(min=0).to(part[0].dtype))
+        sizes = [part.shape[1] for part in parts[0]]
+        one, other = (torch.cat(part, 1) for part in parts)
+        found.append(_js(one, other, sizes, [queries])[0].numpy())
     return np.stack(found)
 
 
-def _has_sinks(shadow: Shadow, hook: str) -> bool:
+def _has_sinks(shadow: Shadow, layer: int) -> bool:
     """Returns whether a layer's attention has sinks of its own: its rows sum to less than one."""
-    layer: Any = shadow.bridge.blocks[int(hook.split(".")[1])]
-    return getattr(layer.attn.original_component, "sinks", None) is not None
+    attn: Any = shadow.bridge.blocks[layer].attn  # type: ignore[index]
+    return getattr(attn.original_component, "sinks", None) is not None

@@ -37,8 +37,11 @@ _DRIFTED = (
     "how far; base weights in float32 move far less"
 )
 
-_ENTRIES = "entries of "
-"""What the key of a weight's entries in the baseline begins with; the checksum's is its name."""
+_SUM, _ENTRIES = "words of ", "entries of "
+"""What the keys of a weight's checksum and of its entries in the baseline begin with."""
+
+_IN_CACHE = 2**15
+"""Words of eight bytes that are summed at a time on a CPU: 256 KiB."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -50,17 +53,17 @@ class FrozenWeights:
 
     Frozen are the live model's own parameters with requires_grad False: the base weights under
     adapters, but not the adapters themselves. A checksum of each weight's bits is compared with
-    that at the first observation at which the weight was frozen. Let x[r, c] be the bits of an
-    entry of a weight's matrix (leading dimensions flattened) as a signed integer, g the odd number
-    nearest to 2^64 divided by the golden ratio, and m_i = 1 + 2 i g mod 2^64. The checksum is the
-    two numbers
+    that at the first observation at which the weight was frozen. Let x[r, c] be the bits of a
+    weight's matrix (leading dimensions flattened), eight bytes at a time, as signed integers; or
+    one entry at a time, if a row has not a multiple of eight bytes. Let g be the odd number nearest
+    to 2^64 divided by the golden ratio, m_i = 1 + 2 i g mod 2^64, and mix(s) = s xor (s >> 32). The
+    checksum is the two numbers
 
-        sum_r m_r (sum_c x[r, c]),  sum_c m_c (sum_r x[r, c])  mod 2^64.
+        sum_r m_r mix(sum_c x[r, c]),  sum_c m_c mix(sum_r x[r, c])  mod 2^64.
 
-    One changed entry always changes the first number, since m_r is odd. Two exchanged entries of up
-    to 32 bits change the first number or, within a row, the second. A change that keeps the sum of
-    every row and of every column is not seen; any other change is missed with a chance of about
-    2^-64. NaN and -0 are compared by their bits like other numbers.
+    One changed entry always changes the first number, since mix is one-to-one and m_r is odd. A
+    change that keeps the sum of every row and of every column is not seen; any other change is
+    missed with a chance of about 2^-64. NaN and -0 are compared by their bits like other numbers.
 
     How far a changed weight has moved is measured on a sample of its entries: of n > 4096 entries
     those with the numbers (i g) mod n, i = 0..4095, where i g is a signed number of 64 bits that
@@ -110,7 +113,7 @@ class FrozenWeights:
         The live model's parameters; no activations.
 
     Cost:
-        Every frozen weight is read twice; 2 integers for each leave the device, and 2 floats for
+        Every frozen weight is read once; 2 integers for each leave the device, and 2 floats for
         each that has changed. Up to 4096 entries of each frozen weight are kept on the shadow's
         device and beside checkpoints, in the weight's dtype: 16 KiB a matrix in float32, 8 KiB in
         bfloat16 (3.4 MiB in float32 for the 272 weights of SmolLM2-135M).
@@ -180,7 +183,7 @@ class FrozenWeights:
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields how many weights have changed and how far, and the names of the first."""
-        weights = shadow.mirror.weights()
+        weights = list(shadow.mirror.weights())
         # Adapters may separate tied weights, which are one parameter of the live model.
         tied: dict[int, list[int]] = {}
         for i, weight in enumerate(weights):
@@ -220,11 +223,11 @@ class FrozenWeights:
         found = {weight.name: _look(live, shadow.device) for weight, live in values}
         looks = {i: found[weight.name] for i, weight in frozen.items()}
         for i, (total, entries) in looks.items():
-            self.baseline.setdefault(frozen[i].name, total)
+            self.baseline.setdefault(_SUM + frozen[i].name, total)
             # A checkpoint of an older version has no entries; they begin here.
             self.baseline.setdefault(_ENTRIES + frozen[i].name, entries)
         now = torch.stack([total for total, _ in looks.values()])
-        first = torch.stack([self.baseline[weight.name] for weight in frozen.values()])
+        first = torch.stack([self.baseline[_SUM + weight.name] for weight in frozen.values()])
         differ = (now.to(first.device) != first).any(1).tolist()
         changed = [i for i, other in zip(frozen, differ, strict=True) if other]
         moved = [_distance(looks[i][1], self.baseline[_ENTRIES + frozen[i].name]) for i in changed]
@@ -235,7 +238,7 @@ class FrozenWeights:
         """Returns the names of the weights that are frozen and not among those trained in turns."""
         in_turns = "trained in turns: "
         for weight in weights:
-            if weight.live.requires_grad and weight.name in self.baseline:
+            if weight.live.requires_grad and _SUM + weight.name in self.baseline:
                 self.baseline[in_turns + _in_all_layers(weight.name)] = torch.tensor(True)
         return {
             weight.name
@@ -308,18 +311,22 @@ def _looks_like_merging(
 
 def checksum(weight: Float[Tensor, "..."]) -> Int[Tensor, "2"]:
     """Returns two numbers that depend on every bit of the weight and on the bit's place."""
-    bits = weight.contiguous().view(_BITS[weight.element_size()])
+    bits = weight.contiguous()
     bits = bits.reshape(-1, bits.shape[-1]) if bits.ndim else bits.reshape(1, 1)
+    whole = bits.shape[1] * bits.element_size() % 8 == 0 and bits.storage_offset() % 8 == 0
+    bits = bits.view(torch.int64 if whole else _BITS[bits.element_size()])
+    # In pieces that a CPU's caches hold, since each is read twice. A GPU would start many kernels,
+    # and an entry that is not eight bytes long is first copied to int64.
+    most = _IN_CACHE if bits.device.type == "cpu" else bits.numel() if whole else 2**20
     columns = torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
     rows = []
-    # In pieces, because a sum in int64 first copies everything to int64.
-    for piece in bits.split(max(1, 2**20 // bits.shape[1])):
+    for piece in bits.split(max(1, most // bits.shape[1])):
         rows.append(piece.sum(1, dtype=torch.int64))
         columns += piece.sum(0, dtype=torch.int64)
     return torch.stack([_hash(torch.cat(rows)), _hash(columns)])
 
 
 def _hash(x: Int[Tensor, " n"]) -> Int[Tensor, ""]:
-    """Returns sum_i (1 + 2 i g) x_i; integers wrap around."""
+    """Returns sum_i (1 + 2 i g) mix(x_i); integers wrap around."""
     at = torch.arange(len(x), device=x.device)
-    return (x * (1 + at * _STEP * 2)).sum()
+    return ((x ^ (x >> 32)) * (1 + at * _STEP * 2)).sum()

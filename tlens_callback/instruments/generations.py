@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.selection import checked_selection, chosen_rows
-from tlens_callback.instruments.parts.unembed import token_texts
+from tlens_callback.instruments.parts.texts import token_texts
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading, legible

@@ -1,8 +1,8 @@
 """Scores the roles of each head by its attention on repeated random blocks."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,12 +14,11 @@ from tlens_callback.instruments.parts.selection import (
     block_rows,
     demand_blocks,
     layer_labels,
-    pattern_hook,
 )
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow import Shadow, Stack, Taken, Taps
 
 Pairs = list[tuple[int, int]]
 
@@ -158,49 +157,53 @@ class HeadScores:
     strict: bool = True
     name: str = "head_scores"
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction for each layer: [sequence, head, measure], then the means of the lags."""
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """One reduction of all layers: [layer, sequence, head, measure], then the lags' means."""
         blocks = demand_blocks(batch, type(self).__name__)
-        device = batch.tokens.device
-        rows = [row for block in blocks.values() for row in block]
-        row = torch.tensor(rows, device=device)
-        lengths = [batch.lengths[i] for i in rows]
-        width = max(lengths)
-        index, weight = (part.to(device) for part in self._index_and_weight(batch, rows))
-        per_query = _entropy_weights(lengths).to(device)
-        lag_key, per_lag = (part.to(device) for part in _lags(lengths))
+        rows = tuple(row for block in blocks.values() for row in block)
+        width = max(batch.lengths[i] for i in rows)
+        index, weight, per_query, lag_key, per_lag = batch.once(
+            ("head scores", self.strict), lambda: self._constants(batch, rows)
+        )
 
         def score(
-            pattern: Float[Tensor, "probe head query key"],
-        ) -> Float[Tensor, "row head score"]:
-            a = pattern[:, :, :width, :width].index_select(0, row).float()
-            heads = a.shape[1]
-            at_places = a.flatten(2).gather(2, index[:, None].expand(-1, heads, -1))
+            pattern: Float[Tensor, "layer row head query key"], part: slice
+        ) -> Float[Tensor, "layer row head score"]:
+            a = pattern[..., :width, :width].float()
+            at_places = a.flatten(3).gather(3, index[:, None].expand(*a.shape[:3], -1))
             # Twice as fast as torch.special.entr on the CPU, and equal: 0 ln tiny = 0.
-            entropy = -(a * a.clamp(min=torch.finfo(a.dtype).tiny).log()).sum(3)
-            by_lag = a.gather(3, lag_key.expand(*a.shape[:3], -1))
+            entropy = -(a.clamp(min=torch.finfo(a.dtype).tiny).log_().mul_(a)).sum(4)
+            by_lag = a.gather(4, lag_key.expand(*a.shape[:4], -1))
             # Products and sums, not matmuls: a trainer may have switched those to TF32.
             return torch.cat(
                 [
-                    (at_places[:, :, None] * weight[:, None]).sum(3),
-                    (entropy * per_query[:, None]).sum(2, keepdim=True),
-                    (by_lag * per_lag[:, None]).sum(2),
+                    (at_places[:, :, :, None] * weight[:, None]).sum(4),
+                    (entropy * per_query[:, None]).sum(3, keepdim=True),
+                    (by_lag * per_lag[:, None]).sum(3),
                 ],
-                dim=2,
+                dim=3,
             )
 
-        return {pattern_hook(i): score for i in attention_layers(shadow, type(self).__name__)}
+        layers = tuple(attention_layers(shadow, type(self).__name__))
+        return {Stack("attn.hook_pattern", layers, rows=rows): score}
+
+    def _constants(self, batch: ProbeBatch, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        """What the reductions index and weigh patterns with, on the device."""
+        lengths = [batch.lengths[i] for i in rows]
+        parts = *self._index_and_weight(batch, rows), _entropy_weights(lengths), *_lags(lengths)
+        return tuple(part.to(batch.tokens.device) for part in parts)
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields matrices by layer and head, and scalars over them."""
         blocks = block_rows(batch)
         layers = layer_labels(attention_layers(shadow, type(self).__name__), shadow)
         labels = {"block": [str(block) for block in blocks], **layers}
         stops = np.cumsum([len(rows) for rows in blocks.values()])[:-1]
-        stacked = np.stack([score.numpy() for score in taken.values()])  # type: ignore[union-attr]
-        scores = stacked.transpose(3, 1, 0, 2)  # [measure or lag, sequence, layer, head]
+        stacked: Any
+        (stacked,) = taken.values()
+        scores = stacked.numpy().transpose(3, 1, 0, 2)  # [measure or lag, sequence, layer, head]
         bounded = [*self._pairs(2, 2), "entropy"]
 
         minima: dict[str, np.ndarray] = {}
@@ -304,7 +307,7 @@ class HeadScores:
         }
 
     def _index_and_weight(
-        self, batch: ProbeBatch, rows: list[int]
+        self, batch: ProbeBatch, rows: Sequence[int]
     ) -> tuple[Int[Tensor, "row place"], Float[Tensor, "row measure place"]]:
         """Returns the indices into the flattened pattern that each row needs, and their weights."""
         width = max(batch.lengths[row] for row in rows)

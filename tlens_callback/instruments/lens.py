@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,19 +14,15 @@ from tlens_callback.instruments.parts.selection import (
     checked_selection,
     chosen_rows,
     index_or_nan,
-    resid_hook,
+    last_tokens,
+    place,
 )
-from tlens_callback.instruments.parts.unembed import (
-    CHUNK,
-    demand_equal,
-    gap,
-    token_texts,
-    unembed,
-)
+from tlens_callback.instruments.parts.texts import token_texts
 from tlens_callback.meaning import Description, Meaning, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
+from tlens_callback.shadow import LAST_LOGITS, Shadow, Stack, Taken, Taps, Unembedded
+from tlens_callback.shadow.unembed import CHUNK, demand_equal, log_sum_exp, unembed
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class LogitLens:
         probes: names of the probes to show. Default: every probe that is not a repeated block.
         every_token: also emit the `_by_pos` keys: top token, its probability, kl and entropy at
             every token of the chosen probes. Keeps the residual stream at these tokens until the
-            end of the forward pass.
+            last layer.
         every: measure at every n-th observation, as `every_token` is slow on long probes.
 
     Keys:
@@ -74,7 +70,7 @@ class LogitLens:
         logit_lens/entropy_by_pos/<probe>: [layer, pos], nats, 0..ln vocab_size; if every_token
 
     Reads:
-        blocks.{layer}.hook_resid_post, last_logits
+        blocks.{layer}.hook_resid_post, unembedded; last_logits
 
     Cost:
         layers * (2 * k + 5) per probe; one unembedding of layers * probes rows, and with
@@ -170,8 +166,8 @@ class LogitLens:
         demand_numbers(self, k=1, every=1)
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """Keeps the layers' residual streams until the model's output is there to compare with."""
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """One unembedding of all layers, compared with the model's output."""
         rows = chosen_rows(batch, self.probes)
         if not rows:
             return {}
@@ -179,52 +175,75 @@ class LogitLens:
             raise ValueError(
                 f"LogitLens(k={self.k}): the vocabulary has {shadow.vocab_size} tokens."
             )
-        device = batch.tokens.device
-        row = torch.tensor(rows, device=device)
-        last = batch.last[row]
-        # Without a target or foil the numbers are not used; token 0 is a placeholder.
-        target = torch.tensor([batch.targets[i] or 0 for i in rows], device=device)
-        foil = torch.tensor([batch.foils[i] or 0 for i in rows], device=device)
-        at = batch.mask[row].nonzero()  # the tokens of the first row, those of the second, ...
+        n_layers = shadow.n_layers
+        row, target, foil = _answers(batch, tuple(rows))
+        output: list[tuple[Tensor, Tensor]] = []
+
+        def keep(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, " 0"]:
+            final = logits[row].float()
+            output[:] = [(final, log_sum_exp(final))]
+            return logits.new_empty(0)
+
+        def read(
+            logits: Float[Tensor, "row vocab"], lse: Float[Tensor, " row"], part: slice
+        ) -> tuple[Tensor, ...]:
+            final, final_lse = output[0]
+            # The rows are the layers of the first probe, those of the second, ...
+            first, last = part.start // n_layers, (part.stop - 1) // n_layers
+            of = torch.arange(part.start, part.stop, device=logits.device) // n_layers
+            own = slice(first, first + 1) if first == last else of
+            for probe in range(first, last + 1):
+                at = (probe + 1) * n_layers - 1 - part.start
+                if at < len(logits):
+                    logits[at], lse[at] = final[probe], final_lse[probe]
+            log_p_last = final[own] - final_lse[own, None]
+            return _lens(logits, lse, log_p_last, self.k, target[of], foil[of])
+
+        layers = tuple(range(n_layers))
+        ends = Stack("hook_resid_post", layers, tokens=last_tokens(batch, rows))
+        taps = {LAST_LOGITS: keep, ends: Unembedded(read)}
+        return {**taps, **self._everywhere(shadow, batch, rows)} if self.every_token else taps
+
+    def _everywhere(self, shadow: Shadow, batch: ProbeBatch, rows: Sequence[int]) -> Taps:
+        """Keeps the layers' residual streams until the last layer is there to compare with."""
         kept: list[Tensor] = []
-        everywhere: list[Tensor] = []
+        tokens = tuple(place(batch, row, pos) for row in rows for pos in range(batch.lengths[row]))
+        stack = Stack("hook_resid_post", tuple(range(shadow.n_layers)), tokens=tokens)
 
-        def keep(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " 0"]:
-            kept.append(resid[row, last])
-            if self.every_token:
-                everywhere.append(resid[row[at[:, 0]], at[:, 1]])
-            return resid.new_empty(0)
-
-        def read(logits: Float[Tensor, "probe vocab"]) -> tuple[Tensor, ...]:
-            resid, final = torch.stack(kept), logits[row].float()
-            taken = _lens(shadow, resid, final, self.k, target, foil)
+        def read(resid: Float[Tensor, "layer token d_model"], part: slice) -> tuple[Tensor, ...]:
+            kept.append(resid)
+            if part.stop < shadow.n_layers:
+                return ()
+            found = []
+            at_once = max(1, CHUNK // shadow.vocab_size // shadow.n_layers)
+            for some in torch.cat(kept).split(at_once, dim=1):
+                logits = unembed(shadow, some)
+                lse = log_sum_exp(logits)
+                none = torch.zeros(some.shape[1], dtype=torch.long, device=some.device)
+                log_p_last = logits[-1] - lse[-1, :, None]
+                found.append(_lens(logits, lse, log_p_last, 1, none, none))
             kept.clear()
-            if not self.every_token:
-                return taken
-            parts = []
-            for part in torch.stack(everywhere).split(max(1, CHUNK // shadow.vocab_size), dim=1):
-                none = torch.zeros(part.shape[1], dtype=torch.long, device=device)
-                final = unembed(shadow, part[-1])
-                parts.append(_lens(shadow, part, final, 1, none, none)[1:])
-            everywhere.clear()
-            return *taken, *(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
+            return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
-        layers = range(shadow.n_layers)
-        return {resid_hook(i): keep for i in layers} | {LAST_LOGITS: read}
+        return {stack: read}
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields one reading of each kind for each probe."""
         rows = chosen_rows(batch, self.probes)
         if not rows:
             return
-        off, token, top, numbers, *everywhere = taken[LAST_LOGITS]
+        _, ends, *everywhere = taken.values()
+        *found, off = ends
         demand_equal(off, shadow, type(self).__name__)
+        token, top, numbers = (part.unflatten(0, (len(rows), shadow.n_layers)) for part in found)
         lengths = [batch.lengths[row] for row in rows]
-        by_pos = zip(*(part.split(lengths, dim=1) for part in everywhere), strict=True)
+        by_pos = zip(
+            *(part.split(lengths, dim=1) for each in everywhere for part in each), strict=True
+        )
         for at, row in enumerate(rows):
-            yield from self._probe(token[:, at], top[:, at], numbers[:, at], batch, row)
+            yield from self._probe(token[at], top[at], numbers[at], batch, row)
             if self.every_token:
                 best, p_best, more = next(by_pos)
                 yield from self._by_pos(best, p_best, more, batch, row)
@@ -298,51 +317,52 @@ def _entropy_limits(batch: ProbeBatch) -> tuple[float, float]:
     return 0.0, float(np.log(batch.vocab_size))
 
 
-def _lens(
-    shadow: Shadow,
-    resid: Float[Tensor, "layer place d_model"],
-    final: Float[Tensor, "place vocab"],
-    k: int,
-    target: Int[Tensor, " place"],
-    foil: Int[Tensor, " place"],
-) -> tuple[
-    Float[Tensor, ""],
-    Float[Tensor, "layer place rank"],
-    Float[Tensor, "layer place rank"],
-    Float[Tensor, "layer place 5"],
-]:
-    """Returns the `gap`, the top tokens, their probabilities, and five measures of each layer.
+def _answers(
+    batch: ProbeBatch, rows: tuple[int, ...]
+) -> tuple[Int[Tensor, " probe"], Int[Tensor, " probe"], Int[Tensor, " probe"]]:
+    """Returns the rows, and the targets and foils of their probes, on the device."""
 
-    The measures are rank, probability, logit difference, KL divergence and entropy. `final` holds
-    the model's logits, which replace those of the last layer.
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        # Without a target or foil the numbers are not used; token 0 is a placeholder.
+        answers = [(row, batch.targets[row] or 0, batch.foils[row] or 0) for row in rows]
+        row, target, foil = torch.tensor(answers, device=batch.tokens.device).T.contiguous()
+        return row, target, foil
+
+    return batch.once(("answers", rows), make)
+
+
+def _lens(
+    logits: Float[Tensor, "*rows vocab"],
+    lse: Float[Tensor, "*rows"],
+    log_p_last: Float[Tensor, "... vocab"],
+    k: int,
+    target: Int[Tensor, "..."],
+    foil: Int[Tensor, "..."],
+) -> tuple[
+    Float[Tensor, "*rows rank"], Float[Tensor, "*rows rank"], Float[Tensor, "*rows measure"]
+]:
+    """Returns the top tokens, their probabilities, and five measures of each row.
+
+    The measures are rank, probability, logit difference, KL divergence and entropy.
     """
-    last = final.log_softmax(-1)
-    p_last = final.softmax(-1)
-    off = final.new_zeros(())
-    seen = []
 
     def pick(of: Tensor, token: Tensor) -> Tensor:
-        return of.gather(-1, token.expand(of.shape[0], -1)[..., None])
+        return of.gather(-1, token.expand(of.shape[:-1])[..., None])
 
-    groups = resid.split(max(1, CHUNK // final.numel()))
-    for group in groups:
-        logits = unembed(shadow, group)
-        log_p = logits.log_softmax(-1)
-        if group is groups[-1]:
-            off = gap(logits[-1], final)
-            logits[-1], log_p[-1] = final, last
-        token = logits.topk(k).indices
-        at_target = pick(logits, target)
-        p_target = pick(log_p, target)[..., 0].exp()
-        numbers = [
-            (logits > at_target).float().sum(-1).masked_fill(p_target.isnan(), torch.nan),
-            p_target,
-            (at_target - pick(logits, foil))[..., 0],
-            # The difference comes first: it is exactly 0 where both are equal.
-            ((last - log_p) * p_last).sum(-1).clamp(min=0),
-            -(log_p * logits.softmax(-1)).sum(-1),
-        ]
-        top = log_p.gather(-1, token).exp()
-        seen.append((index_or_nan(token, top), top, torch.stack(numbers, dim=-1)))
-    token, top, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    return off, token, top, numbers
+    token = logits.topk(k).indices
+    at_target, at_foil = pick(logits, target), pick(logits, foil)
+    rank = (logits > at_target).float().sum(-1)
+    log_p = logits - lse[..., None]
+    top = log_p.gather(-1, token).exp()
+    p_target = pick(log_p, target)[..., 0].exp()
+    entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+    # The difference comes first: it is exactly 0 where both are equal.
+    kl = torch.linalg.vecdot(log_p_last.exp(), log_p_last - log_p).clamp(min=0)
+    numbers = [
+        rank.masked_fill(p_target.isnan(), torch.nan),
+        p_target,
+        (at_target - at_foil)[..., 0],
+        kl,
+        entropy,
+    ]
+    return index_or_nan(token, top), top, torch.stack(numbers, dim=-1)

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from tlens_callback.instruments.parts.baseline import changes, first_value
 from tlens_callback.instruments.parts.selection import (
@@ -16,13 +14,13 @@ from tlens_callback.instruments.parts.selection import (
     checked_selection,
     chosen_rows,
     demand_blocks,
-    resid_hook,
+    place,
 )
-from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, unembed
 from tlens_callback.meaning import Description, Meaning, Needs, Quantity
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
+from tlens_callback.shadow import Shadow, Stack, Taken, Taps, Unembedded
+from tlens_callback.shadow.unembed import demand_equal
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class TokenLoss:
         token_loss/mean/<probe>: [], nats, 0..inf
 
     Reads:
-        blocks.{layer}.hook_resid_post of the last layer, last_logits
+        blocks.{layer}.hook_resid_post of the last layer, unembedded
 
     Cost:
         length - 1 per probe; unembeds as many positions. Keeps as many numbers from the first
@@ -89,13 +87,13 @@ class TokenLoss:
     def __post_init__(self) -> None:
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
         """One reduction of the last layer: the losses of all probes, end to end."""
         spans = [(row, 1, batch.lengths[row]) for row in self._rows(batch)]
         return _taps(shadow, batch, spans) if spans else {}
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields for each probe a line of losses, a line of changes, and a number."""
         rows = self._rows(batch)
@@ -156,7 +154,7 @@ class RepeatLoss:
             lengths: that of the length with least in-context learning
 
     Reads:
-        blocks.{layer}.hook_resid_post of the last layer, rows of repeated blocks only; last_logits
+        blocks.{layer}.hook_resid_post of the last layer, rows of repeated blocks only, unembedded
 
     Cost:
         2 * (S-1) per sequence; unembeds as many positions.
@@ -204,7 +202,7 @@ class RepeatLoss:
 
     name: str = "repeat_loss"
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
         """One reduction of the last layer: both blocks' losses for all sequences, end to end."""
         blocks = demand_blocks(batch, type(self).__name__)
         spans = [
@@ -216,7 +214,7 @@ class RepeatLoss:
         return _taps(shadow, batch, spans)
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields lines over the block lengths, and two numbers."""
         blocks = block_rows(batch)
@@ -249,35 +247,26 @@ Span = tuple[int, int, int]
 """(row, start, stop): the tokens start..stop-1 of a row."""
 
 
-def _taps(shadow: Shadow, batch: ProbeBatch, spans: Sequence[Span]) -> Mapping[str, Reduce]:
-    """Returns reductions to the losses of the tokens in `spans`, end to end, and to their `gap`.
+def _taps(shadow: Shadow, batch: ProbeBatch, spans: Sequence[Span]) -> Taps:
+    """Returns a reduction to the losses of the tokens in `spans`, end to end.
 
     Only the positions before these tokens are unembedded from the last layer's residual stream, so
     that the logits of all other positions are never computed.
     """
-    places = [(row, at) for row, start, stop in spans for at in range(start, stop)]
-    row, at = torch.tensor(places, device=batch.tokens.device).T
-    last: list[Tensor] = []
+    at = tuple(place(batch, row, pos) for row, *span in spans for pos in range(*span))
+    true = batch.once(("true", at), lambda: batch.tokens.flatten()[list(at)])
 
-    def losses(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, " loss"]:
-        last.append(resid[row[:1], batch.last[row[:1]]])
-        # Many at a time, because each piece reads the whole of W_U.
-        at_once = max(1, CHUNK // shadow.vocab_size)
-        parts = []
-        for some, true in zip(
-            resid[row, at - 1].split(at_once), batch.tokens[row, at].split(at_once), strict=True
-        ):
-            parts.append(F.cross_entropy(unembed(shadow, some), true, reduction="none"))
-        return torch.cat(parts)
+    def losses(
+        logits: Float[Tensor, "row vocab"], lse: Float[Tensor, " row"], part: slice
+    ) -> Float[Tensor, " row"]:
+        return lse - logits.gather(1, true[part, None])[:, 0]
 
-    def check(logits: Float[Tensor, "probe vocab"]) -> Float[Tensor, ""]:
-        return gap(unembed(shadow, last.pop()), logits[row[:1]])
-
-    return {resid_hook(shadow.n_layers - 1): losses, LAST_LOGITS: check}
+    before = tuple(one - 1 for one in at)
+    stack = Stack("hook_resid_post", (shadow.n_layers - 1,), tokens=before)
+    return {stack: Unembedded(losses)}
 
 
-def _losses(taken: Mapping[str, Taken], shadow: Shadow, name: str) -> Float[Tensor, " loss"]:
-    losses, off = taken[resid_hook(shadow.n_layers - 1)], taken[LAST_LOGITS]
-    assert isinstance(losses, Tensor) and isinstance(off, Tensor)
+def _losses(taken: Mapping[Any, Taken], shadow: Shadow, name: str) -> Float[Tensor, " loss"]:
+    ((losses, off),) = taken.values()
     demand_equal(off, shadow, name)
     return losses

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,25 +12,28 @@ from torch import Tensor
 from tlens_callback.demands import demand_numbers
 from tlens_callback.instruments.parts.direct import (
     answer_directions,
+    before_norm,
     has_direct_path,
-    through_norm,
 )
 from tlens_callback.instruments.parts.experts import expert_taps, routed_hook, router_hook
 from tlens_callback.instruments.parts.selection import (
+    alike,
     checked_selection,
     chosen_rows,
     index_or_nan,
+    last_tokens,
     layer_labels,
     mlp_norm_hook,
-    neuron_hook,
     neuron_layers,
+    of_layers,
 )
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow import Shadow, Stack, Taken, Taps
+from tlens_callback.shadow.stacks import StackReduce
 
-FINAL = "ln_final.hook_scale"
+FINAL, NEURONS, MLP_NORM = "ln_final.hook_scale", "mlp.hook_post", "ln2_post.hook_scale"
 
 
 @dataclass(frozen=True)
@@ -125,38 +128,43 @@ class TopNeurons:
             raise ValueError(f"TopNeurons(k={self.k}) shows nothing; give k >= 1.")
         object.__setattr__(self, "probes", checked_selection(self.probes, "probes"))
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """Reductions of each layer's neurons or router, and of the norms' scales."""
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """Reductions of the layers' neurons or routers, and of the norms' scales."""
         rows = chosen_rows(batch, self.probes)
         if not rows:
             return {}
-        row = torch.tensor(rows, device=batch.tokens.device)
-        last, counted = batch.last[row], self._counted(batch, row)
+        row, last, counted = batch.once(
+            ("neurons", self.skip_first, *rows), lambda: self._places(batch, rows)
+        )
         direction = self._directions(shadow, batch, rows)
+        blocks: Any = shadow.bridge.blocks
+        scaled = [i for i in neuron_layers(shadow) if mlp_norm_hook(i) in shadow.hooks]
 
-        def at_last(scale: Float[Tensor, "probe pos 1"]) -> Float[Tensor, " row"]:
-            return scale[row, last, 0]
+        def to(layer: int) -> Float[Tensor, "row d_model"]:
+            assert direction is not None
+            return before_norm(blocks[layer].ln2_post, direction) if layer in scaled else direction
 
-        taps: dict[str, Reduce] = {}
-        for i in neuron_layers(shadow):
-            mlp = shadow.bridge.blocks[i].mlp
-            if self.k > mlp.W_out.shape[0]:
-                raise ValueError(
-                    f"TopNeurons(k={self.k}): layer {i} has {mlp.W_out.shape[0]} neurons."
-                )
-            norm = None
-            if direction is not None and mlp_norm_hook(i) in shadow.hooks:
-                norm = shadow.bridge.blocks[i].ln2_post
-                taps[mlp_norm_hook(i)] = at_last
-            w_out = partial(getattr, mlp, "W_out")
-            through = None if direction is None else through_norm(norm, direction)
-            taps[neuron_hook(i)] = _top_neurons(self.k, row, last, counted, w_out, through)
+        def w_out(layer: int) -> Float[Tensor, "neuron d_model"]:
+            return blocks[layer].mlp.W_out
+
+        taps: dict[Any, Any] = {}
+        for layers in alike(neuron_layers(shadow), lambda i: len(w_out(i))):
+            if self.k > (there := len(w_out(layers[0]))):
+                raise ValueError(f"TopNeurons(k={self.k}): layer {layers[0]} has {there} neurons.")
+            stack = Stack(NEURONS, layers, rows=tuple(rows))
+            writes = None if direction is None else partial(_writes, layers, w_out, to)
+            taps[stack] = _top_neurons(self.k, last, counted, writes)
         if direction is not None and taps:
-            taps[FINAL] = at_last
+            taps[FINAL] = lambda scale: scale[row, last, 0]
+            if scaled:
+                tokens = last_tokens(batch, rows)
+                taps[Stack(MLP_NORM, tuple(scaled), tokens=tokens)] = lambda scale, part: scale[
+                    ..., 0
+                ]
         return taps | expert_taps(shadow, _expert_layers(shadow), row, counted)
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields one reading of each kind for each probe."""
         rows = chosen_rows(batch, self.probes)
@@ -187,7 +195,7 @@ class TopNeurons:
 
     def _neurons(
         self,
-        taken: Mapping[str, Taken],
+        taken: Mapping[Any, Taken],
         shadow: Shadow,
         batch: ProbeBatch,
         layers: list[int],
@@ -196,9 +204,9 @@ class TopNeurons:
     ) -> Iterator[Reading]:
         """Yields the neurons of one row's probe, which is the `at`-th of the chosen ones."""
         probe, labels = batch.probes[row].name, layer_labels(layers, shadow)
-        of_layers = [taken[neuron_hook(i)] for i in layers]
+        found = of_layers(taken, NEURONS)
         index, fired, *write = (
-            torch.stack(parts)[:, at] for parts in zip(*of_layers, strict=True)
+            torch.stack(parts)[:, at] for parts in zip(*(found[i] for i in layers), strict=True)
         )  # each [layer, rank, ...]
         counted = self._counted(batch, torch.tensor([row], device=batch.mask.device)).cpu()
         size = fired.abs().masked_fill(~counted, -1)
@@ -229,9 +237,8 @@ class TopNeurons:
         if not write or batch.targets[row] is None:
             return
         none = torch.ones(len(batch.probes), dtype=torch.float32)
-        scales = torch.stack(
-            [torch.as_tensor(taken.get(mlp_norm_hook(i), none))[at] for i in layers]
-        )
+        norms = of_layers(taken, MLP_NORM)
+        scales = torch.stack([norms.get(i, (none,))[0][at] for i in layers])
         yield Reading(
             key=f"{self.name}/write/{probe}",
             values=(write[0] / scales[:, None] / taken[FINAL][at]).numpy(),
@@ -239,6 +246,13 @@ class TopNeurons:
             unit="logit",
             labels=labels,
         )
+
+    def _places(
+        self, batch: ProbeBatch, rows: Sequence[int]
+    ) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"], Bool[Tensor, "row pos"]]:
+        """Returns the rows, the positions of their last tokens, and which tokens count."""
+        row = torch.tensor(rows, device=batch.tokens.device)
+        return row, batch.last[row], self._counted(batch, row)
 
     def _counted(self, batch: ProbeBatch, row: Int[Tensor, " row"]) -> Bool[Tensor, "row pos"]:
         counted = batch.mask[row].clone()
@@ -258,26 +272,37 @@ class TopNeurons:
 
 def _top_neurons(
     k: int,
-    row: Int[Tensor, " row"],
     last: Int[Tensor, " row"],
     counted: Bool[Tensor, "row pos"],
-    w_out: Callable[[], Float[Tensor, "neuron d_model"]],
-    direction: Callable[[], Float[Tensor, "row d_model"]] | None,
-) -> Reduce:
+    writes: Callable[[Tensor, Tensor, slice], Tensor] | None,
+) -> StackReduce:
     """Reduces to each row's top k neurons, activations, and writes before the norms divide."""
 
-    def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, ...]:
-        a = post[row]
-        peak = a.abs().masked_fill(~counted[:, :, None], -1).amax(1)
-        index = peak.topk(k, dim=1).indices  # [row, rank]
-        fired = a.gather(2, index[:, None].expand(-1, a.shape[1], -1)).transpose(1, 2).float()
-        if direction is None:
+    def top(a: Float[Tensor, "layer row pos neuron"], part: slice) -> tuple[Tensor, ...]:
+        peak = a.abs().masked_fill_(~counted[:, :, None], -1).amax(2)
+        index = peak.topk(k, dim=2).indices  # [layer, row, rank]
+        fired = a.gather(3, index[:, :, None].expand(-1, -1, a.shape[2], -1)).mT.float()
+        if writes is None:
             return index, fired
-        at_last = fired[torch.arange(len(last), device=last.device), :, last]
-        # Product and sum, not a matmul: a trainer may have switched those to TF32.
-        return index, fired, at_last * (w_out()[index].float() * direction()[:, None]).sum(2)
+        at_last = fired.gather(3, last[:, None, None].expand(*index.shape, 1))[..., 0]
+        return index, fired, writes(index, at_last, part)
 
     return top
+
+
+def _writes(
+    layers: Sequence[int],
+    w_out: Callable[[int], Float[Tensor, "neuron d_model"]],
+    to: Callable[[int], Float[Tensor, "row d_model"]],
+    index: Int[Tensor, "layer row rank"],
+    activation: Float[Tensor, "layer row rank"],
+    part: slice,
+) -> Float[Tensor, "layer row rank"]:
+    """Returns what some neurons write along the direction, with these activations."""
+    # Product and sum, not a matmul: a trainer may have switched those to TF32.
+    some = torch.stack([w_out(layer)[at] for layer, at in zip(layers[part], index, strict=True)])
+    directions = torch.stack([to(layer) for layer in layers[part]])
+    return activation * (some.float() * directions[:, :, None]).sum(3)
 
 
 def _expert_layers(shadow: Shadow) -> list[int]:

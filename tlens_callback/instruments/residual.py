@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tlens_callback.instruments.parts.baseline import first_value
-from tlens_callback.instruments.parts.selection import after_first, plain_rows, resid_hook
+from tlens_callback.instruments.parts.selection import plain_rows, tokens_after_first
 from tlens_callback.meaning import Description, Meaning
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow import Shadow, Stack, Taken, Taps
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,34 @@ class ResidualNorms:
     baseline: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     name: str = "residual_norms"
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction for each layer: the three quartiles."""
-        row, pos = after_first(batch, plain_rows(batch))
-        if len(row) == 0:
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """One reduction of all layers: the three quartiles of each."""
+        tokens = tokens_after_first(batch, plain_rows(batch))
+        if not tokens:
             return {}
-        at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float32, device=row.device)
+        at = batch.once(
+            "quartiles",
+            lambda: torch.tensor([0.25, 0.5, 0.75], dtype=torch.float32, device=batch.mask.device),
+        )
 
-        def quartiles(resid: Float[Tensor, "probe pos d_model"]) -> Float[Tensor, "3"]:
-            norms = torch.linalg.vector_norm(resid[row, pos].float(), dim=1)
-            return norms.quantile(at)
+        def quartiles(
+            resid: Float[Tensor, "layer token d_model"], part: slice
+        ) -> Float[Tensor, "layer 3"]:
+            norms = torch.linalg.vector_norm(resid, dim=2, dtype=torch.float32)
+            return norms.quantile(at, dim=1).T
 
-        return {resid_hook(i): quartiles for i in range(shadow.n_layers)}
+        layers = tuple(range(shadow.n_layers))
+        return {Stack("hook_resid_post", layers, tokens=tokens): quartiles}
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields three lines over the layers."""
         if not taken:
             return
-        lower, median, upper = torch.stack(list(taken.values())).unbind(1)  # type: ignore[arg-type]
+        quartiles: Any
+        (quartiles,) = taken.values()
+        lower, median, upper = quartiles.unbind(1)
         for measure, values, unit in (
             ("median", median, "activation"),
             ("spread", upper - lower, "activation"),

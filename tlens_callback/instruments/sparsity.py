@@ -122,7 +122,7 @@ class UpdateSparsity:
         self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields a matrix by layer and module, and one number over all weights."""
-        weights = shadow.mirror.weights()
+        weights = list(shadow.mirror.weights())
         followed = [i for i, weight in enumerate(weights) if weight.trained]
         if self.sample is None:
             shares = self._shares_of_all(shadow, [weights[i] for i in followed])

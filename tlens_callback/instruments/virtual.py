@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,12 +14,11 @@ from tlens_callback.instruments.parts.selection import (
     attention_layers,
     block_rows,
     demand_blocks,
-    pattern_hook,
 )
 from tlens_callback.meaning import Description, Meaning, Needs
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Reduce, Shadow, Taken
+from tlens_callback.shadow import Shadow, Stack, Taken, Taps
 
 
 @dataclass(frozen=True)
@@ -127,37 +126,44 @@ class VirtualHeads:
                 f"give at least 2, such as 32."
             )
 
-    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Mapping[str, Reduce]:
-        """One reduction for each layer; the last one composes the patterns that all have kept."""
+    def taps(self, shadow: Shadow, batch: ProbeBatch) -> Taps:
+        """One reduction of all layers; its last call composes the patterns that all have kept."""
         blocks = demand_blocks(batch, type(self).__name__)
         layers = self._layers(shadow)
-        device = batch.tokens.device
         lengths = _lengths(batch)
-        row = torch.tensor([i for rows in blocks.values() for i in rows], device=device)
-        heads = min(self.strongest, len(layers) * shadow.n_heads)
-        strongest = _Strongest(heads, _per_query(list(blocks), lengths).to(device))
-        real, per_lag = _not_padding(lengths).to(device), _per_lag(lengths).to(device)
+        row = tuple(i for rows in blocks.values() for i in rows)
+        per_query, real, per_lag, first_head = batch.once(
+            ("virtual heads", *layers, shadow.n_heads),
+            lambda: [
+                part.to(batch.tokens.device)
+                for part in (
+                    _per_query(list(blocks), lengths),
+                    _not_padding(lengths),
+                    _per_lag(lengths),
+                    torch.tensor(layers) * shadow.n_heads,
+                )
+            ],
+        )
+        strongest = _Strongest(min(self.strongest, len(layers) * shadow.n_heads), per_query)
         width = real.shape[1]
 
-        def keep(layer: int) -> Reduce:
-            def reduce(pattern: Float[Tensor, "probe head query key"]) -> tuple[Tensor, ...]:
-                a = pattern[:, :, :width, :width].index_select(0, row).float()
-                strongest.add(a, layer * shadow.n_heads)
-                if layer != layers[-1]:
-                    return ()
-                head, kept = strongest.result(real)
-                return head, *_pair_scores(kept, list(blocks), lengths, per_lag)
+        def keep(
+            pattern: Float[Tensor, "layer row head query key"], part: slice
+        ) -> tuple[Tensor, ...]:
+            strongest.add(pattern[..., :width, :width].float(), first_head[part])
+            if part.stop < len(layers):
+                return ()
+            head, kept = strongest.result(real)
+            return head, *_pair_scores(kept, list(blocks), lengths, per_lag)
 
-            return reduce
-
-        return {pattern_hook(layer): keep(layer) for layer in layers}
+        return {Stack("attn.hook_pattern", tuple(layers), rows=row): keep}
 
     def read(
-        self, taken: Mapping[str, Taken], shadow: Shadow, batch: ProbeBatch
+        self, taken: Mapping[Any, Taken], shadow: Shadow, batch: ProbeBatch
     ) -> Iterator[Reading]:
         """Yields two lists of pairs, and numbers over all pairs."""
         layers, heads = self._layers(shadow), shadow.n_heads
-        head, lag, *scores = (np.asarray(part) for part in taken[pattern_hook(layers[-1])])
+        head, lag, *scores = (np.asarray(part) for (*parts,) in taken.values() for part in parts)
         apart = np.subtract.outer(head // heads, head // heads) > 0  # [later, earlier]
         later, earlier = (head[at] for at in np.nonzero(apart))
         pair = later * (shadow.n_layers * heads) + earlier
@@ -228,23 +234,28 @@ class _Strongest:
         self._strength = per_query.new_full((n + 1,), -1.0)
         self._head = torch.zeros(n + 1, dtype=torch.long, device=device)
         # The last place takes what is not kept, so that the host need not wait for the comparison.
-        self._pattern = per_query.new_zeros(len(per_query), n + 1, width, width)
+        self._pattern = per_query.new_zeros(n + 1, len(per_query), width, width)
 
-    def add(self, pattern: Float[Tensor, "row head query key"], first: int) -> None:
-        """Adds a layer's heads, numbered from `first`."""
-        n = len(self._head) - 1
-        width = pattern.shape[3]
-        before = pattern.new_ones(width, width).tril(-1)
-        before[:, 0] = 0
-        peak = (pattern * before).amax(3)
-        strength = (peak * self._per_query[:, None]).sum((0, 2))
+    def add(
+        self,
+        pattern: Float[Tensor, "layer row head query key"],
+        first_head: Int[Tensor, " layer"],
+    ) -> None:
+        """Adds some layers' heads; those of each layer are numbered from its `first_head`."""
+        n, heads = len(self._head) - 1, pattern.shape[2]
+        width = pattern.shape[4]
+        place = torch.arange(width, device=pattern.device)
+        earlier = (place > 0) & (place < place[:, None])
+        peak = (pattern * earlier).amax(4)
+        strength = (peak * self._per_query[:, None]).sum((1, 3)).flatten()
         new = strength.topk(min(n, len(strength)))
         old = self._strength[:n].topk(len(new.indices), largest=False)
         # Not `new > old`, so that NaN is kept.
         at = torch.where(new.values <= old.values, n, old.indices)
+        layer, head = new.indices // heads, new.indices % heads
         self._strength[at] = new.values
-        self._head[at] = first + new.indices
-        self._pattern[:, at] = pattern[:, new.indices]
+        self._head[at] = first_head[layer] + head
+        self._pattern[at] = pattern[layer, :, head]
 
     def result(
         self, real: Bool[Tensor, "row query"]
@@ -253,10 +264,11 @@ class _Strongest:
 
         The patterns are zero at queries that are padding.
         """
-        self._pattern[:, -1] = torch.eye(
-            real.shape[1], dtype=self._pattern.dtype, device=real.device
-        )
-        return self._head[:-1], self._pattern.mul_(real[:, None, :, None])
+        # In the order of the heads, so that how layers were grouped does not show in any bit.
+        order = self._head[:-1].argsort()
+        alone = torch.eye(real.shape[1], dtype=self._pattern.dtype, device=real.device)
+        kept = torch.cat([self._pattern[order], alone.expand_as(self._pattern[:1])])
+        return self._head[order], (kept * real[..., None]).transpose(0, 1).contiguous()
 
 
 def _pair_scores(
@@ -284,12 +296,8 @@ def _pair_scores(
             earlier[of, :, (start - lag) * width : (stop - lag) * width].mT,
         )
 
-    by_lag = torch.stack(
-        [
-            (diagonal_sum(lag, lag + 1, width) * weight[:, None, None]).sum(0)
-            for lag, weight in enumerate(per_lag.unbind(1))
-        ]
-    )
+    every_lag = torch.stack([diagonal_sum(d, d + 1, width) for d in range(per_lag.shape[1])])
+    by_lag = (every_lag * per_lag.T[:, :, None, None]).sum(1)
     both, own = _together_and_alone(by_lag)
     mass, lag = both.max(0)
     mass_gain = mass - own.gather(0, lag[None])[0]

@@ -2,10 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,6 +17,8 @@ from tlens_callback.probes.names import token_name
 from tlens_callback.probes.probe import Probe
 
 logger = logging.getLogger("tlens_callback")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,17 @@ class ProbeBatch:
     training: Callable[[int], list[list[int]]] | None = field(default=None, repr=False)
     bos: bool | None = None
     placeholders: frozenset[int] = frozenset()
+    _once: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns what `make` returned the first time that it was asked for under this key.
+
+        For what depends on the batch alone, such as indices: an index that is made anew at each
+        observation is copied to the device each time, and the device is waited for.
+        """
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
 
     @property
     def targets(self) -> tuple[int | None, ...]:
@@ -75,7 +88,7 @@ class ProbeBatch:
     @property
     def last(self) -> Int[Tensor, " probe"]:
         """[probe], position of each probe's last real token, on the device of `tokens`."""
-        return self.mask.sum(1) - 1
+        return self.once("last", lambda: self.mask.sum(1) - 1)
 
     @classmethod
     def encode(

@@ -3,13 +3,13 @@
 from typing import Any
 
 from tlens_callback.instruments.parts.predictions import IN_CACHE
-from tlens_callback.instruments.parts.unembed import CHUNK
 from tlens_callback.rollouts.contrast import AT_ONCE
 from tlens_callback.rollouts.features import Features
 from tlens_callback.rollouts.inside import TOKENS
 from tlens_callback.rollouts.meanings import HEAD_MEASURES
 from tlens_callback.rollouts.settings import Rollouts
 from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.unembed import CHUNK
 
 
 def most_tokens(settings: Rollouts, shadow: Shadow) -> int:

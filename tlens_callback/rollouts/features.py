@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlens_callback.instruments.parts.unembed import CHUNK
 from tlens_callback.interfaces import Instrument, TokenFeatures
 from tlens_callback.rollouts.inside import Part
 from tlens_callback.shadow import Reduce, Shadow
+from tlens_callback.shadow.unembed import CHUNK
 
 
 class Features:

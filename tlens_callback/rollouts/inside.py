@@ -23,10 +23,10 @@ from tlens_callback.instruments.parts.selection import (
     similar_lengths,
     z_hook,
 )
-from tlens_callback.instruments.parts.unembed import CHUNK, demand_equal, gap, unembed
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.rollouts.rollout import Rollout
 from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken
+from tlens_callback.shadow.unembed import CHUNK, demand_equal, gap, unembed
 
 TOKENS = 2048
 """Tokens that are run at once; patterns and logits take memory in proportion."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tlens_callback.instruments.parts.predictions import most_frequent
 from tlens_callback.instruments.parts.selection import layer_labels
-from tlens_callback.instruments.parts.unembed import token_texts
+from tlens_callback.instruments.parts.texts import token_texts
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.rollouts.features import Features

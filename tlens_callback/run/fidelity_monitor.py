@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.run.printing import warn
 from tlens_callback.shadow import Shadow
-from tlens_callback.shadow.fidelity import Fidelity, FidelityError, compare, mismatch, sees_ahead
+from tlens_callback.shadow.fidelity import (
+    Fidelity,
+    FidelityError,
+    Ran,
+    compare,
+    mismatch,
+    sees_ahead,
+)
 
 _STILL = 4
 """Steps after which an update has been due even where a warm-up begins with a rate of 0."""
@@ -34,8 +41,19 @@ class FidelityMonitor:
         self._said_still = False
         self._reference: Tensor | None = None
 
-    def start(self, model: nn.Module, shadow: Shadow, batch: ProbeBatch, *, step: int) -> Fidelity:
+    def start(
+        self,
+        model: nn.Module,
+        shadow: Shadow,
+        batch: ProbeBatch,
+        *,
+        step: int,
+        ran: Ran | None = None,
+    ) -> Fidelity:
         """Makes the first comparison of a run.
+
+        Args:
+            ran: see `compare`.
 
         Raises:
             ValueError: if the probes do not run through both models, logits are not finite, or the
@@ -43,7 +61,7 @@ class FidelityMonitor:
             FidelityError: if the shadow does not compute what the model does.
         """
         try:
-            fidelity, self._reference = compare(model, shadow, batch)
+            fidelity, self._reference = compare(model, shadow, batch, ran=ran)
             ahead = sees_ahead(shadow, batch)
         except torch.OutOfMemoryError:
             raise
@@ -74,16 +92,25 @@ class FidelityMonitor:
         return self.next is not None and step >= self.next
 
     def check(
-        self, model: nn.Module, shadow: Shadow, batch: ProbeBatch, *, step: int
+        self,
+        model: nn.Module,
+        shadow: Shadow,
+        batch: ProbeBatch,
+        *,
+        step: int,
+        ran: Ran | None = None,
     ) -> Fidelity | None:
         """Makes a later comparison; returns None if the live model's logits are not finite.
+
+        Args:
+            ran: see `compare`.
 
         Raises:
             FidelityError: if the shadow does not compute what the model does, or did not follow the
                 last updates.
         """
         assert self._first is not None
-        fidelity, logits = compare(model, shadow, batch, reference=self._reference)
+        fidelity, logits = compare(model, shadow, batch, reference=self._reference, ran=ran)
         told = fidelity.telling(self._first)
         if self.next is not None:
             self.next = None if told else step + max(1, step - self._first_step)

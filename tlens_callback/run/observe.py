@@ -1,6 +1,7 @@
 """`observe`: makes one observation. All instruments share one forward pass."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from tlens_callback.interfaces import Instrument
 from tlens_callback.meaning import described
 from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
-from tlens_callback.shadow import Reduce, Shadow, Taken
-from tlens_callback.shadow.taps import as_tuple
+from tlens_callback.shadow import LAST_LOGITS, Reduce, Shadow, Taken, Taps
+from tlens_callback.shadow.fidelity import Ran
+from tlens_callback.shadow.stacks import as_tuple
 
 _MOST_JOINED = 2**18
 """Tensors of at most this many elements are copied to the CPU together."""
@@ -22,6 +24,7 @@ def observe(
     instruments: Sequence[Instrument],
     *,
     on_error: Callable[[Instrument, Exception], None] | None = None,
+    check: Callable[[Ran | None], None] | None = None,
 ) -> list[Reading]:
     """Runs the probes through the shadow once and returns what the instruments read.
 
@@ -33,27 +36,48 @@ def observe(
         on_error: called with an instrument that raised and its error; the others go on. None: the
             error is raised, except that an `optional` instrument with nothing to measure is left
             out.
+        check: called after the forward pass, before anything is said of an instrument, with what
+            the pass left; with None if that cannot be told.
 
     Raises:
         ValueError: if two readings have the same key.
     """
     failed: set[int] = set()
+    early: list[tuple[int, Exception]] = []
+    """Errors before the check: if the shadow is not the model, they are due to that."""
+    unchecked = check is not None
 
     def fail(i: int, error: Exception) -> None:
         failed.add(i)
-        if on_error is not None:
+        if unchecked:
+            early.append((i, error))
+        elif i == len(instruments):
+            return
+        elif on_error is not None:
             on_error(instruments[i], error)
         elif not (isinstance(error, ValueError) and getattr(instruments[i], "optional", False)):
             raise error
 
-    taps: list[Mapping[str, Reduce]] = []
+    taps: list[Taps] = []
     for i, instrument in enumerate(instruments):
         try:
             taps.append(instrument.taps(shadow, batch))
         except Exception as error:
             taps.append({})
             fail(i, error)
-    taken = _move_to_cpu(shadow.run(batch, taps, on_error=fail))
+    left = _Left(shadow)
+    try:
+        taken = shadow.run(batch, [*taps, left.taps] if check else taps, on_error=fail)
+    except Exception:
+        if check is not None:
+            check(None)  # which says it better, if the shadow does not run
+        raise
+    if check is not None:
+        check(left.ran)
+        unchecked = False
+        for i, error in early:
+            fail(i, error)
+    taken = _move_to_cpu(taken[: len(instruments)])
     readings: list[Reading] = []
     seen: set[str] = set()
     for i, (instrument, got) in enumerate(zip(instruments, taken, strict=True)):
@@ -79,6 +103,26 @@ def observe(
         seen.update(keys)
         readings += fresh
     return readings
+
+
+class _Left:
+    """What a forward pass leaves, to compare the shadow with the model."""
+
+    def __init__(self, shadow: Shadow) -> None:
+        last = f"blocks.{shadow.n_layers - 1}.hook_resid_post"
+        self._found: dict[str, Tensor] = {}
+        self.taps: dict[str, Reduce] = {
+            name: partial(self._keep, name) for name in (last, LAST_LOGITS)
+        }
+
+    def _keep(self, name: str, value: Tensor) -> tuple[Tensor, ...]:
+        self._found[name] = value
+        return ()
+
+    @property
+    def ran(self) -> Ran | None:
+        """None if the last layer's residual stream has no hook point."""
+        return Ran(*(self._found[name] for name in self.taps)) if len(self._found) == 2 else None
 
 
 def _move_to_cpu(taken: Sequence[dict[str, Taken]]) -> list[dict[str, Taken]]:

@@ -180,9 +180,8 @@ class Observer:
                 recalled = baselines.restore(baselines_file, held | own, about, self.shadow.device)
             self._schedule.start()
             self.logs.start(logged, step=0 if earlier else step)
-            fidelity = self._monitor.start(model, self.shadow, self.batch, step=step)
             self._first_step = step
-            self._observe_now(step, fidelity, last=last)
+            self._observe_now(step, check=self._monitor.start, last=last)
             baselines.demand_tensors(held)
             if not self.looking.awaits:
                 self.writer.drain()
@@ -251,12 +250,12 @@ class Observer:
         with self.cost.spending():
             try:
                 self.shadow.sync()
-                fidelity = None
-                if check:
-                    fidelity = self._monitor.check(self.model, self.shadow, self.batch, step=step)
                 if observe or last:
-                    self._observe_now(step, fidelity, last=last, hold=hold)
-                elif fidelity is not None:
+                    how = self._monitor.check if check else None
+                    self._observe_now(step, check=how, last=last, hold=hold)
+                    return
+                fidelity = self._monitor.check(self.model, self.shadow, self.batch, step=step)
+                if fidelity is not None:
                     self.writer.put(fidelity.readings(), step=step)
             except Exception as error:
                 # Inside a collective the processes cannot part without harm.
@@ -324,9 +323,22 @@ class Observer:
         self._monitor.end()
 
     def _observe_now(
-        self, step: int, fidelity: Fidelity | None, *, last: bool, hold: bool = False
+        self,
+        step: int,
+        *,
+        check: Callable[..., Fidelity | None] | None,
+        last: bool,
+        hold: bool = False,
     ) -> None:
+        """Makes an observation.
+
+        Args:
+            check: the monitor's method that compares the shadow with the model, on what the pass of
+                the observation left.
+        """
         assert self.shadow is not None and self.batch is not None
+        found: list[Fidelity | None] = []
+        now = partial(check, self.model, self.shadow, self.batch, step=step) if check else None
         due = self._schedule.due(self.instruments, step=step, last=last)
         first = step == self._first_step
 
@@ -347,8 +359,14 @@ class Observer:
             else:
                 report(f"instrument {instrument.name!r}", error)
 
-        readings = observe(self.shadow, self.batch, due, on_error=failed)
-        if fidelity is not None:
+        readings = observe(
+            self.shadow,
+            self.batch,
+            due,
+            on_error=failed,
+            check=None if now is None else lambda ran: found.append(now(ran=ran)),
+        )
+        for fidelity in filter(None, found):
             readings += fidelity.readings()
         readings += self.cost.readings()
         if self.writer.writing == "drop_old":

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from tlens_callback.instruments import AttentionPatterns
 from tlens_callback.meaning import Quantity
 from tlens_callback.probes import ProbeBatch, encoded_lines
 from tlens_callback.reading import Reading
@@ -33,6 +34,7 @@ def opening(observer: Observer) -> list[str]:
         *_sharded_lines(shadow),
         *_attention_lines(shadow),
         *encoded_lines(observer.batch),
+        *_pooled_lines(observer),
         *_size_lines(observer),
         *rollouts_opening(observer),
         *sink_lines(observer.sinks),
@@ -59,6 +61,19 @@ def _attention_lines(shadow: Shadow) -> list[str]:
     return [
         f"tlens: {len(layers)} of {shadow.n_layers} layers have attention patterns{which}; the "
         f"others have no attention, or none that TransformerLens's bridge has hook points for"
+    ]
+
+
+def _pooled_lines(observer: Observer) -> list[str]:
+    """Says which probes are so long that their attention patterns are pooled."""
+    shadow, batch = observer.shadow, observer.batch
+    assert shadow is not None and batch is not None
+    return [
+        f"tlens: {one.name}: probe {probe!r} is so long that its patterns are pooled, {block} by "
+        f"{block} tokens; {type(one).__name__}(most=...) or fewer layers= show more of it"
+        for one in observer.instruments
+        if isinstance(one, AttentionPatterns)
+        for probe, block in one.pooled(shadow, batch).items()
     ]
 
 

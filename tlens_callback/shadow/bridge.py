@@ -3,8 +3,9 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -21,13 +22,23 @@ _filters = list(warnings.filters)
 try:
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+    from transformer_lens.model_bridge.generalized_components.normalization import (
+        NormalizationBridge,
+    )
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 finally:
     logging.getLogger("transformers").setLevel(_level)
     warnings.filters[:] = _filters  # type: ignore[index]
     warnings._filters_mutated()  # type: ignore[attr-defined]
 
-__all__ = ["SplitCopy", "TransformerBridge", "build", "round_rotated", "split_copies"]
+__all__ = [
+    "SplitCopy",
+    "TransformerBridge",
+    "build",
+    "quieten_norms",
+    "round_rotated",
+    "split_copies",
+]
 
 
 class SplitCopy(NamedTuple):
@@ -70,6 +81,30 @@ def round_rotated(bridge: TransformerBridge, dtype: torch.dtype) -> None:
         for name, point in bridge.hook_dict.items():
             if name.endswith(("attn.hook_rot_q", "attn.hook_rot_k")):
                 point.add_hook(lambda tensor, hook: tensor.to(dtype), is_permanent=True)
+
+
+def quieten_norms(bridge: TransformerBridge) -> None:
+    """Lets a norm compute what its hook points show only where somebody listens to them.
+
+    The bridge's norms compute scale and normalised input in any case, beside the output, which is
+    the norm's own: ten kernels a layer more than the model has (transformer-lens 4.3.0).
+    """
+    for norm in bridge.modules():
+        if isinstance(norm, NormalizationBridge):
+            with_hooks = norm._hf_autograd_forward_with_hooks
+            quiet = partial(_quiet_norm, norm, with_hooks)
+            object.__setattr__(norm, "_hf_autograd_forward_with_hooks", quiet)
+
+
+def _quiet_norm(
+    norm: NormalizationBridge, with_hooks: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    own = norm.original_component
+    points = norm.hook_scale, norm.hook_normalized
+    if own is None or any(point.fwd_hooks or point.bwd_hooks for point in points):
+        return with_hooks(x)
+    result = own(x)
+    return result if result.dtype == x.dtype else result.to(x.dtype)
 
 
 def split_copies(bridge: TransformerBridge) -> list[SplitCopy]:

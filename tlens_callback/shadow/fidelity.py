@@ -14,10 +14,11 @@ from tlens_callback.probes import ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.shadow.live import foreign_attention, logits_of
 from tlens_callback.shadow.shadow import Shadow
+from tlens_callback.shadow.unembed import CHUNK, IN_CACHE, unembed, unembeds
 from tlens_callback.shadow.weights import unwrap
 
-_CHUNK = 2**24
-"""How many logits are compared at a time."""
+_CHUNK = 2**26
+"""How many logits of the live model are there at a time: 256 MiB in float32."""
 
 _SAME_ATTENTION = 5e-3
 """Largest KL in nats between two implementations of the same attention in half precision."""
@@ -134,9 +135,27 @@ class Fidelity:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Ran:
+    """What a pass of the shadow over the probes left, so that its logits can be compared.
+
+    Attributes:
+        resid: [probe, pos, d_model], the residual stream after the last layer.
+        ends: [probe, vocab], the logits at each probe's last token.
+    """
+
+    resid: Tensor
+    ends: Tensor
+
+
 @torch.no_grad()
 def compare(
-    model: nn.Module, shadow: Shadow, batch: ProbeBatch, *, reference: Tensor | None = None
+    model: nn.Module,
+    shadow: Shadow,
+    batch: ProbeBatch,
+    *,
+    reference: Tensor | None = None,
+    ran: Ran | None = None,
 ) -> tuple[Fidelity, Tensor]:
     """Runs the probes through the live model and its shadow, and compares their logits.
 
@@ -149,6 +168,7 @@ def compare(
 
     Args:
         reference: [model, probe, vocab], the logits of an earlier call.
+        ran: a pass of the shadow over the probes. None: it runs them.
 
     Returns:
         The comparison, and the logits [model, probe, vocab] at each probe's last token, of the live
@@ -161,6 +181,8 @@ def compare(
     rough = half or _tf32(device)
     foreign = foreign_attention(base)
     rows = max(1, _CHUNK // (batch.tokens.shape[1] * shadow.vocab_size))
+    if ran is not None and not unembeds(shadow, ran.resid[:1, batch.lengths[0] - 1], ran.ends[:1]):
+        ran = None
     differences, among_kernels = _Differences(), _Differences()
     lasts, shadowed = [], []
     gap = 0.0
@@ -175,14 +197,15 @@ def compare(
 
     for at in range(0, len(batch.tokens), rows):
         tokens, mask = batch.tokens[at : at + rows], batch.mask[at : at + rows]
-        live, mine = logits(tokens, eager=half and not foreign), shadow.logits(tokens)
+        live = logits(tokens, eager=half and not foreign)
+        mine = shadow.logits(tokens) if ran is None else unembed(shadow, ran.resid[at : at + rows])
         last = torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1
         lasts.append(live[last].float())
         shadowed.append(mine[last].float())
         gap = _worse(gap, (lasts[-1] - shadowed[-1]).abs().max())
-        differences.add(live[mask], mine[mask])
+        differences.add(live, mine, mask)
         if half and foreign:
-            among_kernels.add(live[mask], logits(tokens, eager=True)[mask])
+            among_kernels.add(live, logits(tokens, eager=True), mask)
     ends = torch.stack([torch.cat(lasts), torch.cat(shadowed)])
     moved = followed = None
     if reference is not None:
@@ -225,7 +248,7 @@ def sees_ahead(shadow: Shadow, batch: ProbeBatch) -> bool:
     pair[1, -1] = others[0]
     one, other = shadow.logits(pair)[:, :-1]
     differences = _Differences()
-    differences.add(one, other)
+    differences.add(one, other, torch.ones_like(pair[0, 1:], dtype=torch.bool))
     return differences.worst > 0.01 * differences.scale
 
 
@@ -236,17 +259,18 @@ class _Differences:
         self.worst = self.scale = self._kl = self._agree = 0.0
         self._tokens = 0
 
-    def add(self, live: Tensor, mine: Tensor) -> None:
-        """Adds some tokens; both are [token, vocab]."""
-        step = max(1, _CHUNK // live.shape[-1])
-        for p, q in zip(live.split(step), mine.split(step), strict=True):
-            p, q = p.float(), q.float()
+    def add(self, live: Tensor, mine: Tensor, mask: Tensor) -> None:
+        """Adds the tokens in the mask; the logits of both are [..., vocab]."""
+        real = mask.flatten().nonzero()[:, 0]
+        most = IN_CACHE if live.device.type == "cpu" else CHUNK
+        for some in real.split(max(1, most // live.shape[-1])):
+            p, q = (of.flatten(0, -2)[some].float() for of in (live, mine))
             self.worst = _worse(self.worst, (p - q).abs().max())
             self.scale = _worse(self.scale, p.abs().max())
             self._agree += float((p.argmax(-1) == q.argmax(-1)).sum())
             log_p = p.log_softmax(-1)
-            self._kl += float((log_p.exp() * (log_p - q.log_softmax(-1))).sum())
-        self._tokens += len(live)
+            self._kl += float((log_p.exp() * log_p.sub_(q.log_softmax(-1))).sum())
+        self._tokens += len(real)
 
     @property
     def agreement(self) -> float:

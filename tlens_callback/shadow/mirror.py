@@ -177,9 +177,8 @@ class Mirror:
         """Number of parameters that hold a merged weight."""
         return sum(s.merged for source in self._sources for s in source.stored.values())
 
-    def weights(self) -> list[Weight]:
-        """Every parameter, in the order of the modules; tied parameters are listed once."""
-        found = []
+    def weights(self) -> Iterator[Weight]:
+        """Every parameter, in the order of the modules; tied parameters come once."""
         for source in self._sources:
             outlined = self._whole.outlined(source.live)
             module = innermost(outlined)
@@ -195,8 +194,7 @@ class Mirror:
                 borrowed = stored is None and self.base is None
                 own = live if borrowed else source.module._parameters[name]
                 assert own is not None
-                found.append(Weight(_name(source, name), own, live, trained, source.layer))
-        return found
+                yield Weight(_name(source, name), own, live, trained, source.layer)
 
     @property
     def paths(self) -> list[str]:

@@ -17,7 +17,8 @@ from tlens_callback.shadow.memory import Holding, demand_holding
 from tlens_callback.shadow.mirror import Mirror
 from tlens_callback.shadow.ranks import Ranks
 from tlens_callback.shadow.refusals import language_model, refuse
-from tlens_callback.shadow.taps import OUTPUTS, Reduce, Taken, run_taps
+from tlens_callback.shadow.stacks import Taken
+from tlens_callback.shadow.taps import OUTPUTS, Taps, run_taps
 from tlens_callback.shadow.weights import unwrap
 
 _ID = ("id", "index")
@@ -121,6 +122,7 @@ class Shadow:
             self.bridge = bridge.build(self.mirror.module, self.device)
             self._split = bridge.split_copies(self.bridge)
             bridge.round_rotated(self.bridge, self.dtype)
+            bridge.quieten_norms(self.bridge)
         except Exception as error:
             raise ValueError(
                 f"TransformerLens's bridge cannot take a {type(base).__name__}: {error} "
@@ -283,16 +285,18 @@ class Shadow:
     def run(
         self,
         batch: ProbeBatch,
-        taps: Sequence[Mapping[str, Reduce]],
+        taps: Sequence[Taps],
         *,
         on_error: Callable[[int, Exception], None] | None = None,
-    ) -> list[dict[str, Taken]]:
+    ) -> list[dict[Any, Taken]]:
         """Runs one forward pass over the batch, with the reductions inside it, on the device.
 
         Args:
-            taps: one mapping of hook name to reduction per instrument. Besides the names in
-                `hooks` there are "logits", [probe, pos, vocab], and "last_logits", [probe, vocab]
-                at each probe's last real token; the full logits are computed only if asked for.
+            taps: one mapping per instrument, from the name of a hook point to a reduction. Besides
+                the names in `hooks` there are "logits", [probe, pos, vocab], and "last_logits",
+                [probe, vocab] at each probe's last real token; the full logits are computed only
+                if asked for. A `Stack` in place of a name is one hook point of several layers, and
+                its `Unembedded` reads the logits that its residual streams would give.
             on_error: called with the index and the exception of an instrument whose reduction
                 failed; the result of this instrument is empty. None: the error is raised.
 

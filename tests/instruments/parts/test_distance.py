@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tlens_callback.instruments.parts.distance import cka_distance, cosine_distance, js_terms
+from tlens_callback.instruments.parts.distance import (
+    cka_distance,
+    cosine_distance,
+    distances,
+    js_terms,
+    unit_gram,
+)
 
 
 def unbiased_hsic(k: np.ndarray, m: np.ndarray) -> float:
@@ -25,12 +31,16 @@ def made(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
+def cka_apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return cka_distance(unit_gram(x), unit_gram(y))
+
+
 def test_cka_is_blind_to_rotation_scale_and_shift_and_to_nothing_else():
     x = made(40, 16, 0) * torch.linspace(0.2, 3, 16)
     rotation = torch.linalg.qr(made(16, 16, 1))[0]
-    assert cka_distance(x, x.clone()) == 0
-    assert cka_distance(x, 7 * x @ rotation + 3) < 1e-10
-    assert cka_distance(x, x * torch.linspace(3, 0.2, 16)) > 0.1
+    assert cka_apart(x, x.clone()) == 0
+    assert cka_apart(x, 7 * x @ rotation + 3) < 1e-10
+    assert cka_apart(x, x * torch.linspace(3, 0.2, 16)) > 0.1
     assert cosine_distance(x, x @ rotation).mean() > 0.1
 
 
@@ -38,8 +48,8 @@ def test_cka_of_shuffled_tokens_is_low_however_few_they_are():
     """The biased estimator calls them alike where there are more dimensions than tokens."""
     for n, d in ((40, 8), (30, 600)):
         x, shuffled = made(n, d, 0), made(n, d, 0).roll(1, 0)
-        assert cka_distance(x, shuffled) == pytest.approx(1, abs=0.15)
-        assert cka_distance(x, shuffled) == pytest.approx(
+        assert cka_apart(x, shuffled) == pytest.approx(1, abs=0.15)
+        assert cka_apart(x, shuffled) == pytest.approx(
             1 - cka(x.double().numpy(), shuffled.double().numpy()), abs=1e-6
         )
     a, b = (h.double() - h.double().mean(0) for h in (x, shuffled))
@@ -79,3 +89,31 @@ def test_a_zero_vector_is_half_way_from_any_other_and_equal_to_itself():
     x, zero = made(3, 8, 0), torch.zeros(3, 8)
     assert cosine_distance(x, zero).tolist() == pytest.approx([0.5] * 3)
     assert not cosine_distance(zero, zero.clone()).any()
+
+
+def test_cosine_and_relative_distance_of_many_at_once():
+    first, now = made(6, 32, 0), made(6, 32, 0) + 0.3 * made(6, 32, 1)
+    first[4], now[5], now[2] = 0, 0, first[2]
+    turned, relative = distances(now.reshape(2, 3, 32), first.reshape(2, 3, 32))
+    assert turned.shape == relative.shape == (2, 3)
+    np.testing.assert_allclose(turned.flatten(), cosine_distance(now, first), rtol=1e-5)
+    a, b = now.double().numpy(), first.double().numpy()
+    with np.errstate(divide="ignore"):
+        far = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(relative.flatten(), far, rtol=1e-5)
+    assert turned[0, 2] == relative[0, 2] == 0 and relative[1, 1] == np.inf
+    for zero in (torch.zeros(2, 8), torch.zeros(2, 8).bfloat16()):
+        assert not torch.stack(distances(zero, zero.clone())).any()
+    halves = distances(now.bfloat16(), first.bfloat16())
+    assert all(part.dtype == torch.float32 for part in halves)
+    np.testing.assert_allclose(halves[1], distances(now.bfloat16().float(), first.bfloat16())[1])
+
+
+def test_cka_of_many_at_once_is_that_of_each():
+    x, y = (
+        torch.stack([made(9, 4, i) for i in (0, 1)]),
+        torch.stack([made(9, 4, i) for i in (2, 1)]),
+    )
+    both = cka_apart(x, y)
+    assert both.shape == (2,) and both[1] == 0
+    assert float(both[0]) == pytest.approx(1 - cka(x[0].double().numpy(), y[0].double().numpy()))

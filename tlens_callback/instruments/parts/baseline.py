@@ -20,6 +20,25 @@ def first_value(baseline: dict[str, Tensor], key: str, now: Tensor) -> Tensor:
     return baseline[key].to(now.device)
 
 
+class FirstLayers:
+    """Keeps the first values of all layers under one key, [layer, ...], and gives those of some.
+
+    Make it before a forward pass. In the pass the layers come in pieces, in order; in that of the
+    first observation each piece is copied.
+    """
+
+    def __init__(self, baseline: dict[str, Tensor], key: str, n_layers: int) -> None:
+        self._baseline, self._key, self._n_layers = baseline, key, n_layers
+        self._first = key not in baseline
+
+    def of(self, now: Tensor, part: slice) -> Tensor:
+        """Returns the first values of the layers of which `now` has the current ones."""
+        if self._first and part.start == 0:
+            self._baseline[self._key] = now.new_empty(self._n_layers, *now.shape[1:])
+        kept = self._baseline[self._key][part]
+        return kept.copy_(now) if self._first else kept.to(now.device)
+
+
 def probes_suffix(batch: ProbeBatch, rows: Sequence[int]) -> str:
     """Returns an ending for the keys of values that are computed over several probes together.
 

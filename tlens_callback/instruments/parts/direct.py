@@ -8,7 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlens_callback.instruments.parts.selection import z_hook
-from tlens_callback.shadow import Reduce, Shadow
+from tlens_callback.shadow import Shadow
+from tlens_callback.shadow.stacks import StackReduce
+from tlens_callback.shadow.unembed import soft_cap, text_config
 
 _RESCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier", "residual_multiplier")
 """Configuration fields of families that scale what a block writes, or the logits (Granite,
@@ -79,13 +81,6 @@ def before_norm(
     return direction if norm.uses_rms_norm else direction - direction.mean(-1, keepdim=True)
 
 
-def through_norm(
-    norm: Any | None, direction: Float[Tensor, "*batch d_model"]
-) -> Callable[[], Float[Tensor, "*batch d_model"]]:
-    """Returns a function that computes `before_norm` when it is called; without a norm, nothing."""
-    return lambda: direction if norm is None else before_norm(norm, direction)
-
-
 def answer_directions(
     shadow: Shadow, targets: Sequence[int | None], foils: Sequence[int | None]
 ) -> Float[Tensor, "target d_model"]:
@@ -149,11 +144,10 @@ def dots(
     that the copy stays small beside the weight.
     """
     flat, to = weight.flatten(0, -2), high_precision(direction)
-    pieces = flat.split(max(1, 2**22 // flat.shape[1]))
     # In this order: MKL takes ten times as long for piece @ to.mT.
-    return torch.cat([to @ high_precision(piece).mT for piece in pieces], 1).unflatten(
-        1, weight.shape[:-1]
-    )
+    pieces = [to @ high_precision(some).mT for some in flat.split(max(1, 2**22 // flat.shape[1]))]
+    product = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    return product.unflatten(1, weight.shape[:-1])
 
 
 def high_precision(x: Tensor) -> Tensor:
@@ -161,49 +155,51 @@ def high_precision(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def soft_cap(shadow: Shadow) -> float | None:
-    """Returns the bound of the family's soft cap on logits, or None."""
-    return getattr(text_config(shadow), "final_logit_softcapping", None)
-
-
-def text_config(shadow: Shadow) -> Any:
-    """Returns the configuration of the language model, also if it is part of a larger model."""
-    return shadow.bridge.original_model.config.get_text_config()  # type: ignore[operator, union-attr]
-
-
 def head_writes(
-    row: Int[Tensor, " row"],
-    last: Int[Tensor, " row"],
-    w_o: Callable[[], Float[Tensor, "head d_head d_model"]],
-    b_o: Callable[[], Float[Tensor, " d_model"] | None],
-    direction: Callable[[], Float[Tensor, "row d_model"]],
-) -> Reduce:
+    layers: Sequence[int],
+    w_o: Callable[[int], Float[Tensor, "head d_head d_model"]],
+    b_o: Callable[[int], Float[Tensor, " d_model"] | None],
+    direction: Callable[[int], Float[Tensor, "row d_model"]],
+) -> StackReduce:
     """Reduces z to what each head writes, and the output bias, before the norms divide.
 
     The direction is multiplied with W_O first, so that no head's output is ever computed. Weights
     are read in the pass, where a streamed layer has them.
+
+    Args:
+        layers: those of the stack.
+        w_o, b_o, direction: of a layer.
     """
 
-    def heads(z: Float[Tensor, "probe pos head d_head"]) -> tuple[Tensor, Tensor]:
-        to, bias = direction(), b_o()
-        each = (high_precision(z[row, last]) * dots(w_o(), to)).sum(2)
-        return each, each.new_zeros(len(row)) if bias is None else dots(bias[None], to)[:, 0]
+    def heads(
+        z: Float[Tensor, "layer row head d_head"], part: slice
+    ) -> tuple[Float[Tensor, "layer row head"], Float[Tensor, "layer row"]]:
+        to = {layer: direction(layer) for layer in layers[part]}
+        through = torch.stack([dots(w_o(layer), to[layer]) for layer in layers[part]])
+        each = (high_precision(z) * through).sum(3)
+        constant = each.new_zeros(each.shape[:2])
+        for at, layer in enumerate(layers[part]):
+            if (bias := b_o(layer)) is not None:
+                constant[at] = dots(bias[None], to[layer])[:, 0]
+        return each, constant
 
     return heads
 
 
 def neuron_writes(
     k: int,
-    row: Int[Tensor, " row"],
-    last: Int[Tensor, " row"],
-    w_out: Callable[[], Float[Tensor, "neuron d_model"]],
-    direction: Callable[[], Float[Tensor, "row d_model"]],
-) -> Reduce:
+    layers: Sequence[int],
+    w_out: Callable[[int], Float[Tensor, "neuron d_model"]],
+    direction: Callable[[int], Float[Tensor, "row d_model"]],
+) -> StackReduce:
     """Reduces to the k neurons that write most, and what they write before the norms divide."""
 
-    def top(post: Float[Tensor, "probe pos neuron"]) -> tuple[Tensor, Tensor]:
-        write = high_precision(post[row, last]) * dots(w_out(), direction())
-        index = write.abs().topk(k, dim=1).indices
-        return index, write.gather(1, index)
+    def top(
+        post: Float[Tensor, "layer row neuron"], part: slice
+    ) -> tuple[Int[Tensor, "layer row rank"], Float[Tensor, "layer row rank"]]:
+        through = [dots(w_out(layer), direction(layer)) for layer in layers[part]]
+        write = high_precision(post) * torch.stack(through)
+        index = write.abs().topk(k, dim=2).indices
+        return index, write.gather(2, index)
 
     return top

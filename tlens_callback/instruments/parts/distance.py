@@ -35,25 +35,40 @@ def cosine_distance(a: Float[Tensor, "... d"], b: Float[Tensor, "... d"]) -> Flo
     return (unit(a, -1) - unit(b, -1)).square().sum(-1) / 2
 
 
-def relative_distance(
-    now: Float[Tensor, "token d"], first: Float[Tensor, "token d"]
-) -> Float[Tensor, " token"]:
-    """Returns |now - first| / |first|; exactly 0 for equal vectors, also for zero ones."""
-    moved = (now - first).norm(dim=-1)
-    return torch.where(moved == 0, 0, moved / first.norm(dim=-1))
+def distances(
+    now: Float[Tensor, "*batch d"], first: Float[Tensor, "*batch d"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Returns `cosine_distance`, and |now - first| / |first|; exactly 0 for equal vectors, also for
+    zero ones."""
+    now, first = now.float(), first.float()
+    tiny = torch.finfo(now.dtype).tiny
+    size, before = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (now, first))
+    far = torch.linalg.vector_norm(now - first, dim=-1)
+    apart = now / size.clamp(min=tiny) - first / before.clamp(min=tiny)
+    relative = torch.where(far == 0, 0, far / before[..., 0])
+    return torch.linalg.vector_norm(apart, dim=-1).square() / 2, relative
 
 
-def cka_distance(x: Float[Tensor, "token d"], y: Float[Tensor, "token e"]) -> Float[Tensor, ""]:
-    """Returns 1 - the unbiased linear CKA of at least four tokens; exactly 0 if they are equal."""
-    return (unit(_centred_gram(x), (0, 1)) - unit(_centred_gram(y), (0, 1))).square().sum() / 2
+def cka_distance(
+    gram: Float[Tensor, "*batch token token"], other: Float[Tensor, "*batch token token"]
+) -> Float[Tensor, "*batch"]:
+    """Returns 1 - the unbiased linear CKA of two `unit_gram`; exactly 0 if they are equal."""
+    return (gram - other).square().sum((-2, -1)) / 2
 
 
-def _centred_gram(x: Float[Tensor, "token d"]) -> Float[Tensor, "token token"]:
-    """Returns the U-centred Gram matrix u; sum(u * v) / (n (n - 3)) is the unbiased HSIC."""
-    # In float64, which TF32 does not affect; for few tokens it is cheap.
-    x = x.double() - x.double().mean(0)
-    n = len(x)
-    gram = (x @ x.T).fill_diagonal_(0)
-    sums = gram.sum(1) / (n - 2)
-    centred = gram - sums - sums[:, None] + sums.sum() / (n - 1)
-    return centred.fill_diagonal_(0)
+def unit_gram(x: Float[Tensor, "*batch token d"]) -> Float[Tensor, "*batch token token"]:
+    """Returns u / |u|, where u is the U-centred Gram matrix of at least four tokens.
+
+    sum(u * v) / (n (n - 3)) is the unbiased HSIC. In float64, which TF32 does not affect; for few
+    tokens it is cheap.
+    """
+    x = x.double()
+    x = x - x.mean(-2, keepdim=True)
+    n = x.shape[-2]
+    gram = x @ x.mT
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    sums = gram.sum(-1) / (n - 2)
+    centred = gram - sums[..., None, :] - sums[..., None]
+    centred += (sums.sum(-1) / (n - 1))[..., None, None]
+    centred.diagonal(dim1=-2, dim2=-1).zero_()
+    return unit(centred, (-2, -1))

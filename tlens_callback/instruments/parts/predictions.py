@@ -9,11 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlens_callback.instruments.parts.unembed import CHUNK, unembed
 from tlens_callback.shadow import Shadow
-
-IN_CACHE = 2**20
-"""Logits that are read at a time, several times over: 4 MiB."""
+from tlens_callback.shadow.unembed import CHUNK, IN_CACHE, unembed
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,15 @@
 """Checks what a user selects from a batch, and turns it into rows, layers and hook points."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlens_callback.probes import ProbeBatch
-from tlens_callback.shadow import Shadow
+from tlens_callback.shadow import Shadow, Stack, Taken
+from tlens_callback.shadow.stacks import as_tuple
 
 
 def checked_selection(values: Iterable[object] | None, what: str) -> tuple[object, ...] | None:
@@ -99,6 +101,22 @@ def after_first(
     return row[at], pos + 1
 
 
+def tokens_after_first(batch: ProbeBatch, rows: Sequence[int]) -> tuple[int, ...]:
+    """Returns the places, in the flattened batch, of every token of these rows except the first of
+    each; those of the first row come first."""
+    return tuple(place(batch, row, pos) for row in rows for pos in range(1, batch.lengths[row]))
+
+
+def last_tokens(batch: ProbeBatch, rows: Sequence[int]) -> tuple[int, ...]:
+    """Returns the place, in the flattened batch, of the last token of each of these rows."""
+    return tuple(place(batch, row, batch.lengths[row] - 1) for row in rows)
+
+
+def place(batch: ProbeBatch, row: int, pos: int) -> int:
+    """Returns the place of a token in the flattened batch, [probe * pos]."""
+    return row * batch.tokens.shape[1] + pos
+
+
 def attention_layers(shadow: Shadow, name: str) -> list[int]:
     """Returns the layers that have attention patterns; in a hybrid model not all do.
 
@@ -132,6 +150,24 @@ def z_hook(layer: int) -> str:
 def mlp_norm_hook(layer: int) -> str:
     """Name of the hook point of the scale of the norm after the MLP, if any, [probe, pos, 1]."""
     return f"blocks.{layer}.ln2_post.hook_scale"
+
+
+def of_layers(taken: Mapping[Any, Taken], end: str) -> dict[int, tuple[Tensor, ...]]:
+    """Returns layer -> what the stacks of this hook point gave for it, one tensor for each part."""
+    return {
+        layer: tuple(part[at] for part in as_tuple(value))
+        for key, value in taken.items()
+        if isinstance(key, Stack) and key.end == end
+        for at, layer in enumerate(key.layers)
+    }
+
+
+def alike(layers: Iterable[int], size: Callable[[int], int]) -> list[tuple[int, ...]]:
+    """Returns the layers in groups of equal size, which can be stacked."""
+    groups: dict[int, tuple[int, ...]] = {}
+    for layer in layers:
+        groups[size(layer)] = (*groups.get(size(layer), ()), layer)
+    return list(groups.values())
 
 
 def neuron_layers(shadow: Shadow) -> list[int]:
