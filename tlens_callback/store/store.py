@@ -271,12 +271,13 @@ class Store:
             raise ValueError(f"{self.path} has no {key!r}; {_suggest_keys(key, self.keys)}.")
         return found
 
-    def page(self, *, most_bytes: int = 15_000_000, view: str = "") -> "PageView":
+    def page(self, *, most_bytes: int | None = None, view: str = "") -> "PageView":
         """Makes the interactive page of the steps so far. Jupyter shows it as the last line of a
         cell; its `save(path)` writes it as one HTML file.
 
         Args:
-            most_bytes: largest size of that file; see `tlens_callback.page.page`.
+            most_bytes: largest size of that file; by default 15 MB, or up to 60 MB where the
+                scores of all heads at all steps need it; see `tlens_callback.page.page`.
             view: what the page shows first, such as "step=1&other=0&change=1"; see
                 `tlens_callback.page.page` too.
 
