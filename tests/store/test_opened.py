@@ -85,6 +85,61 @@ def test_a_step_that_is_written_again_is_looked_at_again(tmp_path):
         store.reading("own/other", 0)
 
 
+def test_one_key_of_many_takes_apart_no_more_of_a_header(tmp_path, monkeypatch):
+    """Counted in dicts that the parser makes, at steps that were looked at before."""
+    store = read_store(written(tmp_path / "run", 300, steps=9))
+    assert len(store.steps) == 9
+    made, decode = [], json.JSONDecoder.raw_decode
+
+    def count(decoder, text, idx=0):
+        value, end = decode(decoder, text, idx)
+        made.append(0 if isinstance(value, str) else json.dumps(value).count("{"))
+        return value, end
+
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", count)
+    # The last four steps are known, and not parsed again.
+    steps, values = store.curve("own/measure7")
+    assert len(steps) == len(values) == 9 and 0 < sum(made) < 9 * 5
+    made.clear()
+    store.about(0)
+    assert sum(made) > 2 * 300
+
+
+@pytest.mark.parametrize(
+    "key", ['own/\u00fc "x": \\ <\u2028>', "texts/own/a", "own/a", "own/b", "own/none"]
+)
+def test_one_key_is_read_as_with_all_others(tmp_path, key):
+    """Names that need escapes, names and labels that look like entries, and a key of few steps."""
+    values = np.arange(3.0)
+    texts = ['"own/a":', '"own/a": {"packing"', "}"]
+    readings = [
+        Reading(key="own/first", values=values, axes=("own/a",), unit="x", texts=texts,
+                labels={"own/a": ['"own/a": {', '"texts/own/a":', '"readings":"']}),
+        Reading(key="texts/own/a", values=values + 1, axes=("rank",), unit="x"),
+        Reading(key="own/a", values=values + 2, axes=("rank",), unit="x", texts=texts),
+        Reading(key='own/\u00fc "x": \\ <\u2028>', values=values + 3, axes=("rank",), unit="x"),
+    ]  # fmt: skip
+    sink = LocalSink(tmp_path / "run", page=False)
+    for step in range(8):
+        sink.write(readings[: 4 - step % 2], step=step)
+    store = read_store(sink.path)
+    wanted = {}
+    for step in store.steps:
+        for reading in store.readings(step):
+            if reading.key == key:
+                wanted[step] = reading
+    if not wanted:
+        with pytest.raises(ValueError, match="has no"):
+            store.curve(key)
+        return
+    steps, got = store.curve(key)
+    assert steps.tolist() == list(wanted)
+    assert (got == np.stack([reading.values for reading in wanted.values()])).all()
+    frame = store.frame(key)
+    if key == "own/a":
+        assert frame["text"].tolist() == texts * 8
+
+
 def test_what_is_returned_is_the_callers_own(tmp_path):
     store = read_store(written(tmp_path / "run", 2))
     store.about(0).clear()

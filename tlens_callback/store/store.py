@@ -23,7 +23,7 @@ from tlens_callback.store.format import (
     scores_file,
     steps_in,
 )
-from tlens_callback.store.opened import LastOpened, OpenedStep, Stamp, stamp_of
+from tlens_callback.store.opened import LastOpened, OpenedStep, Stamp, one_reading, stamp_of
 
 logger = logging.getLogger("tlens_callback")
 
@@ -264,9 +264,8 @@ class Store:
         """
         found: dict[int, Reading] = {}
         for step in steps_in(self.path / "scores"):
-            opened = self._open(step)
-            if opened is not None and key in opened.about:
-                (found[step],) = opened.readings([key])
+            if (reading := self._one(step, key)) is not None:
+                found[step] = reading
         if not found:
             raise ValueError(f"{self.path} has no {key!r}; {_suggest_keys(key, self.keys)}.")
         return found
@@ -300,6 +299,18 @@ class Store:
                 f"{self.path} has no complete step {step}; its steps are {self.steps}."
             )
         return opened
+
+    def _one(self, step: int, key: str) -> Reading | None:
+        """Returns a reading; None if the step is not complete, or does not have it."""
+        stamp = self._stamp(step)
+        # The first look at a file is at all of it, since a damaged step is left out.
+        if stamp is not None and self._readable.get(step) == stamp and step not in self._opened:
+            try:
+                return one_reading(arrays_file(self.path, step), stamp, key)
+            except (OSError, ValueError, LookupError):
+                pass
+        opened = self._open(step)
+        return opened.readings([key])[0] if opened and key in opened.about else None
 
     def _is_complete(self, step: int) -> bool:
         stamp = self._stamp(step)
