@@ -1,6 +1,5 @@
 """A model of more than 4,000 heads, and a probe of a thousand tokens, through all that there is."""
 
-import inspect
 import io
 import re
 from types import SimpleNamespace
@@ -12,13 +11,12 @@ from PIL import Image
 from tests import tiny
 from tests.browser import needs_browser, opened, until
 from tlens_callback import LocalSink, Probe, ProbeBatch, Shadow, fast, observe, read_store
-from tlens_callback.page import page as packed
+from tlens_callback.page.pack import MOST_BYTES
 from tlens_callback.probes.builtin import repeated_blocks
 from tlens_callback.sinks.shown import pictures
 from tlens_callback.sinks.wandb.rows import media, numbers
 
 LAYERS, HEADS = 65, 64
-MOST_BYTES = inspect.signature(packed).parameters["most_bytes"].default
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -46,6 +46,8 @@ class Decoder:
             if given["delta"]:
                 bits = WIDTH[entry["type"]] * 8
                 was = self.before[key][1]
+                if bits > 8:
+                    codes = [code // 2 if code % 2 == 0 else -(code + 1) // 2 for code in codes]
                 codes = [(a + b) % 2**bits for a, b in zip(codes, was, strict=True)]
             self.before[key] = (
                 {k: v for k, v in entry.items() if k not in ("same", "delta", "at", "blob")},
@@ -58,7 +60,7 @@ class Decoder:
         return out
 
 
-WIDTH = {"u8": 1, "f16": 2, "f32": 4}
+WIDTH = {"u8": 1, "f16": 2, "bf16": 2, "f32": 4}
 
 
 def places(entry):
@@ -89,6 +91,8 @@ def number(entry, code):
         return struct.unpack("<f", struct.pack("<I", code))[0]
     if entry["type"] == "f16":
         return struct.unpack("<e", struct.pack("<H", code))[0]
+    if entry["type"] == "bf16":
+        return struct.unpack("<f", struct.pack("<HH", 0, code))[0]
     if code == 255:
         return math.nan
     if not entry["signed"]:
@@ -161,6 +165,9 @@ def near(entry, reading, *, more=0.0):
         return False
     if entry["type"] == "f16":
         allowed = np.maximum(np.abs(values) * 2**-11, 2**-25)
+    elif entry["type"] == "bf16":
+        # Below the smallest normal number there are fewer digits.
+        allowed = np.maximum(np.abs(values) * 2**-8, 2**-134)
     elif entry["signed"]:
         allowed = 0.0079 * entry["scale"] + more
     else:

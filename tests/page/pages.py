@@ -10,7 +10,7 @@ from tlens_callback.sinks import LocalSink, read_store
 
 
 def page_of(
-    folder: Path, readings: Mapping[int, Sequence[Reading]], *, most_bytes: int = 15_000_000
+    folder: Path, readings: Mapping[int, Sequence[Reading]], *, most_bytes: int | None = None
 ) -> str:
     """The address of a page with these readings, step -> readings."""
     sink = LocalSink(folder / "store", page=False)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.page.decode import Decoder, near
 from tests.sinks.samples import ODD, everything, pattern
-from tlens_callback.page.encode import Track, blobs, code, code_lower
+from tlens_callback.page.encode import Track, _signs_last, blobs, code, code_lower
 from tlens_callback.reading import Reading
 from tlens_callback.store.triangle import lower_triangle
 
@@ -134,6 +134,58 @@ def test_what_is_no_number_stays_so():
 def test_halves_are_for_many_numbers_that_they_hold(values, unit, kind):
     entry = one(vector(values, unit))
     assert entry["type"] == kind and near(entry, vector(values, unit))
+
+
+def matrix(values, unit="probability", axes=("layer", "head")):
+    return Reading(key="a/matrix", values=values, axes=axes, unit=unit)
+
+
+def rounded(reading):
+    (entry,) = Decoder().step(blobs([Track().part(code(reading, rounded=True))])).values()
+    return entry
+
+
+def test_a_rounded_matrix_is_off_by_a_256th_of_each_value():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (40, 30)) * 10.0 ** rng.integers(-30, 30, (40, 30))
+    values[0, :4] = np.nan, np.inf, -np.inf, -0.0
+    entry = rounded(matrix(values, "logit"))
+    assert entry["type"] == "bf16" and near(entry, matrix(values, "logit"))
+    known = np.isfinite(values) & (values != 0)
+    off = np.abs(entry["values"][known] / values.astype(np.float32)[known] - 1)
+    # As much as is promised, and not much less.
+    assert 0.9 * 2**-8 < off.max() <= 2**-8
+    assert np.signbit(entry["values"][0, 3])
+    # Numbers with few digits are exact.
+    few = np.arange(30 * 40).reshape(30, 40) % 256
+    assert (rounded(matrix(few, "tokens"))["values"] == few).all()
+
+
+def test_only_matrices_of_heads_are_rounded():
+    values = np.random.default_rng(0).random((3, 4, 5))
+    assert rounded(matrix(values, axes=("block", "layer", "head")))["type"] == "bf16"
+    for other in (
+        matrix(values, axes=("layer", "head", "pos")),
+        matrix(values[0], axes=("layer", "rank")),
+        matrix(values[0], unit="index"),
+        matrix(values[0] + 3.395e38),
+        vector(values[0, 0]),
+    ):
+        entry = rounded(other)
+        assert entry["type"] == "f32" and near(entry, other)
+    assert rounded(pattern())["type"] == one(pattern())["type"] == "u8"
+    assert one(matrix(values[0]))["type"] == "f32"
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_small_differences_have_zeros_above_whatever_their_sign(bits):
+    """Their upper bytes take no room; and every difference comes back."""
+    one_step = np.array([0, 1, -1, 2, -2, 127, -128, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))])
+    kind = np.dtype(f"u{bits // 8}")
+    got = _signs_last(one_step.astype(f"i{bits // 8}").view(kind))
+    assert got.dtype == kind
+    assert got.tolist() == [2 * x if x >= 0 else -2 * x - 1 for x in one_step.tolist()]
+    assert (got[:7] < 256).all()
 
 
 def test_the_triangle_is_for_what_looks_at_nothing_ahead():

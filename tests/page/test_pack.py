@@ -9,7 +9,7 @@ import pytest
 
 from tests.page.decode import Page, near
 from tests.sinks.samples import TOKENS, everything, pattern, small
-from tlens_callback.page import page, template
+from tlens_callback.page import pack, page, template
 from tlens_callback.page.thin import evenly_spaced
 from tlens_callback.reading import Reading
 from tlens_callback.sinks import LocalSink, read_store
@@ -209,6 +209,93 @@ def test_scores_go_only_where_they_alone_are_too_much(tmp_path, bare):
         page(store, most_bytes=1000)
 
 
+LARGE_SHAPE = (65, 64)
+"""Of the heads of a large model: more than 4,000."""
+
+
+def of_a_large_model(step):
+    """Matrices of all heads that drift, of several measures, beside patterns and long readings."""
+    rng = np.random.default_rng(step)
+    start = np.random.default_rng(0)
+    out = [drifting(step)[1]]
+    for i in range(3):
+        values = start.random(LARGE_SHAPE) * (1 + 0.01 * rng.normal(0, 1, LARGE_SHAPE))
+        out.append(Reading(key=f"s/score{i}", values=values, axes=("layer", "head"), unit="bits"))
+    wide = rng.random((3, *LARGE_SHAPE))
+    axes = ("block", "layer", "head")
+    return [*out, Reading(key="s/by_block", values=wide, axes=axes, unit="bits")]
+
+
+SCORES = {f"s/score{i}" for i in range(3)}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return store_of(tmp_path_factory.mktemp("runs") / "large", of_a_large_model, range(12))
+
+
+@pytest.fixture(scope="module")
+def unrounded(tmp_path_factory, bare):
+    """How many bytes the matrices of this run take with all their digits."""
+
+    def readings_of(step):
+        return [reading for reading in of_a_large_model(step) if reading.key in SCORES]
+
+    return len(page(store_of(tmp_path_factory.mktemp("runs") / "x", readings_of, range(12)))) - bare
+
+
+def test_matrices_of_a_large_model_stay_at_every_step(large, bare, unrounded):
+    """Patterns go before them, and so does what has more axes."""
+    whole = Page(page(large))
+    assert not check(whole, of_a_large_model, range(12)) and not whole.notes
+    made = Page(page(large, most_bytes=bare + 4000 + int(0.8 * unrounded)))
+    missing = check(made, of_a_large_model, range(12))
+    assert {key for _, key in missing} == {MAIN, "s/by_block"}
+    assert all(SCORES <= made.readings[step].keys() for step in range(12))
+    assert {entry["type"] for step in made.readings.values() for k, entry in step.items()
+            if k in SCORES} == {"bf16"}  # fmt: skip
+    said = " ".join(made.notes)
+    assert "scores of heads are rounded to 8 binary digits" in said and "0.4%" in said
+    assert "s/by_block" in said and "s/score" not in said and "12 steps" not in said
+
+
+def test_all_measures_of_a_step_stay_or_go_together(large, bare):
+    made = Page(page(large, most_bytes=bare + 4000 + 60_000))
+    here = list(made.steps)
+    assert 2 <= len(here) < 12 and {0, 11} <= set(here)
+    assert all(set(made.readings[step]) == SCORES for step in here)
+    said = " ".join(made.notes)
+    assert f"This page has {len(here)} of 12 steps" in said and "rounded to 8" in said
+
+
+def test_a_page_grows_beyond_its_usual_size_for_its_matrices_only(
+    large, bare, unrounded, monkeypatch
+):
+    """Its sizes are made so small that this run is a long one."""
+    monkeypatch.setattr(pack, "MOST_BYTES", bare + 4000 + unrounded)
+    monkeypatch.setattr(pack, "_FOR_PATTERNS", unrounded * 3 // 4)
+    monkeypatch.setattr(pack, "MOST_WITH_MATRICES", bare + 4000 + 2 * unrounded)
+    made = Page(text := page(large))
+    check(made, of_a_large_model, range(12))
+    assert pack.MOST_BYTES < len(text) < bare + 4000 + 2 * unrounded
+    assert all(SCORES <= made.readings[step].keys() for step in range(12))
+    # The patterns still have some room.
+    assert any(MAIN in made.readings[step] for step in range(12))
+    monkeypatch.setattr(pack, "MOST_WITH_MATRICES", bare + 4000 + unrounded)
+    made = Page(text := page(large))
+    assert 2 <= len(made.steps) < 12 and len(text) <= pack.MOST_WITH_MATRICES
+
+
+def test_nothing_is_said_of_rounding_where_there_is_no_matrix(tmp_path, bare):
+    def readings_of(step):
+        values = np.random.default_rng(step).random(500)
+        return [Reading(key="s/line", values=values, axes=("neuron",), unit="x")]
+
+    store = store_of(tmp_path / "run", readings_of, range(20))
+    made = Page(page(store, most_bytes=bare + 4000 + 20_000))
+    assert len(made.steps) < 20 and len(made.notes) == 1
+
+
 def test_heads_are_told_apart_by_their_labels(tmp_path, bare):
     """Patterns of some layers, with scores of all."""
 
@@ -322,3 +409,19 @@ def test_the_template_has_every_script():
     for name in template._SCRIPTS:
         source = Path(str(files("tlens_callback.page") / "assets" / name)).read_text()
         assert source in text
+
+
+def test_wanted_steps_replace_their_nearest_whatever_their_number():
+    """Against a search through all chosen steps for each wanted one."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(rng.integers(2, 60))
+        steps = sorted(rng.choice(1000, n, replace=False).tolist())
+        most = int(rng.integers(1, n))
+        wanted = {step for step in steps if rng.random() < rng.choice([0.05, 0.5, 1])}
+        chosen = [round(i * (n - 1) / max(most - 1, 1)) for i in range(most)]
+        for at in (i for i, step in enumerate(steps) if step in wanted):
+            nearest = min(range(most), key=lambda i: abs(chosen[i] - at))
+            if 0 < nearest < most - 1 and steps[chosen[nearest]] not in wanted:
+                chosen[nearest] = at
+        assert evenly_spaced(steps, most, wanted) == sorted(steps[i] for i in set(chosen))

@@ -21,7 +21,7 @@ from tlens_callback.cli.echo import echo
     type=click.FloatRange(min=0, min_open=True),
     metavar="MB",
     help="Largest size of the file, in MB. The page says what was left out to keep to it.  "
-    "[default: 15]",
+    "[default: 15, or up to 60 for the scores of all heads at all steps]",
 )
 @click.option("--serve", is_flag=True, help="Serve the page live on this machine, until Ctrl-C.")
 @click.option(
@@ -96,7 +96,7 @@ def report(
     if most_mb is not None and not math.isfinite(most_mb):
         raise ValueError(f"--most-mb {most_mb} is no size. Give a number of MB, such as 15.")
     # No page is larger than this, and a number beyond a float's digits is no file size.
-    most_bytes = int(min(15 if most_mb is None else most_mb, 1e9) * 1e6)
+    most_bytes = None if most_mb is None else int(min(most_mb, 1e9) * 1e6)
     found.page(most_bytes=most_bytes).save(path)
     echo(path)
     if opened:

@@ -1,7 +1,7 @@
 """Finds what changed between the first and the last observation of a store, as plain numbers."""
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,9 @@ Rounding alone reaches 1e-8 in float32 and 1e-6 in stored patterns.
 
 LEAST_SAID = 0.005
 """The smallest change, in nats or logits, that a text with two digits does not show as 0."""
+
+
+Taken = TypeVar("Taken")
 
 
 class Change(NamedTuple):
@@ -79,6 +82,9 @@ class History:
         named = {key.split("/", 1)[0] for key in self.steps}
         if named - self.descriptions.keys() - {"fidelity"}:
             self.descriptions = own_descriptions() | self.descriptions
+        self._of: dict[Quantity | None, list[str]] = {}
+        for key in self.steps:
+            self._of.setdefault(self.meaning(key).quantity, []).append(key)
 
     def ends(self, key: str) -> tuple[Reading, Reading] | None:
         """The first reading that can be compared with the last one, and the last one.
@@ -100,7 +106,7 @@ class History:
         for step in [*steps[-1:], *steps[:-1]]:
             reading = self.store.reading(key, step)
             last = last or reading
-            if (reading.values.shape, reading.labels) == (last.values.shape, last.labels):
+            if _form(reading) == _form(last):
                 found[step] = reading
                 if ends and len(found) == 2:
                     break
@@ -117,9 +123,7 @@ class History:
         Args:
             numbers: only those whose readings are one number.
         """
-        found = [
-            key for one in quantities for key in self.steps if self.meaning(key).quantity is one
-        ]
+        found = [key for one in quantities for key in self._of.get(one, ())]
         return [key for key in found if not (numbers and self.meaning(key).axes)]
 
     def key(self, quantity: Quantity, probe: str | None = None) -> str | None:
@@ -128,10 +132,47 @@ class History:
 
     def number(self, key: str) -> Change | None:
         """How a reading of one number changed; None if the key has no such reading."""
-        found = self.all(key)
-        if not found or next(iter(found.values())).axes:
-            return None
-        return _change(key, {step: float(r.values) for step, r in found.items()})
+        return self.numbers([key]).get(key)
+
+    def numbers(self, keys: Collection[str]) -> dict[str, Change]:
+        """Key -> how its reading changed, for those of these keys that are one number each."""
+        numbers = [key for key, reading in self.last(keys).items() if not reading.axes]
+        found = self.alike(numbers, lambda reading: float(reading.values))
+        return {key: _change(key, found[key]) for key in keys if key in found}
+
+    def alike(
+        self, keys: Collection[str], take: Callable[[Reading], Taken]
+    ) -> dict[str, dict[int, Taken]]:
+        """Key -> step -> what `take` returns for the reading, for all readings that have the shape
+        and labels of the key's last one.
+
+        Each step is read once, however many keys there are, and only what `take` returns is kept.
+        """
+        last = {key: _form(reading) for key, reading in self.last(keys).items()}
+        found: dict[str, dict[int, Taken]] = {key: {} for key in last}
+        for step in sorted({step for key in last for step in self.steps[key]}):
+            for reading in self.store.readings(step, last.keys()):
+                if _form(reading) == last[reading.key]:
+                    found[reading.key][step] = take(reading)
+        return found
+
+    def last(self, keys: Collection[str]) -> dict[str, Reading]:
+        """Key -> its last reading, for those of these keys that there are."""
+        by_step: dict[int, list[str]] = {}
+        for key in keys:
+            if key in self.steps:
+                by_step.setdefault(self.steps[key][-1], []).append(key)
+        found = {
+            reading.key: reading
+            for step, here in by_step.items()
+            for reading in self.store.readings(step, set(here))
+        }
+        return {key: found[key] for key in keys if key in found}
+
+
+def _form(reading: Reading) -> tuple[object, object]:
+    """What two readings have in common if they can be compared."""
+    return reading.values.shape, reading.labels
 
 
 def _change(what: str, values: Mapping[int, float]) -> Change:
@@ -199,16 +240,17 @@ def role_scores(history: History) -> Iterator[tuple[str, dict[int, np.ndarray], 
 
     A head's score in a role is the lowest over the block lengths, as `Watch` takes it.
     """
+    lasts: dict[str, Reading] = {}
     seen = set()
-    for key in history.keys(Quantity.HEAD_ROLE):
-        meaning, found = history.meaning(key), history.all(key)
-        described = history.descriptions[key.split("/", 1)[0]]
-        last = found[max(found)].described(described)
+    for key, last in history.last(history.keys(Quantity.HEAD_ROLE)).items():
+        meaning = history.meaning(key)
+        last = last.described(history.descriptions[key.split("/", 1)[0]])
         # Of several instruments with one role the first, as `Watch` does.
         if of_heads([last]) and role_of(meaning) not in seen:
             seen.add(role_of(meaning))
-            scores = {step: lowest_over_blocks(reading) for step, reading in found.items()}
-            yield meaning.role, scores, last
+            lasts[key] = last
+    for key, scores in history.alike(lasts, lowest_over_blocks).items():
+        yield history.meaning(key).role, scores, lasts[key]
 
 
 def changed_roles(history: History, most: int) -> list[Change]:

@@ -102,13 +102,16 @@ def targets(history: History, *, same: str = "") -> Iterator[str]:
 
     `same` is as in `arrow`.
     """
+    chances = history.keys(Quantity.ANSWER_PROBABILITY, numbers=True)
+    ranks: dict[str | None, str] = {}
+    for key in history.keys(Quantity.ANSWER_RANK, numbers=True):
+        ranks.setdefault(probe_of(key), key)
+    changes = history.numbers([*chances, *ranks.values()])
     found = []
-    for key in history.keys(Quantity.ANSWER_PROBABILITY, numbers=True):
-        probe = probe_of(key) or ""
-        if chance := history.number(key):
-            ranks = history.keys(Quantity.ANSWER_RANK, numbers=True)
-            rank = next((one for one in ranks if probe_of(one) == probe), None)
-            found.append((probe, chance, history.number(rank) if rank else None))
+    for key in chances:
+        if chance := changes.get(key):
+            rank = changes.get(ranks.get(probe_of(key), ""))
+            found.append((probe_of(key) or "", chance, rank))
     found.sort(key=lambda one: -np.nan_to_num(one[1].size))
     width = max([len(_short(probe)) for probe, _, _ in found[:_PROBES]], default=0)
     ranked = False
@@ -258,8 +261,8 @@ def unknown(history: History) -> list[str]:
                 for one in found
             ],
         ]
-    numbers = [history.number(key) for key in history.steps if key.split("/")[0] != "cost"]
-    return [f"  {one.what} {one.last:.4g}" for one in numbers if one][:5]
+    numbers = history.numbers([key for key in history.steps if key.split("/")[0] != "cost"])
+    return [f"  {one.what} {one.last:.4g}" for one in numbers.values()][:5]
 
 
 def _events(history: History) -> list[str]:

@@ -5,12 +5,14 @@ a JSON text (uint32, little-endian), the text, zeros up to a multiple of 4, and 
 filled up to a multiple of 4. The text is a list of entries, one for each reading, in order; an
 entry's payload begins at byte `at` after the text, or it is the whole of large blob number `blob`.
 
-- `type` "f32" and "f16" are the bits of the numbers. "u8" is for attention patterns with limits
-  (0, scale) or, `signed`, (-scale, scale): 255 is "not a number", else v = scale * (q / 254)**2
-  or, with x = (q - 127) / 127, v = scale * sign(x) * x**2.
+- `type` "f32" and "f16" are the bits of the numbers, "bf16" the upper half of those of "f32".
+  "u8" is for attention patterns with limits (0, scale) or, `signed`, (-scale, scale): 255 is "not
+  a number", else v = scale * (q / 254)**2 or, with x = (q - 127) / 127, v = scale * sign(x) * x**2.
 - `tril`: the payload holds `values[..., rows, columns]` of `numpy.tril_indices(n)`; the rest is 0.
 - `select`: it holds only these heads, as flat indices over the leading axes.
-- `delta`: it holds the difference, modulo 2**bits, to the previous step that has the key.
+- `delta`: it holds the difference, modulo 2**bits, to the previous step that has the key. With more
+  than one byte a number, 0, -1, 1, -2, 2, ... are written as 0, 1, 2, 3, 4, ..., so that the upper
+  bytes of small differences are 0 whatever their sign.
 - A payload is cut into byte planes: the lowest byte of every number, then the next, ...
 - `same`: all except `delta`, `at` and `blob` is as in the previous step that has the key.
 """
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from tlens_callback.page.heads import HEAD_AXES
 from tlens_callback.reading import Reading
 from tlens_callback.store.triangle import is_pattern, lower_triangle
 
@@ -37,6 +40,7 @@ LARGE = 20_000
 _KEY_FRAME_EVERY = 20
 _HALF_FROM = 4_000
 _LARGEST_HALF = 65504.0
+_LARGEST_ROUNDED = 3e38
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,16 @@ class Part:
         return (content + len(_deflate(_json(self.entry), 6))) * 4 / 3 + 20
 
 
-def code(reading: Reading, select: Sequence[int] | None = None) -> Code:
+def code(reading: Reading, select: Sequence[int] | None = None, *, rounded: bool = False) -> Code:
     """Encodes a reading as integers; `select` keeps only some heads' patterns, by flat index
-    (layer * heads + head).
+    (layer * heads + head); `rounded` keeps 8 binary digits of a matrix of heads.
 
     An attention pattern within its limits (0, x) or (-x, x) is off by at most half a code: x / 254
     for values near x, or x / 127 with limits (-x, x), and less for smaller values. A reading of
     more than 4,000 values that is no index, and whose largest magnitude is 2**-10 to 65504, is off
-    by at most 2**-11 of a value, or 2**-25 if that is more. Everything else is exact.
+    by at most 2**-11 of a value, or 2**-25 if that is more. A matrix of heads, axes ending in
+    "layer", "head", that is `rounded` is off by at most 2**-8 of a value, 0.4%. Everything else is
+    exact.
     """
     lower = lower_triangle(reading.values, reading.axes)
     about = {
@@ -87,7 +93,8 @@ def code(reading: Reading, select: Sequence[int] | None = None) -> Code:
     }
     if reading.texts is not None:
         about["texts"] = reading.texts.ravel().tolist()
-    return _code(about, reading.values if lower is None else lower, lower is not None, select)
+    values, tril = (reading.values, False) if lower is None else (lower, True)
+    return _code(about, values, tril, select, rounded=rounded)
 
 
 def code_lower(
@@ -106,7 +113,12 @@ def code_lower(
 
 
 def _code(
-    about: dict[str, Any], values: np.ndarray, tril: bool, select: Sequence[int] | None
+    about: dict[str, Any],
+    values: np.ndarray,
+    tril: bool,
+    select: Sequence[int] | None,
+    *,
+    rounded: bool = False,
 ) -> Code:
     if select is not None:
         assert is_pattern(about["axes"])
@@ -122,6 +134,10 @@ def _code(
         signed = about["limits"][0] != 0
         about |= {"type": "u8", "scale": scale, "signed": signed}
         payload = _to_bytes(values, scale, signed)
+    elif rounded and _can_be_rounded(about, low, high):
+        about["type"] = "bf16"
+        payload = torch.from_numpy(np.array(values)).bfloat16().view(torch.int16).numpy()
+        payload = payload.view(np.uint16)
     elif _fits_half(about, values, low, high):
         about["type"] = "f16"
         # numpy converts what is below 2**-14 in software, ten times slower than torch.
@@ -187,6 +203,12 @@ def _fits_half(about: Mapping[str, Any], values: np.ndarray, low: float, high: f
     return largest == 0 or 2**-10 <= largest < _LARGEST_HALF
 
 
+def _can_be_rounded(about: Mapping[str, Any], low: float, high: float) -> bool:
+    """Whether a reading is a matrix of heads; not if it has numbers that would become infinite."""
+    is_matrix = tuple(about["axes"][-2:]) == HEAD_AXES and about["unit"] != "index"
+    return is_matrix and not any(_LARGEST_ROUNDED < abs(x) < math.inf for x in (low, high))
+
+
 class Track:
     """Turns the codes of successive steps into parts, as differences to the step before.
 
@@ -215,9 +237,18 @@ class Track:
         entry["delta"] = delta
         if delta:
             assert before is not None
-            payload = payload - before.payload
+            payload = _signs_last(payload - before.payload)
         content = _planes(payload)
         return Part(entry, _deflate_noise(content) if blob else content, blob)
+
+
+def _signs_last(differences: np.ndarray) -> np.ndarray:
+    """Writes differences modulo 2**bits as 0, -1, 1, -2, 2, ... are counted."""
+    bits = 8 * differences.dtype.itemsize
+    if bits == 8:  # there is no upper byte
+        return differences
+    signs = differences.view(f"i{bits // 8}") >> (bits - 1)
+    return (differences << 1) ^ signs.view(differences.dtype)
 
 
 def _planes(payload: np.ndarray) -> bytes:

@@ -1,6 +1,7 @@
 """Chooses which attention patterns to keep when all of them would not fit in the page."""
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tlens_callback.page.encode import Part, Track, code, code_lower
-from tlens_callback.page.heads import Head, Scores, heads_of, interleave, is_score, keep_largest
+from tlens_callback.page.heads import (
+    HEAD_AXES,
+    Head,
+    Scores,
+    heads_of,
+    interleave,
+    is_score,
+    keep_largest,
+)
 from tlens_callback.reading import TOKEN_AXES, split_key
 from tlens_callback.store.triangle import is_pattern
 
@@ -25,7 +34,13 @@ _TRIALS, _COMPARED_STEPS = 8, 8
 
 def is_bulky(axes: Sequence[str], shape: Sequence[int]) -> bool:
     """Whether a reading may be left out at some steps: patterns, texts of rollouts and what was
-    measured at their tokens, and readings of more than 4,000 numbers."""
+    measured at their tokens, and readings of more than 4,000 numbers.
+
+    A matrix of heads stays at every step, however many heads there are: its curves are what a long
+    run is watched for.
+    """
+    if tuple(axes) == HEAD_AXES:
+        return False
     return is_pattern(axes) or _is_of_rollouts(axes) or math.prod(shape) > _BULKY_SIZE
 
 
@@ -51,8 +66,11 @@ def evenly_spaced(steps: Sequence[int], most: int, wanted: Collection[int] = ())
     if most >= len(steps):
         return list(steps)
     chosen = [round(i * (len(steps) - 1) / max(most - 1, 1)) for i in range(most)]
+    wanted = set(wanted)
     for at in (i for i, step in enumerate(steps) if step in wanted):
-        nearest = min(range(most), key=lambda i: abs(chosen[i] - at))
+        # They stay in order, so that the nearest is one of two.
+        after = min(bisect_left(chosen, at), most - 1)
+        nearest = min(max(after - 1, 0), after, key=lambda i: abs(chosen[i] - at))
         if 0 < nearest < most - 1 and steps[chosen[nearest]] not in wanted:
             chosen[nearest] = at
     return sorted(steps[i] for i in set(chosen))
@@ -186,8 +204,11 @@ class _Bulky:
         total = sum(self._weight[key] * len(steps) for key, steps in chosen.items())
         parts: dict[tuple[int, str], Part] = {}
         track, size, done = Track(), 0.0, 0
-        for step in sorted(set().union(*chosen.values())):
-            keys = [key for key, steps in chosen.items() if step in steps]
+        keys_of: dict[int, set[str]] = {}
+        for key, steps in chosen.items():
+            for step in steps:
+                keys_of.setdefault(step, set()).add(key)
+        for step, keys in sorted(keys_of.items()):
             for key, about, lower in self._store.stored(step, keys):
                 select = None
                 if heads is not None and key in self._patterns and (at := _heads(about)):

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from tlens_callback.probes.encoding import chat_ids, own_tokenizer, token_ids
 from tlens_callback.probes.probe import Probe
+from tlens_callback.probes.shuffled import Shuffled
 
 logger = logging.getLogger("tlens_callback")
 
@@ -94,8 +95,7 @@ class TrainingRows:
 
     def __init__(self, dataset: Any, tokenizer: Any, size: int, tokens: int) -> None:
         self._dataset, self._tokenizer, self._tokens = dataset, tokenizer, tokens
-        self._order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
-        self._position = 0
+        self._order, self._position = Shuffled(size), 0
         self.bos = self._begin_with_bos(min(size, 8))
 
     def __call__(self, n: int) -> list[list[int]]:
@@ -104,7 +104,7 @@ class TrainingRows:
         for _ in range(min(2 * n, size)):
             if len(rows) == n:
                 break
-            index, self._position = self._order[self._position % size], self._position + 1
+            index, self._position = self._order(self._position % size), self._position + 1
             if ids := self._row(index):
                 rows.append(ids[: self._tokens])
         return rows

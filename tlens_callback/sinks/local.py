@@ -64,9 +64,10 @@ class LocalSink:
     and if its store is of an older version. If no store holds it, a new one begins.
 
     With `page`, the directory also has the page of the run: page/index.html, which shows each new
-    step while the run goes on, and page.html, one file of at most 15 MB, which `close` makes. If
-    the live page fails, that is logged and the page is not updated any more; the store goes on. A
-    later run that resumes this one updates the page again.
+    step while the run goes on, and page.html, one file of at most 15 MB, which `close` makes (60
+    MB where the scores of all heads at all steps need it). If the live page fails, that is logged
+    and the page is not updated any more; the store goes on. A later run that resumes this one
+    updates the page again.
 
     Args:
         path: the directory; made at the first write.

@@ -4,13 +4,11 @@ import json
 import math
 import stat
 import struct
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from tlens_callback.store.format import described_in, texts_of
-
-_DTYPES = frozenset("BOOL U8 I8 I16 U16 I32 U32 I64 U64 F16 F32 F64".split())
-"""Types of numbers in a safetensors file that numpy has too."""
 
 _TEXT_COLUMNS = frozenset("key instrument measure probe unit text".split())
 
@@ -32,26 +30,32 @@ def whole_table(path: Path) -> bool:
         return end == b"PAR1" and footer + 12 <= size
 
 
-def demand_readable(file: Any, about: Any) -> None:
-    """Checks what an open safetensors file says about its readings against its arrays.
+def demand_readable(
+    tensors: Mapping[str, Any], metadata: Mapping[str, str], about: Any, *, known: Collection[str]
+) -> None:
+    """Checks what a safetensors file says about its readings against its arrays.
 
     Shapes are compared with those in the file, so that no text can ask for more memory than the
     file has numbers.
+
+    Args:
+        tensors: key -> dtype and shape of an array, from the header of the file.
+        metadata: the texts in that header.
+        about: key -> what is said about a reading.
+        known: the types of numbers that can be read.
 
     Raises:
         ValueError: if a reading could not be made of it.
     """
     if not isinstance(about, dict):
         raise ValueError("the metadata of the readings is no mapping")
-    metadata = file.metadata()
-    there = set(file.keys())
     for key, one in about.items():
-        if key not in there or "" in key.split("/", 2) or "/" not in key:
+        if key not in tensors or "" in key.split("/", 2) or "/" not in key:
             raise ValueError(f"there is no array {key!r}")
-        part = file.get_slice(key)
-        if part.get_dtype() not in _DTYPES:
-            raise ValueError(f"{key!r} holds {part.get_dtype()}, which numpy does not have")
-        _demand_entry(key, one, list(part.get_shape()))
+        array = tensors[key]
+        if array["dtype"] not in known:
+            raise ValueError(f"{key!r} holds {array['dtype']}, which numpy does not have")
+        _demand_entry(key, one, array["shape"])
         if texts_of(key) in metadata:
             texts = json.loads(metadata[texts_of(key)])
             if not _is_texts(texts) or len(texts) != math.prod(one["shape"]):

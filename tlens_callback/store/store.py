@@ -1,6 +1,5 @@
 """`read_store`: reads back what a `LocalSink` wrote; `format` describes the files."""
 
-import json
 import logging
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -10,23 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from tlens_callback.meaning import Description
 from tlens_callback.reading import Reading
-from tlens_callback.store.damage import demand_columns, demand_readable, whole_table
+from tlens_callback.store.damage import demand_columns, whole_table
 from tlens_callback.store.format import (
     FORMAT,
     MANIFEST,
     arrays_file,
-    described_in,
     is_store,
     manifest,
     scores_file,
     steps_in,
-    texts_of,
-    unpack,
 )
+from tlens_callback.store.opened import LastOpened, OpenedStep, Stamp, one_reading, stamp_of
 
 logger = logging.getLogger("tlens_callback")
 
@@ -101,19 +98,22 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._readable: dict[int, tuple[int, ...]] = {}
+        self._readable: dict[int, Stamp] = {}
+        self._opened = LastOpened()
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The complete steps, in order. A step with a torn file (a copy cut short) is left out."""
-        steps = steps_in(self.path / "scores")
-        return tuple(step for step in steps if self._about(step) is not None)
+        return tuple(step for step in steps_in(self.path / "scores") if self._is_complete(step))
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of all complete steps, in order of appearance."""
-        about = [self._about(step) or {} for step in steps_in(self.path / "scores")]
-        return tuple(dict.fromkeys(key for of_step in about for key in of_step))
+        found: dict[str, None] = {}
+        for step in steps_in(self.path / "scores"):
+            if (opened := self._open(step)) is not None:
+                found |= dict.fromkeys(opened.about)
+        return tuple(found)
 
     def reading(self, key: str, step: int) -> Reading:
         """Returns one reading.
@@ -121,12 +121,12 @@ class Store:
         Raises:
             ValueError: if the store does not have this step, or the step this key.
         """
-        about = self._about_complete(step)
-        if key not in about:
+        opened = self._open_complete(step)
+        if key not in opened.about:
             raise ValueError(
-                f"Step {step} of {self.path} has no {key!r}; {_suggest_keys(key, about)}."
+                f"Step {step} of {self.path} has no {key!r}; {_suggest_keys(key, opened.about)}."
             )
-        return self._load(step, {key: about[key]})[0]
+        return opened.readings([key])[0]
 
     def readings(self, step: int, keys: Collection[str] | None = None) -> list[Reading]:
         """Returns the readings of a step as they were written, or only those with these keys.
@@ -134,8 +134,8 @@ class Store:
         Raises:
             ValueError: if the store does not have this step.
         """
-        about = self._about_complete(step)
-        return self._load(step, {key: about[key] for key in about if keys is None or key in keys})
+        opened = self._open_complete(step)
+        return opened.readings([key for key in opened.about if keys is None or key in keys])
 
     def about(self, step: int) -> dict[str, dict[str, Any]]:
         """Returns key -> axes, unit, labels, limits, shape, packing of a step's readings, in the
@@ -144,7 +144,7 @@ class Store:
         Raises:
             ValueError: if the store does not have this step.
         """
-        return self._about_complete(step)
+        return dict(self._open_complete(step).about)
 
     def stored(
         self, step: int, keys: Collection[str]
@@ -154,12 +154,8 @@ class Store:
         The array is [..., n (n + 1) / 2], float16 or float32, as it is in the file, if the reading
         is stored as lower triangles and has no texts; else it is None.
         """
-        about = self._about_complete(step)
-        with safe_open(arrays_file(self.path, step), "np") as file:
-            others = file.metadata()
-            for key in (key for key in about if key in keys):
-                lower = about[key]["packing"] == "tril" and texts_of(key) not in others
-                yield key, about[key], file.get_tensor(key) if lower else None
+        opened = self._open_complete(step)
+        yield from opened.stored([key for key in opened.about if key in keys])
 
     def descriptions(self, step: int) -> dict[str, Description]:
         """Returns instrument -> description, for the instruments that describe themselves.
@@ -167,16 +163,14 @@ class Store:
         Raises:
             ValueError: if the store does not have this step.
         """
-        self._about_complete(step)
-        with safe_open(arrays_file(self.path, step), "np") as file:
-            return described_in(file.metadata())
+        return dict(self._open_complete(step).descriptions)
 
     @property
     def torn(self) -> tuple[int, ...]:
         """The steps that were complete once and are not any more: a copy was cut short, or a file
         is damaged."""
         steps = steps_in(self.path / "scores")
-        return tuple(step for step in steps if self._about(step) is None)
+        return tuple(step for step in steps if not self._is_complete(step))
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns steps [step] and values [step, *axes] of one reading, at the steps that have it;
@@ -270,19 +264,19 @@ class Store:
         """
         found: dict[int, Reading] = {}
         for step in steps_in(self.path / "scores"):
-            about = self._about(step)
-            if about is not None and key in about:
-                found[step] = self._load(step, {key: about[key]})[0]
+            if (reading := self._one(step, key)) is not None:
+                found[step] = reading
         if not found:
             raise ValueError(f"{self.path} has no {key!r}; {_suggest_keys(key, self.keys)}.")
         return found
 
-    def page(self, *, most_bytes: int = 15_000_000, view: str = "") -> "PageView":
+    def page(self, *, most_bytes: int | None = None, view: str = "") -> "PageView":
         """Makes the interactive page of the steps so far. Jupyter shows it as the last line of a
         cell; its `save(path)` writes it as one HTML file.
 
         Args:
-            most_bytes: largest size of that file; see `tlens_callback.page.page`.
+            most_bytes: largest size of that file; by default 15 MB, or up to 60 MB where the
+                scores of all heads at all steps need it; see `tlens_callback.page.page`.
             view: what the page shows first, such as "step=1&other=0&change=1"; see
                 `tlens_callback.page.page` too.
 
@@ -298,41 +292,56 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}: {len(self.steps)} steps, {len(self.keys)} keys)"
 
-    def _about_complete(self, step: int) -> dict[str, Any]:
-        about = self._about(step)
-        if about is None:
+    def _open_complete(self, step: int) -> OpenedStep:
+        opened = self._open(step)
+        if opened is None:
             raise ValueError(
                 f"{self.path} has no complete step {step}; its steps are {self.steps}."
             )
-        return about
+        return opened
 
-    def _about(self, step: int) -> dict[str, Any] | None:
-        """Returns what `about` returns; None if the step is not complete, or damaged."""
-        scores, arrays = scores_file(self.path, step), arrays_file(self.path, step)
+    def _one(self, step: int, key: str) -> Reading | None:
+        """Returns a reading; None if the step is not complete, or does not have it."""
+        stamp = self._stamp(step)
+        # The first look at a file is at all of it, since a damaged step is left out.
+        if stamp is not None and self._readable.get(step) == stamp and step not in self._opened:
+            try:
+                return one_reading(arrays_file(self.path, step), stamp, key)
+            except (OSError, ValueError, LookupError):
+                pass
+        opened = self._open(step)
+        return opened.readings([key])[0] if opened and key in opened.about else None
+
+    def _is_complete(self, step: int) -> bool:
+        stamp = self._stamp(step)
+        # A file that was read once needs no second look until it changes.
+        return stamp is not None and (
+            self._readable.get(step) == stamp or self._open(step) is not None
+        )
+
+    def _open(self, step: int) -> OpenedStep | None:
+        """Opens a step; returns None if it is not complete, or damaged."""
+        stamp = self._stamp(step)
+        if stamp is None:
+            return None
+        opened = self._opened.get(step)
         try:
-            if not whole_table(scores):
-                return None
-            at = arrays.stat()
-            # A pipe would be waited for without end.
-            if not stat.S_ISREG(at.st_mode):
-                return None
-            # Opening checks the length against the header.
-            with safe_open(arrays, "np") as file:
-                about = json.loads((file.metadata() or {})["readings"])
-                stamp = at.st_ino, at.st_size, at.st_mtime_ns
-                if self._readable.get(step) != stamp:
-                    demand_readable(file, about)
-                    self._readable[step] = stamp
-                return about
+            if opened is None or opened.stamp != stamp:
+                checked = self._readable.get(step) == stamp
+                opened = OpenedStep(arrays_file(self.path, step), stamp, checked=checked)
+                self._readable[step] = stamp
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError):
             return None
+        self._opened.keep(step, opened)
+        return opened
 
-    def _load(self, step: int, about: Mapping[str, Any]) -> list[Reading]:
-        with safe_open(arrays_file(self.path, step), "np") as file:
-            texts = file.metadata()
-            readings = [
-                unpack(key, file.get_tensor(key), about[key], texts.get(texts_of(key)))
-                for key in about
-            ]
-        said = described_in(texts)
-        return [r.described(said[r.instrument]) if r.instrument in said else r for r in readings]
+    def _stamp(self, step: int) -> Stamp | None:
+        """Identifies the file of a step as it is now; None if one of its files is not there."""
+        try:
+            if not whole_table(scores_file(self.path, step)):
+                return None
+            at = arrays_file(self.path, step).stat()
+        except (OSError, ValueError):
+            return None
+        # A pipe would be waited for without end.
+        return stamp_of(at) if stat.S_ISREG(at.st_mode) else None

@@ -29,7 +29,7 @@ function integers(entry, bytes, base) {
   const lead = entry.select ? entry.select.length : product(entry.shape.slice(0, -2));
   const [rows, columns] = [entry.shape.at(-2) ?? 1, entry.shape.at(-1) ?? 1];
   const count = lead * (entry.tril ? (rows * (rows + 1)) / 2 : rows * columns);
-  const Type = { u8: Uint8Array, f16: Uint16Array, f32: Uint32Array }[entry.type];
+  const Type = { u8: Uint8Array, f16: Uint16Array, bf16: Uint16Array, f32: Uint32Array }[entry.type];
   const out = new Type(count);
   const planes = Type.BYTES_PER_ELEMENT;
   if (planes === 1) out.set(bytes.subarray(0, count));
@@ -37,7 +37,9 @@ function integers(entry, bytes, base) {
     const at = plane * count, shift = 8 * plane;
     for (let i = 0; i < count; i++) out[i] |= bytes[at + i] << shift;
   }
-  if (base) for (let i = 0; i < count; i++) out[i] += base[i];
+  if (base && planes === 1) for (let i = 0; i < count; i++) out[i] += base[i];
+  // 0, 1, 2, 3, 4, ... stand for differences of 0, -1, 1, -2, 2, ...
+  else if (base) for (let i = 0; i < count; i++) out[i] = base[i] + ((out[i] >>> 1) ^ -(out[i] & 1));
   return out;
 }
 
@@ -45,8 +47,8 @@ const word = new DataView(new ArrayBuffer(4));
 
 function toFloat(entry, code) {
   if (entry.type === "f16") return HALF[code];
-  if (entry.type === "f32") {
-    word.setUint32(0, code);
+  if (entry.type === "f32" || entry.type === "bf16") {
+    word.setUint32(0, entry.type === "f32" ? code : code << 16);
     return word.getFloat32(0);
   }
   return byteTable(entry)[code];
@@ -54,6 +56,9 @@ function toFloat(entry, code) {
 
 function floats(entry, codes) {
   if (entry.type === "f32") return new Float32Array(codes.buffer, codes.byteOffset, codes.length);
+  if (entry.type === "bf16") {
+    return new Float32Array(Uint32Array.from(codes, (code) => code << 16).buffer);
+  }
   const table = entry.type === "f16" ? HALF : byteTable(entry);
   const out = new Float32Array(codes.length);
   for (let i = 0; i < out.length; i++) out[i] = table[codes[i]];
