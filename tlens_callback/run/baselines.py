@@ -136,3 +136,18 @@ def restore(
         if name in held:
             held[name][own] = tensor
     return frozenset(key.partition("/")[0] for key in found)
+
+
+def say_new(held: Baselines, recalled: frozenset[str]) -> None:
+    """Warns of instruments that keep something for which a resumed run found nothing.
+
+    Args:
+        recalled: what `restore` returned.
+    """
+    for name, one in held.items():
+        if recalled and one and name not in recalled:
+            warn(
+                "tlens: the checkpoint holds nothing for %r, which therefore measures changes from "
+                "this step on.",
+                name,
+            )

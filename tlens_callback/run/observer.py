@@ -14,6 +14,7 @@ from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run import baselines
+from tlens_callback.run.budget import Budget
 from tlens_callback.run.claims import claim
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
@@ -62,6 +63,7 @@ class Observer:
         model, shadow: the live model and its shadow; None before `start` and after the end.
         batch: the encoded probes.
         cost: the time spent on the training thread so far.
+        budget: the next step to observe, where what it costs has a limit.
         steps: the observed steps.
         first_bytes: instrument -> bytes of its readings at the first observation.
         checks: step -> fidelity, for the steps where it was computed.
@@ -86,6 +88,7 @@ class Observer:
         self.checks = self._monitor.checks
         self.extra_bytes = self._first_step = self._gathers = 0
         self._schedule = Schedule()
+        self.budget = Budget(settings.budget, settings.every_n_steps, self.cost)
         self._model_shape: tuple[int, ...] = ()
         self._run = ""
         self._watch_before: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -170,7 +173,7 @@ class Observer:
                 )
             assert self.batch is not None
             held = baselines.of([*self.instruments, self.watch, self.looking.look])
-            own = baselines.of([self.logs, self._schedule])
+            own = baselines.of([self.logs, self._schedule, self.budget])
             for one in [*held.values(), *own.values()]:
                 one.clear()
             recalled = frozenset()
@@ -179,6 +182,7 @@ class Observer:
                 about = baselines.conditions(self.batch, self.shadow.dtype, run)
                 recalled = baselines.restore(baselines_file, held | own, about, self.shadow.device)
             self._schedule.start()
+            self.budget.start(step)
             self.logs.start(logged, step=0 if earlier else step)
             fidelity = self._monitor.start(model, self.shadow, self.batch, step=step)
             self._first_step = step
@@ -186,13 +190,7 @@ class Observer:
             baselines.demand_tensors(held)
             if not self.looking.awaits:
                 self.writer.drain()
-            for name, one in held.items():
-                if recalled and one and name not in recalled:
-                    warn(
-                        "tlens: the checkpoint holds nothing for %r, which therefore measures "
-                        "changes from this step on.",
-                        name,
-                    )
+            baselines.say_new(held, recalled)
         self.cost.beforehand = self.cost.seconds
 
     @contextmanager
@@ -225,7 +223,7 @@ class Observer:
                 if self.watch is not None and self._watch_before[0] == step:
                     held[self.watch.name] = self._watch_before[1]
                 if any(held.values()) or has_rare(self.instruments) or always:
-                    for own in (self.logs, self._schedule):
+                    for own in (self.logs, self._schedule, self.budget):
                         own.remember(step)
                         held[own.name] = own.baseline
                 baselines.write(path, held, about | {baselines.RUN: self._run})
@@ -253,7 +251,9 @@ class Observer:
                 self.shadow.sync()
                 fidelity = None
                 if check:
-                    fidelity = self._monitor.check(self.model, self.shadow, self.batch, step=step)
+                    with self.cost.comparison():
+                        given = (self.model, self.shadow, self.batch)
+                        fidelity = self._monitor.check(*given, step=step)
                 if observe or last:
                     self._observe_now(step, fidelity, last=last, hold=hold)
                 elif fidelity is not None:
@@ -362,6 +362,7 @@ class Observer:
             self.first_bytes[reading.instrument] += reading.values.nbytes
         if step not in self.steps:
             self.steps.append(step)
+        self.budget.observed(step)
         of = self._observed
         assert of is not None
         self.looking.observed(of, step, last=last)
