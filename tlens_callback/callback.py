@@ -270,7 +270,7 @@ class TLensCallback(TrainerCallback, Watcher):
                 self._baselines_file(args, state),
                 step=state.global_step,
                 run=_run_identity(state),
-                always=True,
+                shares=True,
             )
 
     def _observe_last(self, state: TrainerState, control: TrainerControl) -> None:

@@ -204,8 +204,9 @@ class Tracer(Watcher):
     def save(self, folder: str | Path) -> None:
         """Saves in a folder what `resume_from` needs; call it where the loop saves a checkpoint.
 
-        It writes `<name>.memory`, what later observations are compared with, and `<name>.log.json`,
-        what `step` was given. On processes that do not observe it does nothing.
+        It writes `<name>.memory` and `<name>.constants`, what later observations are compared with,
+        and `<name>.log.json`, what `step` was given. On processes that do not observe it does
+        nothing.
 
         Raises:
             ValueError: outside of the block.
@@ -227,7 +228,7 @@ class Tracer(Watcher):
                 raise
             warn("tlens: %s could not be written: %s", path, error)
             return
-        self.observer.remember(path, step=self._step, run=self._run_identity, always=True)
+        self.observer.remember(path, step=self._step, run=self._run_identity, shares=True)
 
     def __exit__(
         self,

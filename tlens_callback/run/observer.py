@@ -16,6 +16,7 @@ from tlens_callback.reading import Reading
 from tlens_callback.run import baselines
 from tlens_callback.run.budget import Budget
 from tlens_callback.run.claims import claim
+from tlens_callback.run.constants import Constants
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.looking import Looking, Observed
@@ -23,7 +24,7 @@ from tlens_callback.run.observe import observe
 from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.schedule import Schedule, has_rare
 from tlens_callback.run.settings import Settings
-from tlens_callback.run.trainer_logs import TrainerLogs
+from tlens_callback.run.trainer_logs import TrainerLogs, known_later
 from tlens_callback.run.writer import Writer
 from tlens_callback.shadow import Shadow
 from tlens_callback.shadow.fidelity import Fidelity, FidelityError
@@ -87,7 +88,7 @@ class Observer:
         self._monitor, self.cost = FidelityMonitor(), Cost()
         self.checks = self._monitor.checks
         self.extra_bytes = self._first_step = self._gathers = 0
-        self._schedule = Schedule()
+        self._schedule, self._constants = Schedule(), Constants()
         self.budget = Budget(settings.budget, settings.every_n_steps, self.cost)
         self._model_shape: tuple[int, ...] = ()
         self._run = ""
@@ -176,11 +177,12 @@ class Observer:
             own = baselines.of([self.logs, self._schedule, self.budget])
             for one in [*held.values(), *own.values()]:
                 one.clear()
-            recalled = frozenset()
+            recalled, self._constants = frozenset(), Constants()
             wanted = bool(held) or has_rare(self.instruments)
             if baselines_file is not None and (wanted or baselines_file.exists()):
                 about = baselines.conditions(self.batch, self.shadow.dtype, run)
-                recalled = baselines.restore(baselines_file, held | own, about, self.shadow.device)
+                given = (about, self.shadow.device, self._constants)
+                recalled = baselines.restore(baselines_file, held | own, *given)
             self._schedule.start()
             self.budget.start(step)
             self.logs.start(logged, step=0 if earlier else step)
@@ -188,6 +190,7 @@ class Observer:
             self._first_step = step
             self._observe_now(step, fidelity, last=last)
             baselines.demand_tensors(held)
+            self._constants.begin(baselines.tensors_of(held))
             if not self.looking.awaits:
                 self.writer.drain()
             baselines.say_new(held, recalled)
@@ -205,14 +208,14 @@ class Observer:
                 raise RuntimeError(NO_ROOM_FOR_SHADOW) from error
             raise
 
-    def remember(self, path: Path, *, step: int, run: str = "", always: bool = False) -> None:
+    def remember(self, path: Path, *, step: int, run: str = "", shares: bool = False) -> None:
         """Writes to a file what the instruments compare later observations with.
 
         Args:
             step: the step where a resumed run begins. If it was observed already, the resumed run
                 observes and writes it again, with its events and all that was logged before it.
             run: identifies this training run up to this step.
-            always: write a file even if there is nothing to keep.
+            shares: what never changes goes to a file that the checkpoints of the run share.
         """
         if self.batch is None or self.shadow is None:
             return
@@ -222,11 +225,11 @@ class Observer:
                 held = baselines.of([*self.instruments, self.watch, self.looking.look])
                 if self.watch is not None and self._watch_before[0] == step:
                     held[self.watch.name] = self._watch_before[1]
-                if any(held.values()) or has_rare(self.instruments) or always:
-                    for own in (self.logs, self._schedule, self.budget):
-                        own.remember(step)
-                        held[own.name] = own.baseline
-                baselines.write(path, held, about | {baselines.RUN: self._run})
+                for own in (self.logs, self._schedule, self.budget):
+                    own.remember(step)
+                    held[own.name] = own.baseline
+                shared = self._constants if shares else None
+                baselines.write(path, held, about | {baselines.RUN: self._run}, shared)
             except Exception as error:
                 if self.settings.on_error == "raise":
                     raise
@@ -366,7 +369,7 @@ class Observer:
         of = self._observed
         assert of is not None
         self.looking.observed(of, step, last=last)
-        more = partial(_more, self.logs, step, self.looking.readings)
+        more = partial(known_later, self.logs, step, self.looking.readings)
         self.writer.hold(readings, step=step, more=more)
         if not (hold or self.looking.awaits):
             self.writer.release()
@@ -412,9 +415,3 @@ class Observer:
             if reading.texts is not None:
                 print_lines([f"tlens: step {step}: {event}" for event in reading.texts.tolist()])
         return found
-
-
-def _more(logs: TrainerLogs, step: int, of_rollouts: Sequence[Reading]) -> list[Reading]:
-    """What belongs to an observation and is known after it. It holds no model, since the writer may
-    keep it until the end of the program."""
-    return [*logs.take(step), *of_rollouts]

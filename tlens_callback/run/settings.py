@@ -89,8 +89,9 @@ class Settings:
             if two observations are waiting already. "drop_old": training never waits; the older of
             the two is dropped and counted. "inline": the sinks write on the training thread.
         name: separates several callbacks of one training. It is the directory of the default local
-            store, the section in W&B and the other sinks, and the name of the file `<name>.memory`
-            in each checkpoint, which a resumed run compares its observations with.
+            store, the section in W&B and the other sinks, and the name of the files `<name>.memory`
+            and `<name>.constants` in each checkpoint, which a resumed run compares its observations
+            with.
         rollouts: which of the completions that a trainer samples are looked at; None: `Rollouts()`,
             if there are any.
 
