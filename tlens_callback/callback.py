@@ -36,9 +36,9 @@ class TLensCallback(TrainerCallback, Watcher):
     Args:
         probes: the texts to run, or the path of a file that `read_probes` reads. None: the first
             rows of the training data.
-        settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, weights,
-            on_error, writing, name and rollouts, as `tlens_callback.run.settings.Settings` explains
-            them.
+        settings: instruments, sinks, watch, every_n_steps, budget, repeats, device, dtype,
+            weights, on_error, writing, name and rollouts, as
+            `tlens_callback.run.settings.Settings` explains them.
 
     Raises:
         ValueError: here or when training begins, if something cannot work; the text says what to
@@ -197,8 +197,7 @@ class TLensCallback(TrainerCallback, Watcher):
         by_epoch = last and "epoch" in (args.logging_strategy, args.eval_strategy)
         # The trainer logs this step later; the observation waits for what it logs.
         hold = control.should_log or control.should_evaluate or by_epoch
-        observe = step % self.settings.every_n_steps == 0
-        self._after_update(step, observe=observe, last=last, hold=hold)
+        self._after_update(step, observe=self._is_time(step), last=last, hold=hold)
         if self.observer is not None and watching and last and not hold:
             self.observer.finish()
 
@@ -271,7 +270,7 @@ class TLensCallback(TrainerCallback, Watcher):
                 self._baselines_file(args, state),
                 step=state.global_step,
                 run=_run_identity(state),
-                always=True,
+                shares=True,
             )
 
     def _observe_last(self, state: TrainerState, control: TrainerControl) -> None:

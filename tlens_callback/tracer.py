@@ -68,11 +68,12 @@ class Tracer(Watcher):
         train_dataset: rows that the model is trained on, by index, each a dict with `input_ids`,
             `text` or `prompt`. Instruments that learn from training rows read it, and so does
             `probes=None`. This does not change the order of the loop's own loader.
-        settings: instruments, sinks, watch, every_n_steps, repeats, device, dtype, weights,
-            on_error, writing and name, as `tlens_callback.run.settings.Settings` explains them.
-            The default sinks are the local store and the active W&B run. If the loop logs to that
-            run too, it should log `{..., "train/global_step": step}` and give no `step=`: W&B's own
-            step counts rows, the tracer's included, and W&B drops a row for an earlier step.
+        settings: instruments, sinks, watch, every_n_steps, budget, repeats, device, dtype,
+            weights, on_error, writing and name, as `tlens_callback.run.settings.Settings` explains
+            them. The default sinks are the local store and the active W&B run. If the loop logs to
+            that run too, it should log `{..., "train/global_step": step}` and give no `step=`:
+            W&B's own step counts rows, the tracer's included, and W&B drops a row for an earlier
+            step.
 
     Raises:
         ValueError: here or on entering, if something cannot work; the text says what to do.
@@ -197,15 +198,15 @@ class Tracer(Watcher):
             self._log.append({**row, "step": self._step})
         self._join_later_wandb()
         with _full_precision(self._model):
-            due = self._step % self.settings.every_n_steps == 0
             last = self._step == self._last
-            self._after_update(self._step, observe=due, last=last)
+            self._after_update(self._step, observe=self._is_time(self._step), last=last)
 
     def save(self, folder: str | Path) -> None:
         """Saves in a folder what `resume_from` needs; call it where the loop saves a checkpoint.
 
-        It writes `<name>.memory`, what later observations are compared with, and `<name>.log.json`,
-        what `step` was given. On processes that do not observe it does nothing.
+        It writes `<name>.memory` and `<name>.constants`, what later observations are compared with,
+        and `<name>.log.json`, what `step` was given. On processes that do not observe it does
+        nothing.
 
         Raises:
             ValueError: outside of the block.
@@ -227,7 +228,7 @@ class Tracer(Watcher):
                 raise
             warn("tlens: %s could not be written: %s", path, error)
             return
-        self.observer.remember(path, step=self._step, run=self._run_identity, always=True)
+        self.observer.remember(path, step=self._step, run=self._run_identity, shares=True)
 
     def __exit__(
         self,

@@ -82,11 +82,27 @@ class Watcher:
         """In rank 0: the other processes help inside the `with` block, if there are any."""
         if self.ranks is None:
             yield
+            self._decide()
             return
         with self.ranks.leading(fatal=fatal):
             yield
+            self._decide()
             self.ranks.watching = self.observer is not None and self.observer.watching
             self.ranks.next_check = self.observer.next_check if self.observer else None
+            self.ranks.next_step = self.observer.budget.next if self.observer else 0
+
+    def _decide(self) -> None:
+        if self.observer is not None:
+            self.observer.budget.decide()
+
+    def _is_time(self, step: int) -> bool:
+        """Whether this step is observed even if it is not the last; the answer of all processes is
+        the same."""
+        if self.ranks is not None:
+            after = self.ranks.next_step
+        else:
+            after = self.observer.budget.next if self.observer is not None else 0
+        return step % self.settings.every_n_steps == 0 and step >= after
 
     def _after_update(
         self, step: int, *, observe: bool, last: bool = False, hold: bool = False

@@ -121,7 +121,7 @@ def replay(
         if observer.shadow is not None and len(observer.steps) == 1:
             dtype = observer.shadow.dtype
             print_lines(_precision_lines(last, dtype, given=loader.dtype is not None))
-        observer.remember(record.baselines_file(stage.step), step=stage.step + 1, always=True)
+        observer.remember(record.baselines_file(stage.step), step=stage.step + 1)
         record.add(stage, last=stage is todo[-1])
 
     record.begin()

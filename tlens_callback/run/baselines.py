@@ -1,6 +1,7 @@
 """Saves what instruments keep from earlier observations, in each checkpoint of the run."""
 
 import hashlib
+import json
 import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -12,6 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tlens_callback.probes import ProbeBatch
+from tlens_callback.run import constants
+from tlens_callback.run.constants import Constants
 from tlens_callback.run.printing import warn
 from tlens_callback.store.atomic import write_whole
 
@@ -25,6 +28,9 @@ one."""
 
 RUN = "run"
 """Metadata of the file: the identity of the run, as sinks are told it."""
+
+_CONSTANT = "constant"
+"""Metadata: which tensors are in the file beside it that checkpoints share, with their digests."""
 
 
 def of(things: Iterable[object]) -> dict[str, dict[str, Tensor]]:
@@ -77,39 +83,61 @@ def demand_tensors(held: Baselines) -> None:
             )
 
 
-def write(path: Path, held: Baselines, about: Mapping[str, str]) -> None:
+def tensors_of(held: Baselines) -> dict[str, Tensor]:
+    """Returns the tensors of all instruments, by the keys that they have in a file."""
+    each = ((name, key, one) for name, kept in held.items() for key, one in kept.items())
+    return {f"{name}/{key}": tensor for name, key, tensor in each}
+
+
+def write(
+    path: Path, held: Baselines, about: Mapping[str, str], shared: Constants | None = None
+) -> None:
     """Writes the baselines to a file, whole or not at all; removes the file if there are none.
 
     Args:
         about: what `conditions` returned, and the run under `RUN`.
+        shared: makes a second file, `<name>.constants`, of what never changes. It is there before
+            the first one, which has its digests.
 
     Raises:
         OSError: if the file cannot be written (the disk is full).
         ValueError: as `demand_tensors`.
     """
     demand_tensors(held)
+    tensors = tensors_of(held)
+    digests = shared.write(_constants_file(path), tensors) if shared is not None else {}
     # Copied: safetensors refuses tensors that share storage.
-    tensors = {
-        f"{name}/{key}": tensor.detach().to("cpu", copy=True).contiguous()
-        for name, baseline in held.items()
-        for key, tensor in baseline.items()
+    own = {
+        key: tensor.detach().to("cpu", copy=True).contiguous()
+        for key, tensor in tensors.items()
+        if key not in digests
     }
     if tensors:
-        write_whole(path, save(tensors, metadata=dict(about)))
+        write_whole(path, save(own, metadata={**about, _CONSTANT: json.dumps(digests)}))
     else:
         path.unlink(missing_ok=True)
 
 
+def _constants_file(path: Path) -> Path:
+    return path.with_suffix(".constants")
+
+
 def restore(
-    path: Path, held: Baselines, about: Mapping[str, str], device: torch.device
+    path: Path,
+    held: Baselines,
+    about: Mapping[str, str],
+    device: torch.device,
+    shared: Constants | None = None,
 ) -> frozenset[str]:
     """Fills the baselines from a file, and returns the names of those that the file has.
 
     If there is no such file, or it is from another run, other probes or another precision, a
-    warning is logged: changes are then measured from the first observation after resuming.
+    warning is logged: changes are then measured from the first observation after resuming. The same
+    holds for the instruments of which the second file has not what was written.
 
     Args:
         about: what `conditions` returns now.
+        shared: goes on with the second file, if there is one.
     """
     if not held:
         return frozenset()
@@ -118,7 +146,8 @@ def restore(
             known = file.metadata() or {}
             other = [what for what, condition in about.items() if known.get(what) != condition]
             found = {} if other else {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError) as error:
+            digests = {} if other else json.loads(known.get(_CONSTANT, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         warn(
             "tlens: %s cannot be read (%s). It holds what a resumed run compares its observations "
             "with; without it, changes are measured from this step on. If the trainer's checkpoint "
@@ -131,8 +160,41 @@ def restore(
             "tlens: %s is from %s, so changes are measured from this step on.",
             *(path, " and ".join(other)),
         )
-    for key, tensor in found.items():
-        name, _, own = key.partition("/")
-        if name in held:
+    both, lost = found, set[str]()
+    if digests:
+        there, why = constants.read(_constants_file(path), digests)
+        # Half of what an instrument compares with would give wrong numbers.
+        lost = {_name(key) for key in digests.keys() - there.keys()}
+        if told := ", ".join(sorted(lost & held.keys())):
+            warn(
+                "tlens: %s %s, so the changes of %s are measured from this step on.",
+                *(_constants_file(path), why, told),
+            )
+        if not lost and shared is not None:
+            shared.resume(_constants_file(path), digests, found)
+        both = found | {key: tensor.to(device) for key, tensor in there.items()}
+    for key, tensor in both.items():
+        name, own = _name(key), key.partition("/")[2]
+        if name in held and name not in lost:
             held[name][own] = tensor
-    return frozenset(key.partition("/")[0] for key in found)
+    return frozenset(map(_name, both)) | lost
+
+
+def _name(key: str) -> str:
+    """Returns the name of the instrument that a tensor in a file belongs to."""
+    return key.partition("/")[0]
+
+
+def say_new(held: Baselines, recalled: frozenset[str]) -> None:
+    """Warns of instruments that keep something for which a resumed run found nothing.
+
+    Args:
+        recalled: what `restore` returned.
+    """
+    for name, one in held.items():
+        if recalled and one and name not in recalled:
+            warn(
+                "tlens: the checkpoint holds nothing for %r, which therefore measures changes from "
+                "this step on.",
+                name,
+            )

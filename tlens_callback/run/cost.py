@@ -43,10 +43,11 @@ class Cost:
     Attributes:
         seconds: all seconds so far.
         beforehand: the seconds before the first step.
+        comparing: of these seconds, those of comparisons of shadow and model after the start.
     """
 
     def __init__(self) -> None:
-        self.seconds = self.beforehand = 0.0
+        self.seconds = self.beforehand = self.comparing = 0.0
         self._accounted = 0.0
         self._began = self._entered = time.perf_counter()
 
@@ -62,6 +63,19 @@ class Cost:
             yield
         finally:
             self.seconds += time.perf_counter() - self._entered
+
+    @contextmanager
+    def comparison(self) -> Iterator[None]:
+        """Counts the time of its block, inside a `spending` block, as that of a comparison."""
+        entered = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.comparing += time.perf_counter() - entered
+
+    def trained(self) -> float:
+        """Returns the seconds of training up to now; call it inside a `spending` block."""
+        return self._entered - self._began - self.seconds
 
     @property
     def share(self) -> float:

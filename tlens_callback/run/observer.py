@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from tlens_callback.interfaces import Instrument, Sink
 from tlens_callback.probes import Probe, ProbeBatch
 from tlens_callback.reading import Reading
 from tlens_callback.run import baselines
+from tlens_callback.run.budget import Budget
 from tlens_callback.run.claims import claim
+from tlens_callback.run.constants import Constants
 from tlens_callback.run.cost import Cost, cost_reading
 from tlens_callback.run.fidelity_monitor import FidelityMonitor
 from tlens_callback.run.looking import Looking, Observed
@@ -22,10 +24,10 @@ from tlens_callback.run.observe import observe
 from tlens_callback.run.printing import print_lines, report, warn
 from tlens_callback.run.schedule import Schedule, has_rare
 from tlens_callback.run.settings import Settings
-from tlens_callback.run.trainer_logs import TrainerLogs
+from tlens_callback.run.trainer_logs import TrainerLogs, known_later
 from tlens_callback.run.writer import Writer
 from tlens_callback.shadow import Shadow
-from tlens_callback.shadow.fidelity import Fidelity, FidelityError
+from tlens_callback.shadow.fidelity import Fidelity, FidelityError, Ran
 from tlens_callback.shadow.ranks import Ranks
 
 NO_ROOM_FOR_SHADOW = (
@@ -62,6 +64,7 @@ class Observer:
         model, shadow: the live model and its shadow; None before `start` and after the end.
         batch: the encoded probes.
         cost: the time spent on the training thread so far.
+        budget: the next step to observe, where what it costs has a limit.
         steps: the observed steps.
         first_bytes: instrument -> bytes of its readings at the first observation.
         checks: step -> fidelity, for the steps where it was computed.
@@ -85,7 +88,8 @@ class Observer:
         self._monitor, self.cost = FidelityMonitor(), Cost()
         self.checks = self._monitor.checks
         self.extra_bytes = self._first_step = self._gathers = 0
-        self._schedule = Schedule()
+        self._schedule, self._constants = Schedule(), Constants()
+        self.budget = Budget(settings.budget, settings.every_n_steps, self.cost)
         self._model_shape: tuple[int, ...] = ()
         self._run = ""
         self._watch_before: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -170,28 +174,25 @@ class Observer:
                 )
             assert self.batch is not None
             held = baselines.of([*self.instruments, self.watch, self.looking.look])
-            own = baselines.of([self.logs, self._schedule])
+            own = baselines.of([self.logs, self._schedule, self.budget])
             for one in [*held.values(), *own.values()]:
                 one.clear()
-            recalled = frozenset()
+            recalled, self._constants = frozenset(), Constants()
             wanted = bool(held) or has_rare(self.instruments)
             if baselines_file is not None and (wanted or baselines_file.exists()):
                 about = baselines.conditions(self.batch, self.shadow.dtype, run)
-                recalled = baselines.restore(baselines_file, held | own, about, self.shadow.device)
+                given = (about, self.shadow.device, self._constants)
+                recalled = baselines.restore(baselines_file, held | own, *given)
             self._schedule.start()
+            self.budget.start(step)
             self.logs.start(logged, step=0 if earlier else step)
             self._first_step = step
             self._observe_now(step, check=self._monitor.start, last=last)
             baselines.demand_tensors(held)
+            self._constants.begin(baselines.tensors_of(held))
             if not self.looking.awaits:
                 self.writer.drain()
-            for name, one in held.items():
-                if recalled and one and name not in recalled:
-                    warn(
-                        "tlens: the checkpoint holds nothing for %r, which therefore measures "
-                        "changes from this step on.",
-                        name,
-                    )
+            baselines.say_new(held, recalled)
         self.cost.beforehand = self.cost.seconds
 
     @contextmanager
@@ -206,14 +207,14 @@ class Observer:
                 raise RuntimeError(NO_ROOM_FOR_SHADOW) from error
             raise
 
-    def remember(self, path: Path, *, step: int, run: str = "", always: bool = False) -> None:
+    def remember(self, path: Path, *, step: int, run: str = "", shares: bool = False) -> None:
         """Writes to a file what the instruments compare later observations with.
 
         Args:
             step: the step where a resumed run begins. If it was observed already, the resumed run
                 observes and writes it again, with its events and all that was logged before it.
             run: identifies this training run up to this step.
-            always: write a file even if there is nothing to keep.
+            shares: what never changes goes to a file that the checkpoints of the run share.
         """
         if self.batch is None or self.shadow is None:
             return
@@ -223,11 +224,11 @@ class Observer:
                 held = baselines.of([*self.instruments, self.watch, self.looking.look])
                 if self.watch is not None and self._watch_before[0] == step:
                     held[self.watch.name] = self._watch_before[1]
-                if any(held.values()) or has_rare(self.instruments) or always:
-                    for own in (self.logs, self._schedule):
-                        own.remember(step)
-                        held[own.name] = own.baseline
-                baselines.write(path, held, about | {baselines.RUN: self._run})
+                for own in (self.logs, self._schedule, self.budget):
+                    own.remember(step)
+                    held[own.name] = own.baseline
+                shared = self._constants if shares else None
+                baselines.write(path, held, about | {baselines.RUN: self._run}, shared)
             except Exception as error:
                 if self.settings.on_error == "raise":
                     raise
@@ -254,7 +255,9 @@ class Observer:
                     how = self._monitor.check if check else None
                     self._observe_now(step, check=how, last=last, hold=hold)
                     return
-                fidelity = self._monitor.check(self.model, self.shadow, self.batch, step=step)
+                with self.cost.comparison():
+                    given = (self.model, self.shadow, self.batch)
+                    fidelity = self._monitor.check(*given, step=step)
                 if fidelity is not None:
                     self.writer.put(fidelity.readings(), step=step)
             except Exception as error:
@@ -338,9 +341,14 @@ class Observer:
         """
         assert self.shadow is not None and self.batch is not None
         found: list[Fidelity | None] = []
-        now = partial(check, self.model, self.shadow, self.batch, step=step) if check else None
         due = self._schedule.due(self.instruments, step=step, last=last)
         first = step == self._first_step
+
+        def compare(ran: Ran | None) -> None:
+            assert check is not None
+            # What happens before the first step is counted apart.
+            with nullcontext() if first else self.cost.comparison():
+                found.append(check(self.model, self.shadow, self.batch, step=step, ran=ran))
 
         def failed(instrument: Instrument, error: Exception) -> None:
             if self.ranks is not None and self.ranks.broken:
@@ -364,7 +372,7 @@ class Observer:
             self.batch,
             due,
             on_error=failed,
-            check=None if now is None else lambda ran: found.append(now(ran=ran)),
+            check=compare if check else None,
         )
         for fidelity in filter(None, found):
             readings += fidelity.readings()
@@ -380,10 +388,11 @@ class Observer:
             self.first_bytes[reading.instrument] += reading.values.nbytes
         if step not in self.steps:
             self.steps.append(step)
+        self.budget.observed(step)
         of = self._observed
         assert of is not None
         self.looking.observed(of, step, last=last)
-        more = partial(_more, self.logs, step, self.looking.readings)
+        more = partial(known_later, self.logs, step, self.looking.readings)
         self.writer.hold(readings, step=step, more=more)
         if not (hold or self.looking.awaits):
             self.writer.release()
@@ -429,9 +438,3 @@ class Observer:
             if reading.texts is not None:
                 print_lines([f"tlens: step {step}: {event}" for event in reading.texts.tolist()])
         return found
-
-
-def _more(logs: TrainerLogs, step: int, of_rollouts: Sequence[Reading]) -> list[Reading]:
-    """What belongs to an observation and is known after it. It holds no model, since the writer may
-    keep it until the end of the program."""
-    return [*logs.take(step), *of_rollouts]

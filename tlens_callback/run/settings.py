@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from operator import index
 from pathlib import Path
 from types import EllipsisType
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     sinks: Sequence[Sink | EllipsisType] | None
     watch: Watch | Literal[False] | None
     every_n_steps: int
+    budget: float | None
     repeats: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -64,6 +66,12 @@ class Settings:
         watch: what to raise events about: heads that take or lose a role, collapsing entropy, and
             rules of your own. None: `Watch()`. False: nothing.
         every_n_steps: optimizer steps between two observations.
+        budget: limit of the share of training time that watching takes: 0.02 for 2 %. Observations
+            are then 2, 4, 8, ... times `every_n_steps` apart where they take more, and a printed
+            line says so. The time before the first step is not counted. Step 0, the first multiple
+            of `every_n_steps`, from which it learns what an observation takes, and the last step
+            are observed in any case. In a run of several processes rank 0's clock decides for all.
+            None: no limit.
         repeats: True: repeated random blocks of three lengths are added to the probes if an
             instrument needs them, such as `HeadScores`, and the probes have none. False: they are
             never added.
@@ -81,8 +89,9 @@ class Settings:
             if two observations are waiting already. "drop_old": training never waits; the older of
             the two is dropped and counted. "inline": the sinks write on the training thread.
         name: separates several callbacks of one training. It is the directory of the default local
-            store, the section in W&B and the other sinks, and the name of the file `<name>.memory`
-            in each checkpoint, which a resumed run compares its observations with.
+            store, the section in W&B and the other sinks, and the name of the files `<name>.memory`
+            and `<name>.constants` in each checkpoint, which a resumed run compares its observations
+            with.
         rollouts: which of the completions that a trainer samples are looked at; None: `Rollouts()`,
             if there are any.
 
@@ -96,6 +105,7 @@ class Settings:
     sinks: Sequence[Sink | EllipsisType] | None = None
     watch: Watch | Literal[False] | None = None
     every_n_steps: int = 100
+    budget: float | None = None
     repeats: bool = True
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
@@ -109,6 +119,12 @@ class Settings:
         if not _counts(self.every_n_steps):
             raise ValueError(
                 f"every_n_steps must be a whole number, 1 or more, got {self.every_n_steps!r}."
+            )
+        share: Any = self.budget
+        if share is not None and not (_is_number(share) and 0 < share < 1):
+            raise ValueError(
+                f"budget is a share of training time, more than 0 and less than 1, such as 0.02 "
+                f"for 2 %, got {share!r}. For no limit, leave it out."
             )
         demand_holding(self.weights)
         if self.on_error not in ("warn", "raise"):
@@ -252,6 +268,10 @@ def _check_parts(
             f"The name {min(twice)!r} is used twice; give one of the two another name=. No "
             f"instrument may have the watch's name, or be named {', '.join(RESERVED)}."
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _counts(value: Any) -> bool:

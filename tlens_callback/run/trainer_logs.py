@@ -101,6 +101,12 @@ class TrainerLogs:
         return self._keys[name]
 
 
+def known_later(logs: TrainerLogs, step: int, of_rollouts: Sequence[Reading]) -> list[Reading]:
+    """Returns what belongs to an observation and is known after it. It is given no model, since the
+    writer may keep what it is given until the end of the program."""
+    return [*logs.take(step), *of_rollouts]
+
+
 def is_summary(row: Mapping[Any, Any]) -> bool:
     """Whether this row of the trainer's log is its summary at the end of the run."""
     return _SUMMARY <= row.keys()

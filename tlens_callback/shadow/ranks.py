@@ -69,6 +69,7 @@ class Ranks:
         sharded: the name of what has spread the parameters over the processes, or None.
         watching: whether rank 0 wants to observe again.
         next_check: the step from which on it wants to compare shadow and model again, or None.
+        next_step: the step from which on it wants to observe again.
         steps: the steps after which it has observed.
         gathers: how often it has asked for parameters.
         broken: whether something has failed within a wish, so that no other can be asked.
@@ -105,6 +106,7 @@ class Ranks:
             language_model(model)
         self.watching = True
         self.next_check: int | None = None
+        self.next_step = 0
         self.steps = {step}
         self.shards: Shards | None = None
         self._paths: tuple[list[str], list[str]] | None = None
@@ -205,7 +207,7 @@ class Ranks:
     def _serve(self) -> None:
         self._find_shards()
         while True:
-            wish = torch.zeros(4, dtype=torch.int64)
+            wish = torch.zeros(5, dtype=torch.int64)
             dist.broadcast(wish, 0, group=self.group)
             kind, *of = wish.tolist()
             if kind == _GATHER:
@@ -217,7 +219,7 @@ class Ranks:
                 dist.broadcast(tokens, 0, group=self.group)
                 self._logits(tokens, of[0], of[1])
             else:
-                watching, next_check, length = of
+                watching, next_check, self.next_step, length = of
                 self.watching = bool(watching)
                 self.next_check = None if next_check < 0 else next_check
                 if length:
@@ -298,14 +300,14 @@ class Ranks:
         )
 
     def _wish(self, kind: int, *of: int) -> None:
-        wish = torch.tensor([kind, *of, *[0] * (3 - len(of))])
+        wish = torch.tensor([kind, *of, *[0] * (4 - len(of))], dtype=torch.int64)
         dist.broadcast(wish, 0, group=self.group)
 
     def _end(self, why: str) -> None:
         text = why.encode()[:1000]
         next_check = -1 if self.next_check is None else self.next_check
         with self._collective():
-            self._wish(_END, int(self.watching), next_check, len(text))
+            self._wish(_END, int(self.watching), next_check, self.next_step, len(text))
             if text:
                 dist.broadcast(torch.tensor(list(text), dtype=torch.uint8), 0, group=self.group)
 
