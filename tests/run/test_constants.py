@@ -231,6 +231,20 @@ def test_what_is_spoiled_is_left_out_and_said(tmp_path, how, caplog):
     assert caplog.text == "", "nobody misses it"
 
 
+def test_what_is_referred_to_is_written_before_what_refers_to_it(tmp_path, monkeypatch):
+    """Where the first cannot be written, as on a full disk, there is neither."""
+    held = {"drift": {"first": torch.ones(N, dtype=torch.float32)}}
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module, left in (("constants", []), ("baselines", ["tlens.constants"])):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(f"tlens_callback.run.{module}.write_whole", full)
+            baselines.write(tmp_path / "tlens.memory", held, {}, Constants())
+        assert [path.name for path in tmp_path.iterdir()] == left
+
+
 def test_a_file_without_a_second_one_is_read_as_ever(tmp_path):
     """As older versions wrote it, and as a replay does."""
     held = {"drift": {"first": torch.ones(2 * N, dtype=torch.float32)}}
