@@ -109,8 +109,8 @@ class _Run:
             own = [member for member in members if self._all_there(*member[:2])]
             if own:
                 self._gather(own, found)
-        if self._rows:
-            last, at = f"blocks.{self._shadow.n_layers - 1}.hook_resid_post", self._batch.lengths[0]
+        last, at = f"blocks.{self._shadow.n_layers - 1}.hook_resid_post", self._batch.lengths[0]
+        if [i for i, _ in self._rows if self._there(i, last)]:
             keep = self._end.append
             found.setdefault(last, []).append(lambda resid: keep(resid[:1, at - 1]))
         return found
