@@ -91,7 +91,7 @@ def readings(growing: Growing, step: int) -> list[Reading]:
                 texts=words,
             ),
             number(f"target_scores/probability/probe{i}", rng.random(), "probability"),
-            number(f"target_scores/rank/probe{i}", rng.integers(100), "count"),
+            number(f"target_scores/rank/probe{i}", int(rng.integers(100)), "count"),
         ]
     more = growing.keys - len(found)
     return [*found, *(number(f"own/number{i}", x) for i, x in enumerate(rng.random(max(more, 0))))]
@@ -100,7 +100,7 @@ def readings(growing: Growing, step: int) -> list[Reading]:
 def number(key: str, value: float, unit: str = "x") -> Reading:
     if key.startswith("trainer/"):
         return Reading(
-            key=key, values=[value], axes=("update",), unit=unit, labels={"update": ["0"]}
+            key=key, values=np.array([value]), axes=("update",), unit=unit, labels={"update": ["0"]}
         )
     return Reading(key=key, values=np.array(value), axes=(), unit=unit)
 
