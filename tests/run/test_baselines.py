@@ -114,6 +114,17 @@ def test_another_precision_has_another_first_observation(tmp_path, caplog):
     assert "is from another precision, so" in caplog.text
 
 
+def test_what_another_version_kept_is_not_compared_with(tmp_path, caplog, monkeypatch):
+    """Its instruments may keep something else under the same key."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(baselines, "KEPT", "1")
+        watched(tmp_path)
+    with caplog.at_level(logging.WARNING, "tlens_callback"):
+        resumed = watched(tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    assert norms(resumed)[3] == 0
+    assert "is from another version of tlens_callback, so" in caplog.text
+
+
 @pytest.mark.slow
 def test_two_callbacks_of_one_trainer(tmp_path):
     """Each has a file, a store and a first observation of its own; of one name they are refused."""

@@ -26,6 +26,10 @@ BASELINE = ("baseline", "memory")
 one."""
 
 
+KEPT = "2"
+"""The way in which the instruments of this package keep what they compare with. Another number
+means that they would not find it, and would measure changes from now on without a word."""
+
 RUN = "run"
 """Metadata of the file: the identity of the run, as sinks are told it."""
 
@@ -55,6 +59,7 @@ def conditions(batch: ProbeBatch, dtype: torch.dtype, run: str) -> dict[str, str
         "another training run": hashlib.sha256(run.encode()).hexdigest(),
         "other probes": hashlib.sha256(repr(probes).encode()).hexdigest(),
         "another precision": str(dtype),
+        "another version of tlens_callback": KEPT,
     }
 
 
