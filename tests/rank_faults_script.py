@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from tests import engines, engines_script
 from tests.processes import free_port
 from tests.training import CAPITAL
-from tlens_callback import FrozenWeights, HeadScores, LogitLens, MemorySink, TLensCallback
+from tlens_callback import FrozenWeights, HeadScores, MemorySink, TLensCallback
 from tlens_callback.shadow import ranks
 from tlens_callback.shadow.gather import Gather
 from tlens_callback.shadow.ranks import Ranks
@@ -34,17 +34,13 @@ class Broken:
     in_read = False
 
     def taps(self, shadow: Any, batch: Any) -> Any:
-        taps = dict(LogitLens().taps(shadow, batch))
         act = self.act if not self.in_read else (lambda: None)
 
-        def reduce(inner: Any) -> Any:
-            def call(value: torch.Tensor) -> Any:
-                act()
-                return inner(value)
+        def reduce(resid: torch.Tensor) -> torch.Tensor:
+            act()
+            return resid[:, 0]
 
-            return call
-
-        return {name: reduce(inner) for name, inner in taps.items()}
+        return {f"blocks.{i}.hook_resid_post": reduce for i in range(shadow.n_layers)}
 
     def read(self, taken: Any, shadow: Any, batch: Any) -> Any:
         if self.in_read:

@@ -90,7 +90,7 @@ def attentions(model: Any, probe: Probe) -> np.ndarray:
     return torch.stack([layer[0] for layer in got]).double().numpy()
 
 
-class Played:
+class Played(Shadow):
     """A shadow whose forward passes show these activations, which no model made.
 
     Its reductions run as those of any other. A residual stream is its own unembedding.
@@ -121,6 +121,10 @@ class Played:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._of, name)
+
+    @property
+    def attention_layers(self) -> list[int]:
+        return self._of.attention_layers
 
     def hook(self, name: str) -> HookPoint:
         return self.hooks[name]
