@@ -1,6 +1,6 @@
 """The models and probes that the instruments' tests look at, and Hugging Face's own account."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +13,6 @@ from transformer_lens.hook_points import HookPoint
 
 from tests import tiny
 from tlens_callback import Instrument, Probe, ProbeBatch, Reading, Shadow, observe
-from tlens_callback.shadow import Taken, Taps
-from tlens_callback.shadow.taps import run_taps
 
 TEXTS = (
     Probe("capital", "The capital of France is", target=" Paris", foil=" London"),
@@ -126,23 +124,11 @@ class Played(Shadow):
     def attention_layers(self) -> list[int]:
         return self._of.attention_layers
 
-    def hook(self, name: str) -> HookPoint:
-        return self.hooks[name]
-
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         for name, value in self._activations.items():
             self.hooks[name](value)
         return torch.zeros(*tokens.shape, tiny.VOCAB) if self._logits is None else self._logits
-
-    def run(
-        self,
-        batch: ProbeBatch,
-        taps: Sequence[Taps],
-        *,
-        on_error: Callable[[int, Exception], None] | None = None,
-    ) -> list[dict[Any, Taken]]:
-        return run_taps(self, batch, taps, on_error)
 
 
 def of_layers(end: str, values: Sequence[Tensor]) -> dict[str, Tensor]:

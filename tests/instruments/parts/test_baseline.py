@@ -4,7 +4,7 @@ import torch
 
 from tests.instruments.common import PROBES, encoded
 from tlens_callback.instruments.parts.baseline import first_value, probes_suffix
-from tlens_callback.instruments.parts.selection import after_first
+from tlens_callback.instruments.parts.selection import tokens_after_first
 
 
 def test_what_is_kept_is_a_copy_of_its_own():
@@ -27,8 +27,8 @@ def test_a_choice_of_probes_has_a_name_of_its_own():
 def test_tokens_after_the_first():
     batch = encoded()
     rows = [3, 0]
-    row, pos = after_first(batch, rows)
+    places = tokens_after_first(batch, rows)
     expected = [(i, t) for i in rows for t in range(1, batch.lengths[i])]
-    assert list(zip(row.tolist(), pos.tolist(), strict=True)) == expected
+    assert [divmod(place, batch.tokens.shape[1]) for place in places] == expected
     assert max(batch.lengths[i] for i in range(len(PROBES))) > batch.lengths[0]  # padding to skip
-    assert len(after_first(batch, [])[0]) == 0
+    assert len(tokens_after_first(batch, [])) == 0

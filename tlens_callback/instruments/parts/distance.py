@@ -7,11 +7,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def with_sink(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head query outcome"]:
-    """Adds one more key to each row, with the attention that the row lacks to sum to one."""
-    return torch.cat([pattern, (1 - pattern.sum(-1, keepdim=True)).clamp(min=0)], -1)
-
-
 def js_terms(p: Float[Tensor, "..."], q: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Returns what each outcome adds to the Jensen-Shannon divergence, in bits.
 

@@ -92,15 +92,6 @@ def demand_blocks(batch: ProbeBatch, name: str) -> dict[int, list[int]]:
     return blocks
 
 
-def after_first(
-    batch: ProbeBatch, rows: Sequence[int]
-) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
-    """Returns row and position of every token of these rows except each row's first."""
-    row = torch.tensor(rows, dtype=torch.long, device=batch.tokens.device)
-    at, pos = batch.mask[row, 1:].nonzero(as_tuple=True)
-    return row[at], pos + 1
-
-
 def tokens_after_first(batch: ProbeBatch, rows: Sequence[int]) -> tuple[int, ...]:
     """Returns the places, in the flattened batch, of every token of these rows except the first of
     each; those of the first row come first."""
